@@ -1,0 +1,26 @@
+"""Sizes of the tiles that a kernel works on."""
+
+import dataclasses
+
+from ring_attention.checks import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """What one tile holds.
+
+    Attributes:
+      q: query tokens.
+      kv: key tokens.
+      heads: key/value heads, each with its group of query heads. One head at a time keeps the scores of a tile in a CPU's
+        cache (1.5 times the speed of all heads at once, docs/experiments.md); accelerators want as many as fit.
+    """
+
+    q: int = 512
+    kv: int = 512
+    heads: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
+        require(not wrong, f"block sizes must be positive, got {', '.join(wrong)}; leave them out to take the defaults")

@@ -1,0 +1,109 @@
+"""Attention on one device in O(T) memory: a single hop with an own VJP."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.kernels.contract import Kernel, Whole
+from ring_attention.attention.masks import Hop, Tokens
+from ring_attention.attention.varying import vary_together
+from ring_attention.checks import require, require_attention_shapes, require_shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Static:
+    kernel: Kernel
+    scale: float
+    blocks: BlockSizes
+
+
+def blockwise_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = True,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    block_sizes: BlockSizes | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Exact attention on one device, a tile of scores at a time (Rabe & Staats 2021; Dao et al. 2022).
+
+    Args:
+      q: [B,T,H,D], float32, bfloat16 or float16.
+      k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
+      v: [B,S,K,D].
+      causal: a query sees the keys at its own position and before; otherwise all of them.
+      segment_ids: integers [B,T]; a query sees the keys of its own segment only.
+      kv_segment_ids: integers [B,S], those of the keys; `segment_ids` where T = S.
+      q_positions: integers [T] or [B,T], for the causal rule; 0, 1, 2, ... by default.
+      kv_positions: integers [S] or [B,S].
+      scale: of the scores; D**-0.5 by default.
+      impl: name of a kernel, or "auto".
+      block_sizes: sizes of a tile.
+      return_lse: also return the lse.
+
+    Returns:
+      out [B,T,H,D] in the dtype of q; 0, with zero gradients, where a query sees no key. With `return_lse` also the
+      natural logarithm of the sum of exponentials, float32 [B,T,H], -inf there. Both can be differentiated.
+
+    Raises:
+      ValueError: for shapes, dtypes or names that do not fit, before anything compiles.
+    """
+    require_attention_shapes(q, k, v)
+    (B, T, _, D), S = q.shape, k.shape[1]
+    if kv_segment_ids is None and segment_ids is not None:
+        require(T == S, f"segment_ids covers T={T} queries, but there are S={S} keys; give kv_segment_ids [B,S] as well")
+        kv_segment_ids = segment_ids
+    require(segment_ids is not None or kv_segment_ids is None, "kv_segment_ids needs segment_ids; give both or neither")
+    hop = Hop(
+        _tokens("q", q_positions, segment_ids, B, T), _tokens("kv", kv_positions, kv_segment_ids, B, S), causal
+    )
+    static = _Static(
+        kernel=find_kernel(impl), scale=D**-0.5 if scale is None else scale, blocks=block_sizes or BlockSizes()
+    )
+    q, k, v, hop = vary_together(q, k, v, hop)
+    out, lse = _attend(static, q, k, v, hop)
+    return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, q, k, v, hop: Hop):
+    out, lse = static.kernel.forward(q, k, v, hop, static.scale, static.blocks)
+    return out.astype(q.dtype), lse
+
+
+def _attend_forward(static: _Static, q, k, v, hop: Hop):
+    out, lse = _attend(static, q, k, v, hop)
+    return (out, lse), (q, k, v, out, lse, hop)
+
+
+def _attend_backward(static: _Static, residuals, cotangents):
+    q, k, v, out, lse, hop = residuals
+    whole = Whole.of(out, lse, *cotangents)
+    grads = static.kernel.backward(q, k, v, whole, hop, static.scale, static.blocks)
+    return *(grad.astype(q.dtype) for grad in grads), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _tokens(side: str, positions, segments, batch: int, length: int) -> Tokens:
+    """Positions as [1 or B, length] and segments as [B, length], both int32."""
+    positions = jnp.arange(length) if positions is None else positions
+    positions = positions[None] if positions.ndim == 1 else positions
+    rows = None if positions.shape[0] == 1 else batch
+    require_shape(f"{side}_positions", positions.shape, (rows, length), "BT")
+    if segments is not None:
+        require_shape(f"segment ids of {side}", segments.shape, (batch, length), "BT")
+        segments = segments.astype(jnp.int32)
+    return Tokens(positions.astype(jnp.int32), segments)

@@ -1,0 +1,56 @@
+"""The one place that words errors: what was wrong, what it got, what it needs, what to do about it.
+
+Every check runs on static facts (shapes, dtypes, names, config values), so that a mistake costs no compilation.
+"""
+
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A config field or flag that cannot work. Its message is one line: field, value, need, remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition`; the message says got, need and remedy."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_field(condition: bool, field: str, value: object, need: str, remedy: str) -> None:
+    """Raise ConfigError naming `field` and `value` unless `condition`."""
+    if not condition:
+        raise ConfigError(f"{field}={value!r}: {need}; {remedy}")
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    choices = sorted(choices)
+    require(value in choices, f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+
+
+def require_divisible(name: str, value: int, by_name: str, by: int, remedy: str) -> None:
+    """Raise ValueError unless `by` divides `value`."""
+    require(value % by == 0, f"{name}={value} is not divisible by {by_name}={by}; {remedy}")
+
+
+def require_shape(name: str, got: tuple[int, ...], need: tuple[int | None, ...], letters: str) -> None:
+    """Raise ValueError unless `got` matches `need` (None matches any size). `letters` name the axes, as in "BTHD"."""
+    matches = len(got) == len(need) and all(n is None or g == n for g, n in zip(got, need, strict=True))
+    wanted = ", ".join(f"{letter}={'any' if n is None else n}" for letter, n in zip(letters, need, strict=True))
+    require(matches, f"{name} has shape {tuple(got)}, need [{wanted}]; reshape or transpose it before the call")
+
+
+def require_attention_shapes(q, k, v) -> None:
+    """Raise unless q is [B,T,H,D], k and v are [B,S,K,D] with the same B, D and dtype, and K divides H."""
+    require(q.ndim == 4, f"q has {q.ndim} axes with shape {q.shape}, need 4: [batch, tokens, heads, head_dim]")
+    B, _, H, D = q.shape
+    require_shape("k", k.shape, (B, None, None, D), "BSKD")
+    require_shape("v", v.shape, k.shape, "BSKD")
+    K = k.shape[2]
+    require(K > 0 and H % K == 0, f"q has H={H} heads and k has K={K}; K must divide H (grouped queries)")
+    dtypes = [str(x.dtype) for x in (q, k, v)]
+    require(len(set(dtypes)) == 1, f"q, k and v have dtypes {', '.join(dtypes)}; cast them to one dtype before the call")
+    require(
+        dtypes[0] in ("float32", "bfloat16", "float16"),
+        f"q has dtype {dtypes[0]}, need float32, bfloat16 or float16; cast q, k and v",
+    )

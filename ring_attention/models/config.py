@@ -1,0 +1,93 @@
+"""Shape and numerics of the Transformer."""
+
+import dataclasses
+
+from ring_attention.checks import require_field
+
+REMAT_POLICIES = ("none", "attention", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only Transformer: RMSNorm, rotary positions, grouped queries, SwiGLU.
+
+    Attributes:
+      vocab_size: V, rows of the embedding table; at least the tokenizer's own size.
+      num_layers: L.
+      model_dim: M.
+      num_heads: H, query heads.
+      num_kv_heads: K, key/value heads; divides H.
+      head_dim: D; even, because rotary embedding turns pairs.
+      ffn_dim: F, hidden width of SwiGLU.
+      rope_theta: base of the rotary frequencies.
+      norm_epsilon: added to the mean square in RMSNorm.
+      compute_dtype: dtype of activations and matrix products, "float32" or "bfloat16". Parameters are float32.
+      remat: what a layer keeps for its backward pass. "attention" keeps the layer's input and attention's out and lse, so
+        that no ring runs twice; "full" keeps the input alone; "none" keeps everything.
+      ffn_chunk: tokens per device that the feed-forward works on at once.
+      loss_chunk: tokens per device whose logits exist at once.
+    """
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    rope_theta: float = 500_000.0
+    norm_epsilon: float = 1e-5
+    compute_dtype: str = "float32"
+    remat: str = "attention"
+    ffn_chunk: int = 1024
+    loss_chunk: int = 1024
+
+    def __post_init__(self):
+        sizes = "vocab_size num_layers model_dim num_heads num_kv_heads head_dim ffn_dim ffn_chunk loss_chunk"
+        for name in sizes.split():
+            value = getattr(self, name)
+            require_field(value > 0, f"model.{name}", value, "must be positive", "give at least 1")
+        for name in ("rope_theta", "norm_epsilon"):
+            value = getattr(self, name)
+            require_field(value > 0, f"model.{name}", value, "must be positive", "leave it out to take the default")
+        require_field(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide model.num_heads={self.num_heads}",
+            "set both so that each key/value head serves the same number of query heads",
+        )
+        require_field(
+            self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "must be even (rotary pairs)", "use 32, 64 or 128"
+        )
+        require_field(
+            self.compute_dtype in ("float32", "bfloat16"),
+            "model.compute_dtype",
+            self.compute_dtype,
+            "is not known",
+            "choose float32 or bfloat16",
+        )
+        require_field(
+            self.remat in REMAT_POLICIES,
+            "model.remat",
+            self.remat,
+            "is not known",
+            f"choose one of {', '.join(REMAT_POLICIES)}",
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of scalar parameters."""
+        attention = 2 * self.model_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.model_dim * self.ffn_dim + 2 * self.model_dim
+        return self.num_layers * layer + 2 * self.vocab_size * self.model_dim + self.model_dim
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of one training step per token: 6 per weight, plus causal attention's own.
+
+        Attention counts its two products forward (2 * 2*H*D*T, half of them visible) and 2.5 times that backward; what
+        rematerialisation repeats is not counted (model FLOPs, as in the PaLM paper, appendix B).
+        """
+        embedding = self.vocab_size * self.model_dim
+        attention_forward = 2 * self.num_heads * self.head_dim * seq_len * self.num_layers
+        return 6 * (self.num_parameters - embedding) + 3.5 * attention_forward

@@ -1,0 +1,50 @@
+"""The device mesh and the names of its axes."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from ring_attention.checks import require
+
+DATA, FSDP, SEQUENCE, TENSOR = "dp", "fsdp", "sp", "tp"
+AXES = (DATA, FSDP, SEQUENCE, TENSOR)
+
+
+def make_mesh(
+    dp: int = 1, fsdp: int = 1, sp: int = -1, tp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with the axes dp, fsdp, sp and tp, tp varying fastest over `devices` in the order given.
+
+    Args:
+      dp: devices along the data axis, over which parameters are replicated.
+      fsdp: devices along the data axis over which parameters are sharded.
+      sp: devices of a ring, over which the sequence is sharded.
+      tp: devices over which heads, feed-forward and vocabulary are sharded.
+      devices: all of jax.devices() by default, which chooses the backend.
+
+    One of the sizes may be -1: it takes the devices that the others leave.
+
+    Raises:
+      ValueError: when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = resolve_mesh_shape(dict(dp=dp, fsdp=fsdp, sp=sp, tp=tp), len(devices))
+    grid = np.array(devices, dtype=object).reshape(tuple(shape.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def resolve_mesh_shape(shape: dict[str, int], num_devices: int) -> dict[str, int]:
+    """`shape` with its -1, if any, replaced by what `num_devices` leaves for it."""
+    words = ", ".join(f"{name}={size}" for name, size in shape.items())
+    require(
+        all(size > 0 or size == -1 for size in shape.values()) and list(shape.values()).count(-1) < 2,
+        f"mesh has {words}; sizes must be positive, and one of them may be -1",
+    )
+    fixed = int(np.prod([size for size in shape.values() if size != -1]))
+    free = -1 in shape.values()
+    fits = num_devices % fixed == 0 if free else num_devices == fixed
+    need = f"a multiple of {fixed}" if free else f"exactly {fixed}"
+    require(fits, f"mesh {words} needs {need} devices, got {num_devices}; change the sizes or pass devices=")
+    return {name: num_devices // fixed if size == -1 else size for name, size in shape.items()}

@@ -1,0 +1,149 @@
+"""Everything that decides a run, in one frozen object."""
+
+import dataclasses
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.checks import require_field
+from ring_attention.data.config import DataConfig
+from ring_attention.models.config import ModelConfig
+from ring_attention.parallel.layouts import LAYOUT_KINDS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 in at most one place takes what is left.
+
+    Attributes:
+      dp: data parallel, parameters replicated.
+      fsdp: data parallel, parameters sharded.
+      sp: the ring: the sequence (and the parameters) sharded.
+      tp: heads, feed-forward and vocabulary sharded.
+    """
+
+    dp: int = 1
+    fsdp: int = 1
+    sp: int = -1
+    tp: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require_field(size > 0 or size == -1, f"mesh.{name}", size, "must be positive or -1", "use 1 to leave it out")
+        free = [name for name, size in sizes.items() if size == -1]
+        require_field(len(free) < 2, f"mesh.{free[-1:]}", -1, f"only one axis may be -1, got {free}", "give the others a size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How attention runs over the ring.
+
+    Attributes:
+      layout: order in which tokens are dealt to shards: "contiguous", "zigzag" or "striped".
+      impl: the kernel that computes a hop, "auto" or a name.
+      block_q: query tokens of a tile.
+      block_kv: key tokens of a tile.
+    """
+
+    layout: str = "zigzag"
+    impl: str = "auto"
+    block_q: int = BlockSizes.q
+    block_kv: int = BlockSizes.kv
+
+    def __post_init__(self):
+        require_field(
+            self.layout in LAYOUT_KINDS,
+            "attention.layout",
+            self.layout,
+            "is not known",
+            f"choose one of {', '.join(LAYOUT_KINDS)}",
+        )
+        for name in ("block_q", "block_kv"):
+            value = getattr(self, name)
+            require_field(value > 0, f"attention.{name}", value, "must be positive", f"the default is {BlockSizes.q}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay.
+
+    Attributes:
+      learning_rate: at the end of the warm-up.
+      warmup_steps: of the linear warm-up from 0.
+      final_fraction: of `learning_rate`, reached at the last step.
+      b1, b2, epsilon: AdamW's.
+      weight_decay: on matrices; norms are not decayed.
+      clip_norm: global gradient norm above which gradients are scaled down.
+      accumulation_steps: micro-batches whose gradients make one update.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    accumulation_steps: int = 1
+
+    def __post_init__(self):
+        for name in ("learning_rate", "clip_norm", "accumulation_steps", "epsilon"):
+            value = getattr(self, name)
+            require_field(value > 0, f"optimizer.{name}", value, "must be positive", "leave it out to take the default")
+        for name in ("warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            require_field(value >= 0, f"optimizer.{name}", value, "must not be negative", "use 0 to switch it off")
+        for name in ("b1", "b2", "final_fraction"):
+            value = getattr(self, name)
+            require_field(0 <= value < 1, f"optimizer.{name}", value, "must lie in [0, 1)", "leave it out to take the default")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run of train.py.
+
+    Attributes:
+      name: of the run; its folder is `run_dir`, or `runs/<name>` when that is empty.
+      seq_len: T, tokens of a sequence, over all devices of the ring.
+      batch_size: sequences of a step, over all devices and micro-batches.
+      num_steps: updates.
+      seed: of the initial parameters.
+      log_every, eval_every, checkpoint_every: steps between lines of metrics, held-out losses, checkpoints.
+      eval_sequences: held-out sequences that the loss is measured on.
+    """
+
+    name: str
+    model: ModelConfig
+    seq_len: int
+    num_steps: int
+    batch_size: int = 1
+    mesh: MeshConfig = MeshConfig()
+    attention: AttentionConfig = AttentionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_sequences: int = 8
+    checkpoint_every: int = 200
+    run_dir: str = ""
+
+    def __post_init__(self):
+        for name in "seq_len num_steps batch_size log_every eval_every eval_sequences checkpoint_every".split():
+            value = getattr(self, name)
+            require_field(value > 0, name, value, "must be positive", "give at least 1")
+        accumulation = self.optimizer.accumulation_steps
+        require_field(
+            self.batch_size % accumulation == 0,
+            "batch_size",
+            self.batch_size,
+            f"is not divisible by optimizer.accumulation_steps={accumulation}",
+            f"use batch_size={-(-self.batch_size // accumulation) * accumulation}",
+        )
+        require_field(
+            self.optimizer.warmup_steps < self.num_steps,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"must be less than num_steps={self.num_steps}",
+            "shorten the warm-up or train for longer",
+        )
