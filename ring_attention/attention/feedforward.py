@@ -1,9 +1,9 @@
-"""Feed-forward a chunk of tokens at a time, so that its hidden activations exist for one chunk only."""
+"""Token-wise work a chunk of tokens at a time, so that what it makes on the way exists for one chunk only."""
 
 from collections.abc import Callable
 
 import jax
-from einops import rearrange
+import jax.numpy as jnp
 from jax import lax
 
 from ring_attention.checks import require
@@ -15,17 +15,36 @@ def blockwise_feedforward(fn: Callable[[jax.Array], jax.Array], x: jax.Array, *,
     Args:
       fn: maps [..., c, M] to [..., c, N], each token by itself. It runs again in the backward pass, chunk by chunk.
       x: [..., T, M]. The token axis must not be sharded: inside a `shard_map` it is this device's slice.
-      chunk_size: tokens of a chunk, positive. The last chunk is shorter where it does not divide T.
+      chunk_size: tokens of a chunk, positive. Where it does not divide T, the last chunk is shorter.
 
     Returns:
-      [..., T, N], equal to fn(x). Where T <= chunk_size it is fn(x) with rematerialisation.
+      [..., T, N], equal to fn(x).
     """
-    require(chunk_size > 0, f"chunk_size={chunk_size} must be positive; use T={x.shape[-2]} for a single chunk")
+    return map_chunks(fn, x, axis=x.ndim - 2, chunk_size=chunk_size)
+
+
+def map_chunks(fn: Callable, tree, *, axis: int, chunk_size: int):
+    """`fn(tree)` for a token-wise `fn` of arrays that all have the tokens on `axis`, a chunk at a time.
+
+    `fn` is rematerialised: the backward pass keeps `tree` and runs `fn` again for one chunk after the other.
+    """
+    tokens = jax.tree.leaves(tree)[0].shape[axis]
+    require(chunk_size > 0, f"chunk_size={chunk_size} must be positive; use {tokens} for a single chunk")
     fn = jax.checkpoint(fn)
-    T = x.shape[-2]
-    whole = T - T % chunk_size
-    if whole <= chunk_size and whole == T or T < chunk_size:
-        return fn(x)
-    chunks = rearrange(x[..., :whole, :], "... (n c) m -> n ... c m", c=chunk_size)
-    y = rearrange(lax.map(fn, chunks), "n ... c m -> ... (n c) m")
-    return y if whole == T else lax.concatenate([y, fn(x[..., whole:, :])], dimension=x.ndim - 2)
+    count, rest = divmod(tokens, chunk_size)
+    if count + (rest > 0) <= 1:
+        return fn(tree)
+
+    def split(x):
+        whole = lax.slice_in_dim(x, 0, count * chunk_size, axis=axis)
+        return jnp.moveaxis(whole.reshape(*x.shape[:axis], count, chunk_size, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x):
+        chunks = jnp.moveaxis(x, 0, axis)
+        return chunks.reshape(*chunks.shape[:axis], count * chunk_size, *chunks.shape[axis + 2 :])
+
+    result = jax.tree.map(join, lax.map(fn, jax.tree.map(split, tree)))
+    if rest == 0:
+        return result
+    tail = fn(jax.tree.map(lambda x: lax.slice_in_dim(x, tokens - rest, tokens, axis=axis), tree))
+    return jax.tree.map(lambda x, y: lax.concatenate([x, y], dimension=axis), result, tail)

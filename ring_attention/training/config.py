@@ -42,12 +42,14 @@ class AttentionConfig:
       impl: the kernel that computes a hop, "auto" or a name.
       block_q: query tokens of a tile.
       block_kv: key tokens of a tile.
+      block_heads: key/value heads of a tile.
     """
 
     layout: str = "zigzag"
     impl: str = "auto"
     block_q: int = BlockSizes.q
     block_kv: int = BlockSizes.kv
+    block_heads: int = BlockSizes.heads
 
     def __post_init__(self):
         require_field(
@@ -57,9 +59,9 @@ class AttentionConfig:
             "is not known",
             f"choose one of {', '.join(LAYOUT_KINDS)}",
         )
-        for name in ("block_q", "block_kv"):
+        for name in ("block_q", "block_kv", "block_heads"):
             value = getattr(self, name)
-            require_field(value > 0, f"attention.{name}", value, "must be positive", f"the default is {BlockSizes.q}")
+            require_field(value > 0, f"attention.{name}", value, "must be positive", "leave it out to take the default")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

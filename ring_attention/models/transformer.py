@@ -1,0 +1,98 @@
+"""A decoder-only Transformer in Flax NNX, written for one device of the mesh (see `parallel.sharding`)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from ring_attention.models.config import ModelConfig
+from ring_attention.models.layers import Attend, Layer, RMSNorm, normal_weight
+from ring_attention.models.loss import chunked_cross_entropy
+from ring_attention.models.rope import rotary_tables
+from ring_attention.parallel.mesh import TENSOR
+from ring_attention.parallel.ring import SAVED_NAMES
+from ring_attention.parallel.sharding import spec_of
+
+
+class Transformer(nnx.Module):
+    """Token ids in, next-token losses out. Its methods run inside a `shard_map` over the mesh, on this device's slices."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        V, M, L = config.vocab_size, config.model_dim, config.num_layers
+        self.config = config
+        self.embed = normal_weight(rngs, ("vocab", "model"), (V, M), M)
+        make_layers = nnx.split_rngs(splits=L)(nnx.vmap(lambda rngs: Layer(config, rngs)))
+        self.layers = make_layers(rngs)  # one Layer whose parameters have a leading axis L
+        self.norm = RMSNorm(config)
+        self.unembed = normal_weight(rngs, ("model", "vocab"), (M, V), M)
+
+    def token_losses(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        attend: Attend,
+    ) -> jax.Array:
+        """Negative log-likelihood of `targets` in nats, float32 [b,t].
+
+        Args:
+          tokens: int32 [b,t], this device's slice in the layout's order, as are the others.
+          targets: int32 [b,t], the token that follows each in the natural order.
+          positions: int32 [b,t], for the rotary embedding; those within a document where several are packed.
+          segment_ids: int32 [b,t], or None.
+          attend: the attention over all devices' tokens.
+        """
+        hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
+        unembed_Mv = self.unembed.gathered(self.config.compute_dtype)
+        return chunked_cross_entropy(hidden_btM, unembed_Mv, targets, chunk_size=self.config.loss_chunk)
+
+    def logits(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
+        """float32 [b,t,v]: scores of this device's share of the vocabulary. For short pieces: training never makes them."""
+        hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
+        unembed_Mv = self.unembed.gathered(self.config.compute_dtype)
+        return jnp.einsum("btm,mv->btv", hidden_btM, unembed_Mv, preferred_element_type=jnp.float32)
+
+    def hidden(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
+        """Hidden states after the last norm, [b,t,M] in the compute dtype."""
+        config = self.config
+        x_btM = self._embed(tokens)
+        rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+        layer_def, layers = nnx.split(self.layers)
+
+        def run_layer(x_btM, layer):
+            return nnx.merge(layer_def, layer)(x_btM, rotary, segment_ids, attend), None
+
+        x_btM, _ = lax.scan(_rematerialised(run_layer, config.remat), x_btM, layers)
+        return self.norm(x_btM)
+
+    def _embed(self, tokens_bt: jax.Array) -> jax.Array:
+        """Rows of the embedding, whose vocabulary is sharded over tp: each device adds those that it holds."""
+        table_vM = self.embed.gathered(self.config.compute_dtype)
+        v = table_vM.shape[0]
+        here_bt = tokens_bt - lax.axis_index(TENSOR) * v
+        mine = (here_bt >= 0) & (here_bt < v)
+        rows_btM = table_vM[jnp.clip(here_bt, 0, v - 1)]
+        return lax.psum(jnp.where(mine[..., None], rows_btM, 0), TENSOR)
+
+
+def _rematerialised(run_layer, remat: str):
+    """`run_layer` keeping for its backward pass what the policy says (`ModelConfig.remat`)."""
+    if remat == "none":
+        return run_layer
+    names = SAVED_NAMES if remat == "attention" else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
+
+
+def parameter_specs(config: ModelConfig):
+    """PartitionSpecs of the parameters, a nested dict shaped as `nnx.to_pure_dict` of a Transformer's state."""
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+
+    def spec(path, weight):
+        axes = ("layers", *weight.axes) if path[0] == "layers" else weight.axes
+        return spec_of(axes)
+
+    state = nnx.state(model, nnx.Param)
+    return nnx.to_pure_dict(nnx.map_state(spec, state))

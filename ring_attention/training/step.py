@@ -1,0 +1,157 @@
+"""One training step: gradients per device inside a `shard_map`, the optimizer's update on the shards."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.varying import axes_of, vary_over
+from ring_attention.models.config import ModelConfig
+from ring_attention.models.layers import Attend
+from ring_attention.models.transformer import Transformer, parameter_specs
+from ring_attention.parallel.mesh import SEQUENCE
+from ring_attention.parallel.ring import ring_attention_shard
+from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
+from ring_attention.training.config import AttentionConfig, TrainConfig
+from ring_attention.training.optimizer import make_optimizer
+
+BATCH_SPEC = spec_of(("batch", "sequence"))
+
+Batch = dict[str, jax.Array]
+"""tokens, targets, positions, segment_ids, loss_mask: each [B,T] in the layout's order."""
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+      step: int32, updates done.
+      params: nested dict of float32 arrays.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def attention_of(config: AttentionConfig) -> Attend:
+    """The attention that a model's layers call on this device's slices."""
+    blocks = BlockSizes(q=config.block_q, kv=config.block_kv, heads=config.block_heads)
+    return functools.partial(
+        ring_attention_shard, axis_name=SEQUENCE, layout=config.layout, impl=config.impl, block_sizes=blocks
+    )
+
+
+def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The initial state, made where it will live: no device ever holds more than its shards."""
+    return jax.jit(functools.partial(_initial_state, config), out_shardings=state_shardings(config, mesh))()
+
+
+def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """NamedShardings of the state: the optimizer's moments lie where their parameters do."""
+    params = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(config.model))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    abstract = abstract_state(config)
+    opt_state = optax.tree_map_params(
+        make_optimizer(config),
+        lambda _, sharding: sharding,
+        abstract.opt_state,
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(replicated, params, opt_state)
+
+
+def abstract_state(config: TrainConfig) -> TrainState:
+    """Shapes and dtypes of the state."""
+    return jax.eval_shape(functools.partial(_initial_state, config))
+
+
+def make_train_step(config: TrainConfig, mesh: Mesh):
+    """step(state, batch) -> (state, metrics), compiled for `mesh`; the state's buffers are reused.
+
+    Metrics are float32 scalars: loss (nats per target, the mean over all targets of the batch), grad_norm (before
+    clipping), targets (number of them).
+    """
+    optimizer = make_optimizer(config)
+    gradients = make_gradients(config, mesh)
+    shardings = state_shardings(config, mesh)
+
+    def step(state: TrainState, batch: Batch):
+        grads, loss, targets = gradients(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "targets": targets}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    batch = NamedSharding(mesh, BATCH_SPEC)
+    return jax.jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, None), donate_argnums=0)
+
+
+def make_gradients(config: TrainConfig, mesh: Mesh):
+    """gradients(params, batch) -> (grads, loss, targets): the mean loss over all targets of the batch, and its gradient."""
+    specs = parameter_specs(config.model)
+    sum_of_losses = _sum_of_losses(config.model, config.attention)
+    micro_batches = config.optimizer.accumulation_steps
+
+    def on_device(params, batch):
+        def add_micro_batch(carry, micro_batch):
+            (nats, targets), grads = jax.value_and_grad(sum_of_losses, has_aux=True)(params, micro_batch)
+            return jax.tree.map(jnp.add, carry, (grads, nats, targets)), None
+
+        split = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+        zero = (_zeros_varying_like(params), jnp.float32(0), jnp.float32(0))
+        (grads, nats, targets), _ = lax.scan(add_micro_batch, zero, split, unroll=micro_batches == 1)
+        count = jnp.maximum(targets, 1)
+        return jax.tree.map(lambda g: g / count, grads), nats / count, targets
+
+    out_specs = (specs, PartitionSpec(), PartitionSpec())
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=out_specs)
+
+
+def make_eval_step(config: TrainConfig, mesh: Mesh):
+    """evaluate(params, batch) -> (nats, targets): float32 sums over all targets of the batch."""
+    specs = parameter_specs(config.model)
+    on_device = jax.shard_map(
+        _sum_of_losses(config.model, config.attention),
+        mesh=mesh,
+        in_specs=(specs, BATCH_SPEC),
+        out_specs=(PartitionSpec(), PartitionSpec()),
+    )
+    return jax.jit(on_device)
+
+
+def _sum_of_losses(model: ModelConfig, attention: AttentionConfig):
+    """fn(params, batch) -> (nats, targets): sums over all devices, so that a mean is over targets and not over devices."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
+    attend = attention_of(attention)
+
+    def sum_of_losses(params, batch):
+        nats_bt = nnx.merge(graph, params).token_losses(
+            batch["tokens"],
+            batch["targets"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            attend=attend,
+        )
+        mask_bt = batch["loss_mask"].astype(jnp.float32)
+        return lax.psum((nats_bt * mask_bt).sum(), TOKEN_AXES), lax.psum(mask_bt.sum(), TOKEN_AXES)
+
+    return sum_of_losses
+
+
+def _initial_state(config: TrainConfig) -> TrainState:
+    model = Transformer(config.model, nnx.Rngs(config.seed))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params))
+
+
+def _zeros_varying_like(tree):
+    return jax.tree.map(lambda x: vary_over(jnp.zeros_like(x), axes_of(x)), tree)
