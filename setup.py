@@ -1,12 +1,14 @@
 """Package metadata. Settings of the tools stand in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="ring_attention",
     version="0.1.0",
     description="Exact attention over sequences too long for one accelerator, in JAX.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -6,7 +6,8 @@ Letters, in names of arrays and in einsums:
   (`q_BTHD`, `q_BtHD`); inside a kernel r, n are rows and tiles of queries, s, m those of keys.
 Mesh axes: dp data, fsdp sharded data (parameters too), sp sequence (the ring), tp tensor.
 A hop is one step of the ring, a shard one device's slice of the sequence, a tile the block a kernel works on at once, a
-layout the order in which tokens are dealt to shards. lse is a float32 natural logarithm, -inf where a query sees no key.
+layout the order in which tokens are dealt to shards. lse is a float32 natural logarithm, -inf where a query sees no
+key.
 """
 
 from ring_attention.attention.blocks import BlockSizes

@@ -41,15 +41,21 @@ def require_shape(name: str, got: tuple[int, ...], need: tuple[int | None, ...],
 
 
 def require_attention_shapes(q, k, v) -> None:
-    """Raise unless q is [B,T,H,D], k and v are [B,S,K,D] with the same B, D and dtype, and K divides H."""
+    """Raise ValueError unless q is [B,T,H,D], k and v are [B,S,K,D] with the same B and D, and K divides H."""
     require(q.ndim == 4, f"q has {q.ndim} axes with shape {q.shape}, need 4: [batch, tokens, heads, head_dim]")
     B, _, H, D = q.shape
     require_shape("k", k.shape, (B, None, None, D), "BSKD")
     require_shape("v", v.shape, k.shape, "BSKD")
     K = k.shape[2]
     require(K > 0 and H % K == 0, f"q has H={H} heads and k has K={K}; K must divide H (grouped queries)")
+
+
+def require_attention_dtypes(q, k, v) -> None:
+    """Raise ValueError unless q, k and v share one dtype that accelerators multiply."""
     dtypes = [str(x.dtype) for x in (q, k, v)]
-    require(len(set(dtypes)) == 1, f"q, k and v have dtypes {', '.join(dtypes)}; cast them to one dtype before the call")
+    require(
+        len(set(dtypes)) == 1, f"q, k and v have dtypes {', '.join(dtypes)}; cast them to one dtype before the call"
+    )
     require(
         dtypes[0] in ("float32", "bfloat16", "float16"),
         f"q has dtype {dtypes[0]}, need float32, bfloat16 or float16; cast q, k and v",

@@ -12,8 +12,8 @@ class BlockSizes:
     Attributes:
       q: query tokens.
       kv: key tokens.
-      heads: key/value heads, each with its group of query heads. One head at a time keeps the scores of a tile in a CPU's
-        cache (1.5 times the speed of all heads at once, docs/experiments.md); accelerators want as many as fit.
+      heads: key/value heads, each with its group of query heads. One head at a time keeps the scores of a tile in a
+        CPU's cache (1.5 times the speed of all heads at once, docs/experiments.md); accelerators want as many as fit.
     """
 
     q: int = 512

@@ -11,7 +11,7 @@ from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
 from ring_attention.attention.masks import Hop, Tokens
 from ring_attention.attention.varying import vary_together
-from ring_attention.checks import require, require_attention_shapes, require_shape
+from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,15 @@ def blockwise_attention(
       ValueError: for shapes, dtypes or names that do not fit, before anything compiles.
     """
     require_attention_shapes(q, k, v)
+    require_attention_dtypes(q, k, v)
     (B, T, _, D), S = q.shape, k.shape[1]
     if kv_segment_ids is None and segment_ids is not None:
-        require(T == S, f"segment_ids covers T={T} queries, but there are S={S} keys; give kv_segment_ids [B,S] as well")
+        require(
+            T == S, f"segment_ids covers T={T} queries, but there are S={S} keys; give kv_segment_ids [B,S] as well"
+        )
         kv_segment_ids = segment_ids
     require(segment_ids is not None or kv_segment_ids is None, "kv_segment_ids needs segment_ids; give both or neither")
-    hop = Hop(
-        _tokens("q", q_positions, segment_ids, B, T), _tokens("kv", kv_positions, kv_segment_ids, B, S), causal
-    )
+    hop = Hop(_tokens("q", q_positions, segment_ids, B, T), _tokens("kv", kv_positions, kv_segment_ids, B, S), causal)
     static = _Static(
         kernel=find_kernel(impl), scale=D**-0.5 if scale is None else scale, blocks=block_sizes or BlockSizes()
     )

@@ -58,7 +58,7 @@ class Hop:
 
 
 def visible(hop: Hop) -> jax.Array | None:
-    """bool [..., t, s]: which query sees which key; None where the rule hides nothing."""
+    """Bool [..., t, s]: which query sees which key; None where the rule hides nothing."""
     mask = None
     if hop.causal:
         mask = hop.queries.positions[..., :, None] >= hop.keys.positions[..., None, :]
@@ -71,8 +71,8 @@ def visible(hop: Hop) -> jax.Array | None:
 def tile_kinds(hop: Hop) -> jax.Array:
     """int32 [..., n, m]: EMPTY, PARTIAL or FULL for each pair of n query tiles and m key tiles.
 
-    `hop` holds tiles, [..., n, size]. The kinds come from the bounds of positions and segments in each tile, so an EMPTY
-    or FULL is proved, while a PARTIAL may hide more than it seems.
+    `hop` holds tiles, [..., n, size]. The kinds come from the bounds of positions and segments in each tile, so an
+    EMPTY or FULL is proved, while a PARTIAL may hide more than it seems.
     """
 
     def bounds(x, axis):

@@ -1,8 +1,8 @@
 """Softmax over keys that arrive a block at a time (Milakov & Gimelshein 2018; Rabe & Staats 2021).
 
-Two forms of the same statistics, both float32 whatever the input dtype. Inside a kernel: `Running`, the unnormalised sum
-and the maximum so far, in base 2 because exp2 is cheaper than exp. Between kernels: `(out, lse)`, the normalised output and the
-natural logarithm of the sum of exponentials, -inf where a query has seen no key (its output is then 0).
+Two forms of the same statistics, both float32 whatever the input dtype. Inside a kernel: `Running`, the unnormalised
+sum and the maximum so far, in base 2 because exp2 is cheaper than exp. Between kernels: `(out, lse)`, the normalised
+output and the natural logarithm of the sum of exponentials, -inf where a query has seen no key (its output is then 0).
 """
 
 from typing import NamedTuple
@@ -30,11 +30,13 @@ class Running(NamedTuple):
     def empty(shape: tuple[int, ...]) -> "Running":
         """No key seen; `shape` is that of the output, [..., r, D]."""
         rows = shape[:-1]
-        return Running(jnp.zeros(shape, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32))
+        return Running(
+            jnp.zeros(shape, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32)
+        )
 
 
 def finite(top: jax.Array) -> jax.Array:
-    """`top` with -inf replaced by 0, so that -inf - finite(-inf) is -inf rather than NaN."""
+    """Replace -inf by 0 in `top`, so that -inf - finite(-inf) is -inf rather than NaN."""
     return jnp.where(top == -jnp.inf, 0.0, top)
 
 

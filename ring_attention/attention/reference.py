@@ -78,7 +78,7 @@ def _scores(q, k, scale: float | None) -> np.ndarray:
 
 
 def _mask(q, k, causal, segment_ids, kv_segment_ids, q_positions, kv_positions) -> np.ndarray:
-    """bool [B,T,S]: which query sees which key."""
+    """Bool [B,T,S]: which query sees which key."""
     (B, T), S = q.shape[:2], k.shape[1]
     mask = np.ones((B, T, S), bool)
     if causal:

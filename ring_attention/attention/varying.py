@@ -1,8 +1,8 @@
 """Which mesh axes a value varies over, inside a `shard_map`.
 
-`shard_map` tracks the mesh axes along which devices hold different values, and checks that a loop's carry keeps them. An
-axis that a value does not vary over needs a sum in the backward pass, and where a value starts to vary is where that sum
-will stand. So we say it once, before a loop, rather than let it happen inside one.
+`shard_map` tracks the mesh axes along which devices hold different values, and checks that a loop's carry keeps them.
+An axis that a value does not vary over needs a sum in the backward pass, and where a value starts to vary is where that
+sum will stand. So we say it once, before a loop, rather than let it happen inside one.
 """
 
 import jax

@@ -13,8 +13,8 @@ class DataConfig:
 
     Attributes:
       paths: "python-stdlib" (the standard library's own source files, found on any machine that runs Python), or file
-        globs separated by commas. `*.jsonl` holds one document a line, any other file is one UTF-8 document; either may be
-        gzipped (`.gz`).
+        globs separated by commas. `*.jsonl` holds one document a line, any other file is one UTF-8 document; either may
+        be gzipped (`.gz`).
       text_field: the field of a JSONL object that holds the text.
       tokenizer: "bytes", or the path of a Hugging Face `tokenizer.json`.
       holdout_fraction: share of the documents, chosen by a hash of their name, that is never trained on.
@@ -29,7 +29,11 @@ class DataConfig:
 
     def __post_init__(self):
         require_field(
-            bool(self.paths.strip()), "data.paths", self.paths, "names no file", "give globs such as 'corpus/**/*.txt'"
+            bool(self.paths.strip(" ,")),
+            "data.paths",
+            self.paths,
+            "names no file",
+            "give globs such as 'corpus/**/*.txt'",
         )
         require_field(
             0 < self.holdout_fraction < 1,
@@ -38,3 +42,4 @@ class DataConfig:
             "must lie between 0 and 1",
             "0.05 holds back one document in twenty",
         )
+        require_field(0 <= self.seed < 2**32, "data.seed", self.seed, "must lie in [0, 2**32)", "choose another")

@@ -14,7 +14,7 @@ from ring_attention.parallel.mesh import TENSOR
 from ring_attention.parallel.sharding import gather_weight
 
 Attend = Callable[..., jax.Array]
-"""attend(q_btHD, k_btKD, v_btKD, segment_ids=...) -> out_btHD on this device's slices, such as `ring_attention_shard`."""
+"""attend(q_btHD, k_btKD, v_btKD, segment_ids=...) -> out_btHD on a device's slices, as `ring_attention_shard`."""
 
 
 class Weight(nnx.Param):
@@ -38,6 +38,7 @@ class RMSNorm(nnx.Module):
         self.scale = Weight(jnp.ones(config.model_dim, jnp.float32), axes=("norm",))
 
     def __call__(self, x_btM: jax.Array) -> jax.Array:
+        """x scaled to a root mean square of 1 and by the learned scale, in the dtype of x."""
         x = x_btM.astype(jnp.float32)
         x *= lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * self.scale.gathered(jnp.float32)).astype(x_btM.dtype)
@@ -54,6 +55,7 @@ class Attention(nnx.Module):
         self.out = normal_weight(rngs, ("heads", "head_dim", "model"), (H, D, M), H * D * 2 * config.num_layers)
 
     def __call__(self, x_btM: jax.Array, rotary, segment_ids: jax.Array | None, attend: Attend) -> jax.Array:
+        """What attention adds to the residual stream, [b,t,M]; `rotary` holds the tables of this device's positions."""
         dtype = x_btM.dtype
         q = apply_rotary(jnp.einsum("btm,mhd->bthd", x_btM, self.query.gathered(dtype)), *rotary)
         k = apply_rotary(jnp.einsum("btm,mkd->btkd", x_btM, self.key.gathered(dtype)), *rotary)
@@ -73,6 +75,7 @@ class FeedForward(nnx.Module):
         self.down = normal_weight(rngs, ("ffn", "model"), (F, M), F * 2 * config.num_layers)
 
     def __call__(self, x_btM: jax.Array) -> jax.Array:
+        """What the feed-forward adds to the residual stream, [b,t,M]."""
         gate, up, down = (weight.gathered(x_btM.dtype) for weight in (self.gate, self.up, self.down))
 
         def swiglu(x_bcM):
@@ -91,5 +94,6 @@ class Layer(nnx.Module):
         self.feedforward = FeedForward(config, rngs)
 
     def __call__(self, x_btM: jax.Array, rotary, segment_ids: jax.Array | None, attend: Attend) -> jax.Array:
+        """The residual stream after this layer, [b,t,M]."""
         x_btM += self.attention(self.attention_norm(x_btM), rotary, segment_ids, attend)
         return x_btM + self.feedforward(self.feedforward_norm(x_btM))

@@ -1,9 +1,9 @@
 """Rotary position embedding (Su et al. 2021) with angles that are exact at any position.
 
-The angle of position p and frequency f is 2*pi*frac(p * f / (2*pi)). In float32 the product loses its fraction: at position 10
-million it is off by whole radians. So the fraction is worked out in integers: frequencies, in turns per token, are 64-bit
-fixed-point constants, positions are integers, and unsigned overflow drops the whole turns exactly. What is left is an
-error of 2**-32 of a turn, below that of a float32 sine.
+The angle of position p and frequency f is 2*pi*frac(p * f / (2*pi)). In float32 the product loses its fraction: at
+position 10 million it is off by whole radians. So the fraction is worked out in integers: frequencies, in turns per
+token, are 64-bit fixed-point constants, positions are integers, and unsigned overflow drops the whole turns exactly.
+What is left is an error of 2**-32 of a turn, below that of a float32 sine.
 """
 
 import math

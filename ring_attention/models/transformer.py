@@ -15,7 +15,7 @@ from ring_attention.parallel.sharding import spec_of
 
 
 class Transformer(nnx.Module):
-    """Token ids in, next-token losses out. Its methods run inside a `shard_map` over the mesh, on this device's slices."""
+    """Token ids in, next-token losses out. Runs inside a `shard_map` over the mesh, on a device's slices."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         V, M, L = config.vocab_size, config.model_dim, config.num_layers
@@ -49,7 +49,7 @@ class Transformer(nnx.Module):
         return chunked_cross_entropy(hidden_btM, unembed_Mv, targets, chunk_size=self.config.loss_chunk)
 
     def logits(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
-        """float32 [b,t,v]: scores of this device's share of the vocabulary. For short pieces: training never makes them."""
+        """float32 [b,t,v]: scores of this device's share of the vocabulary. Training never makes them."""
         hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
         unembed_Mv = self.unembed.gathered(self.config.compute_dtype)
         return jnp.einsum("btm,mv->btv", hidden_btM, unembed_Mv, preferred_element_type=jnp.float32)

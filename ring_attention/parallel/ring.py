@@ -1,8 +1,8 @@
 """Ring attention: key/value blocks travel around a ring of devices while each attends to the block it holds.
 
-Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context". Device i of P starts with
-its own block and passes what it holds to device i+1, so at step s it holds the block of device i-s. A block is sent on
-before it is used, so that the transfer runs beside the computation.
+Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context". Device i of P starts
+with its own block and passes what it holds to device i+1, so at step s it holds the block of device i-s. A block is
+sent on before it is used, so that the transfer runs beside the computation.
 """
 
 import dataclasses
@@ -20,7 +20,13 @@ from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
 from ring_attention.attention.masks import Hop, Tokens
 from ring_attention.attention.varying import vary_together
-from ring_attention.checks import require, require_attention_shapes, require_divisible, require_shape
+from ring_attention.checks import (
+    require,
+    require_attention_dtypes,
+    require_attention_shapes,
+    require_divisible,
+    require_shape,
+)
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.mesh import DATA, FSDP, TENSOR
 
@@ -28,7 +34,7 @@ SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
 """`checkpoint_name`s of what a remat policy must keep so that no ring runs twice."""
 
 _LONGEST_UNROLLED = 16
-"""Rings up to this size are unrolled: the compiler may then overlap any two hops. Longer ones would take long to compile."""
+"""Rings up to this size are unrolled: the compiler then overlaps any two hops. Longer ones take long to compile."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,7 @@ def ring_attention_shard(
       ValueError: for shapes, dtypes or names that do not fit, before anything compiles.
     """
     require_attention_shapes(q, k, v)
+    require_attention_dtypes(q, k, v)
     B, t, _, D = q.shape
     require_shape("k", k.shape, (B, t, None, D), "BtKD")
     layout = as_layout(layout, lax.axis_size(axis_name))
@@ -204,7 +211,8 @@ def ring_attention(
       v: [B,T,K,D].
       mesh: the devices; `axis_name` is one of its axes.
       axis_name: the mesh axis that T is sharded over.
-      spec: PartitionSpec of q, of k and of v. By default B over those of dp and fsdp, and heads over tp, that the mesh has.
+      spec: PartitionSpec of q, of k and of v. By default B over those of dp and fsdp, and heads over tp, that the mesh
+        has.
       layout: "contiguous", "zigzag", "striped" or a SequenceLayout. The last two share causal work out evenly.
       causal: a token sees itself and those before it in the natural order; otherwise all of them.
       segment_ids: integers [B,T] in the layout's order; a token sees its own segment only.
@@ -219,7 +227,10 @@ def ring_attention(
       ValueError: for shapes, dtypes, names or meshes that do not fit, before anything compiles.
     """
     require_attention_shapes(q, k, v)
-    require(axis_name in mesh.shape, f"axis_name={axis_name!r} is not an axis of the mesh, which has {dict(mesh.shape)}")
+    require_attention_dtypes(q, k, v)
+    require(
+        axis_name in mesh.shape, f"axis_name={axis_name!r} is not an axis of the mesh, which has {dict(mesh.shape)}"
+    )
     require_shape("k", k.shape, (q.shape[0], q.shape[1], None, q.shape[3]), "BTKD")
     layout = as_layout(layout, mesh.shape[axis_name])
     layout.check_length(q.shape[1])
@@ -259,8 +270,13 @@ def _check_spec(spec: PartitionSpec, mesh: Mesh, axis_name: str, q, k) -> None:
         axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         shards = 1
         for name in axes:
-            require(name in mesh.shape, f"spec={spec} names {name!r}, but the mesh has {dict(mesh.shape)}; drop it from spec")
+            require(
+                name in mesh.shape,
+                f"spec={spec} names {name!r}, but the mesh has {dict(mesh.shape)}; drop it from spec",
+            )
             shards *= mesh.shape[name]
         for array_name, array in (("q", q), ("k", k)):
             label = f"{names} of {array_name}"
-            require_divisible(label, array.shape[axis], "x".join(axes) or "1", shards, "use fewer devices on these axes")
+            require_divisible(
+                label, array.shape[axis], "x".join(axes) or "1", shards, "use fewer devices on these axes"
+            )

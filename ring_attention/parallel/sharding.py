@@ -1,8 +1,8 @@
 """The one table that says where every axis of every array lives, and how a weight gets from there to its use.
 
-The model is written per device: it runs inside a `shard_map` over the whole mesh and sees its slice of everything. So each
-collective of a training step is written down, in `ring` (blocks of keys and values), here (weights and their gradients) or as
-a sum over the tensor axis where a row-parallel product ends.
+The model is written per device: it runs inside a `shard_map` over the whole mesh and sees its slice of everything. So
+each collective of a training step is written down, in `ring` (blocks of keys and values), here (weights and their
+gradients) or as a sum over the tensor axis where a row-parallel product ends.
 """
 
 import functools
@@ -21,7 +21,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": (DATA, FSDP),
     "sequence": (SEQUENCE,),
     # parameters
-    "model": (FSDP, SEQUENCE),  # a ring's devices would otherwise each hold all parameters; gathered where they are used
+    "model": (
+        FSDP,
+        SEQUENCE,
+    ),  # a ring's devices would otherwise each hold all parameters; gathered where they are used
     "heads": (TENSOR,),
     "kv_heads": (TENSOR,),
     "ffn": (TENSOR,),

@@ -28,9 +28,17 @@ class MeshConfig:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            require_field(size > 0 or size == -1, f"mesh.{name}", size, "must be positive or -1", "use 1 to leave it out")
+            require_field(
+                size > 0 or size == -1, f"mesh.{name}", size, "must be positive or -1", "use 1 to leave it out"
+            )
         free = [name for name, size in sizes.items() if size == -1]
-        require_field(len(free) < 2, f"mesh.{free[-1:]}", -1, f"only one axis may be -1, got {free}", "give the others a size")
+        require_field(
+            len(free) < 2,
+            f"mesh.{free[-1] if free else None}",
+            -1,
+            f"only one axis may be -1, got {free}",
+            "give the others a size",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +105,9 @@ class OptimizerConfig:
             require_field(value >= 0, f"optimizer.{name}", value, "must not be negative", "use 0 to switch it off")
         for name in ("b1", "b2", "final_fraction"):
             value = getattr(self, name)
-            require_field(0 <= value < 1, f"optimizer.{name}", value, "must lie in [0, 1)", "leave it out to take the default")
+            require_field(
+                0 <= value < 1, f"optimizer.{name}", value, "must lie in [0, 1)", "leave it out to take the default"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +141,15 @@ class TrainConfig:
     run_dir: str = ""
 
     def __post_init__(self):
-        for name in "seq_len num_steps batch_size log_every eval_every eval_sequences checkpoint_every".split():
+        for name in [
+            "seq_len",
+            "num_steps",
+            "batch_size",
+            "log_every",
+            "eval_every",
+            "eval_sequences",
+            "checkpoint_every",
+        ]:
             value = getattr(self, name)
             require_field(value > 0, name, value, "must be positive", "give at least 1")
         accumulation = self.optimizer.accumulation_steps

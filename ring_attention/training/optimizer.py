@@ -7,10 +7,11 @@ from ring_attention.training.config import TrainConfig
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """Learning rate of each update: linear from 0 over the warm-up, then a cosine down to `final_fraction` of the peak."""
+    """Learning rate of each update: a linear warm-up, then a cosine down to `final_fraction` of the peak."""
     optimizer = config.optimizer
+    first = optimizer.learning_rate / (optimizer.warmup_steps + 1)  # at 0 the first update would be wasted
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=first,
         peak_value=optimizer.learning_rate,
         warmup_steps=optimizer.warmup_steps,
         decay_steps=config.num_steps,

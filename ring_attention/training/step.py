@@ -96,7 +96,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh):
 
 
 def make_gradients(config: TrainConfig, mesh: Mesh):
-    """gradients(params, batch) -> (grads, loss, targets): the mean loss over all targets of the batch, and its gradient."""
+    """gradients(params, batch) -> (grads, loss, targets): the mean over all targets of the batch, and its gradient."""
     specs = parameter_specs(config.model)
     sum_of_losses = _sum_of_losses(config.model, config.attention)
     micro_batches = config.optimizer.accumulation_steps
@@ -129,7 +129,7 @@ def make_eval_step(config: TrainConfig, mesh: Mesh):
 
 
 def _sum_of_losses(model: ModelConfig, attention: AttentionConfig):
-    """fn(params, batch) -> (nats, targets): sums over all devices, so that a mean is over targets and not over devices."""
+    """fn(params, batch) -> (nats, targets): sums over all devices, for a mean over targets and not over devices."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
     attend = attention_of(attention)
 

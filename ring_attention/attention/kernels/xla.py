@@ -7,7 +7,6 @@ computed, full ones run without a mask.
 
 import math
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
@@ -143,7 +142,7 @@ def _map(fn, args, at_once: int):
 
 
 def _tile_size(tokens: int, wanted: int) -> int:
-    """The size, about `wanted` at most, that cuts `tokens` into equal tiles with the least padding (to multiples of 8)."""
+    """The size, about `wanted` at most, that cuts `tokens` into equal tiles with little padding (to 8)."""
     tiles = -(-tokens // wanted)
     size = -(-tokens // tiles)
     return size if tokens % size == 0 else -(-size // 8) * 8

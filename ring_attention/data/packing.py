@@ -1,0 +1,116 @@
+"""Documents of any length to rows of one length: nothing padded, nothing lost, nothing seen twice.
+
+The tokens of all documents, each opened by `document_start`, form one stream that is cut every `seq_len` tokens. A
+row's targets are the next tokens of its tokens' own documents, so its last target may be the token that opens the next
+row: all but `document_start` are a target exactly once. A document that continues in the next row is segment 1 there
+and goes on counting its positions.
+
+Grain's own ConcatThenSplitIterDataset restarts positions in every row and cuts without that overlap of one token, so
+that the first token of a row would never be learned; hence this module.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from ring_attention.checks import require
+from ring_attention.data.sources import Document
+from ring_attention.data.tokenizers import Tokenizer
+
+Example = dict[str, np.ndarray]
+
+
+def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    """Encode a document as int32 [tokens + 1]: `document_start`, then its tokens."""
+    return np.concatenate([np.array([tokenizer.document_start], np.int32), tokenizer.encode(document.text)])
+
+
+class PackedRows(grain.IterDataset):
+    """Rows of `seq_len` tokens from a dataset of encoded documents (see `encode_document`).
+
+    An element is a dict of int32 [seq_len] arrays in natural order:
+      tokens       the row.
+      targets      the token after each; at a document's end `document_start`.
+      positions    within the document, from 0 at `document_start`, continued from row to row.
+      segment_ids  1, 2, 3 ... within the row.
+      loss_mask    1 where the target belongs to the same document as its token, else 0.
+
+    If the documents end, the row that they leave incomplete is dropped. An iterator's state is the state of the
+    documents' iterator before the current document and an offset into it, whatever the length of the rows, so restoring
+    reads one document.
+    """
+
+    def __init__(self, documents: grain.IterDataset, *, seq_len: int):
+        require(seq_len > 0, f"seq_len={seq_len} must be positive; choose at least 1")
+        super().__init__(documents)
+        self._documents, self._seq_len = documents, seq_len
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedRowsIterator(iter(self._documents), self._seq_len)
+
+
+class _PackedRowsIterator(grain.DatasetIterator):
+    def __init__(self, documents: grain.DatasetIterator, seq_len: int):
+        super().__init__(documents)
+        self._documents, self._seq_len = documents, seq_len
+        self._open_no_document()
+
+    def __next__(self) -> Example:
+        pieces, room = [], self._seq_len
+        while room:
+            if self._offset == len(self._document):
+                self._open_next_document()
+            end = min(self._offset + room, len(self._document))
+            pieces.append((self._document, self._offset, end))
+            room -= end - self._offset
+            self._offset = end
+        return _example(pieces)
+
+    def get_state(self) -> dict:
+        if self._offset == len(self._document):
+            return {"documents": self._documents.get_state(), "offset": 0}
+        return {"documents": self._state_before_document, "offset": self._offset}
+
+    def set_state(self, state: dict) -> None:
+        self._documents.set_state(state["documents"])
+        self._open_no_document()
+        if state["offset"]:
+            self._open_next_document()
+            self._offset = state["offset"]
+
+    def _open_no_document(self) -> None:
+        self._document, self._offset = np.empty(0, np.int32), 0
+
+    def _open_next_document(self) -> None:
+        self._state_before_document = self._documents.get_state()
+        self._document, self._offset = next(self._documents), 0
+
+
+def _example(pieces: list[tuple[np.ndarray, int, int]]) -> Example:
+    """Make a row of `pieces`, (document, begin, end) each; a piece becomes a segment."""
+    ends_document = [end == len(document) for document, _, end in pieces]
+    lengths = [end - begin for _, begin, end in pieces]
+    loss_mask = np.ones(sum(lengths), np.int32)
+    loss_mask[np.cumsum(lengths)[ends_document] - 1] = 0
+    return {
+        "tokens": np.concatenate([document[begin:end] for document, begin, end in pieces]),
+        "targets": np.concatenate([_following(document, begin, end) for document, begin, end in pieces]),
+        "positions": np.concatenate([np.arange(begin, end, dtype=np.int32) for _, begin, end in pieces]),
+        "segment_ids": np.repeat(np.arange(1, len(pieces) + 1, dtype=np.int32), lengths),
+        "loss_mask": loss_mask,
+    }
+
+
+def _following(document: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """Return the token after each of document[begin:end]; after the last the next document opens, as this one did."""
+    following = document[begin + 1 : end + 1]
+    return following if end < len(document) else np.append(following, document[:1])
+
+
+def segments(row: Example) -> Iterator[Example]:
+    """Yield the row's segments in order, each the same fields cut to the segment."""
+    cuts = np.flatnonzero(np.diff(row["segment_ids"])) + 1
+    pieces = {name: np.split(values, cuts) for name, values in row.items()}
+    for index in range(len(cuts) + 1):
+        yield {name: values[index] for name, values in pieces.items()}

@@ -1,0 +1,142 @@
+"""Documents with random access, and the split that keeps some of them away from training."""
+
+import dataclasses
+import glob
+import hashlib
+import operator
+import os
+import sysconfig
+from collections.abc import Sequence
+
+import numpy as np
+
+from ring_attention.checks import require_field
+from ring_attention.data.config import PYTHON_STDLIB, DataConfig
+from ring_attention.data.files import DocumentFile, NotUtf8Error, UnusableFileError, open_document_file
+
+# Third-party code differs from machine to machine; the standard library is the same for one Python version.
+NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text, never empty, in UTF-8, and what it is called."""
+
+    name: str
+    text: bytes
+
+
+class DocumentSource:
+    """A sequence of documents, read on access; fits `grain.MapDataset.source`."""
+
+    def __init__(self, files: Sequence[DocumentFile], places: np.ndarray):
+        """`places`, int64 [documents, 2]: the number of a document's file, and of the document in that file."""
+        self._files, self._places = files, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Document:
+        file, place = self._places[operator.index(index)]
+        return Document(self._files[file].name(place), self._files[file].text(place))
+
+    def names(self) -> list[str]:
+        """Name each document, without reading any."""
+        return [self._files[file].name(place) for file, place in self._places]
+
+    def where(self, chosen: np.ndarray) -> "DocumentSource":
+        """Keep the documents for which `chosen`, bool [documents], holds, in the same order."""
+        return DocumentSource(self._files, self._places[chosen])
+
+    def digest(self) -> str:
+        """Hash the documents' names in their order: a saved position is good where the digest is the same."""
+        return hashlib.blake2b("\n".join(self.names()).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def open_documents(config: DataConfig) -> DocumentSource:
+    """Open the documents that `config.paths` names, sorted by name; empty ones are left out.
+
+    A document's name is its path below the fixed part of its glob ("/data/**/*.txt" names /data/a/b.txt "a/b.txt"), so
+    that it survives a move to another machine, followed by ":line" in a JSONL file. A file that several globs match
+    counts once. Every file is read and checked here, once; `files.py` says what stays in memory.
+
+    Raises ConfigError if a glob matches no file, or a file cannot be read, is not UTF-8, or is JSONL with a line that
+    is not a JSON object with text in `config.text_field`. Of the standard library, files that are deliberately not
+    UTF-8 (test data for the parser) are left out instead.
+    """
+    is_stdlib = config.paths.strip() == PYTHON_STDLIB
+    found = _stdlib_files() if is_stdlib else _matching_files(config.paths)
+    files = []
+    for name, path in sorted(found):
+        try:
+            files.append(open_document_file(path, name, config.text_field))
+        except UnusableFileError as error:
+            skip = is_stdlib and isinstance(error, NotUtf8Error)
+            value = getattr(config, error.field)
+            require_field(skip, f"data.{error.field}", value, error.problem, error.remedy)
+    counts = [len(documents) for documents in files]
+    require_field(sum(counts) > 0, "data.paths", config.paths, "every file is empty", "name files that hold text")
+    file_numbers, numbers_in_file = np.repeat(np.arange(len(files)), counts), np.concatenate([*map(np.arange, counts)])
+    return DocumentSource(files, np.stack([file_numbers, numbers_in_file], axis=1))
+
+
+def split_documents(source: DocumentSource, holdout_fraction: float) -> tuple[DocumentSource, DocumentSource]:
+    """Split into (train, held out): about `holdout_fraction` of the documents are held out.
+
+    A hash of its name alone decides about a document, so documents that come or go leave the others on their side, and
+    a larger fraction only adds to those held out. Raises ConfigError if either side would be empty.
+    """
+    held_out = np.array([_hash_fraction(name) < holdout_fraction for name in source.names()], bool)
+    for side, name in ((held_out, "held out"), (~held_out, "left to train on")):
+        require_field(
+            side.any(),
+            "data.holdout_fraction",
+            holdout_fraction,
+            f"none of the {len(source)} documents is {name}",
+            "give more documents (JSONL holds one a line) or bring the fraction closer to 0.5",
+        )
+    return source.where(~held_out), source.where(held_out)
+
+
+def _hash_fraction(name: str) -> float:
+    """Map a name to a number in [0, 1), the same on every machine."""
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _stdlib_files() -> list[tuple[str, str]]:
+    """List (name, path) of the standard library's own Python files."""
+    root = sysconfig.get_paths()["stdlib"]
+    names = glob.glob("**/*.py", root_dir=root, recursive=True)
+    return [(name, os.path.join(root, name)) for name in names if NOT_STDLIB.isdisjoint(name.split(os.sep))]
+
+
+def _matching_files(paths: str) -> list[tuple[str, str]]:
+    """List (name, path) of the files that match any of the globs in `paths`, each file once."""
+    found = {}
+    for pattern in filter(None, (pattern.strip() for pattern in paths.split(","))):
+        matches = _matches(pattern)
+        remedy = f"looked from {os.getcwd()}, check the spelling"
+        if os.path.isdir(os.path.expanduser(pattern)):
+            remedy = f"it is a directory, write '{pattern.rstrip(os.sep)}/**/*.txt'"
+        require_field(bool(matches), "data.paths", paths, f"no file matches {pattern!r}", remedy)
+        for name, path in matches:
+            found.setdefault(os.path.realpath(path), (name, path))
+    return list(found.values())
+
+
+def _matches(pattern: str) -> list[tuple[str, str]]:
+    """List (name, path) of the files that match one glob, sorted."""
+    root, relative = _fixed_part(os.path.expanduser(pattern))
+    names = sorted(glob.glob(relative, root_dir=root or None, recursive=True))
+    return [(name, os.path.join(root, name)) for name in names if os.path.isfile(os.path.join(root, name))]
+
+
+def _fixed_part(pattern: str) -> tuple[str, str]:
+    """Cut a glob into the directory before its first wildcard, and the rest."""
+    *directories, last = pattern.split(os.sep)
+    fixed = next((i for i, part in enumerate(directories) if glob.has_magic(part)), len(directories))
+    root = os.sep.join(directories[:fixed])
+    if fixed and not root:
+        root = os.sep
+    return root, os.sep.join([*directories[fixed:], last])

@@ -1,0 +1,129 @@
+"""Reads a compiled program: which collectives it runs, how often, how large, and what arrays it holds."""
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
+
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
+_ITEM_BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_ARRAY = re.compile(r"\b(" + "|".join(_ITEM_BYTES) + r")\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(?:-start)?\(")
+_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Array(NamedTuple):
+    """dtype (as HLO names it) and shape of one array of the program, on one device."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        return self.size * _ITEM_BYTES[self.dtype]
+
+
+class Collective(NamedTuple):
+    """A collective instruction of the program.
+
+    Attributes:
+      kind: one of KINDS.
+      arrays: what it gives one device each time it runs.
+      runs: how often it runs each time the program does, loops multiplied out.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+    runs: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it gives one device, over all its runs."""
+        return self.runs * sum(array.bytes for array in self.arrays)
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled program, given its `as_text()`.
+
+    Raises:
+      ValueError: if one stands in a loop whose number of turns the compiler does not state.
+    """
+    bodies = _computations(text)
+    runs = _runs(bodies)
+    found = []
+    for name, lines in bodies.items():
+        for line in lines:
+            if match := _COLLECTIVE.search(line):
+                if runs[name] is None:
+                    raise ValueError(f"a collective runs in a loop of unknown length: {line.strip()[:120]}")
+                arrays = tuple(_arrays(match[1]))
+                if "-start(" in line and len(arrays) > 1:  # (operands, results, contexts): keep the results
+                    arrays = arrays[1:2]
+                found.append(Collective(match[2], arrays, runs[name]))
+    return found
+
+
+def totals(text: str) -> dict[str, tuple[int, int]]:
+    """Kind -> (runs, bytes given to one device), for the collectives that the program has."""
+    sums = collections.defaultdict(lambda: (0, 0))
+    for item in collectives(text):
+        runs, size = sums[item.kind]
+        sums[item.kind] = (runs + item.runs, size + item.bytes)
+    return dict(sums)
+
+
+def arrays(text: str) -> set[Array]:
+    """Every array that an instruction of the program makes, fusions' inner values included."""
+    return set(_arrays(text))
+
+
+def _arrays(text: str) -> Iterator[Array]:
+    for dtype, dims in _ARRAY.findall(text):
+        yield Array(dtype, tuple(int(d) for d in dims.split(",") if d))
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Name -> lines of each computation; the entry is called "ENTRY"."""
+    bodies, current = {}, None
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = "ENTRY" if match[1] else match[2]
+            bodies[current] = []
+        elif current is not None:
+            bodies[current].append(line)
+    return bodies
+
+
+def _runs(bodies: dict[str, list[str]]) -> dict[str, int | None]:
+    """How often each computation runs in one run of the program; None where a loop's length is unknown.
+
+    A branch of a conditional counts as run. Called computations stand before their callers in the text.
+    """
+    runs: dict[str, int | None] = dict.fromkeys(bodies, 0)
+    runs["ENTRY"] = 1
+    for name in reversed(bodies):
+        for line in bodies[name]:
+            names = _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                names += [branch.strip().lstrip("%") for branch in branches.split(",")]
+            times = 1
+            if " while(" in line:
+                trips = _TRIPS.search(line)
+                times = int(trips[1]) if trips else None
+            for called in names:
+                here, before = runs[name], runs[called]
+                unknown = here is None or times is None or before is None
+                runs[called] = None if unknown else before + here * times
+    return runs

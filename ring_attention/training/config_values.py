@@ -1,0 +1,109 @@
+"""A `TrainConfig` as plain values and back, with every field's name and type checked."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ring_attention.checks import ConfigError
+from ring_attention.training.config import TrainConfig
+
+KIND_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return `config` as nested dicts of plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Undo `config_to_dict`. An int is taken where a float is declared; fields with a default may be absent.
+
+    Raises:
+      ConfigError: for a field that is unknown or missing, a value of another type, or one that the config refuses.
+    """
+    return _build(TrainConfig, values, section="")
+
+
+@functools.cache
+def field_kinds() -> dict[str, type]:
+    """Return the declared type of every field that holds a value, by dotted name: {"model.num_layers": int, ...}."""
+    return dict(_walk(TrainConfig, prefix=""))
+
+
+def unknown_field(field: str, value: Any) -> ConfigError:
+    """Return the error for a dotted name that is no field: what it may have meant, and what its section holds."""
+    section = field.rpartition(".")[0]
+    while section and not _members(section):
+        section = section.rpartition(".")[0]
+    if _members(field):
+        inside = ", ".join(_members(field))
+        return ConfigError(f"{field}={value!r}: is a section; set one of its fields: {inside}")
+    members = f"{section or 'the config'} has {', '.join(_members(section))}"
+    hint = did_you_mean(field, field_kinds())
+    return ConfigError(f"{field}={value!r}: there is no such field; {hint}{members}")
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return 'did you mean X? ' for the choice that ends as `name` does, else the one spelt most like it, else ''."""
+    choices = list(choices)
+    same_end = [choice for choice in choices if choice.rpartition(".")[2] == name.rpartition(".")[2]]
+    found = same_end[:1] or difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {found[0]}? " if found else ""
+
+
+def one_line(error: Exception) -> str:
+    """Return what `error` says, without line breaks."""
+    return " ".join(str(error).split())
+
+
+def _build(cls: type, values: Any, *, section: str) -> Any:
+    """Return an instance of the dataclass `cls`; `section` is its dotted name, empty for TrainConfig."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{section or 'config'}={values!r}: is a section; give an object with its fields")
+    kinds = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        field = f"{section}.{name}".removeprefix(".")
+        if name not in kinds:
+            raise unknown_field(field, value)
+        kind = kinds[name]
+        arguments[name] = _build(kind, value, section=field) if dataclasses.is_dataclass(kind) else _typed(field, value)
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            name = f"{section}.{field.name}".removeprefix(".")
+            raise ConfigError(f"{name} is missing: it has no default; give it a value")
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{section or 'config'}: {one_line(error)}") from error
+
+
+def _typed(field: str, value: Any) -> Any:
+    """Return `value` as the type that `field` declares, or ConfigError."""
+    kind = field_kinds()[field]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ConfigError(f"{field}={value!r}: is {type(value).__name__}; give {KIND_WORDS[kind]}")
+    return value
+
+
+def _walk(cls: type, prefix: str) -> Iterable[tuple[str, type]]:
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _walk(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def _members(section: str) -> list[str]:
+    """Return the names directly inside a section ("" is the whole config); none if there is no such section."""
+    prefix = f"{section}." if section else ""
+    inside = [field.removeprefix(prefix) for field in field_kinds() if field.startswith(prefix)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in inside))

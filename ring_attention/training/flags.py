@@ -1,0 +1,192 @@
+"""From the command line to a `TrainConfig`.
+
+    python train.py --config=configs/NAME.py --config.model.num_layers=4 --config.mesh.sp=8
+
+A config file defines `get_config() -> TrainConfig`; its docstring says the command, what it costs and what comes out.
+Whatever cannot work raises `ConfigError` with one line, before JAX looks for a device.
+"""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import math
+import re
+import runpy
+import textwrap
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict, config_flags
+
+from ring_attention.checks import ConfigError
+from ring_attention.training.config import TrainConfig
+from ring_attention.training.config_values import (
+    KIND_WORDS,
+    config_from_dict,
+    config_to_dict,
+    did_you_mean,
+    field_kinds,
+    one_line,
+    unknown_field,
+)
+
+_PROGRAM = "train.py"  # absl takes the first argument for the program's name
+
+
+def parse_config(argv: list[str], default: str) -> TrainConfig:
+    """Return the config that a command line asks for.
+
+    Args:
+      argv: the arguments after the program's name: `--config=PATH` and `--config.FIELD=VALUE`s, of which the last wins.
+        With `--help` the usage is printed and the process exits with 0.
+      default: the config file to take without `--config`; its folder is where files to suggest are looked for.
+
+    Raises:
+      ConfigError: in one line, for a file, field, value, flag or stray word that cannot be used.
+    """
+    if not {"-h", "-help", "--help"}.isdisjoint(argv):
+        print(usage(default))
+        raise SystemExit(0)
+    path, rest = _split_path(argv, default)
+    values = flatten_dict(config_to_dict(load_config(path, folder=Path(default).parent)), sep=".")
+    for field, text in _override_texts(rest).items():
+        values[field] = _read_text(field, text, example=values[field])
+    return config_from_dict(unflatten_dict(values, sep="."))
+
+
+def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainConfig:
+    """Return what `get_config()` of the file at `path` returns; `folder` holds the files to suggest if there is none.
+
+    Raises:
+      ConfigError: if the file is missing, fails, or does not give a TrainConfig.
+    """
+    flag = f"--config={path}"
+    if not Path(path).is_file():
+        files = _config_files(folder)
+        hint = did_you_mean(Path(path).stem, [file.stem for file in files])
+        choices = f"choose one of {', '.join(map(str, files))}" if files else f"{folder} holds no config to choose"
+        raise ConfigError(f"{flag}: there is no such file; {hint}{choices}")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config() if callable(get_config) else None
+    except Exception as error:  # whatever a config file does wrong, one line with the file's name is what helps
+        raise ConfigError(f"{flag}: {type(error).__name__}: {one_line(error)}; correct the file") from error
+    if not callable(get_config):
+        raise ConfigError(f"{flag}: defines no get_config; add `def get_config() -> TrainConfig` to the file")
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"{flag}: get_config returned {type(config).__name__}; let it return a TrainConfig")
+    return config
+
+
+def usage(default: str) -> str:
+    """Return the text of `--help`: how to write the command, the config files, and every field."""
+    files = [f"  {file}\n      {_first_line(file)}" for file in _config_files(Path(default).parent)]
+    lines = [
+        "Train a Transformer on sequences that are sharded across devices.",
+        "",
+        f"  python {_PROGRAM}   (the same as --config={default})",
+        f"  python {_PROGRAM} --config=configs/NAME.py",
+        f"  python {_PROGRAM} --config=configs/NAME.py --config.model.num_layers=4 --config.mesh.sp=8",
+        "",
+        "Config files:",
+        *files,
+        "",
+        "Fields (a config file sets them, --config.FIELD=VALUE overrides them):",
+        *_describe(TrainConfig, prefix="--config."),
+    ]
+    return "\n".join(lines)
+
+
+def _split_path(argv: list[str], default: str) -> tuple[str, list[str]]:
+    """Return the path that `--config` names, or `default`, and the arguments that remain."""
+    for arg in argv:  # absl's own flags would bring in, or hide, flags that are not on the command line
+        if arg.startswith("-") and _flag_name(arg) in ("flagfile", "undefok"):
+            raise _unknown_flag(arg)
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", default, "path of the config file", flag_values=values)
+    rest = _parse(values, argv, known_only=True)
+    return values["config"].value, rest
+
+
+def _override_texts(argv: list[str]) -> dict[str, str]:
+    """Return the text that `argv` gives to each dotted field; raise ConfigError for anything else in it."""
+    for arg, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name = _flag_name(arg)
+        field = name.removeprefix("config.")
+        if arg.startswith("-") and field != name and field not in field_kinds():
+            raise unknown_field(field, arg.partition("=")[2] if "=" in arg else following)
+    # Every field is text to ml_collections. It would go by the type of the value in the config file, and refuse 0.5
+    # where the file says learning_rate=1; here the declared type decides.
+    fields = ConfigDict(unflatten_dict(dict.fromkeys(field_kinds(), ""), sep="."))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", fields, flag_values=values, sys_argv=[_PROGRAM, *argv])
+    strays = _parse(values, argv)
+    if strays:
+        raise ConfigError(f"{strays[0]!r} is not a flag; write --config=PATH or --config.FIELD=VALUE, or see --help")
+    return config_flags.get_override_values(values["config"])
+
+
+def _parse(values: flags.FlagValues, argv: list[str], *, known_only: bool = False) -> list[str]:
+    """Parse `argv` into `values` and return the words it leaves; absl's errors become ConfigError."""
+    try:
+        return values([_PROGRAM, *argv], known_only=known_only)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(next(arg for arg in argv if _flag_name(arg) == error.flagname)) from None
+    except flags.Error as error:
+        raise ConfigError(f"{one_line(error)}; write --config=PATH or --config.FIELD=VALUE") from None
+
+
+def _flag_name(arg: str) -> str:
+    """Return what stands between the dashes and the equals sign."""
+    return arg.lstrip("-").partition("=")[0]
+
+
+def _unknown_flag(arg: str) -> ConfigError:
+    hint = did_you_mean(_flag_name(arg), ["--config", *(f"--config.{field}" for field in field_kinds())])
+    return ConfigError(
+        f"{arg}: there is no such flag; {hint}write --config=PATH or --config.FIELD=VALUE, or see --help"
+    )
+
+
+def _read_text(field: str, text: str, *, example: Any) -> Any:
+    """Return the value of `field` that `text` spells, or raise ConfigError; `example` is a value it may have."""
+    kind = field_kinds()[field]
+    readers = {int: int, float: float, str: str, bool: {"true": True, "false": False}.get}
+    try:
+        value = readers[kind](text)
+    except ValueError:
+        value = None
+    if value is None or (kind is float and not math.isfinite(value)):
+        raise ConfigError(f"{field}={text!r}: must be {KIND_WORDS[kind]}; write it like --config.{field}={example}")
+    return value
+
+
+def _config_files(folder: str | Path) -> list[Path]:
+    return sorted(file for file in Path(folder).glob("*.py") if not file.name.startswith("_"))
+
+
+def _first_line(file: Path) -> str:
+    """Return the first line of a Python file's docstring, empty if it has none or does not parse."""
+    try:
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    except (SyntaxError, ValueError):
+        docstring = None
+    return (docstring or "").partition("\n")[0]
+
+
+def _describe(cls: type, prefix: str) -> Iterator[str]:
+    """Yield a paragraph for every field under `cls`, in the words of the "Attributes" in its docstring."""
+    entries = re.findall(r"^ {2}(\w[\w, ]*): (.+(?:\n {4}.+)*)", inspect.getdoc(cls) or "", re.MULTILINE)
+    words = {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+    kinds = typing.get_type_hints(cls)
+    for name in sorted(kinds, key=lambda name: dataclasses.is_dataclass(kinds[name])):  # sections come last
+        if dataclasses.is_dataclass(kinds[name]):
+            yield from ["", *_describe(kinds[name], f"{prefix}{name}.")]
+        else:
+            yield f"  {prefix}{name}  {kinds[name].__name__}"
+            yield from textwrap.wrap(words.get(name, ""), 112, initial_indent=" " * 6, subsequent_indent=" " * 6)

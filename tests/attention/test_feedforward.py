@@ -1,0 +1,37 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ring_attention as ra
+from ring_attention.planning import compiled
+
+
+def _problem(T=26, M=6, F=64):
+    rng = np.random.default_rng(0)
+    up, down = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((M, F), (F, M)))
+    x = jnp.asarray(rng.standard_normal((2, T, M)), jnp.float32)
+    return lambda x: jax.nn.silu(x @ up) @ down, x
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 13, 25, 26, 100])
+def test_any_chunk_size_gives_the_value_and_gradient_of_the_whole(chunk_size):
+    fn, x = _problem()
+    loss = lambda f: lambda x: jnp.sin(f(x)).sum()  # noqa: E731
+    chunked = lambda x: ra.blockwise_feedforward(fn, x, chunk_size=chunk_size)  # noqa: E731
+    np.testing.assert_allclose(chunked(x), fn(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss(chunked))(x), jax.grad(loss(fn))(x), rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_activations_exist_for_one_chunk_only():
+    fn, x = _problem(T=256)
+    gradient = jax.jit(jax.grad(lambda x: ra.blockwise_feedforward(fn, x, chunk_size=16).sum()))
+    widest = lambda f: max(a.size for a in compiled.arrays(f.lower(x).compile().as_text()))  # noqa: E731
+    assert widest(gradient) <= 2 * 256 * 6
+    assert widest(jax.jit(jax.grad(lambda x: fn(x).sum()))) >= 2 * 256 * 64  # the control holds all of them
+
+
+def test_a_chunk_size_of_zero_is_refused():
+    fn, x = _problem()
+    with pytest.raises(ValueError, match="chunk_size=0 must be positive; use 26"):
+        ra.blockwise_feedforward(fn, x, chunk_size=0)

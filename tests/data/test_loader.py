@@ -1,0 +1,237 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from ring_attention.checks import ConfigError
+from ring_attention.data.config import DataConfig
+from ring_attention.data.files import JsonLinesFile
+from ring_attention.data.loader import READ_OPTIONS, TrainLoader, held_out_batches, held_out_segments
+from ring_attention.data.sources import open_documents, split_documents
+from ring_attention.data.tokenizers import load_tokenizer
+from ring_attention.parallel.layouts import LAYOUT_KINDS, SequenceLayout
+
+BYTES = load_tokenizer("bytes")
+START = BYTES.document_start
+NATURAL = SequenceLayout("contiguous", 1)
+FIELDS = ["tokens", "targets", "positions", "segment_ids", "loss_mask"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """60 documents of 5 to 400 random letters, about 12 KB."""
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    random = np.random.default_rng(0)
+    texts = [bytes(random.integers(97, 123, length).tolist()).decode() for length in random.integers(5, 400, 60)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return DataConfig(paths=str(path), holdout_fraction=0.3)
+
+
+def train_loader(config, *, seq_len=32, batch_size=3, layout=NATURAL):
+    return TrainLoader(config, BYTES, seq_len=seq_len, batch_size=batch_size, layout=layout)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def same(some, others):
+    assert len(some) == len(others)
+    return all(np.array_equal(a[name], b[name]) for a, b in zip(some, others, strict=True) for name in FIELDS)
+
+
+def train_texts(config):
+    train, _ = split_documents(open_documents(config), config.holdout_fraction)
+    return [document.text for document in train]
+
+
+def one_epoch(config):
+    """Batches, of 3 rows of 32 tokens, in an epoch."""
+    return sum(len(text) + 1 for text in train_texts(config)) // (3 * 32)
+
+
+def documents_of(batches):
+    """The documents in a run of batches, in order; the last one may be cut."""
+    tokens = np.concatenate([batch["tokens"].reshape(-1) for batch in batches])
+    return [bytes(document[1:].tolist()) for document in np.split(tokens, np.flatnonzero(tokens == START))[1:]]
+
+
+def test_a_batch_holds_int32_arrays_of_batch_and_sequence(config):
+    batch = next(train_loader(config, seq_len=48, batch_size=2))
+    assert list(batch) == FIELDS
+    assert {(x.shape, x.dtype) for x in batch.values()} == {((2, 48), np.dtype(np.int32))}
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+def test_every_field_is_dealt_and_targets_were_shifted_before(config, kind):
+    layout = SequenceLayout(kind, 4)
+    natural, dealt = next(train_loader(config)), next(train_loader(config, layout=layout))
+    for name in FIELDS:
+        assert np.array_equal(layout.unpermute(dealt[name], axis=1), natural[name])
+    assert np.array_equal(dealt["tokens"], natural["tokens"]) == (kind == "contiguous")
+    assert np.array_equal(natural["targets"][:, :-1], natural["tokens"][:, 1:])
+    # The target of a token is looked up by where the token came from, not by its neighbour in the batch.
+    order = layout.positions(32)
+    for row in range(3):
+        for place in np.flatnonzero(order < 31):
+            neighbour = np.flatnonzero(order == order[place] + 1)[0]
+            assert dealt["targets"][row, place] == dealt["tokens"][row, neighbour]
+
+
+def test_an_epoch_reads_every_training_document_once_and_no_other(config):
+    texts = train_texts(config)
+    read = documents_of(take(train_loader(config), one_epoch(config) + 20))
+    assert sorted(read[: len(texts)]) == sorted(texts)
+    assert set(read[:-1]) == set(texts)
+
+
+def test_every_epoch_has_its_own_order(config):
+    count = len(train_texts(config))
+    read = documents_of(take(train_loader(config), 2 * one_epoch(config) + 2))
+    first, second = read[:count], read[count : 2 * count]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert first != train_texts(config)
+
+
+def test_the_order_depends_on_the_seed_and_on_nothing_else(config):
+    other_seed = DataConfig(paths=config.paths, holdout_fraction=config.holdout_fraction, seed=7)
+    batches = take(train_loader(config), 5)
+    assert same(batches, take(train_loader(config), 5))
+    assert not same(batches, take(train_loader(other_seed), 5))
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+@pytest.mark.parametrize("where", ["at the start", "inside a document", "across an epoch"])
+def test_a_restored_loader_goes_on_bit_by_bit(config, kind, where):
+    layout = SequenceLayout(kind, 4)
+    consumed = {"at the start": 0, "inside a document": 3, "across an epoch": one_epoch(config) - 1}[where]
+    saved = train_loader(config, layout=layout)
+    take(saved, consumed)
+    state = json.loads(json.dumps(saved.get_state()))
+    assert (state["position"]["offset"] > 0) == (consumed > 0)
+    expected = take(saved, 6)
+    restored = train_loader(config, layout=layout)
+    restored.set_state(state)
+    assert same(expected, take(restored, 6))
+    restored.set_state(state)  # a loader that has run on can go back
+    assert same(expected, take(restored, 6))
+
+
+def test_restoring_reads_one_document_not_the_stream(config, monkeypatch):
+    saved = train_loader(config, seq_len=8, batch_size=1)
+    take(saved, 900)
+    state, expected = saved.get_state(), next(saved)
+    restored = train_loader(config, seq_len=8, batch_size=1)
+    read, text_of = [], JsonLinesFile.text
+    monkeypatch.setattr(JsonLinesFile, "text", lambda file, index: read.append(index) or text_of(file, index))
+    restored.set_state(state)
+    assert same([next(restored)], [expected])
+    assert state["position"]["documents"]["next_index"] > 30
+    assert len(read) <= 1 + READ_OPTIONS.prefetch_buffer_size  # what is read ahead
+
+
+def test_a_run_may_go_on_with_another_batch_size_length_and_layout(config):
+    saved = train_loader(config, seq_len=32, batch_size=3)
+    take(saved, 4)
+    other = train_loader(config, seq_len=16, batch_size=6, layout=SequenceLayout("striped", 4))
+    other.set_state(saved.get_state())
+    natural = SequenceLayout("striped", 4).unpermute(next(other)["tokens"], axis=1)
+    assert natural.reshape(-1).tolist() == next(saved)["tokens"].reshape(-1).tolist()
+
+
+def test_a_state_from_other_documents_or_another_seed_is_refused(config, tmp_path):
+    state = train_loader(config).get_state()
+    more = tmp_path / "documents.jsonl"
+    more.write_text(pathlib.Path(config.paths).read_text() * 2)
+    for other in (
+        DataConfig(paths=config.paths, holdout_fraction=0.3, seed=1),
+        DataConfig(paths=config.paths, holdout_fraction=0.4),
+        DataConfig(paths=str(more), holdout_fraction=0.3),
+    ):
+        with pytest.raises(
+            ValueError, match=r"the saved position is in \d+ training documents .*data\.seed=0, but this"
+        ):
+            train_loader(other).set_state(state)
+    state["corpus"]["digest"] = "another"
+    with pytest.raises(ValueError, match=r"\(digest another\) .* or start afresh$"):
+        train_loader(config).set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"seq_len": 36}, "seq_len=36 is not divisible by 2"),
+        ({"seq_len": 0}, "seq_len=0 must be positive"),
+        ({"batch_size": 0}, "batch_size=0 must be positive"),
+    ],
+)
+def test_sizes_are_checked_before_any_file_is_opened(sizes, message):
+    nowhere = DataConfig(paths="/nowhere/*.txt")
+    sizes = {"seq_len": 32, "batch_size": 4, "layout": SequenceLayout("zigzag", 4)} | sizes
+    with pytest.raises(ValueError, match=message):
+        TrainLoader(nowhere, BYTES, **sizes)
+    with pytest.raises(ValueError, match=message):
+        held_out_batches(nowhere, BYTES, num_sequences=4, **sizes)
+
+
+def held_out(config, *, num_sequences=8, batch_size=4, layout=NATURAL, seq_len=64):
+    sizes = {"seq_len": seq_len, "batch_size": batch_size, "num_sequences": num_sequences}
+    return held_out_batches(config, BYTES, layout=layout, **sizes)
+
+
+def test_held_out_rows_come_from_held_out_documents_each_at_most_once(config):
+    _, kept = split_documents(open_documents(config), config.holdout_fraction)
+    texts = [document.text for document in kept]
+    batches = held_out(config)
+    assert [batch["tokens"].shape for batch in batches] == [(4, 64)] * 2
+    *whole, last = documents_of(batches)
+    assert set(whole) <= set(texts)
+    assert len(whole) == len(set(whole)) > 1
+    assert any(text.startswith(last) for text in set(texts) - set(whole))
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+def test_held_out_batches_are_dealt_like_training_batches(config, kind):
+    layout = SequenceLayout(kind, 4)
+    for natural, dealt in zip(held_out(config), held_out(config, layout=layout), strict=True):
+        assert list(dealt) == FIELDS
+        assert all(np.array_equal(layout.unpermute(dealt[name], axis=1), natural[name]) for name in FIELDS)
+
+
+def test_the_evaluation_set_is_the_same_for_every_seed_and_batch_size(config):
+    other_seed = DataConfig(paths=config.paths, holdout_fraction=config.holdout_fraction, seed=7)
+    assert same(held_out(config), held_out(other_seed))
+    rows = np.concatenate([batch["tokens"] for batch in held_out(config, batch_size=2)])
+    assert np.array_equal(rows, np.concatenate([batch["tokens"] for batch in held_out(config)]))
+
+
+def test_segments_spell_exactly_the_targets_that_count(config):
+    segments = held_out_segments(config, BYTES, seq_len=64, num_sequences=8)
+    rows = [{name: batch[name][i] for name in FIELDS} for batch in held_out(config) for i in range(4)]
+    counted = b"".join(bytes(row["targets"][row["loss_mask"] == 1].tolist()) for row in rows)
+    assert b"".join(predicted for _, predicted in segments) == counted
+    assert all(predicted for _, predicted in segments)
+    # A row that goes on with a document shows one byte of it; a document's own beginning has no context.
+    contexts = {context for context, _ in segments}
+    assert b"" in contexts
+    assert {len(context) for context in contexts} == {0, 1}
+    shown = bytes(row["tokens"][0] for row in rows if row["tokens"][0] != START)
+    assert b"".join(context for context, _ in segments) == shown
+
+
+def test_too_little_held_out_text_is_an_error_with_a_remedy(config):
+    message = r"^data.holdout_fraction=0.3: the \d+ held-out documents fill \d+ rows of seq_len=64, need 4000; raise it"
+    with pytest.raises(ConfigError, match=message):
+        held_out(config, num_sequences=4000)
+
+
+def test_a_last_batch_of_another_shape_is_refused(config):
+    with pytest.raises(ValueError, match="num_sequences=6 is not divisible by batch_size=4; every evaluation batch"):
+        held_out(config, num_sequences=6)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ConfigError, match=r"data.seed=-1: must lie in \[0, 2\*\*32\)"):
+        DataConfig(seed=-1)

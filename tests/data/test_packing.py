@@ -1,0 +1,151 @@
+import itertools
+import json
+
+import grain
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ring_attention.data.packing import PackedRows, encode_document, segments
+from ring_attention.data.sources import Document
+from ring_attention.data.tokenizers import load_tokenizer
+
+START = 256
+FIELDS = ["tokens", "targets", "positions", "segment_ids", "loss_mask"]
+TEXTS = st.lists(st.binary(max_size=20), min_size=1, max_size=8)
+
+
+def packed(texts, seq_len, *, repeat=False):
+    tokenizer = load_tokenizer("bytes")
+    documents = grain.MapDataset.source([Document(str(i), text) for i, text in enumerate(texts)])
+    documents = documents.repeat() if repeat else documents
+    encoded = documents.map(lambda document: encode_document(document, tokenizer))
+    # No threads: hypothesis makes hundreds of these.
+    return PackedRows(
+        encoded.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), seq_len=seq_len
+    )
+
+
+def stream(texts):
+    return [token for text in texts for token in (START, *text)]
+
+
+def test_a_row_worked_out_by_hand():
+    first, second = packed([b"ab", b"cdefg", b"hi"], 5)
+    a, b, c, d, e, f, g, h = b"abcdefgh"
+    assert {name: values.tolist() for name, values in first.items()} == {
+        "tokens": [START, a, b, START, c],
+        "targets": [a, b, START, c, d],
+        "positions": [0, 1, 2, 0, 1],
+        "segment_ids": [1, 1, 1, 2, 2],
+        "loss_mask": [1, 1, 0, 1, 1],
+    }
+    assert {name: values.tolist() for name, values in second.items()} == {
+        "tokens": [d, e, f, g, START],
+        "targets": [e, f, g, START, h],
+        "positions": [2, 3, 4, 5, 0],
+        "segment_ids": [1, 1, 1, 1, 2],
+        "loss_mask": [1, 1, 1, 0, 1],
+    }
+
+
+def test_every_field_is_int32_of_the_rows_length():
+    row = next(iter(packed([b"abc"], 7, repeat=True)))
+    assert list(row) == FIELDS
+    assert {(values.dtype, values.shape) for values in row.values()} == {(np.dtype(np.int32), (7,))}
+
+
+def test_a_document_that_ends_with_its_row_has_no_target_beyond():
+    first, second = packed([b"abc", b"def"], 4)
+    assert first["targets"].tolist() == [*b"abc", START]
+    assert first["loss_mask"].tolist() == second["loss_mask"].tolist() == [1, 1, 1, 0]
+    assert second["segment_ids"].tolist() == [1, 1, 1, 1]
+
+
+@given(TEXTS, st.integers(1, 30))
+def test_every_token_stands_in_exactly_one_row_in_order(texts, seq_len):
+    rows = list(packed(texts, seq_len))
+    tokens = [token for row in rows for token in row["tokens"].tolist()]
+    whole = stream(texts)
+    assert tokens == whole[: len(tokens)]
+    assert len(whole) - len(tokens) < seq_len  # only the incomplete last row is dropped
+
+
+@given(TEXTS, st.integers(1, 30))
+def test_every_token_but_document_start_is_a_target_exactly_once(texts, seq_len):
+    count = -(-2 * len(stream(texts)) // seq_len)  # the rows of two epochs
+    rows = list(itertools.islice(packed(texts, seq_len, repeat=True), count))
+    learned = np.concatenate([row["targets"][row["loss_mask"] == 1] for row in rows]).tolist()
+    two_epochs = [byte for text in texts * 2 for byte in text]
+    assert learned[: len(two_epochs)] == two_epochs
+    assert START not in learned
+
+
+@given(TEXTS, st.integers(1, 30))
+def test_segments_are_documents_and_positions_count_within_them(texts, seq_len):
+    rows = list(packed(texts, seq_len))
+    tokens = np.concatenate([row["tokens"] for row in rows] or [[]])
+    positions = np.concatenate([row["positions"] for row in rows] or [[]])
+    expected = [position for text in texts for position in range(len(text) + 1)]
+    assert positions.tolist() == expected[: len(positions)]
+    assert np.array_equal(positions == 0, tokens == START)
+    for row in rows:
+        opened = np.cumsum(row["tokens"][1:] == START).tolist()
+        assert row["segment_ids"].tolist() == [1, *(1 + n for n in opened)]
+
+
+@given(TEXTS, st.integers(1, 30))
+def test_no_target_leaks_from_another_document(texts, seq_len):
+    for row in packed(texts, seq_len):
+        for segment in segments(row):
+            inside = segment["loss_mask"] == 1
+            assert inside[:-1].all()
+            assert np.array_equal(segment["targets"][:-1], segment["tokens"][1:])
+            if not inside[-1]:
+                assert segment["targets"][-1] == START
+
+
+@settings(max_examples=50)
+@given(TEXTS, st.integers(1, 12), st.integers(0, 12), st.integers(1, 12))
+def test_restoring_goes_on_exactly_where_it_was_even_with_other_row_lengths(texts, seq_len, consumed, next_len):
+    saved = iter(packed(texts, seq_len, repeat=True))
+    for _ in range(consumed):
+        next(saved)
+    state = json.loads(json.dumps(saved.get_state()))
+    restored = iter(packed(texts, next_len, repeat=True))
+    for _ in range(2):
+        next(restored)
+    restored.set_state(state)
+    assert restored.get_state() == state
+    endless = itertools.cycle(stream(texts))
+    expected = list(itertools.islice(endless, consumed * seq_len, consumed * seq_len + 3 * next_len))
+    tokens = [token for row in itertools.islice(restored, 3) for token in row["tokens"].tolist()]
+    assert tokens == expected
+
+
+def test_the_state_is_small_in_the_middle_of_a_long_document():
+    rows = iter(packed([b"x" * 100_000], 100))
+    for _ in range(500):
+        next(rows)
+    assert rows.get_state() == {"documents": {"next_index": 0}, "offset": 50_000}
+
+
+def test_segments_cut_every_field_at_the_same_places():
+    row = next(iter(packed([b"ab", b"c", b"def"], 8)))
+    cut = list(segments(row))
+    assert [segment["tokens"].tolist() for segment in cut] == [[START, *b"ab"], [START, *b"c"], [START, *b"de"]]
+    for name in FIELDS:
+        assert np.array_equal(np.concatenate([segment[name] for segment in cut]), row[name])
+
+
+def test_rows_without_length_are_refused():
+    with pytest.raises(ValueError, match="seq_len=0 must be positive"):
+        packed([b"abc"], 0)
+
+
+def test_documents_that_end_end_the_rows():
+    rows = iter(packed([b"abc"], 4))
+    next(rows)
+    with pytest.raises(StopIteration):
+        next(rows)

@@ -1,0 +1,127 @@
+import inspect
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ring_attention.checks import ConfigError
+from ring_attention.data.tokenizers import load_tokenizer
+
+TEXT = inspect.getsource(json.decoder) + "naïve 世界 🙂 "
+
+
+def byte_level_bpe(path, special_tokens=(), added_tokens=()):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=list(special_tokens),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.add_tokens(list(added_tokens))
+    tokenizer.save(str(path))
+    return load_tokenizer(str(path))
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    return byte_level_bpe(tmp_path_factory.mktemp("bpe") / "tokenizer.json")
+
+
+@given(st.binary())
+def test_bytes_come_back_as_they_were(text):
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == list(text)
+    assert tokenizer.token_bytes(ids) == text
+
+
+def test_the_byte_tokenizer_opens_documents_with_id_256_which_is_no_text():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.document_start) == (257, 256)
+    assert tokenizer.token_bytes([256, 65, 256]) == b"A"
+
+
+@given(st.text())
+def test_byte_level_bpe_gives_the_exact_bytes_back(bpe, text):
+    text = text.encode()
+    ids = bpe.encode(text)
+    assert ids.dtype == np.int32
+    assert bpe.token_bytes(ids) == text
+
+
+def test_the_bytes_of_a_token_do_not_depend_on_its_neighbours(bpe):
+    ids = bpe.encode(TEXT.encode())
+    pieces = [bpe.token_bytes([i]) for i in ids]
+    assert b"".join(pieces) == TEXT.encode()
+    assert max(map(len, pieces)) > 1  # merges were learned
+    assert bytes([0x96]) in pieces  # the middle of a character, which decoding token by token to text would lose
+
+
+def test_without_a_special_token_documents_open_with_a_new_id_past_the_vocabulary(bpe):
+    assert (bpe.vocab_size, bpe.document_start) == (321, 320)
+    assert bpe.token_bytes([320]) == b""
+
+
+@pytest.mark.parametrize("name", ["<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]"])
+def test_the_files_own_document_start_is_used(tmp_path, name):
+    tokenizer = byte_level_bpe(tmp_path / "t.json", special_tokens=["<pad>", name])
+    assert (tokenizer.vocab_size, tokenizer.document_start) == (320, 1)
+    assert tokenizer.token_bytes([1, 1]) == b""
+
+
+def test_a_special_token_spelled_out_in_a_text_is_text(tmp_path):
+    tokenizer = byte_level_bpe(tmp_path / "t.json", special_tokens=["<s>"])
+    ids = tokenizer.encode(b"a <s> b")
+    assert tokenizer.document_start not in ids
+    assert tokenizer.token_bytes(ids) == b"a <s> b"
+
+
+def test_an_ordinary_token_that_looks_like_a_document_start_is_not_taken_for_one(tmp_path):
+    tokenizer = byte_level_bpe(tmp_path / "t.json", added_tokens=["<s>"])
+    assert tokenizer.document_start == tokenizer.vocab_size - 1 == 321
+    assert tokenizer.token_bytes(tokenizer.encode(b"a <s> b")) == b"a <s> b"
+
+
+def test_tokens_added_in_plain_text_give_their_bytes(tmp_path):
+    tokenizer = byte_level_bpe(tmp_path / "t.json", added_tokens=["two words 世"])
+    text = "a two words 世 b".encode()
+    assert 320 in tokenizer.encode(text)
+    assert tokenizer.token_bytes(tokenizer.encode(text)) == text
+
+
+def test_a_vocabulary_that_is_not_byte_level_is_decoded_to_utf8(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "wörld": 1, "hello": 5}, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    assert tokenizer.vocab_size == 7  # ids up to 5, holes included, and one more for document_start
+    assert tokenizer.token_bytes([6, *tokenizer.encode("hello wörld".encode())]) == "hello wörld".encode()
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe"])
+def test_ids_outside_the_vocabulary_are_an_error(bpe, spec):
+    tokenizer = bpe if spec == "bpe" else load_tokenizer("bytes")
+    for unknown in (-1, tokenizer.vocab_size):
+        with pytest.raises(
+            ValueError, match=rf"token ids \[{unknown}\] are outside \[0, {tokenizer.vocab_size}\); use"
+        ):
+            tokenizer.token_bytes([65, unknown])
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"^data.tokenizer='byte': is neither 'bytes' nor a file; give the path of a"):
+        load_tokenizer("byte")
+
+
+def test_a_file_that_is_no_tokenizer_is_an_error(tmp_path):
+    (tmp_path / "t.json").write_text('{"model": 3}')
+    with pytest.raises(ConfigError, match=r"^data.tokenizer='.*t.json': is no Hugging Face tokenizer \(.*\); give the"):
+        load_tokenizer(str(tmp_path / "t.json"))
