@@ -7,15 +7,14 @@ import grain
 import numpy as np
 
 from ring_attention.checks import require, require_divisible, require_field
-from ring_attention.data.config import DataConfig
 from ring_attention.data.packing import Example, PackedRows, encode_document, segments
-from ring_attention.data.sources import open_documents, split_documents
+from ring_attention.data.sources import DocumentSource
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.parallel.layouts import SequenceLayout
 
 Batch = dict[str, np.ndarray]
 
-# Evaluation sees the same rows whatever data.seed is, so that runs with different seeds can be compared.
+# Evaluation sees the same rows whatever the run's seed is, so that runs of different seeds can be compared.
 HELD_OUT_SEED = 0
 # Grain's default (16 threads, 500 documents) would hold gigabytes of long documents.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
@@ -26,20 +25,24 @@ class TrainLoader:
 
     A batch is a dict of int32 [batch_size, seq_len] arrays named tokens, targets, positions, segment_ids and loss_mask
     (`PackedRows` says what each holds), reordered along axis 1 from natural order to the layout's. Documents are
-    shuffled by `config.seed`, differently in each epoch; rows and batches run on across epochs.
+    shuffled by `seed`, differently in each epoch; rows and batches run on across epochs.
 
-    Raises ConfigError for documents that cannot be used, and ValueError for lengths that cannot be dealt, before any
-    file is opened.
+    Raises ValueError for sizes that are not positive and lengths that cannot be dealt.
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, batch_size: int, layout: SequenceLayout
+        self,
+        documents: DocumentSource,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        seq_len: int,
+        batch_size: int,
+        layout: SequenceLayout,
     ):
         _require_sizes(layout, seq_len=seq_len, batch_size=batch_size)
-        train, _ = split_documents(open_documents(config), config.holdout_fraction)
-        self._corpus = {"documents": len(train), "digest": train.digest(), "seed": config.seed}
-        documents = grain.MapDataset.source(train).shuffle(config.seed).repeat()
-        rows = _packed_rows(documents, tokenizer, seq_len)
+        self._corpus = {"documents": len(documents), "digest": documents.digest(), "seed": seed}
+        rows = _packed_rows(grain.MapDataset.source(documents).shuffle(seed).repeat(), tokenizer, seq_len)
         self._batches = iter(rows.batch(batch_size, batch_fn=functools.partial(_deal, layout=layout)))
 
     def __iter__(self) -> "TrainLoader":
@@ -66,58 +69,48 @@ class TrainLoader:
         self._batches.set_state(state["position"])
 
 
-def held_out_batches(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    batch_size: int,
-    num_sequences: int,
-    layout: SequenceLayout,
-) -> list[Batch]:
-    """Build the fixed evaluation set: `num_sequences` rows as batches, with the fields and the order of TrainLoader's.
+def held_out_rows(
+    documents: DocumentSource, tokenizer: Tokenizer, *, seq_len: int, num_sequences: int
+) -> list[Example]:
+    """Pack the fixed evaluation set: `num_sequences` rows in natural order, each document read at most once.
 
-    The rows come from the held-out documents, each read at most once, in an order that does not depend on
-    `config.seed`. Raises ConfigError if these documents do not fill the rows, and ValueError if `batch_size` does not
-    divide `num_sequences` or the length cannot be dealt.
+    Their order does not depend on the run's seed. Raises ConfigError if the documents do not fill the rows.
     """
-    _require_sizes(layout, seq_len=seq_len, batch_size=batch_size, num_sequences=num_sequences)
+    shuffled = grain.MapDataset.source(documents).shuffle(HELD_OUT_SEED)
+    rows = list(itertools.islice(_packed_rows(shuffled, tokenizer, seq_len), num_sequences))
+    require_field(
+        len(rows) == num_sequences,
+        "eval_sequences",
+        num_sequences,
+        f"the {len(documents)} held-out documents fill only {len(rows)} rows of seq_len={seq_len}",
+        "raise data.holdout_fraction, give more text, or evaluate fewer or shorter sequences",
+    )
+    return rows
+
+
+def deal_batches(rows: list[Example], *, batch_size: int, layout: SequenceLayout) -> list[Batch]:
+    """Batch rows, with the fields and the order of TrainLoader's.
+
+    Raises ValueError if `batch_size` does not divide their number or their length cannot be dealt.
+    """
+    _require_sizes(layout, seq_len=len(rows[0]["tokens"]), batch_size=batch_size)
     remedy = "every evaluation batch has the same shape, so choose a multiple"
-    require_divisible("num_sequences", num_sequences, "batch_size", batch_size, remedy)
-    rows = _held_out_rows(config, tokenizer, seq_len, num_sequences)
-    return [_deal(rows[start : start + batch_size], layout) for start in range(0, num_sequences, batch_size)]
+    require_divisible("number of rows", len(rows), "batch_size", batch_size, remedy)
+    return [_deal(rows[start : start + batch_size], layout) for start in range(0, len(rows), batch_size)]
 
 
-def held_out_segments(
-    config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, num_sequences: int
-) -> list[tuple[bytes, bytes]]:
-    """Spell the rows of `held_out_batches` in bytes, for references without tokens: (context, predicted) per segment.
+def spell_rows(rows: list[Example], tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
+    """Spell rows in bytes, for references without tokens: (context, predicted) for each segment.
 
     `context` is the segment's first token, which the row shows but does not ask for (b"" if it is `document_start`);
     `predicted` are the targets that count (loss_mask 1), in order. Segments without such targets are left out.
     """
-    rows = _held_out_rows(config, tokenizer, seq_len, num_sequences)
     pairs = [
         (tokenizer.token_bytes(segment["tokens"][:1]), tokenizer.token_bytes(_counted_targets(segment)))
         for row in rows
         for segment in segments(row)
     ]
     return [(context, predicted) for context, predicted in pairs if predicted]
-
-
-def _held_out_rows(config: DataConfig, tokenizer: Tokenizer, seq_len: int, num_sequences: int) -> list[Example]:
-    """Pack the evaluation set's rows, in natural order."""
-    _, held_out = split_documents(open_documents(config), config.holdout_fraction)
-    documents = grain.MapDataset.source(held_out).shuffle(HELD_OUT_SEED)
-    rows = list(itertools.islice(_packed_rows(documents, tokenizer, seq_len), num_sequences))
-    require_field(
-        len(rows) == num_sequences,
-        "data.holdout_fraction",
-        config.holdout_fraction,
-        f"the {len(held_out)} held-out documents fill {len(rows)} rows of seq_len={seq_len}, need {num_sequences}",
-        "raise it, give more text, or evaluate fewer or shorter sequences",
-    )
-    return rows
 
 
 def _packed_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int) -> PackedRows:

@@ -82,12 +82,12 @@ class ModelConfig:
         layer = attention + 3 * self.model_dim * self.ffn_dim + 2 * self.model_dim
         return self.num_layers * layer + 2 * self.vocab_size * self.model_dim + self.model_dim
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations of one training step per token: 6 per weight, plus causal attention's own.
+    def training_flops(self, tokens: int, visible_pairs: int) -> float:
+        """Floating-point operations of a training step: 6 per weight and token, plus attention's own.
 
-        Attention counts its two products forward (2 * 2*H*D*T, half of them visible) and 2.5 times that backward; what
-        rematerialisation repeats is not counted (model FLOPs, as in the PaLM paper, appendix B).
+        Attention counts its two products forward, 4*H*D operations for each (query, key) pair that the mask shows, and
+        2.5 times that backward. What rematerialisation repeats is not counted (model FLOPs, PaLM paper, appendix B).
         """
-        embedding = self.vocab_size * self.model_dim
-        attention_forward = 2 * self.num_heads * self.head_dim * seq_len * self.num_layers
-        return 6 * (self.num_parameters - embedding) + 3.5 * attention_forward
+        matrices = self.num_parameters - self.vocab_size * self.model_dim  # the embedding is looked up, not multiplied
+        attention = 4 * self.num_heads * self.head_dim * self.num_layers
+        return 6.0 * matrices * tokens + 3.5 * attention * visible_pairs

@@ -57,8 +57,8 @@ def check_fits(name: str, size: int, axis: str, mesh_shape: dict[str, int]) -> N
     shards = 1
     for mesh_axis in names:
         shards *= mesh_shape[mesh_axis]
-    words = " * ".join(f"{mesh_axis}={mesh_shape[mesh_axis]}" for mesh_axis in names)
-    require_divisible(name, size, f"the mesh's {words}", shards, f"use {-(-size // shards) * shards} or a smaller mesh")
+    need = -(-size // shards) * shards
+    require_divisible(name, size, "*".join(names), shards, f"use {need} or fewer devices on these axes of the mesh")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -161,9 +161,21 @@ class TrainConfig:
             f"use batch_size={-(-self.batch_size // accumulation) * accumulation}",
         )
         require_field(
+            self.eval_sequences % self.micro_batch_size == 0,
+            "eval_sequences",
+            self.eval_sequences,
+            f"is not divisible by the {self.micro_batch_size} sequences that run at once",
+            f"use eval_sequences={-(-self.eval_sequences // self.micro_batch_size) * self.micro_batch_size}",
+        )
+        require_field(
             self.optimizer.warmup_steps < self.num_steps,
             "optimizer.warmup_steps",
             self.optimizer.warmup_steps,
             f"must be less than num_steps={self.num_steps}",
             "shorten the warm-up or train for longer",
         )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that run at once, over all devices."""
+        return self.batch_size // self.optimizer.accumulation_steps

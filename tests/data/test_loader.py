@@ -7,7 +7,7 @@ import pytest
 from ring_attention.checks import ConfigError
 from ring_attention.data.config import DataConfig
 from ring_attention.data.files import JsonLinesFile
-from ring_attention.data.loader import READ_OPTIONS, TrainLoader, held_out_batches, held_out_segments
+from ring_attention.data.loader import READ_OPTIONS, TrainLoader, deal_batches, held_out_rows, spell_rows
 from ring_attention.data.sources import open_documents, split_documents
 from ring_attention.data.tokenizers import load_tokenizer
 from ring_attention.parallel.layouts import LAYOUT_KINDS, SequenceLayout
@@ -29,7 +29,12 @@ def config(tmp_path_factory):
 
 
 def train_loader(config, *, seq_len=32, batch_size=3, layout=NATURAL):
-    return TrainLoader(config, BYTES, seq_len=seq_len, batch_size=batch_size, layout=layout)
+    train, _ = split(config)
+    return TrainLoader(train, BYTES, seed=config.seed, seq_len=seq_len, batch_size=batch_size, layout=layout)
+
+
+def split(config):
+    return split_documents(open_documents(config), config.holdout_fraction)
 
 
 def take(batches, count):
@@ -42,7 +47,7 @@ def same(some, others):
 
 
 def train_texts(config):
-    train, _ = split_documents(open_documents(config), config.holdout_fraction)
+    train, _ = split(config)
     return [document.text for document in train]
 
 
@@ -167,22 +172,24 @@ def test_a_state_from_other_documents_or_another_seed_is_refused(config, tmp_pat
         ({"batch_size": 0}, "batch_size=0 must be positive"),
     ],
 )
-def test_sizes_are_checked_before_any_file_is_opened(sizes, message):
-    nowhere = DataConfig(paths="/nowhere/*.txt")
-    sizes = {"seq_len": 32, "batch_size": 4, "layout": SequenceLayout("zigzag", 4)} | sizes
+def test_sizes_that_cannot_be_dealt_are_refused(config, sizes, message):
     with pytest.raises(ValueError, match=message):
-        TrainLoader(nowhere, BYTES, **sizes)
-    with pytest.raises(ValueError, match=message):
-        held_out_batches(nowhere, BYTES, num_sequences=4, **sizes)
+        train_loader(config, **({"seq_len": 32, "batch_size": 4, "layout": SequenceLayout("zigzag", 4)} | sizes))
+
+
+def rows_of(config, *, num_sequences=8, seq_len=64):
+    _, kept = split(config)
+    return held_out_rows(kept, BYTES, seq_len=seq_len, num_sequences=num_sequences)
 
 
 def held_out(config, *, num_sequences=8, batch_size=4, layout=NATURAL, seq_len=64):
-    sizes = {"seq_len": seq_len, "batch_size": batch_size, "num_sequences": num_sequences}
-    return held_out_batches(config, BYTES, layout=layout, **sizes)
+    return deal_batches(
+        rows_of(config, num_sequences=num_sequences, seq_len=seq_len), batch_size=batch_size, layout=layout
+    )
 
 
 def test_held_out_rows_come_from_held_out_documents_each_at_most_once(config):
-    _, kept = split_documents(open_documents(config), config.holdout_fraction)
+    _, kept = split(config)
     texts = [document.text for document in kept]
     batches = held_out(config)
     assert [batch["tokens"].shape for batch in batches] == [(4, 64)] * 2
@@ -208,8 +215,8 @@ def test_the_evaluation_set_is_the_same_for_every_seed_and_batch_size(config):
 
 
 def test_segments_spell_exactly_the_targets_that_count(config):
-    segments = held_out_segments(config, BYTES, seq_len=64, num_sequences=8)
-    rows = [{name: batch[name][i] for name in FIELDS} for batch in held_out(config) for i in range(4)]
+    rows = rows_of(config)
+    segments = spell_rows(rows, BYTES)
     counted = b"".join(bytes(row["targets"][row["loss_mask"] == 1].tolist()) for row in rows)
     assert b"".join(predicted for _, predicted in segments) == counted
     assert all(predicted for _, predicted in segments)
@@ -222,13 +229,13 @@ def test_segments_spell_exactly_the_targets_that_count(config):
 
 
 def test_too_little_held_out_text_is_an_error_with_a_remedy(config):
-    message = r"^data.holdout_fraction=0.3: the \d+ held-out documents fill \d+ rows of seq_len=64, need 4000; raise it"
+    message = r"^eval_sequences=4000: the \d+ held-out documents fill only \d+ rows of seq_len=64; raise data"
     with pytest.raises(ConfigError, match=message):
         held_out(config, num_sequences=4000)
 
 
 def test_a_last_batch_of_another_shape_is_refused(config):
-    with pytest.raises(ValueError, match="num_sequences=6 is not divisible by batch_size=4; every evaluation batch"):
+    with pytest.raises(ValueError, match="number of rows=6 is not divisible by batch_size=4; every evaluation batch"):
         held_out(config, num_sequences=6)
 
 

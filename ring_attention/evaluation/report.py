@@ -1,0 +1,56 @@
+"""What a person reads when a run is done: its score beside honest references, and where to go from here."""
+
+from rich.console import Console
+from rich.table import Table
+
+from ring_attention.evaluation.byte_models import MAX_ORDER, ByteModel
+from ring_attention.training.config import TrainConfig
+from ring_attention.training.corpus import Corpus
+from ring_attention.training.heldout import HeldOut
+from ring_attention.training.loop import Result
+from ring_attention.training.plots import plot_losses
+from ring_attention.training.run_folder import RunFolder
+
+
+def byte_references(corpus: Corpus, held_out: HeldOut) -> dict[str, float]:
+    """Bits per byte, on the same held-out bytes, of byte models fitted on the whole training split."""
+    model = ByteModel.fit(document.text for document in corpus.train)
+    return {
+        f"byte model, order {order}": model.bits_per_byte(held_out.segments, order=order)
+        for order in range(MAX_ORDER + 1)
+    }
+
+
+def report(config: TrainConfig, folder: RunFolder, corpus: Corpus, result: Result) -> None:
+    """Draw the plot of the losses and print the scores, the run folder, and what to try next."""
+    references = byte_references(corpus, result.held_out)
+    plot_losses(
+        folder.metrics,
+        folder.loss_plot,
+        references=references,
+        ylabel="bits per byte",
+        title=f"{config.name}: {config.seq_len} tokens of context",
+        training="bits_per_byte",
+        heldout="heldout_bits_per_byte",
+    )
+    table = Table("model", "bits per byte", title=f"Held-out text, {result.held_out.num_bytes:,} bytes")
+    table.columns[1].justify = "right"
+    scores = references | {"this Transformer": result.heldout_bits_per_byte}
+    for name, bits in sorted(scores.items(), key=lambda item: -item[1]):
+        style = "bold" if name == "this Transformer" else ""
+        table.add_row(name, f"{bits:.3f}", style=style)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"Run folder: {folder.path}  (loss.png, metrics.jsonl, tensorboard/, checkpoints/, config.json)")
+    console.print("Next, for example:")
+    for line in _suggestions(config):
+        console.print(f"  {line}")
+
+
+def _suggestions(config: TrainConfig) -> list[str]:
+    longer = 4 * config.num_steps
+    return [
+        "python train.py --config=configs/cpu_32k.py   (32,768 tokens of context on this machine)",
+        "python train.py --config.data.paths='my/texts/**/*.txt' --config.run_dir=runs/mine   (your own text)",
+        f"python train.py --config.num_steps={longer} --config.run_dir=runs/longer   (train for longer)",
+    ]

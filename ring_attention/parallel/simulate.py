@@ -1,0 +1,40 @@
+"""Simulated devices: a ring of CPU devices on one machine, so that a laptop runs what a pod runs."""
+
+import os
+
+import jax
+
+_PATIENCE = {
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 600,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 7200,
+}
+"""XLA ends a process whose devices wait 40 seconds for each other; with many devices to a core a long hop takes more."""
+
+
+def simulate_devices(count: int) -> None:
+    """Give the CPU backend `count` devices, and the patience to let them take turns on few cores.
+
+    Call it before anything that touches an array. Flags that the user has set in XLA_FLAGS stay as they are. Where an
+    accelerator is the default backend, `jax.devices()` is not affected.
+
+    Raises:
+      RuntimeError: if the CPU backend has already started with fewer devices.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        _require_started_with(count)
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    extra = [f"--{name}={seconds}" for name, seconds in _PATIENCE.items() if f"--{name}=" not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *extra]).strip()
+
+
+def _require_started_with(count: int) -> None:
+    """Raise RuntimeError unless the backend that runs is an accelerator or has at least `count` devices."""
+    started = jax.device_count()
+    if jax.default_backend() == "cpu" and started < count:
+        raise RuntimeError(
+            f"JAX has started with {started} CPU devices, need {count}; call simulate_devices({count}) before anything "
+            "that touches an array or a device"
+        )

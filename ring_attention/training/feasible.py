@@ -1,0 +1,34 @@
+"""Whether a config can run on a mesh, decided before anything is opened or compiled."""
+
+from ring_attention.checks import ConfigError, require_field
+from ring_attention.data.tokenizers import Tokenizer
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.mesh import SEQUENCE
+from ring_attention.parallel.sharding import check_fits
+from ring_attention.training.config import TrainConfig
+
+
+def check_feasible(config: TrainConfig, mesh_shape: dict[str, int]) -> None:
+    """Raise ConfigError, naming the field, unless every sharded axis divides by its share of the mesh."""
+    model = config.model
+    try:
+        SequenceLayout(config.attention.layout, mesh_shape[SEQUENCE]).check_length(config.seq_len)
+        check_fits("batch_size / optimizer.accumulation_steps", config.micro_batch_size, "batch", mesh_shape)
+        check_fits("model.model_dim", model.model_dim, "model", mesh_shape)
+        check_fits("model.num_heads", model.num_heads, "heads", mesh_shape)
+        check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", mesh_shape)
+        check_fits("model.ffn_dim", model.ffn_dim, "ffn", mesh_shape)
+        check_fits("model.vocab_size", model.vocab_size, "vocab", mesh_shape)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError unless the embedding has a row for every token."""
+    require_field(
+        config.model.vocab_size >= tokenizer.vocab_size,
+        "model.vocab_size",
+        config.model.vocab_size,
+        f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens",
+        f"use at least {tokenizer.vocab_size}, rounded up to a multiple of the mesh's tp",
+    )

@@ -1,0 +1,41 @@
+"""The loss on held-out text."""
+
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from ring_attention.data.loader import deal_batches, held_out_rows, spell_rows
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.mesh import SEQUENCE
+from ring_attention.training.config import TrainConfig
+from ring_attention.training.corpus import Corpus
+from ring_attention.training.step import BATCH_SPEC, make_eval_step
+
+
+class HeldOut:
+    """The fixed rows that a run is measured on.
+
+    Attributes:
+      segments: the rows spelled in bytes, (context, predicted) for each segment.
+      num_bytes: bytes that are predicted.
+      bits_per_byte_of: bits per byte for one nat per token, on this text: tokens / (bytes * ln 2).
+    """
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, corpus: Corpus):
+        rows = held_out_rows(
+            corpus.held_out, corpus.tokenizer, seq_len=config.seq_len, num_sequences=config.eval_sequences
+        )
+        layout = SequenceLayout(config.attention.layout, mesh.shape[SEQUENCE])
+        batches = deal_batches(rows, batch_size=config.micro_batch_size, layout=layout)
+        self._batches = jax.device_put(batches, NamedSharding(mesh, BATCH_SPEC))
+        self._evaluate = make_eval_step(config, mesh)
+        self.segments = spell_rows(rows, corpus.tokenizer)
+        self.num_bytes = sum(len(predicted) for _, predicted in self.segments)
+        self._num_targets = sum(int(row["loss_mask"].sum()) for row in rows)
+        self.bits_per_byte_of = self._num_targets / (self.num_bytes * math.log(2))
+
+    def loss(self, params) -> float:
+        """Mean negative log-likelihood in nats per token."""
+        sums = [self._evaluate(params, batch) for batch in self._batches]
+        return sum(float(nats) for nats, _ in sums) / self._num_targets

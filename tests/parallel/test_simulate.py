@@ -1,0 +1,62 @@
+"""simulate_devices in processes of its own, because a backend starts only once in each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+SUM_OVER_DEVICES = """
+import os
+from ring_attention.parallel.simulate import simulate_devices
+simulate_devices({count})
+import jax
+total = jax.pmap(lambda x: jax.lax.psum(x, "sp"), axis_name="sp")(jax.numpy.ones(jax.device_count()))
+print(jax.device_count(), int(total[0]), os.environ["XLA_FLAGS"], sep="|")
+"""
+
+START_THEN_SIMULATE = """
+import jax
+from ring_attention.parallel.simulate import simulate_devices
+jax.config.update("jax_num_cpu_devices", 2)
+jax.devices()
+simulate_devices({count})
+print("accepted")
+"""
+
+
+def run(code, xla_flags=""):
+    env = os.environ | {"XLA_FLAGS": xla_flags, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_devices_appear_and_xla_accepts_the_flags():
+    done = run(SUM_OVER_DEVICES.format(count=3))
+    assert done.returncode == 0, done.stderr
+    devices, total, flags = done.stdout.strip().split("|")
+    assert (devices, total) == ("3", "3")
+    assert "--xla_cpu_collective_call_terminate_timeout_seconds=7200" in flags
+
+
+def test_the_users_flags_stay_and_win():
+    own = "--xla_cpu_multi_thread_eigen=false --xla_cpu_collective_call_terminate_timeout_seconds=99"
+    done = run(SUM_OVER_DEVICES.format(count=2), own)
+    assert done.returncode == 0, done.stderr
+    flags = done.stdout.strip().split("|")[2]
+    assert flags.startswith(own + " ")
+    assert flags.count("terminate_timeout") == 1
+
+
+def test_control_xla_ends_a_process_with_a_flag_it_does_not_know():
+    assert run(SUM_OVER_DEVICES.format(count=2), "--xla_cpu_no_such_flag=1").returncode != 0
+
+
+def test_a_started_backend_with_enough_devices_is_accepted():
+    done = run(START_THEN_SIMULATE.format(count=2))
+    assert done.stdout.strip() == "accepted", done.stderr
+
+
+def test_a_started_backend_with_too_few_devices_is_refused():
+    done = run(START_THEN_SIMULATE.format(count=4))
+    assert "RuntimeError: JAX has started with 2 CPU devices, need 4; call simulate_devices(4) before" in done.stderr
