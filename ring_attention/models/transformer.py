@@ -20,11 +20,11 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         V, M, L = config.vocab_size, config.model_dim, config.num_layers
         self.config = config
-        self.embed = normal_weight(rngs, ("vocab", "model"), (V, M), M)
+        self.embed = normal_weight(rngs, ("vocab", "model"), (V, M), 1)
         make_layers = nnx.split_rngs(splits=L)(nnx.vmap(lambda rngs: Layer(config, rngs)))
         self.layers = make_layers(rngs)  # one Layer whose parameters have a leading axis L
         self.norm = RMSNorm(config)
-        self.unembed = normal_weight(rngs, ("model", "vocab"), (M, V), M)
+        self.unembed = normal_weight(rngs, ("model", "vocab"), (M, V), M**2)  # near-uniform at first
 
     def token_losses(
         self,

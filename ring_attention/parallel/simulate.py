@@ -8,7 +8,7 @@ _PATIENCE = {
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 600,
     "xla_cpu_collective_call_terminate_timeout_seconds": 7200,
 }
-"""XLA ends a process whose devices wait 40 seconds for each other; with many devices to a core a long hop takes more."""
+"""XLA ends a process whose devices wait too long for each other, and with many to a core a long hop is a long wait."""
 
 
 def simulate_devices(count: int) -> None:

@@ -88,7 +88,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh):
         grads, loss, targets = gradients(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "targets": targets}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "targets": targets}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     batch = NamedSharding(mesh, BATCH_SPEC)

@@ -13,6 +13,7 @@ from oracle import (
     NAMES,
     assert_as_exact_as_dense,
     dense_errors,
+    errors,
     oracle,
     out_and_gradients,
     random_qkv,
@@ -57,40 +58,35 @@ def _ring_mesh(size):
     return ra.make_mesh(sp=size, devices=jax.devices()[:size])
 
 
-def _in_natural_order(attend, layout, segments=None):
-    """`attend(q, k, v, segment_ids=)`, which wants layout order, as a function of arrays in natural order."""
-    segments = None if segments is None else layout.permute(segments, 1)
-
-    def fn(q, k, v):
-        return layout.unpermute(attend(*(layout.permute(x, 1) for x in (q, k, v)), segment_ids=segments), 1)
-
-    return fn
-
-
 def _sharded(mesh, layout="contiguous", segments=None, axis_name="sp", **kwargs):
     """ra.ring_attention as a function of arrays in natural order."""
     layout = ra.SequenceLayout(layout, mesh.shape[axis_name])
-    attend = functools.partial(ra.ring_attention, mesh=mesh, axis_name=axis_name, layout=layout, **kwargs)
-    return _in_natural_order(attend, layout, segments)
+    kwargs |= dict(mesh=mesh, axis_name=axis_name, layout=layout)
+    kwargs |= dict(segment_ids=None if segments is None else layout.permute(segments, 1))
+
+    def attend(q, k, v):
+        return layout.unpermute(ra.ring_attention(*(layout.permute(x, 1) for x in (q, k, v)), **kwargs), 1)
+
+    return attend
 
 
-def _simulated(P, layout="contiguous", segments=None, **kwargs):
-    """A ring of any size on one device, as a function of arrays in natural order."""
+def _simulate(P, q, k, v, dout, layout="contiguous", segments=None, **kwargs):
+    """(out, dq, dk, dv) in natural order, from a ring of any size on one device."""
     layout = ra.SequenceLayout(layout, P)
 
-    def shards(x):
-        return x.reshape(x.shape[0], P, -1, *x.shape[2:])
+    # JAX cannot batch a custom backward pass that names the axis in a loop, so the gradient is taken on each shard.
+    def on_shard(q, k, v, dout, segment_ids):
+        attend = functools.partial(ra.ring_attention_shard, segment_ids=segment_ids, layout=layout, **kwargs)
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(dout)
 
-    def attend(q, k, v, segment_ids):
-        def on_shard(q, k, v, segment_ids):
-            return ra.ring_attention_shard(q, k, v, segment_ids=segment_ids, layout=layout, **kwargs)
+    def deal(x):
+        return layout.permute(x, 1).reshape(x.shape[0], P, -1, *x.shape[2:])
 
-        segment_ids = None if segment_ids is None else shards(jnp.asarray(segment_ids))
-        in_axes = (1, 1, 1, None if segment_ids is None else 1)
-        out = jax.vmap(on_shard, in_axes=in_axes, out_axes=1, axis_name="sp")(*map(shards, (q, k, v)), segment_ids)
-        return out.reshape(q.shape)
-
-    return _in_natural_order(attend, layout, segments)
+    in_axes = (1, 1, 1, 1, None if segments is None else 1)
+    run = jax.jit(jax.vmap(on_shard, in_axes=in_axes, out_axes=1, axis_name="sp"))
+    got = run(*map(deal, (q, k, v, dout)), None if segments is None else deal(segments))
+    return [layout.unpermute(x.reshape(like.shape), 1) for x, like in zip(got, (q, q, k, v), strict=True)]
 
 
 def _wrong(got, q, k, v, dout, **mask):
@@ -118,19 +114,20 @@ def test_is_as_exact_as_dense_attention_in_the_same_dtype(layout, P, K, packed, 
 
 
 @pytest.mark.parametrize(("P", "layout"), [(16, "zigzag"), (64, "striped")])
-def test_rings_larger_than_the_machine_are_exact(P, layout):
+def test_rings_larger_than_the_machine_are_exact_to_rounding(P, layout):
+    assert (P <= ring._LONGEST_UNROLLED) == (P == 16)  # one is unrolled, the other scanned
     qkv = random_qkv(P, 2, 256, 4, 2, 8)
     segments = random_segments(2, 2, 256)
-    assert P > ring._LONGEST_UNROLLED or layout == "zigzag"  # one is unrolled, the other scanned
-    got = out_and_gradients(_simulated(P, layout, segments), *qkv)
-    assert_as_exact_as_dense(got, *qkv, segment_ids=segments)
+    got, mask = _simulate(P, *qkv, layout, segments), dict(segment_ids=segments)
+    # Four times, where smaller rings have two: each merge rounds the float32 lse, which adds up as the root of P.
+    bounds = 4 * np.array(dense_errors(*qkv, **mask))
+    np.testing.assert_array_less(errors(got, oracle(*qkv, **mask)), bounds)
+    np.testing.assert_array_less(1000 * bounds, errors(got, oracle(*qkv)))  # the control: documents that leak
 
 
 def _bf16_errors(P):
     qkv = random_qkv(3, 1, 256, 2, 1, 8, dtype="bfloat16")
-    want = oracle(*qkv, causal=False)
-    got = out_and_gradients(_simulated(P, causal=False), *qkv)
-    return np.array([relative_error(g, w) for g, w in zip(got, want, strict=True)])
+    return np.array(errors(_simulate(P, *qkv, causal=False), oracle(*qkv, causal=False)))
 
 
 def test_the_error_of_bfloat16_does_not_grow_with_the_ring(monkeypatch):
@@ -231,8 +228,9 @@ def _seen_by(token, packed):
     return np.flatnonzero(later & (DOCUMENTS[0] == DOCUMENTS[0, token]) if packed else later)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("layout", LAYOUT_KINDS)
+@pytest.mark.parametrize(
+    ("layout", "packed"), [("contiguous", True), ("zigzag", False), ("zigzag", True), ("striped", True)]
+)
 def test_a_token_reaches_exactly_those_that_may_see_it(layout, packed):
     q, k, v, dout = random_qkv(14, 1, LENGTH, 4, 2, 8)
     attend = _sharded(_ring_mesh(4), layout, DOCUMENTS if packed else None)
@@ -284,11 +282,7 @@ def _segments_stay_at_home(patch):
     rotate = ring._Ring.rotate
 
     def mutant(self, tree):
-        following = rotate(self, tree)
-        if len(tree) == 3:
-            return (*following[:2], tree[2])
-        (block, dblock), (k, v, _) = tree, following[0]
-        return ((k, v, block[2]), following[1]) if len(block) == 3 else following
+        return jax.tree.map(lambda old, new: old if old.dtype == jnp.int32 else new, tree, rotate(self, tree))
 
     patch.setattr(ring._Ring, "rotate", mutant)
 
@@ -362,7 +356,7 @@ MUTANTS = {
     "takes the visitor for another shard": (_wrong_source, NAMES),
     "positions of another layout": (_positions_of_another_layout, NAMES),
     "segments do not travel": (_segments_stay_at_home, NAMES),
-    "merge averages": (_merge_averages, NAMES),
+    "merge averages": (_merge_averages, ("out", "dq", "dk")),
     "a hop is missing": (_last_step_of_the_loop_missing, NAMES),
     "backward with the hop's own lse": (_lse_of_the_hop, ("dq", "dk", "dv")),
     "stale keys and values in the backward pass": (_stale_keys_in_the_backward_pass, ("dq", "dk", "dv")),
@@ -378,14 +372,15 @@ MUTANTS = {
 def test_the_comparison_with_the_oracle_sees_what_a_ring_can_do_wrong(name, monkeypatch):
     mutate, wrong = MUTANTS[name]
     mutate(monkeypatch)
-    qkv = random_qkv(15, 2, 32, 4, 2, 8)
-    segments = random_segments(16, 2, 32, count=2)
-    got = out_and_gradients(_simulated(4, "zigzag", segments), *qkv)
+    qkv = random_qkv(15, 1, 48, 4, 2, 8)
+    segments = random_segments(16, 1, 48, count=2)
+    got = _simulate(3, *qkv, "zigzag", segments)
     assert _wrong(got, *qkv, segment_ids=segments) == set(wrong)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
+DEFAULT_SPEC = Spec(("dp", "fsdp"), "sp", "tp", None)
 BAD_CALLS = {
     "length, contiguous": (
         dict(T=50),
@@ -425,20 +420,19 @@ BAD_CALLS = {
     "spec without the ring": (
         {},
         dict(spec=Spec("sp", None)),
-        "spec=PartitionSpec('sp', None) must shard axis 1 (tokens) over 'sp' alone and leave axis 3 (head_dim) whole; "
-        "for example PartitionSpec(('dp', 'fsdp'), 'sp', 'tp', None)",
+        f"spec={Spec('sp', None)} must shard axis 1 (tokens) over 'sp' alone and leave axis 3 (head_dim) whole; "
+        f"for example {DEFAULT_SPEC}",
     ),
     "spec that cuts heads apart": (
         {},
         dict(spec=Spec(None, "sp", None, "tp")),
-        "spec=PartitionSpec(None, 'sp', None, 'tp') must shard axis 1 (tokens) over 'sp' alone and leave axis 3 "
-        "(head_dim) whole; for example PartitionSpec(('dp', 'fsdp'), 'sp', 'tp', None)",
+        f"spec={Spec(None, 'sp', None, 'tp')} must shard axis 1 (tokens) over 'sp' alone and leave axis 3 "
+        f"(head_dim) whole; for example {DEFAULT_SPEC}",
     ),
     "spec with an unknown axis": (
         {},
         dict(spec=Spec("rows", "sp")),
-        "spec=PartitionSpec('rows', 'sp') names 'rows', but the mesh has {'dp': 1, 'fsdp': 1, 'sp': 4, 'tp': 2}; "
-        "drop it from spec",
+        f"spec={Spec('rows', 'sp')} names 'rows', but the mesh has {dict(dp=1, fsdp=1, sp=4, tp=2)}; drop it from spec",
     ),
     "layout of another ring": (
         {},
@@ -506,6 +500,6 @@ def test_a_bad_call_on_slices_is_refused_too(shapes, message):
     shapes = dict(q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=(2, 5, 2, 8), segment_ids=(2, 5)) | shapes
     q, k, v, segment_ids = (jnp.zeros((4, *shape)) for shape in shapes.values())
     with pytest.raises(ValueError, match=re.escape(message)):
-        jax.vmap(
-            lambda q, k, v, ids: ra.ring_attention_shard(q, k, v, segment_ids=ids.astype(int)), axis_name="sp"
-        )(q, k, v, segment_ids)
+        jax.vmap(lambda q, k, v, ids: ra.ring_attention_shard(q, k, v, segment_ids=ids.astype(int)), axis_name="sp")(
+            q, k, v, segment_ids
+        )

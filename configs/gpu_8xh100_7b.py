@@ -1,0 +1,40 @@
+"""7B parameters at 131,072 tokens of context on one host with 8 H100 GPUs.
+
+    python train.py --config=configs/gpu_8xh100_7b.py \
+        --config.data.paths='/data/books/*.jsonl.gz' --config.data.tokenizer=/data/tokenizer.json
+
+PLACEHOLDER_GPU
+"""
+
+from ring_attention.models.config import ModelConfig
+from ring_attention.training.config import AttentionConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    """The shape of Llama 2 7B with grouped queries; one sequence a step, 16,384 tokens of it on each GPU."""
+    return TrainConfig(
+        name="gpu_8xh100_7b",
+        model=ModelConfig(
+            vocab_size=32_768,
+            num_layers=32,
+            model_dim=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            ffn_dim=11_008,
+            rope_theta=5_000_000.0,
+            compute_dtype="bfloat16",
+            ffn_chunk=4096,
+            loss_chunk=2048,
+        ),
+        seq_len=131_072,
+        batch_size=1,
+        num_steps=10_000,
+        mesh=MeshConfig(sp=8),
+        attention=AttentionConfig(layout="zigzag", block_q=1024, block_kv=1024, block_heads=8),
+        data=DataConfig(paths="data/*.jsonl.gz", tokenizer="tokenizer.json"),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500),
+        eval_every=500,
+        eval_sequences=8,
+        checkpoint_every=250,
+    )

@@ -1,0 +1,40 @@
+"""7B parameters at 1,048,576 tokens of context on a TPU v5e pod of 256 chips.
+
+    python train.py --config=configs/tpu_v5e_256_7b.py \
+        --config.data.paths='/data/books/*.jsonl.gz' --config.data.tokenizer=/data/tokenizer.json
+
+Run it on every host of the pod. PLACEHOLDER_TPU
+"""
+
+from ring_attention.models.config import ModelConfig
+from ring_attention.training.config import AttentionConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    """The shape of Llama 2 7B with grouped queries; one sequence a step, 4096 tokens of it on each chip."""
+    return TrainConfig(
+        name="tpu_v5e_256_7b",
+        model=ModelConfig(
+            vocab_size=32_768,
+            num_layers=32,
+            model_dim=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            ffn_dim=11_008,
+            rope_theta=50_000_000.0,
+            compute_dtype="bfloat16",
+            ffn_chunk=1024,
+            loss_chunk=1024,
+        ),
+        seq_len=1_048_576,
+        batch_size=1,
+        num_steps=10_000,
+        mesh=MeshConfig(sp=256),
+        attention=AttentionConfig(layout="zigzag", block_q=512, block_kv=1024, block_heads=8),
+        data=DataConfig(paths="data/*.jsonl.gz", tokenizer="tokenizer.json"),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500),
+        eval_every=500,
+        eval_sequences=4,
+        checkpoint_every=250,
+    )

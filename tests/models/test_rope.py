@@ -1,0 +1,78 @@
+import decimal
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ring_attention.models.rope import apply_rotary, rotary_tables
+
+PI = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+POSITIONS = [0, 1, 12_345, 10_000_000, 1_234_567_890, 2**31 - 1]
+
+
+def _exact_tables(positions, head_dim, theta):
+    """Cosines and sines by decimal arithmetic with 60 digits."""
+    with decimal.localcontext(prec=60):
+        angles = []
+        for j in range(0, head_dim, 2):
+            frequency = decimal.Decimal(theta) ** (decimal.Decimal(-j) / head_dim)
+            angles.append([float(p * frequency % (2 * PI)) for p in positions])
+    angles = np.array(angles).T
+    return np.cos(angles), np.sin(angles)
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(64, 500_000.0), (128, 10_000.0), (6, 2.5)])
+def test_angles_are_exact_at_any_position(head_dim, theta):
+    want = _exact_tables(POSITIONS, head_dim, theta)
+    got = rotary_tables(jnp.array(POSITIONS), head_dim, theta)
+    frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    naive = np.array(POSITIONS, np.float32)[:, None] * frequencies
+    for table, exact, naive_table in zip(got, want, (np.cos(naive), np.sin(naive)), strict=True):
+        assert table.dtype == jnp.float32
+        assert table.shape == (len(POSITIONS), head_dim // 2)
+        assert np.abs(table - exact).max() < 1e-6
+        assert np.abs(naive_table[3] - exact[3]).max() > 1e-2  # the control: float32 at position ten million
+
+
+def test_tables_take_positions_of_any_shape():
+    cos, sin = rotary_tables(jnp.arange(6).reshape(2, 3), 8, 10_000.0)
+    flat = rotary_tables(jnp.arange(6), 8, 10_000.0)
+    np.testing.assert_array_equal(cos.reshape(6, 4), flat[0])
+    np.testing.assert_array_equal(sin.reshape(6, 4), flat[1])
+
+
+def _scores(positions_of_q, positions_of_k, x, y, theta=10_000.0):
+    turn = lambda x, positions: apply_rotary(x, *rotary_tables(positions[None], x.shape[-1], theta))  # noqa: E731
+    return jnp.einsum("bthd,bshd->bhts", turn(x, positions_of_q), turn(y, positions_of_k))
+
+
+def test_scores_depend_on_differences_of_positions_only():
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal((1, 5, 2, 16)), jnp.float32) for _ in range(2))
+    positions = jnp.array([0, 1, 7, 100, 4000])
+    near = _scores(positions, positions, x, y)
+    for shift in (1, 9_999_999, 2_000_000_000):
+        np.testing.assert_allclose(_scores(positions + shift, positions + shift, x, y), near, atol=2e-5)
+    assert np.abs(_scores(positions + 1, positions, x, y) - near).max() > 0.1  # the control
+
+
+def test_pairs_are_turned_by_the_angle_and_keep_their_length():
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 4, 10)), jnp.float32)
+    positions = jnp.array([[3, 1, 4], [1, 5, 9]])
+    got = np.asarray(apply_rotary(x, *rotary_tables(positions, 10, 100.0)))
+    pair = np.asarray(x[..., 2]) + 1j * np.asarray(x[..., 7])  # the pair (x[j], x[j + D/2]) with j = 2
+    turned = pair * np.exp(1j * np.asarray(positions)[..., None] * 100.0 ** (-4 / 10))
+    np.testing.assert_allclose(got[..., 2] + 1j * got[..., 7], turned, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6)
+
+
+def test_dtype_is_kept_and_work_is_in_float32():
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 4, 2, 8)), jnp.bfloat16)
+    tables = rotary_tables(jnp.arange(1000, 1004)[None], 8, 10_000.0)
+    got = apply_rotary(x, *tables)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, apply_rotary(x.astype(jnp.float32), *tables).astype(jnp.bfloat16))
+    rough = apply_rotary(x.astype(jnp.float32), *(t.astype(jnp.bfloat16) for t in tables)).astype(jnp.bfloat16)
+    assert math.isfinite(float(rough.sum()))
+    assert not np.array_equal(got, rough)  # the control: tables in bfloat16 give other numbers

@@ -1,0 +1,79 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import ring_attention as ra
+from ring_attention.parallel.mesh import AXES, resolve_mesh_shape
+
+
+def test_by_default_all_devices_form_one_ring():
+    mesh = ra.make_mesh()
+    assert dict(mesh.shape) == dict(dp=1, fsdp=1, sp=8, tp=1)
+    assert mesh.axis_names == AXES
+    assert mesh.devices.ravel().tolist() == jax.devices()
+
+
+def test_tp_varies_fastest_over_the_devices_in_the_order_given():
+    devices = jax.devices()[::-1]
+    mesh = ra.make_mesh(dp=2, sp=2, tp=2, devices=devices)
+    np.testing.assert_array_equal(mesh.devices, np.array(devices).reshape(2, 1, 2, 2))
+    assert mesh.devices[0, 0, 0].tolist() == devices[:2]  # tp: neighbours
+    assert mesh.devices[0, 0, :, 0].tolist() == devices[:4:2]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "want"),
+    [
+        (dict(sp=2, fsdp=-1), (1, 4, 2, 1)),
+        (dict(dp=-1, sp=1), (8, 1, 1, 1)),
+        (dict(dp=2, fsdp=2, sp=-1, tp=2), (2, 2, 1, 2)),
+        (dict(sp=4, tp=2), (1, 1, 4, 2)),
+    ],
+    ids=str,
+)
+def test_minus_one_takes_what_the_others_leave(sizes, want):
+    assert tuple(ra.make_mesh(**sizes).shape.values()) == want
+
+
+def test_a_mesh_may_have_some_of_the_devices_only():
+    mesh = ra.make_mesh(devices=jax.devices()[2:5])
+    assert dict(mesh.shape) == dict(dp=1, fsdp=1, sp=3, tp=1)
+    assert mesh.devices.ravel().tolist() == jax.devices()[2:5]
+
+
+def test_shapes_are_resolved_for_any_number_of_devices_without_having_them():
+    assert resolve_mesh_shape(dict(dp=4, sp=-1), 4096) == dict(dp=4, sp=1024)
+    assert resolve_mesh_shape(dict(dp=4, sp=8), 32) == dict(dp=4, sp=8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            dict(sp=3),
+            "mesh dp=1, fsdp=1, sp=3, tp=1 needs exactly 3 devices, got 8; change the sizes or pass devices=",
+        ),
+        (
+            dict(tp=3),
+            "mesh dp=1, fsdp=1, sp=-1, tp=3 needs a multiple of 3 devices, got 8; change the sizes or pass devices=",
+        ),
+        (
+            dict(dp=-1),
+            "mesh has dp=-1, fsdp=1, sp=-1, tp=1; sizes must be positive, and one of them may be -1",
+        ),
+        (
+            dict(sp=0),
+            "mesh has dp=1, fsdp=1, sp=0, tp=1; sizes must be positive, and one of them may be -1",
+        ),
+        (
+            dict(sp=-2),
+            "mesh has dp=1, fsdp=1, sp=-2, tp=1; sizes must be positive, and one of them may be -1",
+        ),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_refused_in_words(sizes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ra.make_mesh(**sizes)

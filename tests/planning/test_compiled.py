@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as Spec
+
+import ring_attention as ra
+from ring_attention.planning import compiled
+
+SHARDED = Spec("sp")
+RING = [(i, (i + 1) % 8) for i in range(8)]
+
+
+def _program(fn, *shapes, out_specs=SHARDED, dtype="float32"):
+    """Text of `fn` compiled for eight devices, each with its slice of the leading axis."""
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    sharded = jax.shard_map(fn, mesh=ra.make_mesh(sp=8), in_specs=(SHARDED,) * len(args), out_specs=out_specs)
+    return jax.jit(sharded).lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind", "array"),
+    [
+        (lambda x: lax.all_gather(x, "sp", tiled=True), "all-gather", (24, 5)),
+        (lambda x: lax.psum_scatter(x, "sp", scatter_dimension=1, tiled=True), "reduce-scatter", (3, 1)),
+        (lambda x: lax.ppermute(x, "sp", RING), "collective-permute", (3, 5)),
+        (lambda x: lax.psum(x, "sp"), "all-reduce", (3, 5)),
+        (lambda x: lax.all_to_all(x, "sp", 1, 0, tiled=True), "all-to-all", None),
+    ],
+    ids=["all_gather", "psum_scatter", "ppermute", "psum", "all_to_all"],
+)
+def test_each_kind_of_collective_is_found_with_what_it_gives_a_device(fn, kind, array):
+    columns = 8 if kind in ("reduce-scatter", "all-to-all") else 5
+    out_specs = Spec() if kind == "all-reduce" else SHARDED
+    found = compiled.collectives(_program(fn, (24, columns), out_specs=out_specs))
+    assert [(item.kind, item.runs) for item in found] == [(kind, 1)]
+    if array is not None:
+        assert found[0].arrays == (compiled.Array("f32", array),)
+    assert found[0].bytes == 4 * (3 * 8 if array is None else array[0] * array[1])
+
+
+def test_a_loop_multiplies_what_stands_in_it():
+    def fn(x):
+        return lax.fori_loop(0, 5, lambda _, x: lax.pcast(jnp.sin(lax.psum(x, "sp")), "sp", to="varying"), x)
+
+    program = _program(fn, (24, 7))
+    assert [(item.kind, item.runs, item.bytes) for item in compiled.collectives(program)] == [
+        ("all-reduce", 5, 5 * 3 * 7 * 4)
+    ]
+    assert compiled.totals(program) == {"all-reduce": (5, 5 * 3 * 7 * 4)}
+
+
+def test_loops_in_loops_multiply_and_kinds_are_counted_apart():
+    def inner(_, x):
+        return jnp.sin(lax.ppermute(x, "sp", RING))
+
+    def outer(_, x):
+        x = lax.fori_loop(0, 3, inner, x)
+        return x + lax.psum_scatter(lax.all_gather(x, "sp", tiled=True), "sp", tiled=True)
+
+    totals = compiled.totals(_program(lambda x: lax.fori_loop(0, 4, outer, x), (16, 6)))
+    one = 2 * 6 * 4
+    assert totals == {
+        "collective-permute": (12, 12 * one),
+        "all-gather": (4, 4 * 8 * one),
+        "reduce-scatter": (4, 4 * one),
+    }
+
+
+def test_a_branch_counts_as_run():
+    def fn(x):
+        turn = lambda x: lax.ppermute(x, "sp", RING)  # noqa: E731
+        return lax.cond(lax.psum(x.sum(), "sp") > 0, turn, lambda x: -x, x)
+
+    assert compiled.totals(_program(fn, (16, 6)))["collective-permute"] == (1, 2 * 6 * 4)
+
+
+def test_a_program_without_collectives_has_none():
+    assert compiled.totals(_program(lambda x: jnp.sin(x), (16, 6))) == {}
+
+
+def test_a_collective_in_a_loop_of_unknown_length_is_refused():
+    def fn(x):
+        return lax.while_loop(lambda x: lax.psum(x.sum(), "sp") < 9.0, lambda x: 2 * lax.ppermute(x, "sp", RING), x)
+
+    program = _program(fn, (16, 6))
+    with pytest.raises(ValueError, match="a collective runs in a loop of unknown length: .*collective-permute"):
+        compiled.collectives(program)
+
+
+def test_a_loop_of_unknown_length_without_collectives_in_its_body_is_no_hindrance():
+    def fn(x):
+        x = lax.while_loop(lambda x: x.sum() < 9.0, lambda x: 2 * x, x)
+        return lax.ppermute(x, "sp", RING)
+
+    assert compiled.totals(_program(fn, (16, 6))) == {"collective-permute": (1, 2 * 6 * 4)}
+
+
+def test_arrays_are_all_that_instructions_make_in_their_dtype():
+    program = _program(lambda x: jnp.sin(x @ x.T).sum(1).astype(jnp.int8), (24, 5), dtype="float32")
+    found = compiled.arrays(program)
+    assert {compiled.Array("f32", (3, 5)), compiled.Array("f32", (3, 3)), compiled.Array("s8", (3,))} <= found
+    assert compiled.Array("bf16", (3, 7)).bytes == 42
+    assert compiled.Array("f32", ()).size == 1
+
+
+ASYNCHRONOUS = """HloModule step
+
+ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
+  %p0 = bf16[4,8]{1,0} parameter(0)
+  %start = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%p0), channel_id=1
+  %done = bf16[4,8]{1,0} collective-permute-done(%start)
+  %ag = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%done), channel_id=2, dimensions={0}
+  ROOT %agd = bf16[32,8]{1,0} all-gather-done(%ag)
+}
+"""
+
+
+def test_what_a_pod_starts_and_ends_apart_counts_once_with_its_result():
+    found = compiled.collectives(ASYNCHRONOUS)
+    assert [(item.kind, item.runs, item.bytes) for item in found] == [
+        ("collective-permute", 1, 64),
+        ("all-gather", 1, 512),
+    ]

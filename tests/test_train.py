@@ -1,0 +1,116 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from ring_attention.checks import ConfigError
+from ring_attention.training import loop
+from ring_attention.training.metrics import read_metrics
+
+ROOT = Path(train.__file__).parent
+TINY = "--config=configs/tiny.py"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The library's own documentation and source, which any checkout has."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for file in sorted(ROOT.glob("ring_attention/*/*.py")):
+        (folder / f"{file.parent.name}_{file.name}").write_bytes(file.read_bytes() + b"\n")
+    return f"--config.data.paths={folder}/*.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def run(corpus, folder, *flags):
+    train.main([TINY, corpus, "--config.data.holdout_fraction=0.3", f"--config.run_dir={folder}", *flags])
+    return losses(folder)
+
+
+def losses(folder):
+    """Every number of every step that does not depend on the clock, as written."""
+    return [
+        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        folder = tmp_path_factory.mktemp("finished")
+        return folder, run(corpus, folder)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_and_its_losses_are_bitwise_those_of_one_that_was_not(
+    corpus, finished, tmp_path, monkeypatch
+):
+    def lose_power_at_step_7(log, step, numbers, batch):
+        if step == 7:
+            raise KeyboardInterrupt
+        add(log, step, numbers, batch)
+
+    add = loop._Log.add
+    monkeypatch.setattr(loop._Log, "add", lose_power_at_step_7)
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus, tmp_path)
+    assert losses(tmp_path)[-1]["step"] < 12
+    monkeypatch.setattr(loop._Log, "add", add)
+    assert run(corpus, tmp_path) == finished[1]
+    assert [line["step"] for line in finished[1] if "loss" in line] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_readme_promises(finished):
+    folder, lines = finished
+    for name in ("config.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints/12"):
+        assert (folder / name).exists(), name
+    assert json.loads((folder / "config.json").read_text())["model"]["num_layers"] == 2
+    assert lines[0]["loss"] > lines[-2]["loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_trained_again_but_reported_again(corpus, finished, capsys):
+    folder, lines = finished
+    assert run(corpus, folder) == lines
+    screen = capsys.readouterr().out
+    assert "simulating 8 devices on" in screen
+    assert "byte model, order 2" in screen
+    assert f"Run folder: {folder}" in screen
+    assert "step 12/12" not in screen
+
+
+IMPOSSIBLE = {
+    "--config.seq_len=250": "seq_len=250 is not divisible by 2*sp (zigzag)=4; pad to 252",
+    "--config.model.model_dim=30": "model.model_dim=30 is not divisible by fsdp*sp=4; use 32 or fewer devices",
+    "--config.model.num_kv_heads=1": "model.num_kv_heads=1 is not divisible by tp=2; use 2 or fewer devices",
+    "--config.batch_size=3": "eval_sequences=4: is not divisible by the 3 sequences that run at once; use",
+    "--config.model.vocab_size=200": "model.vocab_size=200: the tokenizer 'bytes' has 257 tokens; use at least 257",
+    "--config.eval_sequences=100000": "eval_sequences=100000: the ",
+}
+
+
+@pytest.mark.parametrize("flag", IMPOSSIBLE)
+def test_an_impossible_combination_is_refused_before_anything_compiles(corpus, tmp_path, flag, monkeypatch):
+    monkeypatch.setattr(loop, "make_state", lambda *_: pytest.fail("went on to compile"))
+    with pytest.raises(ConfigError) as error:
+        run(corpus, tmp_path, flag)
+    assert IMPOSSIBLE[flag] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_is_one_line_on_stderr_and_exit_code_2():
+    command = [sys.executable, "train.py", TINY, "--config.model.num_layer=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("train.py: error: model.num_layer")
