@@ -41,61 +41,50 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) ->
 
     The losses after resuming are bitwise those of a run that was never interrupted, on the same machine and mesh.
     """
-    layout = SequenceLayout(config.attention.layout, mesh.shape[SEQUENCE])
-    loader = TrainLoader(
+    loader = _open_loader(config, mesh, corpus)
+    held_out = HeldOut(config, mesh, corpus)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        state = _start_or_resume(config, mesh, checkpoints, loader)
+        start = int(state.step)
+        train_step = make_train_step(config, mesh)
+        metrics = MetricsWriter(folder.metrics, folder.tensorboard, resume_step=start or None)
+        progress = TrainProgress(num_steps=config.num_steps, start_step=start, plain_every=config.log_every)
+        with metrics, progress:
+            log = _Log(config, metrics, progress, held_out, mesh)
+            for step in range(start + 1, config.num_steps + 1):
+                batch = next(loader)
+                state, numbers = train_step(state, jax.device_put(batch, sharding))
+                log.add(step, numbers, batch)
+                last = step == config.num_steps
+                if last or step % config.log_every == 0:
+                    log.flush()
+                if last or step % config.eval_every == 0:
+                    log.add_heldout(step, held_out.loss(state.params))
+                if last or step % config.checkpoint_every == 0:
+                    log.flush()  # what a checkpoint has seen must be in the metrics when a run resumes from it
+                    checkpoints.save(step, state, loader.get_state())
+    loss = held_out.loss(state.params) if log.heldout_loss is None else log.heldout_loss
+    return Result(start, loss * held_out.bits_per_byte_of, held_out)
+
+
+def _open_loader(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> TrainLoader:
+    return TrainLoader(
         corpus.train,
         corpus.tokenizer,
         seed=config.data.seed,
         seq_len=config.seq_len,
         batch_size=config.batch_size,
-        layout=layout,
+        layout=SequenceLayout(config.attention.layout, mesh.shape[SEQUENCE]),
     )
-    held_out = HeldOut(config, mesh, corpus)
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        state = _start_or_resume(config, mesh, checkpoints, loader)
-        start = int(state.step)
-        metrics = MetricsWriter(folder.metrics, folder.tensorboard, resume_step=start or None)
-        progress = TrainProgress(num_steps=config.num_steps, start_step=start, plain_every=config.log_every)
-        with metrics, progress:
-            log = _Log(config, metrics, progress, held_out, mesh)
-            state = _run_steps(config, mesh, state, loader, held_out, checkpoints, log)
-        loss = log.heldout_loss if log.heldout_loss is not None else held_out.loss(state.params)
-    return Result(start, loss * held_out.bits_per_byte_of, held_out)
 
 
 def _start_or_resume(config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints, loader: TrainLoader) -> TrainState:
     state = make_state(config, mesh)
     latest = checkpoints.latest_step()
-    if latest is None:
-        return state
-    state, position = checkpoints.restore(latest, abstract_like(state))
-    loader.set_state(position)
-    return state
-
-
-def _run_steps(
-    config: TrainConfig,
-    mesh: Mesh,
-    state: TrainState,
-    loader: TrainLoader,
-    held_out: HeldOut,
-    checkpoints: Checkpoints,
-    log: "_Log",
-) -> TrainState:
-    train_step = make_train_step(config, mesh)
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    for step in range(int(state.step) + 1, config.num_steps + 1):
-        batch = next(loader)
-        state, numbers = train_step(state, jax.device_put(batch, sharding))
-        log.add(step, numbers, batch)
-        last = step == config.num_steps
-        if last or step % config.eval_every == 0:
-            log.add_heldout(step, held_out.loss(state.params))
-        if last or step % config.checkpoint_every == 0:
-            log.flush()
-            checkpoints.save(step, state, loader.get_state())
-        elif last or step % config.log_every == 0:
-            log.flush()
+    if latest is not None:
+        state, position = checkpoints.restore(latest, abstract_like(state))
+        loader.set_state(position)
     return state
 
 
