@@ -19,7 +19,7 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
 from ring_attention.attention.masks import Hop, Tokens
-from ring_attention.attention.varying import vary_together
+from ring_attention.attention.varying import axes_of, vary_over, vary_together
 from ring_attention.checks import (
     require,
     require_attention_dtypes,
@@ -32,10 +32,6 @@ from ring_attention.parallel.mesh import DATA, FSDP, TENSOR
 
 SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
 """`checkpoint_name`s of what a remat policy must keep so that no ring runs twice."""
-
-_LONGEST_UNROLLED = 16
-"""Rings up to this size are unrolled: the compiler then overlaps any two hops. Longer ones take long to compile."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Ring:
@@ -58,9 +54,11 @@ class _Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, shift), tree)
 
     def scan(self, body, carry, steps: range):
-        """`body(carry, step) -> carry` over `steps`."""
-        unroll = self.size <= _LONGEST_UNROLLED
-        return lax.scan(lambda c, s: (body(c, s), None), carry, jnp.array(steps, jnp.int32), unroll=unroll)[0]
+        """`body(carry, step) -> carry` over `steps`.
+
+        A loop, not an unrolled one: the compiler would start all transfers at once, and memory would grow with P.
+        """
+        return lax.scan(lambda c, s: (body(c, s), None), carry, jnp.array(steps, jnp.int32))[0]
 
     def hop(self, step, length: int, q_segments, k_segments) -> Hop:
         """Where the resident queries and the keys that visit at `step` stand."""
@@ -137,14 +135,10 @@ def _attend(ring: _Ring, q, k, v, segments):
         following = ring.rotate(block)
         return online_softmax.merge(result, attend(step, block)), following
 
-    block = (k, v, segments)
-    if ring.size == 1:
-        out, lse = attend(0, block)
-    else:
-        following = ring.rotate(block)
-        result = attend(0, block)
-        result, block = ring.scan(body, (result, following), range(1, ring.size - 1))
-        out, lse = online_softmax.merge(result, attend(ring.size - 1, block))
+    axes = axes_of(q)
+    nothing = online_softmax.finish(vary_over(online_softmax.Running.empty(q.shape), axes))
+    result, block = ring.scan(body, (nothing, (k, v, segments)), range(ring.size - 1))
+    out, lse = online_softmax.merge(result, attend(ring.size - 1, block))
     return out.astype(q.dtype), lse
 
 
