@@ -50,7 +50,7 @@ def update(running: Running, s_rk: jax.Array, v_kD: jax.Array) -> Running:
 
 
 def finish(running: Running) -> tuple[jax.Array, jax.Array]:
-    """(out float32 [..., r, D], lse float32 [..., r])."""
+    """Normalise: out float32 [..., r, D] and lse float32 [..., r]."""
     empty = running.total == 0
     out = running.weighted / jnp.where(empty, 1.0, running.total)[..., None]
     lse = running.top / LOG2_E + jnp.log(jnp.where(empty, 1.0, running.total))

@@ -76,15 +76,15 @@ def backward(q_BtHD, k_BsKD, v_BsKD, whole: Whole, hop: Hop, scale: float, block
             q_nrD, k_msD, v_msD, dout_nrD, lse2_nr, delta_nr = args
 
             def one_key_tile(dq_nrD, j):
-                def add(i, grads, scores_rs):
-                    p_rs = jnp.exp2(scores_rs - lse2_nr[i][:, None])
-                    return _add_tile(grads, i, p_rs, q_nrD[i], k_msD[j], v_msD[j], dout_nrD[i], delta_nr[i])
+                def add(i, grads, scores_sr):
+                    p_sr = jnp.exp2(scores_sr - lse2_nr[i])
+                    return _add_tile(grads, i, p_sr, q_nrD[i], k_msD[j], v_msD[j], dout_nrD[i], delta_nr[i])
 
                 def add_full(i, grads):
-                    return add(i, grads, _scores(q_nrD[i], k_msD[j], scale))
+                    return add(i, grads, _scores(k_msD[j], q_nrD[i], scale))
 
                 def add_masked(i, grads):
-                    return add(i, grads, _hide(_scores(q_nrD[i], k_msD[j], scale), hop, i, j))
+                    return add(i, grads, _hide(_scores(k_msD[j], q_nrD[i], scale), hop, i, j, keys_are_rows=True))
 
                 def query_tile(i, grads):
                     return _by_kind(kinds[i, j], add_masked, add_full, i, grads)
@@ -103,29 +103,33 @@ def backward(q_BtHD, k_BsKD, v_BsKD, whole: Whole, hop: Hop, scale: float, block
     return _from_query_tiles(dq, t, q_size), _from_key_tiles(dk, s), _from_key_tiles(dv, s)
 
 
-def _add_tile(grads, i, p_rs, q_rD, k_sD, v_sD, dout_rD, delta_r):
-    """Add one tile's part to (dq, dk, dv); p holds its probabilities. dq and dk still lack the factor `scale`."""
+def _add_tile(grads, i, p_sr, q_rD, k_sD, v_sD, dout_rD, delta_r):
+    """Add one tile's part to (dq, dk, dv); dq and dk still lack the factor `scale`.
+
+    p holds the tile's probabilities with keys as rows: of the five products only dq's then has to transpose a tile.
+    """
     dq_nrD, dk_sD, dv_sD = grads
-    dp_rs = jnp.dot(dout_rD, v_sD.T, preferred_element_type=jnp.float32)
-    ds_rs = (p_rs * (dp_rs - delta_r[:, None])).astype(q_rD.dtype)
-    dv_sD += jnp.dot(p_rs.astype(q_rD.dtype).T, dout_rD, preferred_element_type=jnp.float32)
-    dk_sD += jnp.dot(ds_rs.T, q_rD, preferred_element_type=jnp.float32)
-    dq_nrD = dq_nrD.at[i].add(jnp.dot(ds_rs, k_sD, preferred_element_type=jnp.float32))
+    dp_sr = jnp.dot(v_sD, dout_rD.T, preferred_element_type=jnp.float32)
+    ds_sr = (p_sr * (dp_sr - delta_r)).astype(q_rD.dtype)
+    dv_sD += jnp.dot(p_sr.astype(q_rD.dtype), dout_rD, preferred_element_type=jnp.float32)
+    dk_sD += jnp.dot(ds_sr, q_rD, preferred_element_type=jnp.float32)
+    dq_nrD = dq_nrD.at[i].add(jnp.dot(ds_sr.T, k_sD, preferred_element_type=jnp.float32))
     return dq_nrD, dk_sD, dv_sD
 
 
-def _scores(q_rD, k_sD, scale: float):
-    """float32 [r, s] scores in base 2."""
-    return jnp.dot(q_rD, k_sD.T, preferred_element_type=jnp.float32) * (scale * LOG2_E)
+def _scores(rows_D, columns_D, scale: float):
+    """float32 [rows, columns] scores in base 2, of queries with keys or of keys with queries."""
+    return jnp.dot(rows_D, columns_D.T, preferred_element_type=jnp.float32) * (scale * LOG2_E)
 
 
-def _hide(s_rs, hop: Hop, i, j):
-    """Scores with -inf where the query does not see the key."""
+def _hide(scores, hop: Hop, i, j, keys_are_rows: bool = False):
+    """Scores of query tile i with key tile j, [r, s] or [s, r], with -inf where the query does not see the key."""
     mask_ts = visible(Hop(hop.queries[i], hop.keys[j], hop.causal))
     if mask_ts is None:
-        return s_rs
-    group = s_rs.shape[0] // mask_ts.shape[0]
-    return jnp.where(jnp.tile(mask_ts, (group, 1)), s_rs, -jnp.inf)
+        return scores
+    mask = mask_ts.T if keys_are_rows else mask_ts
+    group = scores.size // mask.size
+    return jnp.where(jnp.tile(mask, (1, group) if keys_are_rows else (group, 1)), scores, -jnp.inf)
 
 
 def _by_kind(kind, partial, full, index, carry):
