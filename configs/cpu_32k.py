@@ -22,6 +22,7 @@ def get_config() -> TrainConfig:
             head_dim=64,
             ffn_dim=384,
             rope_theta=100_000.0,
+            start_local=True,
         ),
         seq_len=32_768,
         batch_size=1,

@@ -6,7 +6,7 @@ Cost: about three and a half minutes on two CPU cores.
 """
 
 from ring_attention.models.config import ModelConfig
-from ring_attention.training.config import MeshConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -16,18 +16,21 @@ def get_config() -> TrainConfig:
         model=ModelConfig(
             vocab_size=264,
             num_layers=2,
-            model_dim=192,
-            num_heads=3,
+            model_dim=128,
+            num_heads=2,
             num_kv_heads=1,
-            head_dim=64,
-            ffn_dim=512,
+            head_dim=32,
+            ffn_dim=384,
+            rope_theta=10_000.0,
+            start_local=True,
         ),
         seq_len=4096,
         batch_size=1,
-        num_steps=300,
+        num_steps=420,
         mesh=MeshConfig(sp=8),
+        attention=AttentionConfig(layout="zigzag", block_q=128, block_kv=128),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, final_fraction=0.05),
-        eval_every=100,
+        eval_every=140,
         eval_sequences=32,
-        checkpoint_every=100,
+        checkpoint_every=140,
     )

@@ -36,7 +36,7 @@ class Running(NamedTuple):
 
 
 def finite(top: jax.Array) -> jax.Array:
-    """Replace -inf by 0 in `top`, so that -inf - finite(-inf) is -inf rather than NaN."""
+    """Replace -inf by 0 in `top`: -inf less the result is then -inf rather than NaN."""
     return jnp.where(top == -jnp.inf, 0.0, top)
 
 

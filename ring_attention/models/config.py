@@ -26,6 +26,9 @@ class ModelConfig:
         so that no ring runs twice; "full" keeps the input alone; "none" keeps everything.
       ffn_chunk: tokens per device that the feed-forward works on at once.
       loss_chunk: tokens per device whose logits exist at once.
+      start_local: begin with attention to nearby tokens, by equal query and key weights and a direction that all
+        embeddings share, whose rotary similarity falls with distance. Without it attention begins even over the whole
+        context, and a small model takes long to find that neighbours matter (docs/experiments.md).
     """
 
     vocab_size: int
@@ -41,6 +44,7 @@ class ModelConfig:
     remat: str = "attention"
     ffn_chunk: int = 1024
     loss_chunk: int = 1024
+    start_local: bool = False
 
     def __post_init__(self):
         sizes = "vocab_size num_layers model_dim num_heads num_kv_heads head_dim ffn_dim ffn_chunk loss_chunk"

@@ -38,7 +38,7 @@ class RMSNorm(nnx.Module):
         self.scale = Weight(jnp.ones(config.model_dim, jnp.float32), axes=("norm",))
 
     def __call__(self, x_btM: jax.Array) -> jax.Array:
-        """x scaled to a root mean square of 1 and by the learned scale, in the dtype of x."""
+        """Scale each token to a root mean square of 1 and by the learned scale, in the dtype of x."""
         x = x_btM.astype(jnp.float32)
         x *= lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * self.scale.gathered(jnp.float32)).astype(x_btM.dtype)
@@ -51,6 +51,8 @@ class Attention(nnx.Module):
         M, H, K, D = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.query = normal_weight(rngs, ("model", "heads", "head_dim"), (M, H, D), M)
         self.key = normal_weight(rngs, ("model", "kv_heads", "head_dim"), (M, K, D), M)
+        if config.start_local:
+            self.query[...] = jnp.repeat(self.key[...], H // K, axis=1)
         self.value = normal_weight(rngs, ("model", "kv_heads", "head_dim"), (M, K, D), M)
         self.out = normal_weight(rngs, ("heads", "head_dim", "model"), (H, D, M), H * D * 2 * config.num_layers)
 

@@ -21,6 +21,8 @@ class Transformer(nnx.Module):
         V, M, L = config.vocab_size, config.model_dim, config.num_layers
         self.config = config
         self.embed = normal_weight(rngs, ("vocab", "model"), (V, M), 1)
+        if config.start_local:
+            self.embed[...] += jax.random.normal(rngs.params(), (1, M))
         make_layers = nnx.split_rngs(splits=L)(nnx.vmap(lambda rngs: Layer(config, rngs)))
         self.layers = make_layers(rngs)  # one Layer whose parameters have a leading axis L
         self.norm = RMSNorm(config)

@@ -33,6 +33,7 @@ from ring_attention.parallel.mesh import DATA, FSDP, TENSOR
 SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
 """`checkpoint_name`s of what a remat policy must keep so that no ring runs twice."""
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Ring:
     """What is the same for every step of a ring."""

@@ -1,0 +1,131 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as Spec
+from oracle import relative_error
+
+import ring_attention as ra
+from ring_attention.models.config import ModelConfig
+from ring_attention.models.transformer import Transformer, parameter_specs
+
+TINY = ModelConfig(
+    vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24, ffn_chunk=5
+)
+METHODS = dict(hidden=jnp.bfloat16, logits=jnp.float32)
+LENGTH = 32
+DOCUMENTS = np.repeat(np.array([[1, 2, 3]], np.int32), [13, 5, 14], axis=1)
+POSITIONS = np.concatenate([np.arange(13), np.arange(5), np.arange(14)])[None].astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 40, (1, LENGTH)).astype(np.int32)
+
+
+def _parameters(config):
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(0)), nnx.Param))
+
+
+def _on_mesh(config, mesh, method, layout="zigzag"):
+    """`fn(params, tokens, ...)` that calls a method of the Transformer; everything in natural order."""
+    layout = ra.SequenceLayout(layout, mesh.shape["sp"])
+    attend = functools.partial(ra.ring_attention_shard, layout=layout)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    tokens = Spec(("dp", "fsdp"), "sp")
+
+    def on_device(params, positions, segment_ids, *arrays):
+        model = nnx.merge(graph, params)
+        return getattr(model, method)(*arrays, positions=positions, segment_ids=segment_ids, attend=attend)
+
+    def fn(params, *arrays):
+        sharded = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(parameter_specs(config), *(tokens,) * (2 + len(arrays))),
+            out_specs=Spec(*tokens, "tp") if method == "logits" else tokens,
+        )
+        dealt = (layout.permute(jnp.asarray(x), 1) for x in (POSITIONS, DOCUMENTS, *arrays))
+        return layout.unpermute(sharded(params, *dealt), 1)
+
+    return jax.jit(fn)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_num_parameters_is_the_number_of_parameters(kv_heads):
+    config = dataclasses.replace(TINY, num_kv_heads=kv_heads, num_layers=3)
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: _parameters(config)))
+    assert sum(x.size for x in shapes) == config.num_parameters
+    assert {x.dtype for x in shapes} == {jnp.dtype("float32")}
+    assert sum(x.size for x in shapes) != TINY.num_parameters
+
+
+def test_specs_shard_every_matrix_over_the_ring_and_replicate_norms():
+    specs = parameter_specs(TINY)
+    assert specs["embed"] == Spec("tp", ("fsdp", "sp")) or specs["embed"] == Spec(("tp",), ("fsdp", "sp"))
+    shapes = jax.eval_shape(lambda: _parameters(TINY))
+    for (path, spec), shape in zip(
+        jax.tree.leaves_with_path(specs, is_leaf=lambda x: isinstance(x, Spec)), jax.tree.leaves(shapes), strict=True
+    ):
+        assert len(spec) <= len(shape.shape)
+        assert ("norm" in str(path)) != any(entry and "sp" in entry for entry in spec)
+
+
+def test_a_token_changes_the_logits_of_later_tokens_of_its_document_only():
+    params = _parameters(TINY)
+    logits = _on_mesh(TINY, ra.make_mesh(sp=4, tp=2), "logits")
+    before = np.asarray(logits(params, TOKENS))
+    assert before.shape == (1, LENGTH, 40)
+    for token in (0, 12, 13, 20, 31):
+        tokens = TOKENS.copy()
+        tokens[0, token] = (tokens[0, token] + 1) % 40
+        changed = (np.asarray(logits(params, tokens)) != before).any(axis=(0, 2))
+        reached = (np.arange(LENGTH) >= token) & (DOCUMENTS[0] == DOCUMENTS[0, token])
+        np.testing.assert_array_equal(changed, reached)
+    # and it is the same function on one device, so that nothing that should be seen is lost
+    alone = _on_mesh(TINY, ra.make_mesh(devices=jax.devices()[:1]), "logits")
+    assert relative_error(before, alone(params, TOKENS)) < 1e-5
+    assert relative_error(alone(params, (TOKENS + 1) % 40), before) > 0.1  # the control: other tokens
+
+
+def _gradients(config):
+    """Losses and gradients of the parameters, for a random weight of each token."""
+    weights = np.random.default_rng(1).standard_normal((1, LENGTH)).astype(np.float32)
+    losses = _on_mesh(config, ra.make_mesh(sp=2, tp=2, devices=jax.devices()[:4]), "token_losses")
+
+    @jax.jit
+    def run(params):
+        nats, vjp = jax.vjp(lambda params: losses(params, TOKENS, np.roll(TOKENS, -1, 1)), params)
+        return nats, vjp(jnp.asarray(weights))[0]
+
+    return run(_parameters(config))
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """Losses and gradients where every activation is kept."""
+    return _gradients(dataclasses.replace(TINY, remat="none"))
+
+
+@pytest.mark.parametrize("remat", ["attention", "full"])
+def test_what_is_kept_for_the_backward_pass_changes_no_gradient(remat, kept):
+    got = _gradients(dataclasses.replace(TINY, remat=remat))
+    jax.tree.map(lambda g, w: np.testing.assert_array_less(relative_error(g, w), 1e-5), got, kept)
+    smallest = min(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(kept))
+    assert smallest > 1e-3  # the control: no gradient is zero, so that zeros would not pass
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_and_gradients_in_float32(kept):
+    config = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    nats, grads = _gradients(config)
+    assert nats.dtype == jnp.float32
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    distances = jax.tree.leaves(jax.tree.map(relative_error, grads, kept[1]))
+    assert max(distances) < 0.1
+    assert min(distances) > 1e-4  # the control: float32 arithmetic would be closer
+
+
+def test_hidden_states_are_in_the_compute_dtype_and_logits_in_float32():
+    config, mesh = dataclasses.replace(TINY, compute_dtype="bfloat16"), ra.make_mesh(sp=4, tp=2)
+    dtypes = {m: jax.eval_shape(_on_mesh(config, mesh, m), _parameters(config), TOKENS).dtype for m in METHODS}
+    assert dtypes == METHODS

@@ -1,0 +1,148 @@
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import ring_attention as ra
+
+PACKAGE = pathlib.Path(ra.__file__).parent
+ROOMS = ("planning", "evaluation", "inference", "training", "data", "models", "parallel", "attention", "checks")
+"""Top to bottom, as DESIGN.md orders them: a room imports those to its right."""
+
+STRANGERS = {("data", "models"), ("models", "data")}
+LONGEST_MODULE = 400
+
+
+def _read_sources():
+    """Module name -> source, for every module of the package."""
+    sources = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = ["ring_attention", *path.relative_to(PACKAGE).with_suffix("").parts]
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return sources
+
+
+def _imports(sources):
+    """Module name -> names of the package's modules that it imports, anywhere in its source."""
+    graph = {}
+    for name, source in sources.items():
+        targets = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name} imports relatively; name the module in full"
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= {f"{n}" for n in inner if n in sources} or {node.module}
+                targets |= {node.module} if any(n not in sources for n in inner) else set()
+        graph[name] = {target for target in targets if target in sources}
+    return graph
+
+
+def _room(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def _wrong_imports(graph):
+    """Pairs (module, what it must not import)."""
+    wrong = set()
+    for module, targets in graph.items():
+        room = _room(module)
+        if room is None:  # the package's own __init__, above all rooms
+            continue
+        for target in targets:
+            other = _room(target)
+            upward = other is None or ROOMS.index(other) < ROOMS.index(room)
+            if upward or (room, other) in STRANGERS:
+                wrong.add((module, target))
+    return wrong
+
+
+def _circle(graph):
+    """Modules that import each other in a circle, in order, or None."""
+    done, path = set(), []
+
+    def visit(module):
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        path.append(module)
+        for target in sorted(graph[module]):
+            if found := visit(target):
+                return found
+        done.add(path.pop())
+        return None
+
+    return next((found for module in sorted(graph) if (found := visit(module))), None)
+
+
+SOURCES = _read_sources()
+GRAPH = _imports(SOURCES)
+
+
+def test_every_module_is_in_a_room_that_the_design_knows():
+    assert {_room(module) for module in GRAPH} - {None} <= set(ROOMS)
+    assert len(GRAPH) > 30
+    assert "ring_attention.checks" in GRAPH["ring_attention.parallel.ring"]
+
+
+def test_no_room_imports_one_above_it():
+    assert _wrong_imports(GRAPH) == set()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert _circle(GRAPH) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("ring_attention.attention.masks", "from ring_attention.parallel.mesh import DATA"),
+        ("ring_attention.parallel.ring", "import ring_attention.training.step"),
+        ("ring_attention.checks", "from ring_attention.attention import masks"),
+        ("ring_attention.data.packing", "from ring_attention.models.config import ModelConfig"),
+        ("ring_attention.models.rope", "def late():\n    from ring_attention.data import config"),
+        ("ring_attention.parallel.mesh", "import ring_attention"),
+    ],
+)
+def test_a_made_up_upward_import_is_seen(module, line):
+    graph = _imports(SOURCES | {module: f"{SOURCES[module]}\n{line}\n"})
+    assert {source for source, _ in _wrong_imports(graph)} == {module}
+
+
+def test_a_made_up_circle_is_seen():
+    module = "ring_attention.attention.masks"
+    circle = _circle(_imports(SOURCES | {module: "from ring_attention.attention import blockwise\n"}))
+    assert circle is not None
+    assert module in circle
+    assert circle[0] == circle[-1]
+
+
+def test_modules_fit_on_a_few_screens():
+    lengths = {module: len(source.splitlines()) for module, source in SOURCES.items()}
+    assert {module: n for module, n in lengths.items() if n > LONGEST_MODULE} == {}
+
+
+IMPORTS = """
+import jax
+import ring_attention, ring_attention.training.flags, ring_attention.training.config
+from jax._src import xla_bridge
+{touch}
+print(len(xla_bridge._backends))
+"""
+
+
+@pytest.mark.parametrize(("touch", "started"), [("", False), ("jax.devices()", True)], ids=["import", "control"])
+def test_importing_starts_no_backend_so_that_jax_distributed_still_can(touch, started):
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTS.format(touch=touch)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    )
+    assert (int(run.stdout) > 0) == started

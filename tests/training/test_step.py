@@ -1,0 +1,185 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from oracle import relative_error
+
+import ring_attention as ra
+from ring_attention.models.config import ModelConfig
+from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.optimizer import make_optimizer, make_schedule
+from ring_attention.training.step import BATCH_SPEC, make_eval_step, make_gradients, make_state, make_train_step
+
+SEQ_LEN, ROWS = 48, 4
+MODEL = ModelConfig(vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24)
+
+
+def _config(layout="zigzag", accumulation_steps=1, **mesh):
+    return TrainConfig(
+        name="step",
+        model=MODEL,
+        seq_len=SEQ_LEN,
+        num_steps=200,
+        batch_size=ROWS,
+        mesh=MeshConfig(**mesh),
+        attention=AttentionConfig(layout=layout, block_q=8, block_kv=8),
+        optimizer=OptimizerConfig(accumulation_steps=accumulation_steps),
+    )
+
+
+def _natural_batch():
+    """Packed rows whose targets that count lie unevenly: few in the first row and in the second half of the others."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, MODEL.vocab_size, (ROWS, SEQ_LEN + 1))
+    segment_ids = np.sort(rng.integers(1, 4, (ROWS, SEQ_LEN)), axis=1)
+    first = np.array([[np.flatnonzero(row == s)[0] for s in row] for row in segment_ids])
+    odds = np.where(np.arange(SEQ_LEN) < SEQ_LEN // 2, 0.95, 0.2) * np.array([[0.05], [1], [1], [1]])
+    batch = dict(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        positions=np.arange(SEQ_LEN) - first,
+        segment_ids=segment_ids,
+        loss_mask=rng.random((ROWS, SEQ_LEN)) < odds,
+    )
+    return {name: field.astype(np.int32) for name, field in batch.items()}
+
+
+def _dealt(batch, layout, mesh):
+    layout = ra.SequenceLayout(layout, mesh.shape["sp"])
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return {name: jax.device_put(layout.permute(field, 1), sharding) for name, field in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """`gradients(params, batch)` on one device, for a batch in natural order."""
+    mesh = ra.make_mesh(devices=jax.devices()[:1])
+    gradients = jax.jit(make_gradients(_config(sp=1), mesh))
+    return lambda params, batch: jax.tree.map(np.asarray, gradients(params, _dealt(batch, "zigzag", mesh)))
+
+
+@pytest.fixture(scope="module")
+def alone(one_device):
+    """(params, grads, loss, targets) on one device, from the same seed, all in NumPy."""
+    state = make_state(_config(sp=1), ra.make_mesh(devices=jax.devices()[:1]))
+    params = jax.tree.map(np.asarray, state.params)
+    return params, *one_device(params, _natural_batch())
+
+
+CASES = [
+    ("zigzag", 1, dict(sp=8)),
+    ("striped", 2, dict(dp=2, sp=4)),
+    ("contiguous", 2, dict(fsdp=2, sp=2, tp=2)),
+    ("zigzag", 1, dict(dp=2, fsdp=2, sp=1, tp=2)),
+]
+
+
+@pytest.mark.parametrize(("layout", "accumulation_steps", "shape"), CASES, ids=str)
+def test_loss_and_gradients_on_eight_devices_are_those_on_one(layout, accumulation_steps, shape, alone):
+    params, grads, loss, targets = alone
+    mesh = ra.make_mesh(**shape)
+    gradients = jax.jit(make_gradients(_config(layout, accumulation_steps, **shape), mesh))
+    got_grads, got_loss, got_targets = gradients(params, _dealt(_natural_batch(), layout, mesh))
+    assert got_targets == targets == _natural_batch()["loss_mask"].sum()
+    assert abs(got_loss - loss) < 1e-5 * loss
+    distances = jax.tree.leaves(jax.tree.map(relative_error, got_grads, grads))
+    assert max(distances) < 1e-5
+
+
+def test_a_mean_over_devices_of_means_over_tokens_would_be_another_loss_and_another_gradient(one_device, alone):
+    # The control of the tolerance above: what a step that normalises on each device gives for the same batch.
+    params, grads, loss, _ = alone
+    batch = _natural_batch()
+    halves = [np.arange(SEQ_LEN) < SEQ_LEN // 2, np.arange(SEQ_LEN) >= SEQ_LEN // 2]
+    parts = [one_device(params, batch | dict(loss_mask=batch["loss_mask"] * half)) for half in halves]
+    mean_grads = jax.tree.map(lambda a, b: (a + b) / 2, parts[0][0], parts[1][0])
+    assert abs((parts[0][1] + parts[1][1]) / 2 - loss) > 1e-3 * loss
+    assert min(jax.tree.leaves(jax.tree.map(relative_error, mean_grads, grads))) > 1e-3
+
+
+def test_a_step_updates_by_the_optimizer_and_measures_what_evaluation_measures(alone):
+    params, grads, loss, targets = alone
+    config, mesh = _config(sp=4, tp=2), ra.make_mesh(sp=4, tp=2)
+    state, batch = make_state(config, mesh), _dealt(_natural_batch(), "zigzag", mesh)
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)  # the same seed on any mesh
+    nats, counted = make_eval_step(config, mesh)(state.params, batch)
+    assert abs(nats / counted - loss) < 1e-5 * loss
+    assert counted == targets
+
+    want = optax.apply_updates(params, _updates(config.optimizer, grads, params))
+    after, metrics = make_train_step(config, mesh)(state, batch)
+    assert after.step == 1
+    assert abs(metrics["loss"] - loss) < 1e-5 * loss
+    assert metrics["targets"] == targets
+    assert abs(metrics["grad_norm"] - optax.tree.norm(grads)) < 1e-4 * metrics["grad_norm"]
+    change = jax.tree.map(lambda new, old: np.asarray(new) - old, (after.params, want), (params, params))
+    assert max(jax.tree.leaves(jax.tree.map(relative_error, *change))) < 1e-2  # AdamW's first update is nearly a sign
+    assert min(float(np.abs(x).max()) for x in jax.tree.leaves(change[0])) > 0
+
+
+def test_a_batch_without_targets_gives_zero_and_no_nan(one_device, alone):
+    params, *_ = alone
+    batch = _natural_batch() | dict(loss_mask=np.zeros((ROWS, SEQ_LEN), np.int32))
+    grads, loss, targets = one_device(params, batch)
+    assert loss == targets == 0
+    assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads))
+
+
+# --- The optimizer ----------------------------------------------------------------------------------------------------
+
+
+def _updates(optimizer_config, grads, params):
+    config = dataclasses.replace(_config(sp=1), optimizer=optimizer_config)
+    optimizer = make_optimizer(config)
+    return jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])(grads, params)
+
+
+def test_matrices_decay_and_norms_do_not(alone):
+    params, *_ = alone
+    zero = jax.tree.map(jnp.zeros_like, params)
+    optimizer = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    updates = _updates(optimizer, zero, params)
+    decayed = {}
+    for (path, update), parameter in zip(jax.tree.leaves_with_path(updates), jax.tree.leaves(params), strict=True):
+        name = jax.tree_util.keystr(path)
+        decayed[name] = bool(np.any(update))
+        if decayed[name]:
+            np.testing.assert_allclose(update, -0.1 * 0.5 * parameter, rtol=1e-5)
+    assert {name for name, decays in decayed.items() if not decays} == {
+        "['layers']['attention_norm']['scale']",
+        "['layers']['feedforward_norm']['scale']",
+        "['norm']['scale']",
+    }
+    assert sum(decayed.values()) == 9  # embedding, unembedding, four of attention, three of the feed-forward
+
+
+def test_the_rate_warms_up_linearly_peaks_and_falls_to_its_final_fraction():
+    optimizer = OptimizerConfig(learning_rate=2e-3, warmup_steps=9, final_fraction=0.1)
+    schedule = make_schedule(dataclasses.replace(_config(sp=1), optimizer=optimizer, num_steps=200))
+    np.testing.assert_allclose(schedule(0), 2e-4, rtol=1e-5)  # a tenth of the way, not 0
+    np.testing.assert_allclose(schedule(4), 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(schedule(9), 2e-3, rtol=1e-5)
+    np.testing.assert_allclose(schedule(200), 2e-4, rtol=1e-5)
+    np.testing.assert_allclose(schedule((9 + 200) / 2), (2e-3 + 2e-4) / 2, rtol=1e-5)  # half the cosine
+    rates = [float(schedule(step)) for step in range(201)]
+    assert np.argmax(rates) == 9
+    assert (np.diff(rates[9:]) < 0).all()
+
+
+def test_gradients_are_clipped_by_their_global_norm(alone):
+    params, grads, *_ = alone
+    # With a large epsilon AdamW's first update is proportional to the gradient it gets.
+    optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.0, epsilon=1e6, clip_norm=0.5)
+    unit = jax.tree.map(lambda g: g / optax.tree.norm(grads), grads)
+
+    def norm(scale):
+        updates = _updates(optimizer, jax.tree.map(lambda g: scale * g, unit), params)
+        return float(optax.tree.norm(updates)) * 1e6
+
+    np.testing.assert_allclose(norm(0.1), 0.1, rtol=1e-3)
+    np.testing.assert_allclose(norm(0.4), 0.4, rtol=1e-3)
+    np.testing.assert_allclose(norm(50.0), 0.5, rtol=1e-3)
