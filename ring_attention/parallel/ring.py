@@ -132,14 +132,13 @@ def _attend(ring: _Ring, q, k, v, segments):
         return ring.kernel.forward(q, k, v, ring.hop(step, q.shape[1], segments, k_segments), ring.scale, ring.blocks)
 
     def body(carry, step):
-        result, block = carry
+        running, block = carry
         following = ring.rotate(block)
-        return online_softmax.merge(result, attend(step, block)), following
+        return online_softmax.absorb(running, *attend(step, block)), following
 
-    axes = axes_of(q)
-    nothing = online_softmax.finish(vary_over(online_softmax.Running.empty(q.shape), axes))
-    result, block = ring.scan(body, (nothing, (k, v, segments)), range(ring.size - 1))
-    out, lse = online_softmax.merge(result, attend(ring.size - 1, block))
+    nothing = vary_over(online_softmax.Running.empty(q.shape), axes_of(q))
+    running, block = ring.scan(body, (nothing, (k, v, segments)), range(ring.size - 1))
+    out, lse = online_softmax.finish(online_softmax.absorb(running, *attend(ring.size - 1, block)))
     return out.astype(q.dtype), lse
 
 

@@ -15,7 +15,7 @@ from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import Whole
 from ring_attention.attention.masks import PADDED_KEY, PADDED_QUERY, Hop, tile_kinds, visible
-from ring_attention.attention.online_softmax import LOG2_E, Running
+from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.varying import axes_of, vary_over
 
 
@@ -62,22 +62,22 @@ def backward(q_BtHD, k_BsKD, v_BsKD, whole: Whole, hop: Hop, scale: float, block
     q_size, kv_size = _tile_size(t, blocks.q), _tile_size(s, blocks.kv)
     q, dout = _query_tiles(q_BtHD, K, q_size), _query_tiles(whole.dout, K, q_size)
     # A row that sees nothing has lse -inf; its scores are all hidden, so any finite number will do.
-    lse2 = _query_tiles(online_softmax.finite(whole.lse * LOG2_E)[..., None], K, q_size)[..., 0]
+    lse = _query_tiles(online_softmax.finite(whole.lse)[..., None], K, q_size)[..., 0]
     delta = _query_tiles(whole.delta[..., None], K, q_size)[..., 0]
     k, v = _key_tiles(k_BsKD, kv_size), _key_tiles(v_BsKD, kv_size)
     hop = _tile_hop(hop, B, q_size, kv_size)
-    axes = axes_of((q, k, v, dout, lse2, delta, hop))
+    axes = axes_of((q, k, v, dout, lse, delta, hop))
 
     def one_sequence(args):
         hop, *arrays = args
         kinds = tile_kinds(hop)
 
         def one_head(args):
-            q_nrD, k_msD, v_msD, dout_nrD, lse2_nr, delta_nr = args
+            q_nrD, k_msD, v_msD, dout_nrD, lse_nr, delta_nr = args
 
             def one_key_tile(dq_nrD, j):
                 def add(i, grads, scores_sr):
-                    p_sr = jnp.exp2(scores_sr - lse2_nr[i])
+                    p_sr = jnp.exp(scores_sr - lse_nr[i])
                     return _add_tile(grads, i, p_sr, q_nrD[i], k_msD[j], v_msD[j], dout_nrD[i], delta_nr[i])
 
                 def add_full(i, grads):
@@ -99,7 +99,7 @@ def backward(q_BtHD, k_BsKD, v_BsKD, whole: Whole, hop: Hop, scale: float, block
 
         return _map(one_head, tuple(arrays), blocks.heads)
 
-    dq, dk, dv = lax.map(one_sequence, (hop, q, k, v, dout, lse2, delta))
+    dq, dk, dv = lax.map(one_sequence, (hop, q, k, v, dout, lse, delta))
     return _from_query_tiles(dq, t, q_size), _from_key_tiles(dk, s), _from_key_tiles(dv, s)
 
 
@@ -118,8 +118,8 @@ def _add_tile(grads, i, p_sr, q_rD, k_sD, v_sD, dout_rD, delta_r):
 
 
 def _scores(rows_D, columns_D, scale: float):
-    """float32 [rows, columns] scores in base 2, of queries with keys or of keys with queries."""
-    return jnp.dot(rows_D, columns_D.T, preferred_element_type=jnp.float32) * (scale * LOG2_E)
+    """float32 [rows, columns] scores, of queries with keys or of keys with queries."""
+    return jnp.dot(rows_D, columns_D.T, preferred_element_type=jnp.float32) * scale
 
 
 def _hide(scores, hop: Hop, i, j, keys_are_rows: bool = False):
