@@ -40,6 +40,10 @@ LARGEST_DISAGREEMENT = 1e-4
 """Relative difference between two systems' float32 results above which one of them computes something else."""
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": lambda: time.process_time() / os.cpu_count()}
+"""Seconds on the wall, or those that all threads together computed, shared out over the cores."""
+
+
 class System(NamedTuple):
     """Something to time: `run()` returns its results, finished; `natural` puts them as JAX would, in natural order."""
 
@@ -132,9 +136,10 @@ def pytorch(arrays, backward: bool) -> System | None:
 
 
 def systems_of(args: argparse.Namespace, arrays, backward: bool) -> list[System]:
-    """Everything that can run here, JAX's dense attention first."""
+    """Everything that can run here, JAX's dense attention first unless its gradients are not asked for."""
     mesh = ra.make_mesh(sp=args.devices, devices=jax.devices()[: args.devices])
-    systems = [dense(arrays, backward), *(ours(kind, arrays, mesh, backward) for kind in LAYOUT_KINDS)]
+    systems = [dense(arrays, backward)] if args.dense_backward or not backward else []
+    systems += [ours(kind, arrays, mesh, backward) for kind in LAYOUT_KINDS]
     module = load_paper()
     if module is not None and args.kv_heads == args.heads:
         chunks = [chunk for chunk in PAPER_CHUNKS if args.tokens // args.devices % chunk == 0]
@@ -154,14 +159,14 @@ def require_agreement(systems: list[System]) -> None:
                 raise RuntimeError(f"{system.name} and {systems[0].name} differ in {name} by {error:.1e}, relatively")
 
 
-def seconds_in_turn(systems: list[System], repeats: int) -> dict[str, float]:
+def seconds_in_turn(systems: list[System], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds of each system, one run of each in every round."""
     seconds = {system.name: [] for system in systems}
     for _ in range(repeats):
         for system in systems:
-            start = time.perf_counter()
+            start = clock()
             system.run()
-            seconds[system.name].append(time.perf_counter() - start)
+            seconds[system.name].append(clock() - start)
     return {name: statistics.median(runs) for name, runs in seconds.items()}
 
 
@@ -174,7 +179,7 @@ def measure(args: argparse.Namespace, backward: bool) -> dict[str, float]:
     multiply = jax.jit(jnp.matmul)
     matmul = System(MATMUL, lambda: jax.block_until_ready(multiply(matrix, matrix)))
     matmul.run()
-    seconds = seconds_in_turn([*systems, matmul], args.repeats)
+    seconds = seconds_in_turn([*systems, matmul], args.repeats, CLOCKS[args.clock])
     forward_flops = 4 * args.tokens**2 * args.heads * args.head_dim / 2
     flops = dict.fromkeys(seconds, forward_flops * (3.5 if backward else 1)) | {MATMUL: 2 * MATMUL_SIZE**3}
     speeds = {name: flops[name] / seconds[name] / 1e9 for name in seconds}
@@ -201,7 +206,8 @@ def table_of(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> 
     table = Table(
         title=f"Useful GFLOP/s: S={args.tokens} H={args.heads} K={args.kv_heads} D={args.head_dim} causal float32, "
         f"{args.devices} simulated devices",
-        caption=f"medians of {args.repeats} interleaved rounds on {os.cpu_count()} cores; x paper: times as fast as it",
+        caption=f"medians of {args.repeats} interleaved rounds on {os.cpu_count()} cores, {args.clock} time; "
+        "x paper: times as fast as the paper's code",
     )
     table.add_column("system")
     for direction in results:
@@ -211,6 +217,9 @@ def table_of(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> 
     for system in names_in_order(first):
         cells = []
         for speeds in results.values():
+            if system not in speeds:
+                cells += ["not run", "", ""]
+                continue
             ratio = f"{speeds[system] / speeds[PAPER]:.2f}" if PAPER in speeds and system != MATMUL else ""
             cells += [f"{speeds[system]:.0f}", ratio, f"{speeds[system] / speeds[MATMUL]:.0%}"]
         table.add_row(system, *cells)
@@ -224,10 +233,12 @@ def draw(args: argparse.Namespace, results: dict[str, dict[str, float]], path: P
     figure = Figure(figsize=(5.2 + 4 * (len(results) - 1), 3.4), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True)
     for panel, (direction, speeds) in zip(np.atleast_1d(panels), results.items(), strict=True):
-        names = [name for name in names_in_order(speeds) if name != MATMUL]
+        names = [name for name in names_in_order(results["forward"]) if name != MATMUL]
         colors = ["#1f6fb4" if name.startswith("ours") else "#b9bec6" for name in names]
-        bars = panel.barh(names, [speeds[name] for name in names], color=colors)
-        panel.bar_label(bars, fmt="%.0f", padding=3)
+        bars = panel.barh(names, [speeds.get(name, 0) for name in names], color=colors)
+        panel.bar_label(
+            bars, labels=[f"{speeds[name]:.0f}" if name in speeds else "not run" for name in names], padding=3
+        )
         panel.set_title(f"{direction}, GFLOP/s", loc="left", fontsize=11)
         panel.margins(x=0.15)
         panel.spines[["top", "right"]].set_visible(False)
@@ -256,7 +267,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64, metavar="D")
     parser.add_argument("--devices", type=int, default=8, metavar="P", help="simulated devices of the ring")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use as well")
     parser.add_argument("--backward", action="store_true", help="time forward+backward as well")
+    parser.add_argument(
+        "--dense-backward",
+        action="store_true",
+        help="also time the gradients of JAX's dense attention: slow, and several arrays of 4*H*S*S bytes",
+    )
     parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and a bar chart PATH.png")
     args = parser.parse_args()
     args.kv_heads = args.kv_heads or args.heads

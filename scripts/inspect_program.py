@@ -158,7 +158,7 @@ def main() -> None:
     Console(width=110).print(table_of(rows, args))
     if any(row.permutes < row.permutes_bound for row in rows):
         print(
-            "Fewer permutes than needed: the compiler kept the forward's blocks for the backward, which costs memory."
+            "Fewer permutes than needed: the compiler kept blocks of the forward for the backward; that costs memory."
         )
     if args.out:
         args.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ class DataConfig:
       tokenizer: "bytes", or the path of a Hugging Face `tokenizer.json`.
       holdout_fraction: share of the documents, chosen by a hash of their name, that is never trained on.
       seed: of the order in which documents are read.
+      streams: documents that are read side by side, their rows in turn, so that consecutive steps see different ones.
     """
 
     paths: str = PYTHON_STDLIB
@@ -26,6 +27,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     holdout_fraction: float = 0.05
     seed: int = 0
+    streams: int = 16
 
     def __post_init__(self):
         require_field(
@@ -43,3 +45,4 @@ class DataConfig:
             "0.05 holds back one document in twenty",
         )
         require_field(0 <= self.seed < 2**32, "data.seed", self.seed, "must lie in [0, 2**32)", "choose another")
+        require_field(self.streams > 0, "data.streams", self.streams, "must be positive", "use 1 to read in one order")

@@ -16,8 +16,8 @@ Batch = dict[str, np.ndarray]
 
 # Evaluation sees the same rows whatever the run's seed is, so that runs of different seeds can be compared.
 HELD_OUT_SEED = 0
-# Grain's default (16 threads, 500 documents) would hold gigabytes of long documents.
-READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+# For each stream. Grain's default (16 threads, 500 documents) would hold gigabytes of long documents.
+READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 class TrainLoader:
@@ -25,7 +25,9 @@ class TrainLoader:
 
     A batch is a dict of int32 [batch_size, seq_len] arrays named tokens, targets, positions, segment_ids and loss_mask
     (`PackedRows` says what each holds), reordered along axis 1 from natural order to the layout's. Documents are
-    shuffled by `seed`, differently in each epoch; rows and batches run on across epochs.
+    shuffled by `seed`, differently in each epoch, and dealt to `streams` that are packed side by side; rows are taken
+    from the streams in turn, so that a long document does not fill many rows in a row. Streams, rows and batches run
+    on across epochs.
 
     Raises ValueError for sizes that are not positive and lengths that cannot be dealt.
     """
@@ -36,13 +38,16 @@ class TrainLoader:
         tokenizer: Tokenizer,
         *,
         seed: int,
+        streams: int,
         seq_len: int,
         batch_size: int,
         layout: SequenceLayout,
     ):
-        _require_sizes(layout, seq_len=seq_len, batch_size=batch_size)
-        self._corpus = {"documents": len(documents), "digest": documents.digest(), "seed": seed}
-        rows = _packed_rows(grain.MapDataset.source(documents).shuffle(seed).repeat(), tokenizer, seq_len)
+        _require_sizes(layout, seq_len=seq_len, batch_size=batch_size, streams=streams)
+        self._corpus = {"documents": len(documents), "digest": documents.digest(), "seed": seed, "streams": streams}
+        shuffled = grain.MapDataset.source(documents).shuffle(seed).repeat()
+        dealt = [_packed_rows(shuffled[stream::streams], tokenizer, seq_len) for stream in range(streams)]
+        rows = grain.experimental.InterleaveIterDataset(dealt, cycle_length=streams)
         self._batches = iter(rows.batch(batch_size, batch_fn=functools.partial(_deal, layout=layout)))
 
     def __iter__(self) -> "TrainLoader":
@@ -58,13 +63,13 @@ class TrainLoader:
     def set_state(self, state: dict) -> None:
         """Go where `get_state` was called: the batches that follow are the same, bit by bit.
 
-        Costs reading one document. The batch size, seq_len and layout may differ from those of the run that saved the
+        Costs reading a document for each stream. The batch size, seq_len and layout may differ from those of the run that saved the
         state; the documents go on where they were. Raises ValueError if the documents or their order are others.
         """
         require(
             state["corpus"] == self._corpus,
             f"the saved position is in {_describe(state['corpus'])}, but this run reads {_describe(self._corpus)}; "
-            "restore data.paths, data.holdout_fraction and data.seed, or start afresh",
+            "restore data.paths, data.holdout_fraction, data.seed and data.streams, or start afresh",
         )
         self._batches.set_state(state["position"])
 
@@ -134,4 +139,6 @@ def _require_sizes(layout: SequenceLayout, **sizes: int) -> None:
 
 
 def _describe(corpus: dict) -> str:
-    return "{documents} training documents (digest {digest}) shuffled by data.seed={seed}".format(**corpus)
+    return "{documents} training documents (digest {digest}) shuffled by data.seed={seed} into data.streams={streams}".format(
+        **corpus
+    )

@@ -82,7 +82,10 @@ def ring_attention_shard(
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
 ) -> jax.Array:
-    """Ring attention for use inside your own `shard_map` (or a `vmap` with an axis name).
+    """Ring attention for use inside your own `shard_map`.
+
+    A `vmap` with an axis name works too, for rings larger than the machine; take gradients inside it, because JAX does
+    not know the name any more when it differentiates from outside.
 
     Args:
       q: this device's slice [B,t,H,D] of the queries, in the layout's order; float32, bfloat16 or float16.

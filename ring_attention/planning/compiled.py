@@ -58,7 +58,7 @@ def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program, given its `as_text()`.
 
     Raises:
-      ValueError: if one stands in a loop whose number of turns the compiler does not state.
+      ValueError: if one stands in a loop whose number of turns the compiler does not state, or `text` is no HLO.
     """
     bodies = _computations(text)
     runs = _runs(bodies)
@@ -103,6 +103,8 @@ def _computations(text: str) -> dict[str, list[str]]:
             bodies[current] = []
         elif current is not None:
             bodies[current].append(line)
+    if "ENTRY" not in bodies:
+        raise ValueError("this is not a compiled program in HLO; pass jax.jit(f).lower(...).compile().as_text()")
     return bodies
 
 

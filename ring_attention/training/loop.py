@@ -73,6 +73,7 @@ def _open_loader(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> TrainLoader
         corpus.train,
         corpus.tokenizer,
         seed=config.data.seed,
+        streams=config.data.streams,
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         layout=SequenceLayout(config.attention.layout, mesh.shape[SEQUENCE]),

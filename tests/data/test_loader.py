@@ -28,9 +28,17 @@ def config(tmp_path_factory):
     return DataConfig(paths=str(path), holdout_fraction=0.3)
 
 
-def train_loader(config, *, seq_len=32, batch_size=3, layout=NATURAL):
+def train_loader(config, *, seq_len=32, batch_size=3, layout=NATURAL, streams=1):
     train, _ = split(config)
-    return TrainLoader(train, BYTES, seed=config.seed, seq_len=seq_len, batch_size=batch_size, layout=layout)
+    return TrainLoader(
+        train, BYTES, seed=config.seed, streams=streams, seq_len=seq_len, batch_size=batch_size, layout=layout
+    )
+
+
+def offset(state):
+    """Tokens of its document that a loader of one stream has read."""
+    (stream,) = state["position"]["iterators_in_use_states"]
+    return stream["offset"] if stream else 0
 
 
 def split(config):
@@ -115,13 +123,35 @@ def test_a_restored_loader_goes_on_bit_by_bit(config, kind, where):
     saved = train_loader(config, layout=layout)
     take(saved, consumed)
     state = json.loads(json.dumps(saved.get_state()))
-    assert (state["position"]["offset"] > 0) == (consumed > 0)
+    assert (offset(state) > 0) == (consumed > 0)
     expected = take(saved, 6)
     restored = train_loader(config, layout=layout)
     restored.set_state(state)
     assert same(expected, take(restored, 6))
     restored.set_state(state)  # a loader that has run on can go back
     assert same(expected, take(restored, 6))
+
+
+def test_streams_take_turns_and_share_the_documents_of_an_epoch_out(config):
+    rows = take(train_loader(config, seq_len=16, batch_size=1, streams=4), 240)
+    whole = [document for stream in range(4) for document in documents_of(rows[stream::4])[:-1]]
+    assert set(whole) <= set(train_texts(config))
+    assert len(set(whole)) == len(whole) > 12
+    longest = max(range(240), key=lambda row: rows[row]["positions"][0, 0])  # deep inside a long document
+    assert rows[longest - 4]["positions"][0, 0] == rows[longest]["positions"][0, 0] - 16
+    assert rows[longest - 1]["positions"][0, 0] != rows[longest]["positions"][0, 0] - 16
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 37])
+def test_interleaved_streams_go_on_bit_by_bit(config, consumed):
+    saved = train_loader(config, streams=4)
+    take(saved, consumed)
+    state = json.loads(json.dumps(saved.get_state()))
+    expected = take(saved, 9)
+    restored = train_loader(config, streams=4)
+    restored.set_state(state)
+    assert same(expected, take(restored, 9))
+    assert not same(expected, take(restored, 9))
 
 
 def test_restoring_reads_one_document_not_the_stream(config, monkeypatch):
@@ -133,7 +163,7 @@ def test_restoring_reads_one_document_not_the_stream(config, monkeypatch):
     monkeypatch.setattr(JsonLinesFile, "text", lambda file, index: read.append(index) or text_of(file, index))
     restored.set_state(state)
     assert same([next(restored)], [expected])
-    assert state["position"]["documents"]["next_index"] > 30
+    assert state["position"]["iterators_in_use_states"][0]["documents"]["next_index"] > 30
     assert len(read) <= 1 + READ_OPTIONS.prefetch_buffer_size  # what is read ahead
 
 
@@ -156,7 +186,7 @@ def test_a_state_from_other_documents_or_another_seed_is_refused(config, tmp_pat
         DataConfig(paths=str(more), holdout_fraction=0.3),
     ):
         with pytest.raises(
-            ValueError, match=r"the saved position is in \d+ training documents .*data\.seed=0, but this"
+            ValueError, match=r"the saved position is in \d+ training documents .*data\.seed=0 .*but this"
         ):
             train_loader(other).set_state(state)
     state["corpus"]["digest"] = "another"

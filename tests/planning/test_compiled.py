@@ -122,3 +122,8 @@ def test_what_a_pod_starts_and_ends_apart_counts_once_with_its_result():
         ("collective-permute", 1, 64),
         ("all-gather", 1, 512),
     ]
+
+
+def test_text_that_is_no_compiled_program_is_refused():
+    with pytest.raises(ValueError, match="not a compiled program in HLO; pass"):
+        compiled.collectives("HloModule nothing")
