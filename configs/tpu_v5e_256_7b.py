@@ -1,9 +1,14 @@
-"""7B parameters at 1,048,576 tokens of context on a TPU v5e pod of 256 chips.
+"""A 7B-class model at 2,097,152 tokens of context on a TPU v5e pod of 256 chips.
 
     python train.py --config=configs/tpu_v5e_256_7b.py \
         --config.data.paths='/data/books/*.jsonl.gz' --config.data.tokenizer=/data/tokenizer.json
 
-Run it on every host of the pod. PLACEHOLDER_TPU
+Cost: 8.2 GiB of each chip's 16, as the compiler for the pod says without the pod:
+
+    pip install -e '.[compile-tpu]' && python scripts/compile_step.py v5e:16x16 --config=configs/tpu_v5e_256_7b.py
+
+Result: not trained yet. train.py runs the devices of one process; the 64 hosts of this pod need to be joined first, which
+is still to come. Until then this config is for compiling and planning.
 """
 
 from ring_attention.models.config import ModelConfig
@@ -11,7 +16,7 @@ from ring_attention.training.config import AttentionConfig, DataConfig, MeshConf
 
 
 def get_config() -> TrainConfig:
-    """The shape of Llama 2 7B with grouped queries; one sequence a step, 4096 tokens of it on each chip."""
+    """The shape of Llama 2 7B with grouped queries, 5.9B parameters; one sequence a step, 8192 tokens of it on each chip."""
     return TrainConfig(
         name="tpu_v5e_256_7b",
         model=ModelConfig(
@@ -27,7 +32,7 @@ def get_config() -> TrainConfig:
             ffn_chunk=1024,
             loss_chunk=1024,
         ),
-        seq_len=1_048_576,
+        seq_len=2_097_152,
         batch_size=1,
         num_steps=10_000,
         mesh=MeshConfig(sp=256),

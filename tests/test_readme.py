@@ -27,7 +27,8 @@ print("equal")
 
 def test_ci_runs_the_readmes_test_command():
     (command,) = re.findall(r"```bash\n(pip install -e '.\[test\]'.*)\n```", README)
-    assert command in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert command in [line.strip() for line in lines]
 
 
 def test_every_file_that_the_readme_names_is_there():

@@ -63,13 +63,14 @@ class TrainLoader:
     def set_state(self, state: dict) -> None:
         """Go where `get_state` was called: the batches that follow are the same, bit by bit.
 
-        Costs reading a document for each stream. The batch size, seq_len and layout may differ from those of the run that saved the
-        state; the documents go on where they were. Raises ValueError if the documents or their order are others.
+        Costs reading a document for each stream. The batch size, seq_len and layout may differ from those of the run
+        that saved the state; the documents go on where they were. Raises ValueError if the documents or their order
+        are others.
         """
         require(
             state["corpus"] == self._corpus,
             f"the saved position is in {_describe(state['corpus'])}, but this run reads {_describe(self._corpus)}; "
-            "restore data.paths, data.holdout_fraction, data.seed and data.streams, or start afresh",
+            "restore the data section of the config, or start afresh",
         )
         self._batches.set_state(state["position"])
 
@@ -139,6 +140,5 @@ def _require_sizes(layout: SequenceLayout, **sizes: int) -> None:
 
 
 def _describe(corpus: dict) -> str:
-    return "{documents} training documents (digest {digest}) shuffled by data.seed={seed} into data.streams={streams}".format(
-        **corpus
-    )
+    documents = "{documents} training documents (digest {digest})".format(**corpus)
+    return documents + " shuffled by data.seed={seed} into data.streams={streams}".format(**corpus)

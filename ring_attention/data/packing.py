@@ -19,6 +19,8 @@ from ring_attention.data.sources import Document
 from ring_attention.data.tokenizers import Tokenizer
 
 Example = dict[str, np.ndarray]
+FIELDS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+"""Names of the arrays of an Example, and of a batch."""
 
 
 def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
