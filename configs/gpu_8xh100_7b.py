@@ -15,7 +15,7 @@ from ring_attention.training.config import AttentionConfig, DataConfig, MeshConf
 
 
 def get_config() -> TrainConfig:
-    """The shape of Llama 2 7B with grouped queries, 5.9B parameters; one sequence a step, 32,768 tokens of it on each GPU."""
+    """Llama 2 7B with grouped queries, 5.9B parameters; one sequence a step, 32,768 tokens of it on each GPU."""
     return TrainConfig(
         name="gpu_8xh100_7b",
         model=ModelConfig(

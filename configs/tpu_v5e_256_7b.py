@@ -7,8 +7,8 @@ Cost: 8.2 GiB of each chip's 16, as the compiler for the pod says without the po
 
     pip install -e '.[compile-tpu]' && python scripts/compile_step.py v5e:16x16 --config=configs/tpu_v5e_256_7b.py
 
-Result: not trained yet. train.py runs the devices of one process; the 64 hosts of this pod need to be joined first, which
-is still to come. Until then this config is for compiling and planning.
+Result: not trained yet. train.py runs the devices of one process; joining the hosts of a pod is still to come. Until
+then this config is for compiling and planning.
 """
 
 from ring_attention.models.config import ModelConfig
@@ -16,7 +16,7 @@ from ring_attention.training.config import AttentionConfig, DataConfig, MeshConf
 
 
 def get_config() -> TrainConfig:
-    """The shape of Llama 2 7B with grouped queries, 5.9B parameters; one sequence a step, 8192 tokens of it on each chip."""
+    """Llama 2 7B with grouped queries, 5.9B parameters; one sequence a step, 8192 tokens of it on each chip."""
     return TrainConfig(
         name="tpu_v5e_256_7b",
         model=ModelConfig(

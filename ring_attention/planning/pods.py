@@ -19,7 +19,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""Published figures of one H100 SXM (NVIDIA H100 datasheet and CUDA programming guide), as XLA's compiler reads them."""
+"""Published figures of one H100 SXM (NVIDIA's datasheet and CUDA programming guide), as XLA's compiler reads them."""
 
 
 def pod_devices(topology: str) -> list[jax.Device]:
