@@ -48,9 +48,9 @@ def report(config: TrainConfig, folder: RunFolder, corpus: Corpus, result: Resul
 
 
 def _suggestions(config: TrainConfig) -> list[str]:
-    longer = 4 * config.num_steps
+    more, twice = 4 * config.num_steps, 2 * config.seq_len
     return [
-        "python train.py --config=configs/cpu_32k.py   (32,768 tokens of context on this machine)",
+        f"python train.py --config.seq_len={twice} --config.run_dir=runs/longer_context   (twice the context)",
         "python train.py --config.data.paths='my/texts/**/*.txt' --config.run_dir=runs/mine   (your own text)",
-        f"python train.py --config.num_steps={longer} --config.run_dir=runs/longer   (train for longer)",
+        f"python train.py --config.num_steps={more} --config.run_dir=runs/longer   (four times the steps)",
     ]
