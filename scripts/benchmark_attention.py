@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -160,14 +161,19 @@ def require_agreement(systems: list[System]) -> None:
 
 
 def seconds_in_turn(systems: list[System], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each system, one run of each in every round."""
+    """Median seconds of each system, one run of each in every round, in an order drawn anew for each round.
+
+    In a fixed order each system would always run after the same other one, and pay for what that leaves behind: memory
+    that was given back, threads that still spin. Ours in the contiguous layout lost a third of its speed that way (docs/experiments.md).
+    """
     seconds = {system.name: [] for system in systems}
+    order = random.Random(0)
     for _ in range(repeats):
-        for system in systems:
+        for system in order.sample(systems, len(systems)):
             start = clock()
             system.run()
             seconds[system.name].append(clock() - start)
-    return {name: statistics.median(runs) for name, runs in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def measure(args: argparse.Namespace, backward: bool) -> dict[str, float]:
