@@ -164,7 +164,8 @@ def seconds_in_turn(systems: list[System], repeats: int, clock: Callable[[], flo
     """Median seconds of each system, one run of each in every round, in an order drawn anew for each round.
 
     In a fixed order each system would always run after the same other one, and pay for what that leaves behind: memory
-    that was given back, threads that still spin. Ours in the contiguous layout lost a third of its speed that way (docs/experiments.md).
+    that was given back, threads that still spin. Ours in the contiguous layout lost a third of its speed that way
+    (docs/experiments.md).
     """
     seconds = {system.name: [] for system in systems}
     order = random.Random(0)
