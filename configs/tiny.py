@@ -2,8 +2,8 @@
 
     python train.py --config=configs/tiny.py
 
-Cost: under a minute on two CPU cores, nearly all of it compilation. Result: about 5 bits per byte; it learns no more
-than which bytes are common.
+Cost: under a minute on two CPU cores, nearly all of it compilation. Result: 5.6 bits per byte, worse than
+counting bytes (5.3): twelve steps teach it nothing.
 """
 
 from ring_attention.models.config import ModelConfig

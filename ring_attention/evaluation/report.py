@@ -49,8 +49,9 @@ def report(config: TrainConfig, folder: RunFolder, corpus: Corpus, result: Resul
 
 def _suggestions(config: TrainConfig) -> list[str]:
     more, twice = 4 * config.num_steps, 2 * config.seq_len
+    again = f"python train.py --config=configs/{config.name}.py"  # a config has the name of its file
     return [
-        f"python train.py --config.seq_len={twice} --config.run_dir=runs/longer_context   (twice the context)",
-        "python train.py --config.data.paths='my/texts/**/*.txt' --config.run_dir=runs/mine   (your own text)",
-        f"python train.py --config.num_steps={more} --config.run_dir=runs/longer   (four times the steps)",
+        f"{again} --config.seq_len={twice} --config.run_dir=runs/longer_context   (twice the context)",
+        f"{again} --config.data.paths='my/texts/**/*.txt' --config.run_dir=runs/mine   (your own text)",
+        f"{again} --config.num_steps={more} --config.run_dir=runs/longer   (four times the steps)",
     ]

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require, require_divisible
@@ -44,11 +44,6 @@ def spec_of(axes: tuple[str, ...]) -> PartitionSpec:
     used = [name for entry in entries for name in entry]
     require(len(used) == len(set(used)), f"logical axes {axes} use a mesh axis twice: {used}; change the table RULES")
     return PartitionSpec(*(entry or None for entry in entries))
-
-
-def sharding_of(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
-    """NamedSharding of an array with these logical axes."""
-    return NamedSharding(mesh, spec_of(axes))
 
 
 def check_fits(name: str, size: int, axis: str, mesh_shape: dict[str, int]) -> None:

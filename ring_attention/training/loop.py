@@ -26,12 +26,10 @@ class Result:
     """What a finished run leaves.
 
     Attributes:
-      start_step: the step that this process went on from.
       heldout_bits_per_byte: of the last parameters.
       held_out: the text that they were measured on.
     """
 
-    start_step: int
     heldout_bits_per_byte: float
     held_out: HeldOut
 
@@ -65,7 +63,7 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) ->
                     log.flush()  # what a checkpoint has seen must be in the metrics when a run resumes from it
                     checkpoints.save(step, state, loader.get_state())
     loss = held_out.loss(state.params) if log.heldout_loss is None else log.heldout_loss
-    return Result(start, loss * held_out.bits_per_byte_of, held_out)
+    return Result(loss * held_out.bits_per_byte_of, held_out)
 
 
 def _open_loader(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> TrainLoader:

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from oracle import relative_error
 
 import ring_attention as ra
-from ring_attention.parallel.sharding import RULES, TOKEN_AXES, check_fits, gather_weight, sharding_of, spec_of
+from ring_attention.parallel.sharding import RULES, TOKEN_AXES, check_fits, gather_weight, spec_of
 
 ROWS, TOKENS, M, F = 4, 32, 8, 12
 BATCH = Spec(("dp", "fsdp"), "sp")
@@ -20,7 +21,7 @@ def test_a_spec_lists_the_mesh_axes_of_each_logical_axis():
     assert spec_of(("model", "heads", "head_dim")) == Spec(("fsdp", "sp"), ("tp",), None)
     assert spec_of(("batch", "sequence")) == Spec(("dp", "fsdp"), ("sp",))
     mesh = ra.make_mesh(fsdp=2, sp=2, tp=2)
-    assert sharding_of(mesh, ("vocab", "model")).shard_shape((64, 32)) == (32, 8)
+    assert NamedSharding(mesh, spec_of(("vocab", "model"))).shard_shape((64, 32)) == (32, 8)
 
 
 def test_two_logical_axes_on_one_mesh_axis_are_refused():
