@@ -12,12 +12,14 @@ class BlockSizes:
     Attributes:
       q: query tokens.
       kv: key tokens.
+      cut: a tile that the mask cuts through is computed as cut x cut smaller ones, without those it leaves empty.
       heads: key/value heads, each with its group of query heads. One head at a time keeps the scores of a tile in a
         CPU's cache (1.5 times the speed of all heads at once, docs/experiments.md); accelerators want as many as fit.
     """
 
-    q: int = 512
-    kv: int = 512
+    q: int = 256
+    kv: int = 256
+    cut: int = 2
     heads: int = 1
 
     def __post_init__(self):

@@ -6,10 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
 from ring_attention.attention.masks import Hop, Tokens
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.rule import as_sinks, make_rule
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_shape
 
@@ -17,7 +20,6 @@ from ring_attention.checks import require, require_attention_dtypes, require_att
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Static:
     kernel: Kernel
-    scale: float
     blocks: BlockSizes
 
 
@@ -27,11 +29,17 @@ def blockwise_attention(
     v: jax.Array,
     *,
     causal: bool = True,
+    window: int | None = None,
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     q_positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
+    softcap: float | None = None,
     scale: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
     return_lse: bool = False,
@@ -40,14 +48,20 @@ def blockwise_attention(
 
     Args:
       q: [B,T,H,D], float32, bfloat16 or float16.
-      k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
+      k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads. S may differ from T.
       v: [B,S,K,D].
       causal: a query sees the keys at its own position and before; otherwise all of them.
+      window: a query sees itself and the window-1 positions before it, and after it where causal is False.
       segment_ids: integers [B,T]; a query sees the keys of its own segment only.
       kv_segment_ids: integers [B,S], those of the keys; `segment_ids` where T = S.
-      q_positions: integers [T] or [B,T], for the causal rule; 0, 1, 2, ... by default.
+      q_positions: integers [T] or [B,T], for masks, ALiBi and dropout; 0, 1, 2, ... by default.
       kv_positions: integers [S] or [B,S].
-      scale: of the scores; D**-0.5 by default.
+      softcap: scores x become softcap * tanh(x / softcap).
+      scale: of the products of queries and keys; D**-0.5 by default.
+      sinks: [H], a logit for each head that takes part in the softmax but has no value; can be differentiated.
+      alibi_slopes: [H]; a score falls by the slope for each position of distance. Constants: no gradient flows to them.
+      dropout_rate: of weights; which ones depends on their batch row, head and positions alone, not on tile sizes.
+      dropout_key: a `jax.random` key, needed with dropout.
       impl: name of a kernel, or "auto".
       block_sizes: sizes of a tile.
       return_lse: also return the lse.
@@ -57,42 +71,55 @@ def blockwise_attention(
       natural logarithm of the sum of exponentials, float32 [B,T,H], -inf there. Both can be differentiated.
 
     Raises:
-      ValueError: for shapes, dtypes or names that do not fit, before anything compiles.
+      ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
-    (B, T, _, D), S = q.shape, k.shape[1]
+    (B, T, H, _), S = q.shape, k.shape[1]
     if kv_segment_ids is None and segment_ids is not None:
         require(
             T == S, f"segment_ids covers T={T} queries, but there are S={S} keys; give kv_segment_ids [B,S] as well"
         )
         kv_segment_ids = segment_ids
     require(segment_ids is not None or kv_segment_ids is None, "kv_segment_ids needs segment_ids; give both or neither")
-    hop = Hop(_tokens("q", q_positions, segment_ids, B, T), _tokens("kv", kv_positions, kv_segment_ids, B, S), causal)
-    static = _Static(
-        kernel=find_kernel(impl), scale=D**-0.5 if scale is None else scale, blocks=block_sizes or BlockSizes()
+    rule = make_rule(
+        q,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
     )
-    q, k, v, hop = vary_together(q, k, v, hop)
-    out, lse = _attend(static, q, k, v, hop)
+    hop = Hop(_tokens("q", q_positions, segment_ids, B, T), _tokens("kv", kv_positions, kv_segment_ids, B, S), rule)
+    static = _Static(kernel=find_kernel(impl), blocks=block_sizes or BlockSizes())
+    q, k, v, hop, sinks = vary_together(q, k, v, hop, as_sinks(sinks, H))
+    out, lse = _attend(static, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), hop, sinks)
+    out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     return (out, lse) if return_lse else out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, q, k, v, hop: Hop):
-    out, lse = static.kernel.forward(q, k, v, hop, static.scale, static.blocks)
+def _attend(static: _Static, q, k, v, hop: Hop, sinks):
+    """Out [B,H,T,D] and lse [B,H,T]; all arrays have heads before tokens."""
+    running = vary_together(Running.empty(q.shape), q)[0]
+    running = static.kernel.forward(q, k, v, hop, running, static.blocks)
+    out, lse = attention_sinks.finish(running, sinks)
     return out.astype(q.dtype), lse
 
 
-def _attend_forward(static: _Static, q, k, v, hop: Hop):
-    out, lse = _attend(static, q, k, v, hop)
-    return (out, lse), (q, k, v, out, lse, hop)
+def _attend_forward(static: _Static, q, k, v, hop: Hop, sinks):
+    out, lse = _attend(static, q, k, v, hop, sinks)
+    return (out, lse), (q, k, v, out, lse, hop, sinks)
 
 
 def _attend_backward(static: _Static, residuals, cotangents):
-    q, k, v, out, lse, hop = residuals
+    q, k, v, out, lse, hop, sinks = residuals
     whole = Whole.of(out, lse, *cotangents)
-    grads = static.kernel.backward(q, k, v, whole, hop, static.scale, static.blocks)
-    return *(grad.astype(q.dtype) for grad in grads), None
+    nothing = vary_together(jnp.zeros(q.shape, jnp.float32), q)[0]
+    grads = static.kernel.backward(q, k, v, whole, hop, nothing, static.blocks)
+    return *(grad.astype(q.dtype) for grad in grads), None, attention_sinks.gradient(sinks, whole)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -1,9 +1,12 @@
 """The one mask rule: which query sees which key is a function of their positions and segments, in any layout."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+
+from ring_attention.attention.rule import Rule
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """Kinds of tile: no query sees a key, some do, every query sees every key."""
@@ -19,7 +22,7 @@ class Tokens:
 
     Attributes:
       positions: int32 [B or 1, t], natural positions in the sequence.
-      segments: int32 [B, t], or None where all tokens are of one segment.
+      segments: int32 [B or 1, t], or None where all tokens are of one segment.
     """
 
     positions: jax.Array
@@ -33,12 +36,13 @@ class Tokens:
             jnp.pad(segments, ((0, 0), (0, amount)), constant_values=segment),
         )
 
-    def tiles(self, batch: int, size: int) -> "Tokens":
-        """The tokens cut into tiles of `size`: arrays [batch, n, size]."""
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[1])).reshape(batch, -1, size), self)
+    def of_batch(self, batch: int) -> "Tokens":
+        """The same with arrays [batch, t]."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[1])), self)
 
-    def __getitem__(self, index) -> "Tokens":
-        return jax.tree.map(lambda x: x[index], self)
+    def tiles(self, size: int) -> "Tokens":
+        """The tokens cut into tiles: arrays [..., t / size, size]."""
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:-1], -1, size), self)
 
 
 @jax.tree_util.register_dataclass
@@ -49,23 +53,28 @@ class Hop:
     Attributes:
       queries: of the resident shard.
       keys: of the visiting shard.
-      causal: a query sees its own position and those before it; otherwise all of them.
+      rule: how a query and a key make a weight.
     """
 
     queries: Tokens
     keys: Tokens
-    causal: bool = dataclasses.field(metadata={"static": True})
+    rule: Rule
 
 
-def visible(hop: Hop) -> jax.Array | None:
-    """Bool [..., t, s]: which query sees which key; None where the rule hides nothing."""
-    mask = None
-    if hop.causal:
-        mask = hop.queries.positions[..., :, None] >= hop.keys.positions[..., None, :]
-    if hop.queries.segments is not None:
-        same = hop.queries.segments[..., :, None] == hop.keys.segments[..., None, :]
-        mask = same if mask is None else mask & same
-    return mask
+def visible(rule: Rule, queries: Tokens, keys: Tokens) -> jax.Array | None:
+    """Bool: which query sees which key; None where the rule hides nothing. The arrays broadcast against each other."""
+    conditions = []
+    if rule.causal:
+        conditions.append(queries.positions >= keys.positions)
+    if rule.window is not None:
+        conditions.append(queries.positions - keys.positions < rule.window)
+        if not rule.causal:
+            conditions.append(keys.positions - queries.positions < rule.window)
+    if rule.seq_len is not None:
+        conditions.append(jnp.maximum(queries.positions, keys.positions) < rule.seq_len)
+    if queries.segments is not None:
+        conditions.append(queries.segments == keys.segments)
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
 def tile_kinds(hop: Hop) -> jax.Array:
@@ -74,17 +83,29 @@ def tile_kinds(hop: Hop) -> jax.Array:
     `hop` holds tiles, [..., n, size]. The kinds come from the bounds of positions and segments in each tile, so an
     EMPTY or FULL is proved, while a PARTIAL may hide more than it seems.
     """
-
-    def bounds(x, axis):
-        return jnp.expand_dims(x.min(-1), axis), jnp.expand_dims(x.max(-1), axis)
-
-    q_low, q_high = bounds(hop.queries.positions, -1)
-    k_low, k_high = bounds(hop.keys.positions, -2)
-    empty = (q_high < k_low) if hop.causal else jnp.zeros_like(q_high < k_low)
-    full = (q_low >= k_high) if hop.causal else ~empty
+    rule, positions = hop.rule, (hop.queries.positions, hop.keys.positions)
+    (q_low, q_high), (k_low, k_high) = _bounds(*positions)
+    nearest, farthest = q_low - k_high, q_high - k_low  # how far the queries stand behind the keys
+    empty, full = jnp.zeros_like(nearest, bool), jnp.ones_like(nearest, bool)
+    if rule.causal:
+        empty, full = empty | (farthest < 0), full & (nearest >= 0)
+    if rule.window is not None:
+        empty, full = empty | (nearest >= rule.window), full & (farthest < rule.window)
+        if not rule.causal:
+            empty, full = empty | (-farthest >= rule.window), full & (-nearest < rule.window)
+    if rule.seq_len is not None:
+        empty |= jnp.maximum(q_low, k_low) >= rule.seq_len
+        full &= jnp.maximum(q_high, k_high) < rule.seq_len
     if hop.queries.segments is not None:
-        q_first, q_last = bounds(hop.queries.segments, -1)
-        k_first, k_last = bounds(hop.keys.segments, -2)
+        (q_first, q_last), (k_first, k_last) = _bounds(hop.queries.segments, hop.keys.segments)
         empty |= (q_last < k_first) | (k_last < q_first)
         full &= (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
     return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL))
+
+
+def _bounds(of_queries: jax.Array, of_keys: jax.Array):
+    """((low, high) [..., n, 1], (low, high) [..., 1, m]) of tiles [..., n, size] and [..., m, size]."""
+    return tuple(
+        (jnp.expand_dims(x.min(-1), axis), jnp.expand_dims(x.max(-1), axis))
+        for x, axis in ((of_queries, -1), (of_keys, -2))
+    )

@@ -1,7 +1,7 @@
 """Softmax over keys that arrive a block at a time (Milakov & Gimelshein 2018; Rabe & Staats 2021).
 
 Two forms of the same statistics, both float32 whatever the input dtype. While keys arrive: `Running`, the unnormalised
-sum and the maximum so far. From a kernel: `(out, lse)`, the normalised output and the natural logarithm of the sum of
+sum and the maximum so far. In the end: `(out, lse)`, the normalised output and the natural logarithm of the sum of
 exponentials, -inf where a query has seen no key (its output is then 0).
 """
 
@@ -38,13 +38,18 @@ def finite(top: jax.Array) -> jax.Array:
     return jnp.where(top == -jnp.inf, 0.0, top)
 
 
-def update(running: Running, s_rk: jax.Array, v_kD: jax.Array) -> Running:
-    """Take in the scores (-inf where hidden) of some more keys and their values."""
+def update(running: Running, s_rk: jax.Array, v_kD: jax.Array, factor_rk: jax.Array | None = None) -> Running:
+    """Take in the scores (-inf where hidden) of some more keys and their values.
+
+    `factor_rk` multiplies what each value counts, but not the sum that normalises (dropout). `r` may be several axes.
+    """
     top = jnp.maximum(running.top, s_rk.max(-1))
-    p_rk = jnp.exp(s_rk - finite(top)[:, None])
+    p_rk = jnp.exp(s_rk - finite(top)[..., None])
     fade = jnp.exp(running.top - finite(top))
-    seen = jnp.dot(p_rk.astype(v_kD.dtype), v_kD, preferred_element_type=jnp.float32)
-    return Running(running.weighted * fade[:, None] + seen, top, running.total * fade + p_rk.sum(-1))
+    counted = (p_rk if factor_rk is None else p_rk * factor_rk).astype(v_kD.dtype)
+    seen = jnp.dot(counted.reshape(-1, counted.shape[-1]), v_kD, preferred_element_type=jnp.float32)
+    weighted = running.weighted * fade[..., None] + seen.reshape(running.weighted.shape)
+    return Running(weighted, top, running.total * fade + p_rk.sum(-1))
 
 
 def absorb(running: Running, out: jax.Array, lse: jax.Array) -> Running:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ring_attention.attention.dropout import kept, seeds_of
 from ring_attention.attention.reference import reference_attention, reference_gradients
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -48,19 +49,75 @@ def out_and_gradients(fn, q, k, v, dout) -> tuple[jax.Array, ...]:
 
 def oracle(q, k, v, dout, **mask) -> tuple[np.ndarray, ...]:
     """(out, dq, dk, dv) in float64; `mask` as in `reference_attention`."""
-    return reference_attention(q, k, v, **mask), *reference_gradients(q, k, v, dout, **mask)
+    return reference_attention(q, k, v, **mask), *reference_gradients(q, k, v, dout, **mask)[:3]
 
 
-def dense_attention(q, k, v, *, causal: bool = True, segment_ids=None) -> jax.Array:
-    """The whole matrix of scores at once, as most people write it: products in the dtype of q, softmax in float32."""
-    T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    mask = jnp.tril(jnp.ones((T, S), bool)) if causal else jnp.ones((T, S), bool)
+def dense_attention(
+    q,
+    k,
+    v,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids=None,
+    kv_segment_ids=None,
+    q_positions=None,
+    kv_positions=None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    sinks=None,
+    alibi_slopes=None,
+    dropout_rate: float = 0.0,
+    dropout_key=None,
+) -> jax.Array:
+    """The whole matrix of scores at once, as most people write it: products in the dtype of q, softmax in float32.
+
+    Arguments as in `reference_attention`. Returns out [B,T,H,D] in the dtype of q.
+    """
+    B, T, H, D = q.shape
+    q_positions = _positions(q_positions, T)[:, None, :, None]
+    k_positions = _positions(kv_positions, k.shape[1])[:, None, None, :]
+    ahead = q_positions - k_positions
+    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
+        scores = scores - slopes[:, None, None] * jnp.abs(ahead)
+    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+    p = _dense_softmax(scores, _dense_mask(ahead, causal, window, segment_ids, kv_segment_ids), sinks)
+    if dropout_rate > 0:
+        batch, heads = jnp.arange(B)[:, None, None, None], jnp.arange(H)[:, None, None]
+        keep = kept(dropout_rate, seeds_of(dropout_key), batch, heads, q_positions, k_positions)
+        p = jnp.where(keep, p / (1 - dropout_rate), 0.0)
+    return jnp.einsum("bhts,bshd->bthd", p.astype(q.dtype), v)
+
+
+def _positions(positions, tokens: int) -> jax.Array:
+    """int32 [B or 1, T], from [B,T], from [T], or from None for 0, 1, 2, ..."""
+    return jnp.atleast_2d(jnp.arange(tokens) if positions is None else jnp.asarray(positions, jnp.int32))
+
+
+def _dense_mask(ahead, causal: bool, window: int | None, segment_ids, kv_segment_ids) -> jax.Array:
+    """Bool [B or 1,1,T,S]: which query sees which key; `ahead`, of that shape, is how far it stands after the key."""
+    mask = ahead >= 0 if causal else jnp.ones(ahead.shape, bool)
+    if window is not None:
+        mask = mask & (jnp.abs(ahead) < window)
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    p = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(q.dtype)
-    return jnp.einsum("bhts,bshd->bthd", p, v)
+        mask = mask & (segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :])
+    return mask
+
+
+def _dense_softmax(scores_BHTS, mask, sinks) -> jax.Array:
+    """float32 [B,H,T,S]; rows that see nothing are 0 and so are their gradients, as no row of -inf enters a softmax."""
+    scores = jnp.where(mask, scores_BHTS, -jnp.inf)
+    if sinks is not None:
+        column = jnp.broadcast_to(jnp.asarray(sinks, jnp.float32)[:, None, None], (*scores.shape[:-1], 1))
+        return jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
+    sees = mask.any(-1, keepdims=True)
+    return jnp.where(sees, jax.nn.softmax(jnp.where(sees, scores, 0.0), axis=-1), 0.0)
 
 
 def errors(got, want) -> list[float]:

@@ -31,36 +31,50 @@ class SequenceLayout:
         require(self.ring_size > 0, f"ring_size={self.ring_size} must be positive")
 
     def check_length(self, seq_len: int) -> None:
-        """Raise ValueError unless `seq_len` tokens can be dealt in this layout."""
-        pieces, name = self.ring_size, "the ring size sp"
-        other = ""
-        if self.kind == "zigzag":
-            pieces, name = 2 * self.ring_size, "2*sp (zigzag)"
-            other = ' or use layout="striped"' if seq_len % self.ring_size == 0 else ""
-        padded = -(-seq_len // pieces) * pieces
-        require_divisible("seq_len", seq_len, name, pieces, f"pad to {padded}{other}")
+        """Raise ValueError unless `seq_len` tokens can be dealt in equal shards."""
+        name = "2*sp (zigzag)" if self.kind == "zigzag" else "the ring size sp"
+        other = ' or use layout="striped"' if self.kind == "zigzag" and seq_len % self.ring_size == 0 else ""
+        remedy = f"pad to {self.padded_length(seq_len)}{other}"
+        require_divisible("seq_len", seq_len, name, self._pieces, remedy)
+
+    def padded_length(self, seq_len: int) -> int:
+        """The least number of tokens, `seq_len` or more, that can be dealt in equal shards."""
+        return -(-seq_len // self._pieces) * self._pieces
+
+    @property
+    def _pieces(self) -> int:
+        return 2 * self.ring_size if self.kind == "zigzag" else self.ring_size
 
     def shard_positions(self, shard: int | jax.Array, shard_len: int) -> jax.Array:
         """Natural positions, int32 [shard_len], of the tokens that shard number `shard` holds (it may be traced)."""
         offset = jnp.arange(shard_len, dtype=jnp.int32)
-        if self.kind == "contiguous":
-            return shard * shard_len + offset
         if self.kind == "striped":
             return shard + self.ring_size * offset
+        starts = self.chunk_starts(shard, shard_len)
+        chunk = shard_len // len(starts)
+        return jnp.concatenate([start + offset[:chunk] for start in starts])
+
+    def chunk_starts(self, shard: int | jax.Array, shard_len: int) -> list:
+        """Natural positions at which the runs of consecutive tokens of a shard begin; not for striped."""
+        if self.kind == "contiguous":
+            return [shard * shard_len]
         chunk = shard_len // 2
-        late = (2 * self.ring_size - 1 - shard) * chunk
-        return jnp.where(offset < chunk, shard * chunk + offset, late + offset - chunk)
+        return [shard * chunk, (2 * self.ring_size - 1 - shard) * chunk]
 
     def positions(self, seq_len: int) -> np.ndarray:
-        """int32 [seq_len]: the natural position of each token in layout order."""
-        self.check_length(seq_len)
-        natural = np.arange(seq_len, dtype=np.int32)
+        """int32 [seq_len]: the natural position of each token in layout order.
+
+        A length that cannot be dealt in equal shards is dealt as if it were padded at its end, the padding left out.
+        """
+        natural = np.arange(self.padded_length(seq_len), dtype=np.int32)
         if self.kind == "contiguous":
-            return natural
-        if self.kind == "striped":
-            return natural.reshape(-1, self.ring_size).T.reshape(-1)
-        chunks = natural.reshape(2, self.ring_size, -1)
-        return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
+            order = natural
+        elif self.kind == "striped":
+            order = natural.reshape(-1, self.ring_size).T.reshape(-1)
+        else:
+            chunks = natural.reshape(2, self.ring_size, -1)
+            order = np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
+        return order[order < seq_len]
 
     def permute(self, x, axis: int):
         """Reorder `axis` of a NumPy or JAX array from natural to layout order."""

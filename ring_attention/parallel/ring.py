@@ -1,25 +1,21 @@
 """Ring attention: key/value blocks travel around a ring of devices while each attends to the block it holds.
 
-Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context". Device i of P starts
-with its own block and passes what it holds to device i+1, so at step s it holds the block of device i-s. A block is
-sent on before it is used, so that the transfer runs beside the computation.
+Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context". This module is the
+front: it checks arguments and cuts global arrays into shards; `rotation` moves the blocks.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.kernels.contract import Kernel, Whole
-from ring_attention.attention.masks import Hop, Tokens
-from ring_attention.attention.varying import axes_of, vary_over, vary_together
+from ring_attention.attention.rule import as_sinks, check_window, make_rule
+from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
     require,
     require_attention_dtypes,
@@ -29,44 +25,8 @@ from ring_attention.checks import (
 )
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.mesh import DATA, FSDP, TENSOR
-
-SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
-"""`checkpoint_name`s of what a remat policy must keep so that no ring runs twice."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Ring:
-    """What is the same for every step of a ring."""
-
-    axis_name: str
-    layout: SequenceLayout
-    causal: bool
-    scale: float
-    kernel: Kernel
-    blocks: BlockSizes
-
-    @property
-    def size(self) -> int:
-        return self.layout.ring_size
-
-    def rotate(self, tree):
-        """Pass every array on to the next device."""
-        shift = [(i, (i + 1) % self.size) for i in range(self.size)]
-        return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, shift), tree)
-
-    def scan(self, body, carry, steps: range):
-        """`body(carry, step) -> carry` over `steps`.
-
-        A loop, not an unrolled one: the compiler would start all transfers at once, and memory would grow with P.
-        """
-        return lax.scan(lambda c, s: (body(c, s), None), carry, jnp.array(steps, jnp.int32))[0]
-
-    def hop(self, step, length: int, q_segments, k_segments) -> Hop:
-        """Where the resident queries and the keys that visit at `step` stand."""
-        me = lax.axis_index(self.axis_name)
-        visitor = lax.rem(me - step + self.size, self.size)
-        positions = [self.layout.shard_positions(shard, length)[None] for shard in (me, visitor)]
-        return Hop(Tokens(positions[0], q_segments), Tokens(positions[1], k_segments), self.causal)
+from ring_attention.parallel.rotation import Ring, attend
+from ring_attention.parallel.routes import plan_routes
 
 
 def ring_attention_shard(
@@ -77,8 +37,20 @@ def ring_attention_shard(
     axis_name: str = "sp",
     layout: str | SequenceLayout = "contiguous",
     causal: bool = True,
+    window: int | None = None,
     segment_ids: jax.Array | None = None,
+    max_segment_len: int | None = None,
+    softcap: float | None = None,
     scale: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    batch_offset: int | jax.Array = 0,
+    head_offset: int | jax.Array = 0,
+    seq_len: int | None = None,
+    duplex: bool = False,
+    unroll: bool = False,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
 ) -> jax.Array:
@@ -93,9 +65,14 @@ def ring_attention_shard(
       v: this device's slice [B,t,K,D] of the values.
       axis_name: the axis that the sequence is sharded over.
       layout: the order in which tokens were dealt to devices, a name or a SequenceLayout.
-      causal: a token sees itself and those before it in the natural order; otherwise all of them.
+      causal, window, max_segment_len, softcap, scale: as in `ring_attention`, and so are dropout_rate, dropout_key,
+        duplex and unroll.
       segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.
-      scale: of the scores; D**-0.5 by default.
+      sinks: those of this device's heads, [H].
+      alibi_slopes: those of this device's heads, [H].
+      batch_offset: global index of this device's first sequence, by which dropout counts.
+      head_offset: global index of this device's first head, by which dropout counts.
+      seq_len: tokens of the whole sequence that are real; those at positions from here on are padding. All by default.
       impl: name of the kernel that computes a hop, or "auto".
       block_sizes: sizes of the kernel's tiles.
 
@@ -103,86 +80,55 @@ def ring_attention_shard(
       This device's slice [B,t,H,D] of the output, in the dtype of q; 0 where a query sees no key.
 
     Raises:
-      ValueError: for shapes, dtypes or names that do not fit, before anything compiles.
+      ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
-    B, t, _, D = q.shape
+    B, t, H, D = q.shape
     require_shape("k", k.shape, (B, t, None, D), "BtKD")
     layout = as_layout(layout, lax.axis_size(axis_name))
     layout.check_length(t * layout.ring_size)
     if segment_ids is not None:
         require_shape("segment_ids", segment_ids.shape, (B, t), "Bt")
         segment_ids = segment_ids.astype(jnp.int32)
-    ring = _Ring(
+    rule = make_rule(
+        q,
+        causal=causal,
+        window=_shorter(window, max_segment_len, segment_ids),
+        softcap=softcap,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        batch_offset=batch_offset,
+        head_offset=head_offset,
+        seq_len=seq_len,
+    )
+    ring = Ring(
         axis_name=axis_name,
         layout=layout,
-        causal=causal,
-        scale=D**-0.5 if scale is None else scale,
+        routes=plan_routes(layout, t, causal=rule.causal, reach=rule.window, duplex=duplex),
+        unroll=unroll,
         kernel=find_kernel(impl),
         blocks=block_sizes or BlockSizes(),
     )
-    q, k, v, segment_ids, _ = vary_together(q, k, v, segment_ids, lax.axis_index(axis_name))
-    return _attend(ring, q, k, v, segment_ids)[0]
+    arrays = (q, k, v, segment_ids, rule, as_sinks(sinks, H), lax.axis_index(axis_name))
+    q, k, v, segment_ids, rule, sinks, _ = vary_together(*arrays)
+    out, _ = attend(ring, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segment_ids, rule, sinks)
+    return jnp.swapaxes(out, 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: _Ring, q, k, v, segments):
-    """(out, lse) over the whole ring: P hops, P-1 transfers of each block."""
-
-    def attend(step, block):
-        k, v, k_segments = block
-        return ring.kernel.forward(q, k, v, ring.hop(step, q.shape[1], segments, k_segments), ring.scale, ring.blocks)
-
-    def body(carry, step):
-        running, block = carry
-        following = ring.rotate(block)
-        return online_softmax.absorb(running, *attend(step, block)), following
-
-    nothing = vary_over(online_softmax.Running.empty(q.shape), axes_of(q))
-    running, block = ring.scan(body, (nothing, (k, v, segments)), range(ring.size - 1))
-    out, lse = online_softmax.finish(online_softmax.absorb(running, *attend(ring.size - 1, block)))
-    return out.astype(q.dtype), lse
-
-
-def _attend_forward(ring: _Ring, q, k, v, segments):
-    results = _attend(ring, q, k, v, segments)
-    out, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED_NAMES, strict=True))
-    return (out, lse), (q, k, v, segments, out, lse)
-
-
-def _attend_backward(ring: _Ring, residuals, cotangents):
-    """Gradients: P-1 transfers of K and V, P of dK and dV, which follow their block around the ring and home again."""
-    q, k, v, segments, out, lse = residuals
-    whole = Whole.of(out, lse, *cotangents)
-
-    def gradients(step, block):
-        k, v, k_segments = block
-        hop = ring.hop(step, q.shape[1], segments, k_segments)
-        dq, dk, dv = ring.kernel.backward(q, k, v, whole, hop, ring.scale, ring.blocks)
-        return dq, (dk, dv)
-
-    def body(carry, step):
-        dq, block, dblock = carry
-        following, arriving = ring.rotate((block, dblock))  # dblock of the last hop travels while this one computes
-        dq_here, dblock_here = gradients(step, block)
-        return dq + dq_here, following, jax.tree.map(jnp.add, arriving, dblock_here)
-
-    block = (k, v, segments)
-    if ring.size == 1:
-        dq, dblock = gradients(0, block)
-    else:
-        following = ring.rotate(block)
-        dq, dblock = gradients(0, block)
-        dq, block, dblock = ring.scan(body, (dq, following, dblock), range(1, ring.size - 1))
-        arriving = ring.rotate(dblock)
-        dq_here, dblock_here = gradients(ring.size - 1, block)
-        dq, dblock = dq + dq_here, ring.rotate(jax.tree.map(jnp.add, arriving, dblock_here))
-    dk, dv = dblock
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+def _shorter(window: int | None, max_segment_len: int | None, segment_ids) -> int | None:
+    """The window that both bounds make."""
+    if max_segment_len is None:
+        return window
+    require(
+        segment_ids is not None,
+        f"max_segment_len={max_segment_len} bounds segments, but there are none; give segment_ids, or window instead",
+    )
+    check_window("max_segment_len", max_segment_len)
+    check_window("window", window)
+    return max_segment_len if window is None else min(window, max_segment_len)
 
 
 def ring_attention(
@@ -195,15 +141,25 @@ def ring_attention(
     spec: PartitionSpec | None = None,
     layout: str | SequenceLayout = "contiguous",
     causal: bool = True,
+    window: int | None = None,
     segment_ids: jax.Array | None = None,
+    max_segment_len: int | None = None,
+    softcap: float | None = None,
     scale: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    duplex: bool = False,
+    unroll: bool = False,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
 ) -> jax.Array:
     """Exact attention over a sequence sharded across the devices of `mesh`.
 
     Args:
-      q: [B,T,H,D], in the layout's order (`SequenceLayout.permute`); float32, bfloat16 or float16.
+      q: [B,T,H,D], in the layout's order (`SequenceLayout.permute`); float32, bfloat16 or float16. Where the devices do
+        not divide T, the arrays are padded inside, which moves all of them: pad in your loader to spare that.
       k: [B,T,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
       v: [B,T,K,D].
       mesh: the devices; `axis_name` is one of its axes.
@@ -212,8 +168,20 @@ def ring_attention(
         has.
       layout: "contiguous", "zigzag", "striped" or a SequenceLayout. The last two share causal work out evenly.
       causal: a token sees itself and those before it in the natural order; otherwise all of them.
+      window: a token sees itself and the window-1 tokens before it, and after it where causal is False. Keys are sent
+        no farther than it reaches: if it fits in a shard, contiguous and zigzag rings send them one hop.
       segment_ids: integers [B,T] in the layout's order; a token sees its own segment only.
-      scale: of the scores; D**-0.5 by default.
+      max_segment_len: no segment is longer than this, so that keys need not be sent farther. It acts like a window: in
+        a segment that is longer after all, tokens this far apart do not see each other.
+      softcap: scores x become softcap * tanh(x / softcap).
+      scale: of the products of queries and keys; D**-0.5 by default.
+      sinks: [H], a logit for each head that takes part in the softmax but has no value; can be differentiated.
+      alibi_slopes: [H]; a score falls by the slope for each position of distance. Constants: no gradient flows to them.
+      dropout_rate: of weights. Which ones are dropped depends on the key and their global batch row, head and positions
+        alone: the same on any mesh and in any layout.
+      dropout_key: a `jax.random` key, needed with dropout.
+      duplex: send the second half of each shard the other way round, for links that carry both directions at once.
+      unroll: write the steps of the ring out instead of looping over them (docs/structure.md compares the programs).
       impl: name of the kernel that computes a hop, or "auto".
       block_sizes: sizes of the kernel's tiles.
 
@@ -221,7 +189,7 @@ def ring_attention(
       [B,T,H,D] in the dtype of q and sharded like it; 0 where a query sees no key.
 
     Raises:
-      ValueError: for shapes, dtypes, names or meshes that do not fit, before anything compiles.
+      ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
@@ -230,25 +198,82 @@ def ring_attention(
     )
     require_shape("k", k.shape, (q.shape[0], q.shape[1], None, q.shape[3]), "BTKD")
     layout = as_layout(layout, mesh.shape[axis_name])
-    layout.check_length(q.shape[1])
     spec = _default_spec(mesh, axis_name) if spec is None else spec
     _check_spec(spec, mesh, axis_name, q, k)
     if segment_ids is not None:
         require_shape("segment_ids", segment_ids.shape, q.shape[:2], "BT")
-    attend = _sharded(mesh, spec, axis_name, layout, causal, scale, impl, block_sizes)
-    return attend(q, k, v, segment_ids)
+    for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if array is not None:
+            require_shape(name, jnp.shape(array), (q.shape[2],), "H")
+    run = _sharded(
+        mesh,
+        spec,
+        axis_name=axis_name,
+        layout=layout,
+        causal=causal,
+        window=window,
+        max_segment_len=max_segment_len,
+        softcap=softcap,
+        scale=scale,
+        dropout_rate=dropout_rate,
+        duplex=duplex,
+        unroll=unroll,
+        impl=impl,
+        block_sizes=block_sizes,
+    )
+    return run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
 
 
 @functools.lru_cache(maxsize=128)
-def _sharded(mesh: Mesh, spec: PartitionSpec, axis_name, layout, causal, scale, impl, block_sizes):
+def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
     """`ring_attention_shard` over global arrays, compiled once for each set of choices."""
-    settings = dict(axis_name=axis_name, layout=layout, causal=causal, scale=scale, impl=impl, block_sizes=block_sizes)
+    layout = settings["layout"]
+    batch_axes, _, head_axes, _ = _axes_of(spec)
 
-    def on_shards(q, k, v, segment_ids):
-        return ring_attention_shard(q, k, v, segment_ids=segment_ids, **settings)
+    def run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key):
+        T = q.shape[1]
+        padded = layout.padded_length(T)
+        # Padding comes last in the natural order; in the layout's it may stand anywhere.
+        real = None if padded == T else np.flatnonzero(layout.positions(padded) < T)
 
-    in_specs = (spec, spec, spec, PartitionSpec(*spec[:2]))
-    return jax.jit(jax.shard_map(on_shards, mesh=mesh, in_specs=in_specs, out_specs=spec))
+        def on_shards(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key):
+            return ring_attention_shard(
+                q,
+                k,
+                v,
+                segment_ids=segment_ids,
+                sinks=sinks,
+                alibi_slopes=alibi_slopes,
+                dropout_key=dropout_key,
+                batch_offset=_shard_number(batch_axes) * q.shape[0],
+                head_offset=_shard_number(head_axes) * q.shape[2],
+                seq_len=None if real is None else T,
+                **settings,
+            )
+
+        heads = PartitionSpec(head_axes or None)
+        in_specs = (spec, spec, spec, PartitionSpec(*spec[:2]), heads, heads, PartitionSpec())
+        sharded = jax.shard_map(on_shards, mesh=mesh, in_specs=in_specs, out_specs=spec)
+        if real is not None:
+            q, k, v, segment_ids = (
+                None if x is None else jnp.zeros((x.shape[0], padded, *x.shape[2:]), x.dtype).at[:, real].set(x)
+                for x in (q, k, v, segment_ids)
+            )
+        out = sharded(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
+        return out if real is None else out[:, real]
+
+    return jax.jit(run)
+
+
+def _shard_number(axes: tuple[str, ...]):
+    """Which of the shards along these mesh axes this device holds."""
+    return lax.axis_index(axes) if axes else 0
+
+
+def _axes_of(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """Mesh axes that each of the four axes of q is sharded over."""
+    entries = [*spec, None, None, None, None][:4]
+    return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
 
 
 def _default_spec(mesh: Mesh, axis_name: str) -> PartitionSpec:
@@ -263,9 +288,7 @@ def _check_spec(spec: PartitionSpec, mesh: Mesh, axis_name: str, q, k) -> None:
         f"for example {_default_spec(mesh, axis_name)}",
     )
     for axis, names in ((0, "batch"), (2, "heads")):
-        entry = spec[axis] if axis < len(spec) else None
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        shards = 1
+        axes, shards = _axes_of(spec)[axis], 1
         for name in axes:
             require(
                 name in mesh.shape,

@@ -1,9 +1,10 @@
-"""What every kernel promises, so that a ring does not know which one it runs.
+"""What every kernel promises, so that a ring does not know which one it runs. Heads come first, tokens second to last.
 
-forward(q, k, v, hop, scale, blocks) -> (out, lse)
-    q [B,t,H,D]; k, v [B,s,K,D]; out float32 [B,t,H,D], normalised over this hop's keys alone; lse float32 [B,t,H].
-backward(q, k, v, whole, hop, scale, blocks) -> (dq, dk, dv)
-    float32 gradients of this hop's part of the whole attention, in the shapes of q, k and v.
+forward(q, k, v, hop, running, blocks) -> running
+    q [B,H,t,D]; k, v [B,K,s,D]; `running` [B,H,t,D], the statistics of the keys seen in earlier hops, to go on from.
+backward(q, k, v, whole, hop, dq, blocks) -> (dq, dk, dv)
+    this hop's part of the gradients of the whole attention, all float32: dq [B,H,t,D] is what earlier hops gave, to add
+    to; dk and dv [B,K,s,D] are of this hop alone.
 """
 
 from collections.abc import Callable
@@ -27,10 +28,10 @@ class Whole(NamedTuple):
     With a hop's own out and lse it would be the gradient of a smaller attention: right forward, wrong backward.
 
     Attributes:
-      out: [B,t,H,D] in the dtype of q.
-      lse: float32 [B,t,H].
-      dout: [B,t,H,D] cotangent of out.
-      delta: float32 [B,t,H], sum over D of dout * out, less the cotangent of lse (Dao et al. 2022, appendix B.2).
+      out: [B,H,t,D] in the dtype of q.
+      lse: float32 [B,H,t].
+      dout: [B,H,t,D] cotangent of out.
+      delta: float32 [B,H,t], sum over D of dout * out, less the cotangent of lse (Dao et al. 2022, appendix B.2).
     """
 
     out: jax.Array
@@ -41,5 +42,5 @@ class Whole(NamedTuple):
     @staticmethod
     def of(out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array | None = None) -> "Whole":
         """Bundle the statistics and work out delta."""
-        delta = jnp.einsum("bthd,bthd->bth", dout, out, preferred_element_type=jnp.float32)
+        delta = jnp.einsum("bhtd,bhtd->bht", dout, out, preferred_element_type=jnp.float32)
         return Whole(out, lse, dout, delta if dlse is None else delta - dlse)

@@ -1,0 +1,216 @@
+"""How a hop is cut into tiles, which of them the mask leaves to compute, and where each stands in the ring's arrays.
+
+Arrays of queries are [B,K,G,t,...], of keys [B,K,s,...], of a tile the same without B and with fewer heads and tokens.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.masks import EMPTY, FULL, PADDED_KEY, PADDED_QUERY, PARTIAL, Hop, Tokens, tile_kinds
+
+
+class Area(NamedTuple):
+    """A rectangle of scores: of sequence `b`, heads from `h` on, queries from `q` on, keys from `kv` on.
+
+    How many there are of each is static, and so is whether the mask may hide some of the scores.
+    """
+
+    b: jax.Array
+    h: jax.Array
+    q: jax.Array
+    kv: jax.Array
+    heads: int
+    q_size: int
+    kv_size: int
+    masked: bool
+
+    def of_queries(self, x_BKGt):
+        """[h,G,t,...] of an array of queries."""
+        return _read(x_BKGt, (self.b, self.h, 0, self.q), (1, self.heads, x_BKGt.shape[2], self.q_size))[0]
+
+    def into_queries(self, x_BKGt, new_hGt):
+        """The array with these queries replaced."""
+        return _write(x_BKGt, new_hGt[None], (self.b, self.h, 0, self.q))
+
+    def of_keys(self, x_BKs):
+        """[h,s,...] of an array of keys."""
+        return _read(x_BKs, (self.b, self.h, self.kv), (1, self.heads, self.kv_size))[0]
+
+    def into_keys(self, x_BKs, new_hs):
+        """The array with these keys replaced."""
+        return _write(x_BKs, new_hs[None], (self.b, self.h, self.kv))
+
+    def of_tile(self, tile, axis: int, start):
+        """The area's queries (axis 2) or keys (axis 1) of a tile, which begin at `start` in it."""
+        size = self.q_size if axis == 2 else self.kv_size
+        return tile if tile.shape[axis] == size else lax.dynamic_slice_in_dim(tile, start, size, axis)
+
+    def into_tile(self, tile, new, axis: int, start):
+        """The tile with the area's queries or keys replaced."""
+        return new if tile.shape == new.shape else lax.dynamic_update_slice_in_dim(tile, new, start, axis)
+
+
+class Sizes(NamedTuple):
+    """What a tile holds: tokens, into how many pieces each side is cut where the mask cuts it, key/value heads."""
+
+    q: int
+    kv: int
+    cut_q: int
+    cut_kv: int
+    heads: int
+
+
+class Worklist(NamedTuple):
+    """For each tile of one side, which of the other side's to visit: the first `count` of `items` [B,n,...]."""
+
+    items: jax.Array
+    count: jax.Array
+
+    @staticmethod
+    def of(wanted: jax.Array) -> "Worklist":
+        """Numbers of those that are True in bool [B,n,m]."""
+        numbers = jnp.arange(wanted.shape[-1], dtype=jnp.int32)
+        return Worklist(jnp.sort(jnp.where(wanted, numbers, numbers.size)), wanted.sum(-1, dtype=jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of a hop, as a loop over query tiles (or over key tiles) visits them.
+
+    There are lists of what to visit rather than a branch in the loop, because a branch copies what it passes through.
+
+    Attributes:
+      hop: with tokens [B,t] and [B,s], padded to whole tiles.
+      full: tiles that are visited whole and without a mask, for each query tile (or key tile).
+      parts: pieces of those that the mask cuts, numbered tile after tile, in a tile by query and then key.
+      slopes: float32 [K,G] or None, ALiBi's.
+      heads: int32 [K,G] or None, global indices of query heads, for dropout.
+      size: of a tile.
+      num_kv_heads: K.
+      by_keys: whether the loop is over key tiles.
+    """
+
+    hop: Hop
+    full: Worklist
+    parts: Worklist
+    slopes: jax.Array | None
+    heads: jax.Array | None
+    size: Sizes = dataclasses.field(metadata={"static": True})
+    num_kv_heads: int = dataclasses.field(metadata={"static": True})
+    by_keys: bool = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def of(hop: Hop, q_BHtD: jax.Array, k_BKsD: jax.Array, blocks: BlockSizes, by_keys: bool) -> "Tiles":
+        """Cut the meeting of these queries and keys."""
+        (B, _, t, _), (_, K, s, _) = q_BHtD.shape, k_BKsD.shape
+        q, kv = _tile_size(t, blocks.q), _tile_size(s, blocks.kv)
+        size = Sizes(q, kv, math.gcd(blocks.cut, q), math.gcd(blocks.cut, kv), math.gcd(blocks.heads, K))
+        queries, keys, rule = hop.queries, hop.keys, hop.rule
+        if t % q or s % kv:  # segments on one side need segments on the other
+            queries, keys = queries.pad(-t % q, PADDED_QUERY), keys.pad(-s % kv, PADDED_KEY)
+        hop = Hop(queries.of_batch(B), keys.of_batch(B), rule)
+
+        def kinds(cut_q, cut_kv):
+            """[B,n,m,cut_q,cut_kv]; with the axes of n and m swapped for a loop over key tiles."""
+            tiles = Hop(hop.queries.tiles(q // cut_q), hop.keys.tiles(kv // cut_kv), rule)
+            pattern = "B (n x) (m y) -> B m n x y" if by_keys else "B (n x) (m y) -> B n m x y"
+            return rearrange(tile_kinds(tiles), pattern, x=cut_q, y=cut_kv)
+
+        whole, pieces = kinds(1, 1)[..., 0, 0], kinds(size.cut_q, size.cut_kv)
+        cut = (whole == PARTIAL)[..., None, None] & (pieces != EMPTY)
+        return Tiles(
+            hop=hop,
+            full=Worklist.of(whole == FULL),
+            parts=Worklist.of(rearrange(cut, "B n m x y -> B n (m x y)")),
+            slopes=None if rule.slopes is None else rule.slopes.reshape(K, -1),
+            heads=None if rule.dropout is None else rule.dropout.heads.reshape(K, -1),
+            size=size,
+            num_kv_heads=K,
+            by_keys=by_keys,
+        )
+
+    def pad_queries(self, x_BKGt):
+        """An array of queries with zeros for the padding."""
+        return _pad(x_BKGt, 3, self.size.q)
+
+    def pad_keys(self, x_BKs):
+        """An array of keys with zeros for the padding."""
+        return _pad(x_BKs, 2, self.size.kv)
+
+    @property
+    def number(self) -> int:
+        """How many query tiles (or key tiles) there are in all sequences and heads."""
+        B, n = self.full.count.shape
+        return B * (self.num_kv_heads // self.size.heads) * n
+
+    def area(self, number) -> Area:
+        """The area of query tile (or key tile) `number`; it has no keys (or queries) yet."""
+        groups, n = self.num_kv_heads // self.size.heads, self.full.count.shape[1]
+        rest, tile = number // n, number % n
+        b, h, size = rest // groups, rest % groups * self.size.heads, self.size
+        if self.by_keys:
+            return Area(b, h, 0, tile * size.kv, size.heads, 0, size.kv, False)
+        return Area(b, h, tile * size.q, 0, size.heads, size.q, 0, False)
+
+    def visit(self, tile: Area, take, carry):
+        """`take(area, carry) -> carry` over the areas that are visible to a query tile (or key tile)."""
+        size, here = self.size, (tile.b, tile.kv // self.size.kv if self.by_keys else tile.q // self.size.q)
+
+        def whole(number, carry):
+            start = self.full.items[*here, number]
+            if self.by_keys:
+                return take(tile._replace(q=start * size.q, q_size=size.q), carry)
+            return take(tile._replace(kv=start * size.kv, kv_size=size.kv), carry)
+
+        def part(number, carry):
+            item, pieces = self.parts.items[*here, number], size.cut_q * size.cut_kv
+            other, x, y = item // pieces, item % pieces // size.cut_kv, item % size.cut_kv
+            i, j = (other, here[1]) if self.by_keys else (here[1], other)
+            q_size, kv_size = size.q // size.cut_q, size.kv // size.cut_kv
+            q, kv = i * size.q + x * q_size, j * size.kv + y * kv_size
+            return take(tile._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True), carry)
+
+        carry = lax.fori_loop(0, self.full.count[here], whole, carry)
+        return lax.fori_loop(0, self.parts.count[here], part, carry)
+
+    def tokens(self, area: Area) -> tuple[Tokens, Tokens]:
+        """Where the area's queries [t] and keys [s] stand."""
+        queries = jax.tree.map(lambda x: _read(x, (area.b, area.q), (1, area.q_size))[0], self.hop.queries)
+        keys = jax.tree.map(lambda x: _read(x, (area.b, area.kv), (1, area.kv_size))[0], self.hop.keys)
+        return queries, keys
+
+    def of_heads(self, area: Area) -> tuple:
+        """The area's slopes [h,G], and global indices of its heads [h,G] and sequence; None for what is not used."""
+        slopes, heads = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, area.h, area.heads), (self.slopes, self.heads)
+        )
+        return slopes, heads, None if heads is None else self.hop.rule.dropout.batch[area.b]
+
+
+def _tile_size(tokens: int, wanted: int) -> int:
+    """The size, about `wanted` at most, that cuts `tokens` into equal tiles with little padding (to 8)."""
+    tiles = -(-tokens // wanted)
+    size = -(-tokens // tiles)
+    return size if tokens % size == 0 else -(-size // 8) * 8
+
+
+def _pad(x, axis: int, size: int):
+    amount = -x.shape[axis] % size
+    return x if amount == 0 else jnp.pad(x, [(0, amount * (a == axis)) for a in range(x.ndim)])
+
+
+def _read(x, starts, sizes):
+    rest = x.ndim - len(starts)
+    return lax.dynamic_slice(x, (*starts, *[0] * rest), (*sizes, *x.shape[len(starts) :]))
+
+
+def _write(x, new, starts):
+    return lax.dynamic_update_slice(x, new, (*starts, *[0] * (x.ndim - len(starts))))

@@ -1,0 +1,114 @@
+"""How the product of a query and a key becomes a weight: one rule for every tile, hop, device and strategy."""
+
+import dataclasses
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from ring_attention.attention.dropout import Dropout, seeds_of
+from ring_attention.checks import require, require_shape
+
+
+def _static(**kwargs):
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """score = softcap(scale * q.k) - slope * distance where the mask lets the query see the key, else -inf.
+
+    Attributes:
+      scale: of the products.
+      causal: a query sees its own position and those before it; otherwise all of them.
+      window: a query sees positions less than this far away; None for no bound.
+      seq_len: positions from here on are padding that nobody sees and that sees nothing; None where there is none.
+      softcap: scores x become softcap * tanh(x / softcap); None leaves them (Gemma 2).
+      slopes: float32 [H], ALiBi's (Press et al. 2022): scores fall by slope for each position of distance; or None.
+      dropout: of weights, or None.
+    """
+
+    scale: float = _static()
+    causal: bool = _static(default=True)
+    window: int | None = _static(default=None)
+    seq_len: int | None = _static(default=None)
+    softcap: float | None = _static(default=None)
+    slopes: jax.Array | None = None
+    dropout: Dropout | None = None
+
+
+def make_rule(
+    q: jax.Array,
+    *,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    alibi_slopes: jax.Array | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+    batch_offset: int | jax.Array = 0,
+    head_offset: int | jax.Array = 0,
+    seq_len: int | None = None,
+) -> Rule:
+    """The rule for queries q [B,t,H,D], of whose arrays the first sequence and head have these global indices.
+
+    Raises:
+      ValueError: for values out of range and shapes that do not fit.
+    """
+    B, _, H, D = q.shape
+    check_rule(window=window, softcap=softcap, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
+    dropout = None
+    if dropout_rate > 0:
+        batch, heads = batch_offset + jnp.arange(B), head_offset + jnp.arange(H)
+        dropout = Dropout(
+            rate=dropout_rate,
+            seeds=seeds_of(dropout_key),
+            batch=batch.astype(jnp.int32),
+            heads=heads.astype(jnp.int32),
+        )
+    slopes = None
+    if alibi_slopes is not None:
+        require_shape("alibi_slopes", jnp.shape(alibi_slopes), (H,), "H")
+        slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
+    return Rule(
+        scale=D**-0.5 if scale is None else float(scale),
+        causal=bool(causal),
+        window=None if window is None else int(window),
+        seq_len=seq_len,
+        softcap=None if softcap is None else float(softcap),
+        slopes=slopes,
+        dropout=dropout,
+    )
+
+
+def as_sinks(sinks, heads: int) -> jax.Array | None:
+    """Sinks as float32 [H], or None; raises ValueError unless there is one for each query head."""
+    if sinks is None:
+        return None
+    require_shape("sinks", jnp.shape(sinks), (heads,), "H")
+    return jnp.asarray(sinks, jnp.float32)
+
+
+def check_rule(*, window, softcap, scale, dropout_rate, dropout_key) -> None:
+    """Raise ValueError for values that mean nothing."""
+    check_window("window", window)
+    for name, value in {"softcap": softcap, "scale": scale}.items():
+        fits = value is None or (math.isfinite(value) and (value > 0 or name == "scale"))
+        require(
+            fits, f"{name}={value!r} must be a finite{' positive' * (name == 'softcap')} number; None leaves it out"
+        )
+    fits = dropout_rate >= 0 and round(dropout_rate * 2**32) < 2**32  # dropout counts in 32 bits
+    require(fits, f"dropout_rate={dropout_rate!r} must be at least 0 and less than 1; 0 leaves dropout out")
+    require(
+        dropout_rate == 0 or dropout_key is not None,
+        f"dropout_rate={dropout_rate!r} needs dropout_key; pass jax.random.key(seed), another one at each step",
+    )
+
+
+def check_window(name: str, window: int | None) -> None:
+    """Raise ValueError unless `window` is None or a number of tokens."""
+    whole = window is None or (isinstance(window, numbers.Integral) and window >= 1)
+    require(whole, f"{name}={window!r} must be a whole number of tokens, 1 (itself alone) or more; None sees all")

@@ -1,0 +1,56 @@
+"""From the products of some queries and keys to their scores, and what a backward pass needs of that."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ring_attention.attention import dropout
+from ring_attention.attention.masks import Tokens, visible
+from ring_attention.attention.rule import Rule
+
+
+class Meeting(NamedTuple):
+    """Some queries of the G heads of one group and the keys that they meet, with axes in any order.
+
+    All arrays broadcast against each other: those of queries are for example [1,t,1], of keys [1,1,s] and of heads
+    [G,1,1].
+
+    Attributes:
+      rule: of which only the static values and the seeds are used; the arrays for these heads follow.
+      queries: tokens.
+      keys: tokens.
+      slopes: float32, of the heads, or None.
+      batch: int32, global index of the sequence, or None without dropout.
+      heads: int32, global indices of the heads, or None without dropout.
+      masked: whether the mask may hide some of the keys.
+    """
+
+    rule: Rule
+    queries: Tokens
+    keys: Tokens
+    slopes: jax.Array | None
+    batch: jax.Array | None
+    heads: jax.Array | None
+    masked: bool
+
+    def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """float32 scores, -inf where hidden, and d score / d (scale * product), None where that is 1 everywhere."""
+        rule, scores, slope = self.rule, products * self.rule.scale, None
+        if rule.softcap is not None:
+            bent = jnp.tanh(scores / rule.softcap)
+            scores, slope = rule.softcap * bent, 1 - bent**2
+        if self.slopes is not None:
+            distance = jnp.abs(self.queries.positions - self.keys.positions)
+            scores -= self.slopes * distance.astype(jnp.float32)
+        mask = visible(rule, self.queries, self.keys) if self.masked else None
+        return (scores if mask is None else jnp.where(mask, scores, -jnp.inf)), slope
+
+    def dropout_factor(self) -> jax.Array | None:
+        """What dropout multiplies each weight by, 0 or 1 / (1 - rate); None without dropout."""
+        drop = self.rule.dropout
+        if drop is None:
+            return None
+        query, key = self.queries.positions, self.keys.positions
+        kept = dropout.kept(drop.rate, drop.seeds, self.batch, self.heads, query, key)
+        return jnp.where(kept, 1 / (1 - drop.rate), 0.0)

@@ -1,0 +1,189 @@
+"""What travels around a ring and when: the forward and the backward pass over the shards of a sequence.
+
+Device i of P starts with its own block of keys and values and passes what it holds on, along the ways of `routes`;
+where the whole block goes one way round, it holds the block of device i-s at step s. A block is sent on before it is
+used, so that the transfer runs beside the computation.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from ring_attention.attention import sinks as attention_sinks
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels.contract import Kernel, Whole
+from ring_attention.attention.masks import Hop, Tokens
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.rule import Rule
+from ring_attention.attention.varying import axes_of, vary_over
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.routes import Route
+
+SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
+"""`checkpoint_name`s of what a remat policy must keep so that no ring runs twice."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """What is the same for every step.
+
+    Attributes:
+      axis_name: of the devices of the ring.
+      layout: of the sequence.
+      routes: which part of each shard goes how far, and which way.
+      unroll: write the steps out rather than loop over them.
+      kernel, blocks: how a hop is computed.
+    """
+
+    axis_name: str
+    layout: SequenceLayout
+    routes: tuple[Route, ...]
+    unroll: bool
+    kernel: Kernel
+    blocks: BlockSizes
+
+    def send(self, tree, shift: int):
+        """Pass every array on to the device `shift` places further."""
+        P = self.layout.ring_size
+        pairs = [(i, (i + shift) % P) for i in range(P)]
+        return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, pairs), tree)
+
+    def hop(self, rule: Rule, q_segments, length: int, k_segments=None, route: Route | None = None, step=0) -> Hop:
+        """Where the resident queries stand, and the keys that came along `route` in this step; without one, at home."""
+        me = lax.axis_index(self.axis_name)
+        positions = self.layout.shard_positions(me, length)[None]
+        queries = Tokens(positions, q_segments)
+        if route is None:
+            return Hop(queries, queries, rule)
+        P = self.layout.ring_size
+        source = lax.rem(me - route.direction * step + P, P)
+        keys = self.layout.shard_positions(source, length)[None, route.start : route.stop]
+        return Hop(queries, Tokens(keys, k_segments), rule)
+
+    def part(self, number: int, k, v, segments):
+        """The tokens of an own block that take route `number`."""
+        here = slice(self.routes[number].start, self.routes[number].stop)
+        return k[:, :, here], v[:, :, here], None if segments is None else segments[:, here]
+
+    def pass_on(self, number: int, tree):
+        """One hop along a route."""
+        return self.send(tree, self.routes[number].direction)
+
+    def send_home(self, number: int, tree):
+        """All the way back from the end of a route."""
+        route = self.routes[number]
+        return self.send(tree, -route.direction * route.hops)
+
+    def run(self, advance, carry, first: int):
+        """`advance(carry, step, active, going_on) -> carry` for the steps from `first` to the end of the last route.
+
+        `active` are the numbers of the routes on which blocks arrive at that step, `going_on` of those that pass them
+        on after it. Steps that are alike form a loop: in an unrolled ring the CPU's compiler starts all transfers at
+        once, so that memory grows with P.
+        """
+        hops = [route.hops for route in self.routes]
+        for last in sorted({count for count in hops if count >= first}):
+            active = [number for number, count in enumerate(hops) if count >= last]
+            alike = functools.partial(advance, active=active, going_on=active)
+            if self.unroll:
+                for step in range(first, last):
+                    carry = alike(carry, step)
+            elif first < last:
+                carry, _ = lax.scan(lambda c, step, fn=alike: (fn(c, step), None), carry, jnp.arange(first, last))
+            carry = advance(carry, last, active=active, going_on=[i for i in active if hops[i] > last])
+            first = last + 1
+        return carry
+
+    @property
+    def beyond_first(self) -> list[int]:
+        """Numbers of the routes of more than one hop."""
+        return [number for number, route in enumerate(self.routes) if route.hops > 1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(ring: Ring, q, k, v, segments, rule: Rule, sinks):
+    """(out, lse) of this device's queries and all keys that they see.
+
+    Args:
+      ring: how keys travel.
+      q: [B,H,t,D].
+      k, v: [B,K,t,D].
+      segments: int32 [B,t] or None.
+      rule: of weights.
+      sinks: float32 [H] or None.
+
+    Returns:
+      out [B,H,t,D] in the dtype of q and lse, float32 [B,H,t].
+    """
+    length = q.shape[2]
+
+    def take(running, block, route=None, step=0):
+        k, v, k_segments = block
+        hop = ring.hop(rule, segments, length, k_segments, route, step)
+        return ring.kernel.forward(q, k, v, hop, running, ring.blocks)
+
+    def advance(carry, step, active, going_on):
+        running, blocks = carry
+        following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
+        for i in active:
+            running = take(running, blocks[i], ring.routes[i], step)
+        return running, following
+
+    arriving = {i: ring.pass_on(i, ring.part(i, k, v, segments)) for i in range(len(ring.routes))}
+    running = take(vary_over(Running.empty(q.shape), axes_of(q)), (k, v, segments))
+    running, _ = ring.run(advance, (running, arriving), first=1)
+    out, lse = attention_sinks.finish(running, sinks)
+    return out.astype(q.dtype), lse
+
+
+def _attend_forward(ring: Ring, q, k, v, segments, rule: Rule, sinks):
+    results = attend(ring, q, k, v, segments, rule, sinks)
+    out, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED_NAMES, strict=True))
+    return (out, lse), (q, k, v, segments, rule, sinks, out, lse)
+
+
+def _attend_backward(ring: Ring, residuals, cotangents):
+    """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent home.
+
+    While a hop is computed, what the hop before gave is on its way. The keys at home come last: their gradients are
+    computed while those from abroad return.
+    """
+    q, k, v, segments, rule, sinks, out, lse = residuals
+    whole, length = Whole.of(out, lse, *cotangents), q.shape[2]
+
+    def gradients(dq, block, route=None, step=0):
+        k, v, k_segments = block
+        hop = ring.hop(rule, segments, length, k_segments, route, step)
+        dq, *dblock = ring.kernel.backward(q, k, v, whole, hop, dq, ring.blocks)
+        return dq, dblock
+
+    def advance(carry, step, active, going_on):
+        dq, blocks, dblocks, at_home = carry
+        following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
+        arriving = {i: ring.pass_on(i, dblocks[i]) for i in active if i in dblocks}
+        gathered = {}
+        for i in active:
+            dq, here = gradients(dq, blocks[i], ring.routes[i], step)
+            gathered[i] = jax.tree.map(jnp.add, arriving[i], here) if i in arriving else here
+        back = {i: ring.send_home(i, gathered[i]) for i in active if i not in going_on}
+        return dq, following, {i: gathered[i] for i in going_on}, at_home | back
+
+    nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+    arriving = {i: ring.pass_on(i, ring.part(i, k, v, segments)) for i in range(len(ring.routes))}
+    carry = (nothing, arriving, {}, {})
+    if ring.routes:  # nothing has been gathered yet that could be on its way
+        carry = advance(carry, 1, range(len(ring.routes)), ring.beyond_first)
+    dq, _, _, at_home = ring.run(advance, carry, first=2)
+    dq, (dk, dv) = gradients(dq, (k, v, segments))
+    for i, (dk_part, dv_part) in at_home.items():
+        here = slice(ring.routes[i].start, ring.routes[i].stop)
+        dk, dv = dk.at[:, :, here].add(dk_part), dv.at[:, :, here].add(dv_part)
+    grads = dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return *grads, None, None, attention_sinks.gradient(sinks, whole)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
