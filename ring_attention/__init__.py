@@ -14,6 +14,7 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.blockwise import blockwise_attention
 from ring_attention.attention.feedforward import blockwise_feedforward
 from ring_attention.attention.reference import reference_attention
+from ring_attention.parallel.flax_attention import flax_attention_fn
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.ring import ring_attention, ring_attention_shard
@@ -25,6 +26,7 @@ __all__ = [
     "SequenceLayout",
     "blockwise_attention",
     "blockwise_feedforward",
+    "flax_attention_fn",
     "make_mesh",
     "reference_attention",
     "ring_attention",

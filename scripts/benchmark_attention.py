@@ -1,197 +1,133 @@
 """Speed of ring attention on simulated CPU devices, beside that of others on the same machine in the same run.
 
-  pip install -e '.[benchmark]'  # the paper's own code, to compare with
-  python scripts/benchmark_attention.py --backward --out benchmarks/cpu
+  pip install -e '.[benchmark]' torch  # the paper's own code and PyTorch, to compare with
+  python scripts/benchmark_attention.py --out benchmarks/cpu
 
-Systems take turns, so that a slow minute of the machine hits all of them; the table shows medians of useful GFLOP/s, in
-which causal attention counts half of all scores and a backward pass 2.5 forward passes. All systems are checked to
-agree before any is timed. docs/benchmarks.md shows a run.
+Systems take turns, in an order drawn anew for each round, so that a slow minute of the machine hits all of them; tables
+show medians of useful GFLOP/s, in which causal attention counts half of all scores and a backward pass 2.5 forward
+passes. All systems are checked to agree before any is timed. A second part times packed documents and a window against
+the causal rate of the same layout. docs/benchmarks.md shows a run.
 """
 
 import argparse
-import functools
 import importlib.metadata
-import importlib.util
 import json
 import os
-import random
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.evaluation.exactness import NAMES, random_qkv, relative_error
+from ring_attention.evaluation import rivals, timing
+from ring_attention.evaluation.exactness import random_qkv
+from ring_attention.evaluation.rivals import DENSE, MATMUL, MATMUL_SIZE, PAPER, TORCH
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.simulate import simulate_devices
 
-PAPER, PAPER_CHUNKS = "the paper's code", (256, 512)
-DENSE, TORCH, MATMUL = "jax.nn.dot_product_attention, 1 device", "PyTorch CPU flash SDPA", "matmul 2048 x 2048"
-MATMUL_SIZE = 2048
-LARGEST_DISAGREEMENT = 1e-4
-"""Relative difference between two systems' float32 results above which one of them computes something else."""
+PAPER_CHUNKS = (256, 512)
+DENSE_BYTES = 4 * 2**30
+"""JAX's dense attention holds several arrays of all scores; it is left out where one is larger than this."""
+DOCUMENTS, WINDOW = 16, 1024
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": lambda: time.process_time() / os.cpu_count()}
-"""Seconds on the wall, or those that all threads together computed, shared out over the cores."""
+class Case(NamedTuple):
+    """The sizes of one comparison."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"S={self.tokens} H={self.heads} K={self.kv_heads} D={self.head_dim}"
+
+    def arrays(self) -> list[jax.Array]:
+        """Random q, k, v and cotangent."""
+        return random_qkv(0, 1, self.tokens, self.heads, self.kv_heads, self.head_dim)
+
+    def flops(self, area: float, backward: bool) -> float:
+        """Useful floating-point operations for `area` visible scores of each head."""
+        return 4 * area * self.heads * self.head_dim * (3.5 if backward else 1)
 
 
-class System(NamedTuple):
-    """Something to time: `run()` returns its results, finished; `natural` puts them as JAX would, in natural order."""
-
-    name: str
-    run: Callable[[], object]
-    natural: Callable[[object], list] = lambda results: results
+CASES = (Case(8192, 8, 8, 64), Case(16384, 8, 2, 64))
 
 
-def with_gradients(attend: Callable, backward: bool) -> Callable:
-    """`attend` over (q, k, v, dout) as one compiled program: [out], with `backward` [out, dq, dk, dv]."""
-
-    def run(q, k, v, dout):
-        if not backward:
-            return [attend(q, k, v)]
-        out, vjp = jax.vjp(attend, q, k, v)
-        return [out, *vjp(dout)]
-
-    return jax.jit(run)
-
-
-def jax_system(name: str, attend: Callable, arrays, backward: bool, natural: Callable = lambda x: x) -> System:
-    """A System of a JAX function of q, k, v."""
-    run = with_gradients(attend, backward)
-    return System(name, lambda: jax.block_until_ready(run(*arrays)), lambda results: [natural(x) for x in results])
-
-
-def ours(layout_kind: str, arrays, mesh, backward: bool) -> System:
-    """Ring attention in one layout; tokens are dealt before the clock runs, as a loader does."""
-    layout = ra.SequenceLayout(layout_kind, mesh.shape["sp"])
-    sharding = jax.NamedSharding(mesh, jax.P(None, "sp"))
-    dealt = [jax.device_put(layout.permute(x, axis=1), sharding) for x in arrays]
-    attend = functools.partial(ra.ring_attention, mesh=mesh, layout=layout)
-    return jax_system(f"ours, {layout_kind}", attend, dealt, backward, lambda x: layout.unpermute(np.asarray(x), 1))
-
-
-def load_paper() -> object | None:
-    """The module `ringattention_jax` of the paper's package; None where that is not installed.
-
-    It is loaded by its path, because the package itself does not import on this JAX.
-    """
-    try:
-        path = importlib.metadata.distribution("ringattention").locate_file("ringattention/ringattention_jax.py")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    spec = importlib.util.spec_from_file_location("ringattention_jax", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def paper(module, chunk: int, arrays, mesh, backward: bool) -> System:
-    """The paper's ring attention with chunks of this many tokens."""
-    settings = dict(query_chunk_size=chunk, key_chunk_size=chunk, causal_block_size=1, deterministic=True)
-    settings |= dict(dropout_rng=None, attn_pdrop=0.0, dtype=jnp.float32, precision=None, prevent_cse=False)
-    settings |= dict(policy=jax.checkpoint_policies.nothing_saveable)
-
-    def on_shard(q, k, v, bias):
-        return module.ring_attention(q, k, v, bias, None, None, "sp", True, settings)
-
-    B, T = arrays[0].shape[:2]
-    spec = jax.P(None, "sp")
-    sharded = jax.shard_map(on_shard, mesh=mesh, in_specs=(spec, spec, spec, jax.P()), out_specs=spec, check_vma=False)
-    bias = jnp.zeros((B, 1, 1, T), jnp.float32)
-    dealt = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x in arrays]
-    return jax_system(f"{PAPER}, chunk {chunk}", lambda q, k, v: sharded(q, k, v, bias), dealt, backward, np.asarray)
-
-
-def dense(arrays, backward: bool) -> System:
-    """JAX's own attention on one device."""
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
-    return jax_system(DENSE, attend, arrays, backward, np.asarray)
-
-
-def pytorch(arrays, backward: bool) -> System | None:
-    """PyTorch's flash attention on the CPU, on all cores as JAX; None where torch is not installed."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    torch.set_num_threads(os.cpu_count())
-    heads_first = [torch.tensor(np.asarray(x)).transpose(1, 2).contiguous() for x in arrays]
-    inputs, dout = [x.requires_grad_(backward) for x in heads_first[:3]], heads_first[3]
-
-    def run():
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-            out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-        return [out, *torch.autograd.grad(out, inputs, dout)] if backward else [out]
-
-    return System(TORCH, run, lambda results: [x.detach().transpose(1, 2).numpy() for x in results])
-
-
-def systems_of(args: argparse.Namespace, arrays, backward: bool) -> list[System]:
-    """Everything that can run here, JAX's dense attention first unless its gradients are not asked for."""
-    mesh = ra.make_mesh(sp=args.devices, devices=jax.devices()[: args.devices])
-    systems = [dense(arrays, backward)] if args.dense_backward or not backward else []
-    systems += [ours(kind, arrays, mesh, backward) for kind in LAYOUT_KINDS]
-    module = load_paper()
-    if module is not None and args.kv_heads == args.heads:
-        chunks = [chunk for chunk in PAPER_CHUNKS if args.tokens // args.devices % chunk == 0]
-        systems += [paper(module, chunk, arrays, mesh, backward) for chunk in chunks]
-    torch_system = pytorch(arrays, backward)
+def systems_of(args: argparse.Namespace, case: Case, mesh, backward: bool) -> list[rivals.System]:
+    """Everything that can run here, ours first."""
+    arrays, module = case.arrays(), rivals.load_paper()
+    systems = [rivals.ours(f"ours, {kind}", kind, arrays, mesh, backward) for kind in LAYOUT_KINDS]
+    if module is not None:
+        chunks = [chunk for chunk in PAPER_CHUNKS if case.tokens // args.devices % chunk == 0]
+        systems += [rivals.paper(module, chunk, arrays, mesh, backward) for chunk in chunks]
+    if not backward and 4 * case.heads * case.tokens**2 <= DENSE_BYTES:
+        systems += [rivals.dense(arrays, backward)]
+    torch_system = rivals.pytorch(arrays, backward)
     return systems if torch_system is None else [*systems, torch_system]
 
 
-def require_agreement(systems: list[System]) -> None:
-    """Raise RuntimeError unless all systems give what the first gives. Compiles and warms them up."""
-    want = systems[0].natural(systems[0].run())
-    for system in systems[1:]:
-        got = system.natural(system.run())
-        for name, g, w in zip(NAMES, got, want, strict=False):  # forward alone has no gradients
-            error = relative_error(g, w)
-            if not error <= LARGEST_DISAGREEMENT:
-                raise RuntimeError(f"{system.name} and {systems[0].name} differ in {name} by {error:.1e}, relatively")
+def in_turn(args: argparse.Namespace, title: str, systems: list[rivals.System]) -> dict[str, float]:
+    """Median seconds of each system, with a bar to watch."""
+    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=args.repeats * len(systems))
+        clock = timing.CLOCKS[args.clock]
+        return timing.seconds_in_turn(systems, args.repeats, clock, lambda: bar.advance(task))
 
 
-def seconds_in_turn(systems: list[System], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each system, one run of each in every round, in an order drawn anew for each round.
-
-    In a fixed order each system would always run after the same other one, and pay for what that leaves behind: memory
-    that was given back, threads that still spin. Ours in the contiguous layout lost a third of its speed that way
-    (docs/experiments.md).
-    """
-    seconds = {system.name: [] for system in systems}
-    order = random.Random(0)
-    for _ in range(repeats):
-        for system in order.sample(systems, len(systems)):
-            start = clock()
-            system.run()
-            seconds[system.name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def measure(args: argparse.Namespace, backward: bool) -> dict[str, float]:
+def measure(args: argparse.Namespace, case: Case, mesh, backward: bool) -> dict[str, float]:
     """Useful GFLOP/s of each system; of the paper's two chunk sizes the better one."""
-    arrays = random_qkv(0, 1, args.tokens, args.heads, args.kv_heads, args.head_dim)
-    systems = systems_of(args, arrays, backward)
-    require_agreement(systems)
-    matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.float32)
-    multiply = jax.jit(jnp.matmul)
-    matmul = System(MATMUL, lambda: jax.block_until_ready(multiply(matrix, matrix)))
+    systems = systems_of(args, case, mesh, backward)
+    timing.require_agreement(systems)
+    matmul = rivals.matmul()
     matmul.run()
-    seconds = seconds_in_turn([*systems, matmul], args.repeats, CLOCKS[args.clock])
-    forward_flops = 4 * args.tokens**2 * args.heads * args.head_dim / 2
-    flops = dict.fromkeys(seconds, forward_flops * (3.5 if backward else 1)) | {MATMUL: 2 * MATMUL_SIZE**3}
+    seconds = in_turn(args, f"{case}, {'fwd+bwd' if backward else 'forward'}", [*systems, matmul])
+    flops = dict.fromkeys(seconds, case.flops(case.tokens**2 / 2, backward)) | {MATMUL: 2 * MATMUL_SIZE**3}
     speeds = {name: flops[name] / seconds[name] / 1e9 for name in seconds}
     chunks = [speeds.pop(name) for name in list(speeds) if name.startswith(PAPER)]
     return speeds | ({PAPER: max(chunks)} if chunks else {})
+
+
+def masks_of(tokens: int) -> dict[str, tuple[dict, float]]:
+    """Name -> (mask arguments, visible scores of a head): causal, and what is compared with it."""
+    even = np.repeat(np.arange(DOCUMENTS, dtype=np.int32), -(-tokens // DOCUMENTS))[None, :tokens]
+    ends = np.sort(np.random.default_rng(0).choice(np.arange(1, tokens), DOCUMENTS - 1, replace=False))
+    uneven = np.searchsorted(ends, np.arange(tokens), side="right")[None].astype(np.int32)
+
+    def area(segment_ids) -> float:
+        lengths = np.bincount(segment_ids[0])
+        return float((lengths * (lengths + 1) / 2).sum())
+
+    bound = dict(max_segment_len=int(np.bincount(even[0]).max()))
+    return {
+        "causal": ({}, tokens * (tokens + 1) / 2),
+        f"{DOCUMENTS} equal documents": (dict(segment_ids=even), area(even)),
+        f"{DOCUMENTS} equal documents, max_segment_len given": (dict(segment_ids=even) | bound, area(even)),
+        f"{DOCUMENTS} documents of random lengths": (dict(segment_ids=uneven), area(uneven)),
+        f"window={WINDOW}": (dict(window=WINDOW), tokens * WINDOW - WINDOW * (WINDOW - 1) / 2),
+    }
+
+
+def measure_masks(args: argparse.Namespace, case: Case, mesh, backward: bool) -> dict[str, dict[str, float]]:
+    """Layout -> mask -> seconds, divided by those of its visible area at the layout's causal rate."""
+    arrays, masks = case.arrays(), masks_of(case.tokens)
+    names = {(kind, name): f"{kind}, {name}" for kind in LAYOUT_KINDS for name in masks}
+    systems = [rivals.ours(names[key], key[0], arrays, mesh, backward, **masks[key[1]][0]) for key in names]
+    for system in systems:
+        system.run()
+    seconds = in_turn(args, f"masks, {'fwd+bwd' if backward else 'forward'}", systems)
+    per_score = {key: seconds[name] / masks[key[1]][1] for key, name in names.items()}
+    return {
+        kind: {name: per_score[kind, name] / per_score[kind, "causal"] for name in masks if name != "causal"}
+        for kind in LAYOUT_KINDS
+    }
 
 
 def names_in_order(speeds: dict[str, float]) -> list[str]:
@@ -200,57 +136,76 @@ def names_in_order(speeds: dict[str, float]) -> list[str]:
     return sorted(speeds, key=lambda name: rank.get(name, 0))
 
 
-def remarks(args: argparse.Namespace, measured: dict[str, float]) -> dict[str, str]:
+def remarks(case: Case, measured: dict[str, float]) -> dict[str, str]:
     """What to say of the systems that did not run."""
-    installed = "ringattention" in versions()
-    needs = f"needs K = H and chunks of {min(PAPER_CHUNKS)}" if installed else "pip install -e '.[benchmark]'"
-    missing = {PAPER: needs, TORCH: "pip install torch"}
+    missing = {
+        PAPER: "pip install -e '.[benchmark]'",
+        DENSE: f"its scores would take {4 * case.heads * case.tokens**2 / 2**30:.0f} GiB",
+        TORCH: "pip install torch",
+    }
     return {name: remark for name, remark in missing.items() if name not in measured}
 
 
-def table_of(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> Table:
-    """Speed, ratio to the paper's code and share of the matmul, for each direction."""
+def table_of(args: argparse.Namespace, case: Case, results: dict[str, dict[str, float]]) -> Table:
+    """Speed, ratios to the paper's code and to PyTorch, and share of the matmul, for each direction."""
     table = Table(
-        title=f"Useful GFLOP/s: S={args.tokens} H={args.heads} K={args.kv_heads} D={args.head_dim} causal float32, "
-        f"{args.devices} simulated devices",
-        caption=f"medians of {args.repeats} interleaved rounds on {os.cpu_count()} cores, {args.clock} time; "
-        "x paper: times as fast as the paper's code",
+        title=f"Useful GFLOP/s: {case} causal float32, {args.devices} simulated devices",
+        caption=f"medians of {args.repeats} interleaved rounds on {os.cpu_count()} cores, {args.clock} time; x paper, "
+        "x torch: times as fast as those",
     )
     table.add_column("system")
     for direction in results:
-        for name in (direction, "x paper", "of matmul"):
+        for name in (direction, "x paper", "x torch", "of matmul"):
             table.add_column(name, justify="right")
     first = next(iter(results.values()))
     for system in names_in_order(first):
         cells = []
         for speeds in results.values():
             if system not in speeds:
-                cells += ["not run", "", ""]
+                cells += ["not run", "", "", ""]
                 continue
-            ratio = f"{speeds[system] / speeds[PAPER]:.2f}" if PAPER in speeds and system != MATMUL else ""
-            cells += [f"{speeds[system]:.0f}", ratio, f"{speeds[system] / speeds[MATMUL]:.0%}"]
+            ratios = [
+                f"{speeds[system] / speeds[other]:.2f}" if other in speeds and system != MATMUL else ""
+                for other in (PAPER, TORCH)
+            ]
+            cells += [f"{speeds[system]:.0f}", *ratios, f"{speeds[system] / speeds[MATMUL]:.0%}"]
         table.add_row(system, *cells)
-    for system, remark in remarks(args, first).items():
+    for system, remark in remarks(case, first).items():
         table.add_row(system, escape(remark), style="dim")
     return table
 
 
-def draw(args: argparse.Namespace, results: dict[str, dict[str, float]], path: Path) -> None:
-    """Bar chart, one panel for each direction."""
-    figure = Figure(figsize=(5.2 + 4 * (len(results) - 1), 3.4), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(results), sharey=True)
-    for panel, (direction, speeds) in zip(np.atleast_1d(panels), results.items(), strict=True):
-        names = [name for name in names_in_order(results["forward"]) if name != MATMUL]
-        colors = ["#1f6fb4" if name.startswith("ours") else "#b9bec6" for name in names]
-        bars = panel.barh(names, [speeds.get(name, 0) for name in names], color=colors)
-        panel.bar_label(
-            bars, labels=[f"{speeds[name]:.0f}" if name in speeds else "not run" for name in names], padding=3
-        )
-        panel.set_title(f"{direction}, GFLOP/s", loc="left", fontsize=11)
-        panel.margins(x=0.15)
-        panel.spines[["top", "right"]].set_visible(False)
-    panel.invert_yaxis()
-    figure.suptitle(f"Causal attention over {args.tokens} tokens, float32, {os.cpu_count()} CPU cores", fontsize=12)
+def table_of_masks(case: Case, results: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """Time over that of the visible area at the causal rate."""
+    table = Table(title=f"Time / time of the visible area at the causal rate of the same layout: {case}")
+    table.add_column("mask")
+    for direction in results:
+        for kind in LAYOUT_KINDS:
+            table.add_column(f"{kind}\n{direction}", justify="right")
+    for mask in next(iter(results.values()))[LAYOUT_KINDS[0]]:
+        table.add_row(mask, *(f"{results[d][kind][mask]:.2f}" for d in results for kind in LAYOUT_KINDS))
+    return table
+
+
+def draw(args: argparse.Namespace, results: dict[Case, dict[str, dict[str, float]]], path: Path) -> None:
+    """Bar charts, a row for each case and a column for each direction."""
+    directions = list(next(iter(results.values())))
+    size = (1.4 + 4 * len(directions), 0.6 + 2.9 * len(results))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    panels = figure.subplots(len(results), len(directions), squeeze=False, sharey="row")
+    for row, (case, by_direction) in zip(panels, results.items(), strict=True):
+        names = [name for name in names_in_order(by_direction["forward"]) if name != MATMUL]
+        for panel, (direction, speeds) in zip(row, by_direction.items(), strict=True):
+            colors = ["#1f6fb4" if name.startswith("ours") else "#b9bec6" for name in names]
+            bars = panel.barh(names, [speeds.get(name, 0) for name in names], color=colors)
+            labels = [f"{speeds[name]:.0f}" if name in speeds else "not run" for name in names]
+            panel.bar_label(bars, labels=labels, padding=3)
+            panel.axvline(speeds[MATMUL], color="#444444", linestyle=":", linewidth=1)
+            panel.set_title(f"{direction}, {case}", loc="left", fontsize=10)
+            panel.margins(x=0.12)
+            panel.spines[["top", "right"]].set_visible(False)
+        row[0].invert_yaxis()
+    figure.suptitle(f"Causal attention, float32, {os.cpu_count()} CPU cores: GFLOP/s (dotted: matmul)", fontsize=12)
     figure.savefig(path)
 
 
@@ -268,22 +223,23 @@ def versions() -> dict[str, str]:
 def parse_args() -> argparse.Namespace:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, metavar="S", help="length of the sequence")
-    parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads")
-    parser.add_argument("--kv-heads", type=int, metavar="K", help="key/value heads; H by default")
-    parser.add_argument("--head-dim", type=int, default=64, metavar="D")
+    parser.add_argument(
+        "--case",
+        type=int,
+        nargs=4,
+        action="append",
+        metavar=("S", "H", "K", "D"),
+        help="tokens, query heads, key/value heads, head dim; may be repeated; by default "
+        + " and ".join(" ".join(map(str, case)) for case in CASES),
+    )
     parser.add_argument("--devices", type=int, default=8, metavar="P", help="simulated devices of the ring")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use as well")
-    parser.add_argument("--backward", action="store_true", help="time forward+backward as well")
-    parser.add_argument(
-        "--dense-backward",
-        action="store_true",
-        help="also time the gradients of JAX's dense attention: slow, and several arrays of 4*H*S*S bytes",
-    )
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="cpu: for a machine that others use too")
+    parser.add_argument("--forward", action="store_true", help="leave out forward+backward")
+    parser.add_argument("--no-masks", action="store_true", help="leave out packed documents and the window")
     parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and a bar chart PATH.png")
     args = parser.parse_args()
-    args.kv_heads = args.kv_heads or args.heads
+    args.case = tuple(Case(*sizes) for sizes in args.case) if args.case else CASES
     return args
 
 
@@ -291,14 +247,23 @@ def main() -> None:
     """Check, time, print, write."""
     args = parse_args()
     simulate_devices(args.devices)
-    results = {"forward": measure(args, backward=False)}
-    if args.backward:
-        results["fwd+bwd"] = measure(args, backward=True)
-    Console(width=110).print(table_of(args, results))
+    mesh = ra.make_mesh(sp=args.devices, devices=jax.devices()[: args.devices])
+    directions = {"forward": False} | ({} if args.forward else {"fwd+bwd": True})
+    results, console = {}, Console(width=130)
+    for case in args.case:
+        results[case] = {name: measure(args, case, mesh, backward) for name, backward in directions.items()}
+        console.print(table_of(args, case, results[case]))
+    masks, last = {}, args.case[-1]
+    if not args.no_masks:
+        masks = {name: measure_masks(args, last, mesh, backward) for name, backward in directions.items()}
+        console.print(table_of_masks(last, masks))
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"settings": vars(args) | {"out": str(args.out)}, "versions": versions(), "gflops": results}
+        settings = dict(devices=args.devices, repeats=args.repeats, clock=args.clock, cores=os.cpu_count())
+        facts = {"settings": settings, "versions": versions()}
+        facts["gflops"] = [{"case": case._asdict(), **by_direction} for case, by_direction in results.items()]
+        facts["masks"] = {"case": last._asdict(), **masks}
         args.out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         draw(args, results, args.out.with_suffix(".png"))
 

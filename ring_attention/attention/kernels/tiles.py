@@ -68,14 +68,14 @@ class Sizes(NamedTuple):
 
 
 class Worklist(NamedTuple):
-    """For each tile of one side, which of the other side's to visit: the first `count` of `items` [B,n,...]."""
+    """What a loop visits: the first `count` [...] of the numbers `items` [...,n]."""
 
     items: jax.Array
     count: jax.Array
 
     @staticmethod
     def of(wanted: jax.Array) -> "Worklist":
-        """Numbers of those that are True in bool [B,n,m]."""
+        """Numbers of those that are True in bool [...,n]."""
         numbers = jnp.arange(wanted.shape[-1], dtype=jnp.int32)
         return Worklist(jnp.sort(jnp.where(wanted, numbers, numbers.size)), wanted.sum(-1, dtype=jnp.int32))
 
@@ -89,6 +89,7 @@ class Tiles:
 
     Attributes:
       hop: with tokens [B,t] and [B,s], padded to whole tiles.
+      visited: those of the B*n query tiles (or key tiles) of all sequences that have anything to visit.
       full: tiles that are visited whole and without a mask, for each query tile (or key tile).
       parts: pieces of those that the mask cuts, numbered tile after tile, in a tile by query and then key.
       slopes: float32 [K,G] or None, ALiBi's.
@@ -99,6 +100,7 @@ class Tiles:
     """
 
     hop: Hop
+    visited: Worklist
     full: Worklist
     parts: Worklist
     slopes: jax.Array | None
@@ -126,10 +128,12 @@ class Tiles:
 
         whole, pieces = kinds(1, 1)[..., 0, 0], kinds(size.cut_q, size.cut_kv)
         cut = (whole == PARTIAL)[..., None, None] & (pieces != EMPTY)
+        full, parts = Worklist.of(whole == FULL), Worklist.of(rearrange(cut, "B n m x y -> B n (m x y)"))
         return Tiles(
             hop=hop,
-            full=Worklist.of(whole == FULL),
-            parts=Worklist.of(rearrange(cut, "B n m x y -> B n (m x y)")),
+            visited=Worklist.of((full.count + parts.count > 0).reshape(-1)),
+            full=full,
+            parts=parts,
             slopes=None if rule.slopes is None else rule.slopes.reshape(K, -1),
             heads=None if rule.dropout is None else rule.dropout.heads.reshape(K, -1),
             size=size,
@@ -146,16 +150,15 @@ class Tiles:
         return _pad(x_BKs, 2, self.size.kv)
 
     @property
-    def number(self) -> int:
-        """How many query tiles (or key tiles) there are in all sequences and heads."""
-        B, n = self.full.count.shape
-        return B * (self.num_kv_heads // self.size.heads) * n
+    def number(self) -> jax.Array:
+        """How many query tiles (or key tiles) of all sequences and heads have anything to visit."""
+        return self.visited.count * (self.num_kv_heads // self.size.heads)
 
     def area(self, number) -> Area:
-        """The area of query tile (or key tile) `number`; it has no keys (or queries) yet."""
+        """The area of query tile (or key tile) `number` of those; it has no keys (or queries) yet."""
         groups, n = self.num_kv_heads // self.size.heads, self.full.count.shape[1]
-        rest, tile = number // n, number % n
-        b, h, size = rest // groups, rest % groups * self.size.heads, self.size
+        item = self.visited.items[number // groups]
+        b, tile, h, size = item // n, item % n, number % groups * self.size.heads, self.size
         if self.by_keys:
             return Area(b, h, 0, tile * size.kv, size.heads, 0, size.kv, False)
         return Area(b, h, tile * size.q, 0, size.heads, size.q, 0, False)

@@ -1,0 +1,193 @@
+"""Ring attention as the `attention_fn` of Flax's attention layers.
+
+Flax gives an attention function more than a ring can do. What it cannot do it refuses: an argument that is dropped in
+silence gives a model that trains, and is another one than was asked for.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from ring_attention.checks import require
+from ring_attention.parallel.ring import ring_attention
+
+_OF_THE_LAYER = ("dropout_rate", "dropout_key")
+_SETTINGS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ring_attention).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("mesh", *_OF_THE_LAYER)
+}
+
+
+def flax_attention_fn(*, mesh: Mesh, **settings) -> Callable[..., jax.Array]:
+    """An `attention_fn` for `flax.nnx.MultiHeadAttention` and for linen's `MultiHead(DotProduct)Attention`.
+
+        attention_fn = ra.flax_attention_fn(mesh=mesh, layout="zigzag")
+        layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
+        y = layer(x)  # x [B,T,M] in the layout's order, and y too
+
+    It is causal unless told otherwise with `causal=False`, like `ring_attention` and unlike Flax, whose layers see both
+    ways when they are given no mask. Flax's `is_causal=True` agrees with that; `is_causal=False` is what nnx passes if
+    nobody says anything, so it does not change what was said here.
+
+    Of the layer's arguments, these are honoured: `dtype` (q, k and v are cast, as Flax does), `dropout_rate` with the
+    layer's key, `deterministic` and `broadcast_dropout=False` (by `ring_attention`'s dropout: the same weights on any
+    mesh, not those that Flax drops), `num_kv_heads`, `force_fp32_for_softmax` (it always is). Any number of axes may
+    stand before the tokens: they are folded into one batch axis, whose size the batch axes of the mesh must divide.
+    Keys may come from another sequence only if it is as long as that of the queries.
+
+    Arrays among the settings (`segment_ids`, `sinks`, `alibi_slopes`) are the same for every call. For segment ids that
+    come with the batch, make the function where they are known: inside the step, where a linen layer is made anyway,
+    and an nnx layer after `nnx.merge` takes `layer.attention_fn = ra.flax_attention_fn(mesh=mesh, segment_ids=ids)`.
+
+    Args:
+      mesh: the devices of the ring.
+      **settings: the other keyword arguments of `ring_attention`, all but its dropout: axis_name, spec (of the arrays
+        with one batch axis), layout, causal, window, segment_ids, max_segment_len, softcap, scale, sinks, alibi_slopes,
+        duplex, unroll, impl, block_sizes. segment_ids has the shape of the layer's input without its last axis.
+
+    Returns:
+      A function that Flax's layers call with q [...,T,H,D], k and v [...,T,K,D] and keywords. It raises ValueError,
+      before anything compiles, for what it cannot honour: `mask` and with it the cache of `decode=True`, `bias`,
+      `sow_weights`, `broadcast_dropout=True` (Flax's default) while dropout is active, a `precision`, an einsum of the
+      layer's own, `is_causal=True` against `causal=False`, keys of another length than the queries.
+
+    Raises:
+      TypeError: for a setting that `ring_attention` does not have, or that belongs to the layer.
+    """
+    _check_settings(settings)
+    causal = settings.get("causal", _SETTINGS["causal"])
+    segment_ids = settings.pop("segment_ids", None)
+
+    # Each argument has a name, because linen drops in silence those that it does not find in the signature.
+    def attention_fn(
+        query,
+        key,
+        value,
+        bias=None,
+        mask=None,
+        broadcast_dropout=True,
+        dropout_rng=None,
+        dropout_rate=0.0,
+        deterministic=False,
+        dtype=None,
+        precision=None,
+        module=None,
+        *,
+        force_fp32_for_softmax=False,
+        einsum_dot_general=None,
+        qk_attn_weights_einsum=None,
+        attn_weights_value_einsum=None,
+        is_causal=False,
+    ):
+        del force_fp32_for_softmax  # every kernel's softmax is float32
+        _refuse_masks(mask, bias)
+        require(
+            causal or not is_causal,
+            "is_causal=True, but the attention function was made with causal=False; make it with "
+            "flax_attention_fn(causal=True)",
+        )
+        require(
+            module is None,
+            "sow_weights=True asks for the attention weights, but a ring never holds them whole; leave sow_weights out",
+        )
+        _refuse_arithmetic(
+            precision,
+            einsum_dot_general=einsum_dot_general,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum,
+        )
+        dropout = {}
+        if dropout_rate > 0 and not deterministic:
+            _check_dropout(dropout_rate, dropout_rng, broadcast_dropout)
+            dropout = dict(dropout_rate=dropout_rate, dropout_key=dropout_rng)
+        _check_shapes(query, key, value, segment_ids)
+
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        q_BTHD, k_BTKD, v_BTKD = (jnp.asarray(x, dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        ids_BT = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[-1])
+        out_BTHD = ring_attention(q_BTHD, k_BTKD, v_BTKD, mesh=mesh, segment_ids=ids_BT, **settings, **dropout)
+        return out_BTHD.reshape(query.shape)
+
+    return attention_fn
+
+
+def _check_settings(settings: dict) -> None:
+    """Raise TypeError unless flax_attention_fn takes every one of these."""
+    for name in settings:
+        if name in _OF_THE_LAYER:
+            raise TypeError(
+                f"flax_attention_fn got {name}, but dropout is the layer's; "
+                "give the layer dropout_rate, broadcast_dropout=False and a dropout key"
+            )
+        if name not in _SETTINGS:
+            raise TypeError(f"flax_attention_fn got {name!r}, which is not known; choose from {', '.join(_SETTINGS)}")
+
+
+def _refuse_masks(mask, bias) -> None:
+    if mask is not None:
+        raise ValueError(
+            f"mask has shape {jnp.shape(mask)}, but a ring has no place for a mask of queries times keys, and so none "
+            "for the cache of decode=True; leave them out and say what is seen with "
+            "flax_attention_fn(causal=..., window=..., segment_ids=...)"
+        )
+    if bias is not None:
+        raise ValueError(
+            f"bias has shape {jnp.shape(bias)}, but a ring has no place for a bias of queries times keys; "
+            "leave it out, or use flax_attention_fn(alibi_slopes=...) if it grows with distance"
+        )
+
+
+def _refuse_arithmetic(precision, **hooks) -> None:
+    # JAX's own default is what a ring computes in, and may be set to something else for the whole program.
+    default = precision in (lax.Precision.DEFAULT, "default") and jax.config.jax_default_matmul_precision is None
+    require(
+        precision is None or default,
+        f"precision={precision!r} cannot be set for a ring's products alone; leave precision out of the layer, "
+        'and run the whole step under jax.default_matmul_precision("highest") or another',
+    )
+    for name, hook in hooks.items():
+        require(
+            hook is None,
+            f"{name} is given, but a ring's products are computed inside its kernel; leave it out of the layer",
+        )
+
+
+def _check_dropout(rate, rng, broadcast: bool) -> None:
+    require(
+        not broadcast,
+        f"broadcast_dropout=True with dropout_rate={rate!r} drops the same weights in all rows and heads, but a ring "
+        "drops others in each; give the layer broadcast_dropout=False",
+    )
+    require(
+        rng is not None,
+        f"dropout_rate={rate!r} needs dropout_rng, got None; pass jax.random.key(seed), or deterministic=True",
+    )
+
+
+def _check_shapes(query, key, value, segment_ids) -> None:
+    """What folding the leading axes would hide, and what needs Flax's words; ring_attention checks the rest."""
+    shapes = f"q has shape {query.shape}, k {key.shape} and v {value.shape}"
+    require(
+        query.ndim == key.ndim == value.ndim and query.ndim >= 3,
+        f"{shapes}, need as many axes in each, three or more: [..., tokens, heads, head_dim]",
+    )
+    require(
+        query.shape[:-3] == key.shape[:-3] == value.shape[:-3],
+        f"{shapes}, need the same axes before the tokens; repeat or reshape the inputs before the layer",
+    )
+    require(
+        query.shape[-3] == key.shape[-3] == value.shape[-3],
+        f"{shapes}, so the {query.shape[-3]} queries look at another number of keys, but a ring needs as many; "
+        "use Flax's own attention for cross attention and for a cache",
+    )
+    if segment_ids is not None:
+        require(
+            segment_ids.shape == query.shape[:-2],
+            f"segment_ids has shape {segment_ids.shape}, need {query.shape[:-2]}, one for each token of the queries; "
+            "make flax_attention_fn with those of this batch",
+        )
