@@ -47,6 +47,9 @@ class AttentionConfig:
 
     Attributes:
       layout: order in which tokens are dealt to shards: "contiguous", "zigzag" or "striped".
+      window: a token sees itself and the window-1 tokens before it; 0: all before it.
+      softcap: attention scores x become softcap * tanh(x / softcap); 0 leaves them.
+      duplex: send half of the keys and values each way round the ring, for links that carry both directions at once.
       impl: the kernel that computes a hop, "auto" or a name.
       block_q: query tokens of a tile.
       block_kv: key tokens of a tile.
@@ -54,6 +57,9 @@ class AttentionConfig:
     """
 
     layout: str = "zigzag"
+    window: int = 0
+    softcap: float = 0.0
+    duplex: bool = False
     impl: str = "auto"
     block_q: int = BlockSizes.q
     block_kv: int = BlockSizes.kv
@@ -67,6 +73,9 @@ class AttentionConfig:
             "is not known",
             f"choose one of {', '.join(LAYOUT_KINDS)}",
         )
+        for name in ("window", "softcap"):
+            value = getattr(self, name)
+            require_field(value >= 0, f"attention.{name}", value, "must not be negative", "0 leaves it out")
         for name in ("block_q", "block_kv", "block_heads"):
             value = getattr(self, name)
             require_field(value > 0, f"attention.{name}", value, "must be positive", "leave it out to take the default")

@@ -45,7 +45,14 @@ def attention_of(config: AttentionConfig) -> Attend:
     """The attention that a model's layers call on this device's slices."""
     blocks = BlockSizes(q=config.block_q, kv=config.block_kv, heads=config.block_heads)
     return functools.partial(
-        ring_attention_shard, axis_name=SEQUENCE, layout=config.layout, impl=config.impl, block_sizes=blocks
+        ring_attention_shard,
+        axis_name=SEQUENCE,
+        layout=config.layout,
+        window=config.window or None,
+        softcap=config.softcap or None,
+        duplex=config.duplex,
+        impl=config.impl,
+        block_sizes=blocks,
     )
 
 

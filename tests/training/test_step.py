@@ -5,14 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
-from oracle import relative_error
+from jax.sharding import NamedSharding, PartitionSpec
+from oracle import random_qkv, relative_error
 
 import ring_attention as ra
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.optimizer import make_optimizer, make_schedule
-from ring_attention.training.step import BATCH_SPEC, make_eval_step, make_gradients, make_state, make_train_step
+from ring_attention.training.step import (
+    BATCH_SPEC,
+    attention_of,
+    make_eval_step,
+    make_gradients,
+    make_state,
+    make_train_step,
+)
 
 SEQ_LEN, ROWS = 48, 4
 MODEL = ModelConfig(vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24)
@@ -99,6 +106,28 @@ def test_a_mean_over_devices_of_means_over_tokens_would_be_another_loss_and_anot
     mean_grads = jax.tree.map(lambda a, b: (a + b) / 2, parts[0][0], parts[1][0])
     assert abs((parts[0][1] + parts[1][1]) / 2 - loss) > 1e-3 * loss
     assert min(jax.tree.leaves(jax.tree.map(relative_error, mean_grads, grads))) > 1e-3
+
+
+def test_the_attention_of_a_config_has_its_window_and_its_softcap():
+    config = AttentionConfig(layout="zigzag", window=7, softcap=1.5, duplex=True, block_q=8, block_kv=8)
+    mesh, layout = ra.make_mesh(sp=2, devices=jax.devices()[:2]), ra.SequenceLayout("zigzag", 2)
+    q, k, v, _ = random_qkv(0, 2, SEQ_LEN, 4, 2, 4)
+    spec = PartitionSpec(None, "sp")
+
+    def error(config, **mask):
+        attend = jax.shard_map(attention_of(config), mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+        got = layout.unpermute(attend(*(layout.permute(x, 1) for x in (q, k, v))), 1)
+        return relative_error(got, ra.reference_attention(q, k, v, **mask))
+
+    assert error(config, window=7, softcap=1.5) < 1e-6
+    assert min(error(config, window=8, softcap=1.5), error(config, window=7)) > 1e-3  # the controls
+    assert error(dataclasses.replace(config, window=0, softcap=0.0)) < 1e-6
+
+
+@pytest.mark.parametrize("field", ["window", "softcap"])
+def test_a_negative_window_or_softcap_is_refused(field):
+    with pytest.raises(ValueError, match=f"attention.{field}=-1: must not be negative; 0 leaves it out"):
+        AttentionConfig(**{field: -1})
 
 
 def test_a_step_updates_by_the_optimizer_and_measures_what_evaluation_measures(alone):
