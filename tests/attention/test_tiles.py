@@ -1,0 +1,100 @@
+"""Tiles: what is visible is computed once, and not much else is."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels.tiles import Tiles
+from ring_attention.attention.masks import Hop, Tokens, visible
+from ring_attention.attention.rule import Rule
+
+B, H, K, D = 2, 4, 2, 8
+
+
+def _hop(t, s, segments=False, offset=0, **rule):
+    rng = np.random.default_rng(0)
+    ids = [np.sort(rng.integers(1, 4, (B, n)), axis=1).astype(np.int32) for n in (t, s)] if segments else (None, None)
+    ids = [None if x is None else jnp.asarray(x) for x in ids]
+    return Hop(
+        Tokens(jnp.arange(t)[None] + offset, ids[0]), Tokens(jnp.arange(s)[None], ids[1]), Rule(scale=1.0, **rule)
+    )
+
+
+def _mask(hop, t, s):
+    queries = Tokens(*(None if x is None else x[:, :, None] for x in (hop.queries.positions, hop.queries.segments)))
+    keys = Tokens(*(None if x is None else x[:, None, :] for x in (hop.keys.positions, hop.keys.segments)))
+    mask = visible(hop.rule, queries, keys)
+    return np.broadcast_to(True if mask is None else mask, (B, t, s))
+
+
+def _counts(hop, t, s, by_keys, blocks):
+    """How often each score [B,K,t,s] is computed, and how often without a mask."""
+    q, k = jnp.zeros((B, H, t, D)), jnp.zeros((B, K, s, D))
+    tiles = Tiles.of(hop, q, k, blocks, by_keys)
+    padded = (-(-t // tiles.size.q) * tiles.size.q, -(-s // tiles.size.kv) * tiles.size.kv)
+    computed, unmasked = np.zeros((2, B, K, *padded), int)
+
+    def take(area, carry):
+        here = (
+            int(area.b),
+            slice(int(area.h), int(area.h) + area.heads),
+            slice(int(area.q), int(area.q) + area.q_size),
+            slice(int(area.kv), int(area.kv) + area.kv_size),
+        )
+        computed[here] += 1
+        unmasked[here] += not area.masked
+        return carry
+
+    class Loop:
+        @staticmethod
+        def fori_loop(start, stop, body, carry):
+            for number in range(int(start), int(stop)):
+                carry = body(number, carry)
+            return carry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ring_attention.attention.kernels.tiles.lax", Loop)
+        for number in range(int(tiles.number)):
+            tiles.visit(tiles.area(number), take, 0)
+    return computed[:, :, :t, :s], unmasked[:, :, :t, :s]
+
+
+CASES = {
+    "causal": dict(t=48, s=48),
+    "a later shard": dict(t=48, s=48, offset=48),
+    "an earlier shard": dict(t=48, s=48, offset=-48),
+    "bidirectional": dict(t=48, s=32, causal=False),
+    "window": dict(t=64, s=64, window=9),
+    "window both ways": dict(t=64, s=48, window=9, causal=False),
+    "padding": dict(t=37, s=29, seq_len=21, causal=False),
+    "packed": dict(t=48, s=56, segments=True),
+    "packed, lengths that tiles do not divide": dict(t=47, s=53, segments=True, window=20),
+}
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a_mask(case, by_keys):
+    sizes = dict(CASES[case])
+    hop, blocks = _hop(**sizes), BlockSizes(q=16, kv=8, cut=2)
+    mask = _mask(hop, sizes["t"], sizes["s"])[:, None]
+    computed, unmasked = _counts(hop, sizes["t"], sizes["s"], by_keys, blocks)
+    assert computed.max(initial=0) <= 1
+    assert (computed[np.broadcast_to(mask, computed.shape)] == 1).all()
+    assert mask[np.broadcast_to(unmasked > 0, unmasked.shape).any(1, keepdims=True)].all()
+
+
+def test_a_diagonal_costs_half_a_small_tile_a_row_and_a_shard_that_nobody_sees_nothing():
+    t, blocks = 64, BlockSizes(q=16, kv=16, cut=2)
+    computed, _ = _counts(_hop(t, t), t, t, False, blocks)
+    assert computed[0, 0].sum() == t * (t + 8) / 2
+    whole, _ = _counts(_hop(t, t), t, t, False, BlockSizes(q=16, kv=16, cut=1))
+    assert whole[0, 0].sum() == t * (t + 16) / 2  # the control: tiles that are not cut
+    assert _counts(_hop(t, t, offset=-t), t, t, False, blocks)[0].sum() == 0
+
+
+def test_several_heads_of_one_tile_are_visited_together():
+    together, _ = _counts(_hop(32, 32), 32, 32, False, BlockSizes(q=16, kv=16, heads=2))
+    alone, _ = _counts(_hop(32, 32), 32, 32, False, BlockSizes(q=16, kv=16))
+    np.testing.assert_array_equal(together, alone)
