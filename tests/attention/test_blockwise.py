@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -6,99 +7,182 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
-    NAMES,
-    assert_as_exact_as_dense,
-    oracle,
-    out_and_gradients,
-    random_qkv,
-    random_segments,
-    relative_error,
-)
+from oracle import random_qkv, random_segments, relative_error
+from ring_helpers import ALL_NAMES, Bound, expected, quickly, results
 
 import ring_attention as ra
 
-TILES = ra.BlockSizes(q=24, kv=16)
+T, S, H, K, D = 44, 60, 6, 2, 16
+KEY = jax.random.key(7)
+SINKS = np.array([0.7, -1.2, 0.1, 1.0, 2.0, -0.5])
+SLOPES = 2.0 ** -np.arange(2, 8)
+DROPOUT = dict(dropout_rate=0.3, dropout_key=KEY)
+CROSS = dict(  # queries among the last keys, and more documents than theirs
+    segment_ids=random_segments(1, 2, T, count=3) + 1,
+    kv_segment_ids=random_segments(2, 2, S, count=4),
+    q_positions=np.arange(T) + 16,
+    kv_positions=np.stack([np.arange(S), np.arange(S) + 3]),
+)
+RICH = dict(window=21, softcap=2.0, scale=0.4, sinks=SINKS, alibi_slopes=SLOPES, **DROPOUT)
+
+# Which arguments, keys, tiles. Neither 44 nor 60 is a multiple of most of these tiles.
+CASES = {
+    "causal": ({}, T, dict(q=24, kv=16)),
+    "all": (dict(causal=False), S, dict(q=24, kv=16, cut=1)),
+    "documents": (dict(segment_ids=random_segments(3, 2, T)), T, dict(q=24, kv=16, heads=2)),
+    "documents of others": (CROSS, S, dict(q=17, kv=13)),
+    "window": (dict(window=9), T, dict(q=7, kv=5)),
+    "window both ways": (dict(window=13, causal=False), S, dict(q=16, kv=16, cut=4)),
+    "softcap": (dict(softcap=0.7), T, dict(q=16, kv=24, cut=4)),
+    "scale": (dict(scale=-0.6), T, dict(q=9, kv=60)),
+    "sinks": (dict(sinks=SINKS), T, dict(q=24, kv=16, heads=2)),
+    "alibi": (dict(alibi_slopes=SLOPES), T, dict(q=24, kv=16, heads=2)),
+    "alibi both ways": (dict(alibi_slopes=SLOPES, causal=False), S, dict(q=13, kv=17)),
+    "dropout": (DROPOUT, T, dict(q=24, kv=16, heads=2)),
+    "everything": (dict(**RICH, segment_ids=random_segments(4, 2, T, count=2)), T, dict(q=24, kv=16, heads=2)),
+    "everything, of others": (RICH | CROSS | dict(causal=False), S, dict(q=10, kv=24, cut=1)),
+}
+HALF = [
+    ("documents", "bfloat16"),
+    ("everything", "bfloat16"),
+    ("everything", "float16"),
+    ("everything, of others", "float16"),
+]
+TOGETHER = [("segment_ids", "kv_segment_ids"), ("dropout_rate", "dropout_key"), ("q_positions", "kv_positions")]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("causal", [True, False])
-def test_is_as_exact_as_dense_attention_in_the_same_dtype(causal, packed, dtype):
-    qkv = random_qkv(0, B=2, T=96, H=6, K=2, D=16, dtype=dtype)
-    segments = random_segments(1, 2, 96) if packed else None
-    got = out_and_gradients(
-        lambda q, k, v: ra.blockwise_attention(q, k, v, causal=causal, segment_ids=segments, block_sizes=TILES), *qkv
-    )
-    assert_as_exact_as_dense(got, *qkv, causal=causal, segment_ids=segments)
+@pytest.mark.parametrize(("case", "dtype"), [*((case, "float32") for case in CASES), *HALF])
+def test_is_as_exact_as_dense_attention_in_the_same_dtype(case, dtype):
+    arguments, keys, sizes = CASES[case]
+    qkv = random_qkv(0, 2, T, H, K, D, dtype=dtype, S=keys)
+    bound = Bound(qkv, **arguments)
+    got = results(ra.blockwise_attention, qkv, block_sizes=ra.BlockSizes(**sizes), **arguments)
+    assert [x.dtype for x in got[:4]] == [dtype] * 4
+    assert bound.too_large(got) == {}
+    for name in arguments:  # the control: an argument that is not honoured
+        dropped = {name, *(other for pair in TOGETHER if name in pair for other in pair)}
+        rest = {name: value for name, value in arguments.items() if name not in dropped}
+        assert bound.too_large([ra.reference_attention(*qkv[:3], **rest)]), name
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
-    T=st.integers(1, 70),
-    S=st.integers(1, 70),
+    lengths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (4, 4)]),
     causal=st.booleans(),
+    window=st.none() | st.integers(1, 60),
+    softcap=st.none() | st.just(1.5),
+    rate=st.sampled_from([0.0, 0.4]),
+    has=st.fixed_dictionaries(dict(sinks=st.booleans(), alibi_slopes=st.booleans())),
     tile=st.sampled_from([7, 16, 512]),
-    at_once=st.sampled_from([1, 2]),
+    cut_and_heads=st.sampled_from([(1, 1), (2, 2), (4, 1)]),
     seed=st.integers(0, 999),
 )
-def test_any_lengths_positions_and_tiles_give_the_oracles_result(T, S, heads, causal, tile, at_once, seed):
-    (H, K), rng = heads, np.random.default_rng(seed)
-    q, k, v, dout = random_qkv(seed, 2, T, H, K, 8, S=S)
-    mask = dict(
+def test_any_lengths_positions_and_tiles_give_the_oracles_result(
+    lengths, heads, causal, window, softcap, rate, has, tile, cut_and_heads, seed
+):
+    (T, S), (H, K), rng = lengths, heads, np.random.default_rng(seed)
+    qkv = random_qkv(seed, 2, T, H, K, 8, S=S)
+    arguments = dict(
         causal=causal,
+        window=window,
+        softcap=softcap,
         segment_ids=rng.integers(0, 3, (2, T)),
         kv_segment_ids=rng.integers(0, 3, (2, S)),
         q_positions=rng.integers(0, 50, T),
         kv_positions=rng.integers(0, 50, (2, S)),
+        dropout_rate=rate,
+        dropout_key=KEY,
+        **{name: rng.standard_normal(H) for name in has if has[name]},
     )
-    blocks = ra.BlockSizes(q=tile, kv=tile, heads=at_once)
-    got = out_and_gradients(
-        lambda q, k, v: ra.blockwise_attention(q, k, v, block_sizes=blocks, **mask),
-        *(q, k, v, dout),
-    )
-    for name, g, w in zip(NAMES, got, oracle(q, k, v, dout, **mask), strict=True):
-        np.testing.assert_allclose(np.asarray(g), w, atol=2e-5, err_msg=name)
+    cut, at_once = cut_and_heads
+    blocks = ra.BlockSizes(q=tile, kv=tile, cut=cut, heads=at_once)
+    got = results(ra.blockwise_attention, qkv, block_sizes=blocks, **arguments)
+    for name, g, w in zip(ALL_NAMES, got, expected(qkv, **arguments), strict=False):
+        np.testing.assert_allclose(np.asarray(g), w, atol=3e-5, err_msg=name)
 
 
-def test_a_query_that_sees_nothing_gives_zero_and_has_zero_gradients():
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_of_any_size_drop_the_same_weights(causal):
+    length = 33
+    q, k, _, _ = random_qkv(1, 2, length, 4, 2, length)
+    v = jnp.broadcast_to(jnp.eye(length)[:, None], k.shape)  # the output of a query is then its row of weights
+    want = ra.reference_attention(q, k, v, causal=causal, **DROPOUT)
+    seen = ra.reference_attention(q, k, v, causal=causal) > 0
+    assert 0.25 < 1 - (want > 0).sum() / seen.sum() < 0.35  # of those seen, about the rate is dropped
+    for sizes in (dict(q=512, kv=512), dict(q=7, kv=5, cut=1), dict(q=16, kv=8, heads=2), dict(q=8, kv=16, cut=4)):
+        attend = functools.partial(ra.blockwise_attention, causal=causal, block_sizes=ra.BlockSizes(**sizes), **DROPOUT)
+        got = quickly(attend)(q, k, v)
+        np.testing.assert_array_equal(np.asarray(got) > 0, want > 0)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+# --- Rows that see nothing --------------------------------------------------------------------------------------------
+
+# Of 32 queries the first five see nothing, because of documents, or because of how far they stand from all keys.
+NOTHING = {
+    "other documents": dict(segment_ids=np.array([[7] * 5 + [1] * 27]), kv_segment_ids=np.array([[1] * 32])),
+    "before all keys": dict(q_positions=np.arange(32) - 5),
+    "out of the window": dict(window=33, q_positions=np.r_[[70] * 5, 5:32], causal=False),
+}
+
+
+@pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0])], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("why", NOTHING)
+def test_a_query_that_sees_nothing_gives_zero_and_has_zero_gradients(why, sinks):
     q, k, v, dout = random_qkv(2, B=1, T=32, H=2, K=1, D=8)
-    segments = np.array([[7] * 5 + [1] * 27])
-    kv_segments = np.array([[1] * 32])
-    attend = lambda q, k, v: ra.blockwise_attention(  # noqa: E731
-        q, k, v, segment_ids=segments, kv_segment_ids=kv_segments, block_sizes=TILES, return_lse=True
-    )
-    out, lse = attend(q, k, v)
-    _, dq, dk, dv = out_and_gradients(lambda *a: attend(*a)[0], q, k, v, dout)
+
+    @quickly
+    def run(q, k, v, sinks, dout):
+        def attend(q, k, v, sinks):
+            blocks = ra.BlockSizes(q=24, kv=16)
+            return ra.blockwise_attention(q, k, v, sinks=sinks, block_sizes=blocks, return_lse=True, **NOTHING[why])
+
+        (out, lse), vjp = jax.vjp(attend, q, k, v, sinks)
+        return out, lse, vjp((dout, jnp.zeros_like(lse)))
+
+    with jax.debug_nans(True):
+        out, lse, (dq, dk, dv, dsinks) = run(q, k, v, sinks, dout)
+        *_, (_, *of_nothing) = run(q, k, v, sinks, dout.at[:, 5:].set(0))
     assert np.all(np.asarray(out[:, :5]) == 0)
-    assert np.all(np.asarray(lse[:, :5]) == -np.inf)
+    np.testing.assert_array_equal(lse[0, :5], np.full((5, 2), -np.inf if sinks is None else sinks, np.float32))
     assert np.all(np.asarray(dq[:, :5]) == 0)
-    assert all(np.isfinite(np.asarray(x)).all() for x in (out, dq, dk, dv))
-    assert np.abs(np.asarray(dq[:, 5:])).min() > 0  # the control: the other rows do have gradients
+    assert all(np.all(np.asarray(x) == 0) for x in of_nothing if x is not None)
+    # The control: the other rows do have gradients.
+    others = (dq[:, 5:], dk, dv) if sinks is None else (dq[:, 5:], dk, dv, dsinks)
+    assert all(np.isfinite(np.asarray(x)).all() and np.abs(np.asarray(x)).max() > 1e-3 for x in others)
 
 
-def test_lse_is_the_oracles_and_can_be_differentiated():
+# --- The log-sum-exp --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(sinks=SINKS[:4], window=9, softcap=2.0, **DROPOUT)], ids=["", "rich"])
+def test_lse_is_the_oracles_and_can_be_differentiated(arguments):
     q, k, v, _ = random_qkv(3, B=2, T=40, H=4, K=2, D=8)
     weights = np.random.default_rng(4).standard_normal((2, 40, 4))
-    _, want = ra.reference_attention(q, k, v, return_lse=True)
-    lse = lambda q: ra.blockwise_attention(q, k, v, block_sizes=TILES, return_lse=True)[1]  # noqa: E731
-    assert relative_error(lse(q), want) < 1e-6
+
+    @quickly
+    def run(q):
+        def lse(q):
+            return ra.blockwise_attention(q, k, v, return_lse=True, **arguments)[1]
+
+        value, vjp = jax.vjp(lse, q)
+        return value, vjp(jnp.asarray(weights, jnp.float32))[0]
+
+    def difference(step):
+        moved = np.asarray(q, np.float64) + step * direction
+        return ra.reference_attention(moved, k, v, return_lse=True, **arguments)[1]
+
+    got, dq = run(q)
+    _, want = ra.reference_attention(q, k, v, return_lse=True, **arguments)
+    assert relative_error(got, want) < 1e-6
     direction = np.random.default_rng(5).standard_normal(q.shape)
-    shifted = lambda step: np.asarray(q, np.float64) + step * direction  # noqa: E731
-    above, below = (ra.reference_attention(shifted(step), k, v, return_lse=True)[1] for step in (1e-3, -1e-3))
-    difference = (weights * (above - below)).sum()
-    slope = (np.asarray(jax.grad(lambda q: (weights * lse(q)).sum())(q)) * direction).sum()
-    assert abs(slope - difference / 2e-3) < 1e-3 * abs(slope)
+    slope = (np.asarray(dq) * direction).sum()
+    assert abs(slope - (weights * (difference(1e-3) - difference(-1e-3))).sum() / 2e-3) < 1e-3 * abs(slope)
     assert abs(slope) > 1e-2  # the control: a gradient of zero would not pass
 
 
-def test_scale_is_honoured():
-    q, k, v, _ = random_qkv(6, B=1, T=20, H=2, K=2, D=8)
-    got = ra.blockwise_attention(q, k, v, scale=0.5)
-    assert relative_error(got, ra.reference_attention(q, k, v, scale=0.5)) < 1e-6
-    assert relative_error(got, ra.reference_attention(q, k, v)) > 1e-2
-
+# --- What is refused --------------------------------------------------------------------------------------------------
 
 BAD_CALLS = {
     "three axes": (dict(q=(8, 4, 16)), {}, "q has 3 axes"),
@@ -107,9 +191,37 @@ BAD_CALLS = {
     "heads do not divide": (dict(k=(2, 8, 3, 16), v=(2, 8, 3, 16)), {}, "K must divide H"),
     "integers": (dict(dtype=jnp.int32), {}, "need float32, bfloat16 or float16"),
     "kv segments alone": ({}, dict(kv_segment_ids=jnp.zeros((2, 8), int)), "kv_segment_ids needs segment_ids"),
+    "segments of queries alone": (
+        dict(k=(2, 9, 2, 16), v=(2, 9, 2, 16)),
+        dict(segment_ids=jnp.zeros((2, 8), int)),
+        "segment_ids covers T=8 queries, but there are S=9 keys; give kv_segment_ids [B,S] as well",
+    ),
     "segments of another shape": ({}, dict(segment_ids=jnp.zeros((2, 9), int)), "segment ids of q has shape (2, 9)"),
     "positions of another length": ({}, dict(q_positions=jnp.arange(7)), "q_positions has shape (1, 7)"),
-    "unknown kernel": ({}, dict(impl="magic"), "impl='magic' is not known; choose one of 'auto', 'xla'"),
+    "unknown kernel": ({}, dict(impl="magic"), "impl='magic' is not known; choose one of 'auto', "),
+    "window of nothing": (
+        {},
+        dict(window=0),
+        "window=0 must be a whole number of tokens, 1 (itself alone) or more; None sees all",
+    ),
+    "window of a fraction": ({}, dict(window=2.5), "window=2.5 must be a whole number of tokens"),
+    "softcap": ({}, dict(softcap=-1.0), "softcap=-1.0 must be a finite positive number; None leaves it out"),
+    "no softcap": ({}, dict(softcap=0.0), "softcap=0.0 must be a finite positive number"),
+    "scale": ({}, dict(scale=float("nan")), "scale=nan must be a finite number; None leaves it out"),
+    "dropout of all": (
+        {},
+        dict(dropout_rate=1.0, dropout_key=KEY),
+        "dropout_rate=1.0 must be at least 0 and less than 1; 0 leaves dropout out",
+    ),
+    "dropout of all that 32 bits count": ({}, dict(dropout_rate=1 - 1e-12, dropout_key=KEY), "must be at least 0 and"),
+    "dropout of less than nothing": ({}, dict(dropout_rate=-0.1, dropout_key=KEY), "dropout_rate=-0.1 must be at"),
+    "dropout without a key": (
+        {},
+        dict(dropout_rate=0.1),
+        "dropout_rate=0.1 needs dropout_key; pass jax.random.key(seed), another one at each step",
+    ),
+    "sinks for key heads": ({}, dict(sinks=np.zeros(2)), "sinks has shape (2,), need [H=4]; reshape or transpose it"),
+    "slopes for each head alone": ({}, dict(alibi_slopes=np.zeros((4, 1))), "alibi_slopes has shape (4, 1), need [H=4"),
 }
 
 

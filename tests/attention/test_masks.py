@@ -1,38 +1,142 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_attention.attention.masks import EMPTY, FULL, PARTIAL, Hop, Tokens, tile_kinds, visible
+from ring_attention.attention.masks import (
+    EMPTY,
+    FULL,
+    PADDED_KEY,
+    PADDED_QUERY,
+    PARTIAL,
+    Hop,
+    Tokens,
+    tile_kinds,
+    visible,
+)
+from ring_attention.attention.rule import Rule
+
+Q, KV, Q_TILE, KV_TILE = 24, 30, 6, 5
+
+RULES = st.builds(
+    Rule,
+    scale=st.just(1.0),
+    causal=st.booleans(),
+    window=st.none() | st.sampled_from([1, 2, 5, 13, 50]),
+    seq_len=st.none() | st.sampled_from([1, 7, 20, 39, 60]),
+)
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), causal=st.booleans(), packed=st.booleans(), ordered=st.booleans())
-def test_a_tile_called_empty_hides_all_and_one_called_full_hides_nothing(seed, causal, packed, ordered):
+def _tokens(rng, count, packed, kind):
+    """Tokens with positions in 0 ... 39 and segments in 0 ... 2."""
+    if kind == "consecutive":
+        positions = rng.integers(0, 40 - count + 1) + np.arange(count)
+    else:
+        positions = rng.integers(0, 40, count)
+    segments = rng.integers(0, 3, (1, count)) if packed else None
+    if kind != "scattered":
+        positions, segments = np.sort(positions), np.sort(segments) if packed else None
+    return Tokens(jnp.asarray(positions[None]), None if segments is None else jnp.asarray(segments))
+
+
+def _seen(rule, queries, keys):
+    """What `visible` says of all pairs, [q,kv]."""
+    across, down = jax.tree.map(lambda x: x[0, :, None], queries), jax.tree.map(lambda x: x[0, None, :], keys)
+    seen, shape = visible(rule, across, down), (queries.positions.size, keys.positions.size)
+    return np.ones(shape, bool) if seen is None else np.broadcast_to(np.asarray(seen), shape)
+
+
+def _may_see(rule, queries, keys, q, k):
+    """Whether query number q sees key number k, said once more in words of one pair."""
+    here, there = int(queries.positions[0, q]), int(keys.positions[0, k])
+    return not (
+        (rule.causal and there > here)
+        or (rule.window is not None and abs(here - there) >= rule.window)
+        or (rule.seq_len is not None and (here >= rule.seq_len or there >= rule.seq_len))
+        or (queries.segments is not None and queries.segments[0, q] != keys.segments[0, k])
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(rule=RULES, packed=st.booleans(), seed=st.integers(0, 10_000))
+def test_a_query_sees_the_keys_that_position_window_length_and_segment_all_allow(rule, packed, seed):
     rng = np.random.default_rng(seed)
-    arrange = np.sort if ordered else np.asarray
+    queries, keys = (_tokens(rng, count, packed, "scattered") for count in (7, 9))
+    queries, keys = jax.tree.map(np.asarray, (queries, keys))
+    want = [[_may_see(rule, queries, keys, q, k) for k in range(9)] for q in range(7)]
+    np.testing.assert_array_equal(_seen(rule, queries, keys), want)
 
-    def side(tokens):
-        segments = arrange(rng.integers(0, 3, (1, tokens))) if packed else None
-        return Tokens(jnp.asarray(arrange(rng.integers(0, 40, (1, tokens)))), segments)
 
-    hop = Hop(side(24), side(30), causal)
-    seen = visible(hop)
-    seen = np.ones((1, 24, 30), bool) if seen is None else np.asarray(seen)
-    tiles = seen.reshape(1, 4, 6, 6, 5).transpose(0, 1, 3, 2, 4).reshape(1, 4, 6, -1)
-    kinds = np.asarray(tile_kinds(Hop(hop.queries.tiles(1, 6), hop.keys.tiles(1, 5), causal)))
+def test_a_rule_that_hides_nothing_makes_no_mask():
+    tokens = Tokens(jnp.arange(4)[None])
+    assert visible(Rule(scale=1.0, causal=False), tokens, tokens) is None
+    assert visible(Rule(scale=1.0), tokens, tokens) is not None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rule=RULES,
+    packed=st.booleans(),
+    kind=st.sampled_from(["scattered", "sorted", "consecutive"]),
+    seed=st.integers(0, 10_000),
+)
+def test_a_tile_called_empty_hides_all_and_one_called_full_hides_nothing(rule, packed, kind, seed):
+    rng = np.random.default_rng(seed)
+    queries, keys = _tokens(rng, Q, packed, kind), _tokens(rng, KV, packed, kind)
+    seen = _seen(rule, queries, keys)
+    tiles = seen.reshape(Q // Q_TILE, Q_TILE, KV // KV_TILE, KV_TILE).swapaxes(1, 2).reshape(4, 6, -1)
+    kinds = np.asarray(tile_kinds(Hop(queries.tiles(Q_TILE), keys.tiles(KV_TILE), rule)))[0]
+    assert kinds.shape == (4, 6)
     assert not tiles[kinds == EMPTY].any()
     assert tiles[kinds == FULL].all()
+    if kind == "consecutive" and not packed and rule.seq_len is None:  # then the bounds say all there is to say
+        np.testing.assert_array_equal(kinds == EMPTY, ~tiles.any(-1))
+        np.testing.assert_array_equal(kinds == FULL, tiles.all(-1))
 
 
-def test_the_tiles_of_a_causal_square_are_full_below_the_diagonal_and_empty_above():
-    tokens = Tokens(jnp.arange(12)[None]).tiles(1, 4)
-    kinds = np.asarray(tile_kinds(Hop(tokens, tokens, True)))[0]
-    np.testing.assert_array_equal(kinds, [[PARTIAL, EMPTY, EMPTY], [FULL, PARTIAL, EMPTY], [FULL, FULL, PARTIAL]])
+def _kinds(rule, tokens, size):
+    return np.asarray(tile_kinds(Hop(tokens.tiles(size), tokens.tiles(size), rule)))[0].tolist()
+
+
+# Twelve tokens in three tiles.
+KINDS = {
+    "causal": (dict(), [[PARTIAL, EMPTY, EMPTY], [FULL, PARTIAL, EMPTY], [FULL, FULL, PARTIAL]]),
+    "all": (dict(causal=False), [[FULL] * 3] * 3),
+    "a window as long as a tile": (
+        dict(window=4),
+        [[PARTIAL, EMPTY, EMPTY], [PARTIAL, PARTIAL, EMPTY], [EMPTY, PARTIAL, PARTIAL]],
+    ),
+    "a window of itself": (dict(window=1), [[PARTIAL, EMPTY, EMPTY], [EMPTY, PARTIAL, EMPTY], [EMPTY, EMPTY, PARTIAL]]),
+    "a window both ways": (
+        dict(causal=False, window=5),
+        [[FULL, PARTIAL, EMPTY], [PARTIAL, FULL, PARTIAL], [EMPTY, PARTIAL, FULL]],
+    ),
+    "padding": (dict(causal=False, seq_len=8), [[FULL, FULL, EMPTY], [FULL, FULL, EMPTY], [EMPTY, EMPTY, EMPTY]]),
+    "padding within a tile": (
+        dict(causal=False, seq_len=7),
+        [[FULL, PARTIAL, EMPTY], [PARTIAL, PARTIAL, EMPTY], [EMPTY, EMPTY, EMPTY]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_tiles_of_a_square_are_of_the_kinds_that_one_would_draw(name):
+    arguments, want = KINDS[name]
+    assert _kinds(Rule(scale=1.0, **arguments), Tokens(jnp.arange(12)[None]), 4) == want
 
 
 def test_tiles_of_different_documents_are_empty():
-    segments = jnp.array([[1] * 8 + [2] * 4])
-    tokens = Tokens(jnp.arange(12)[None], segments).tiles(1, 4)
-    kinds = np.asarray(tile_kinds(Hop(tokens, tokens, False)))[0]
-    np.testing.assert_array_equal(kinds, [[FULL, FULL, EMPTY], [FULL, FULL, EMPTY], [EMPTY, EMPTY, FULL]])
+    tokens = Tokens(jnp.arange(12)[None], jnp.array([[1] * 8 + [2] * 4]))
+    want = [[FULL, FULL, EMPTY], [FULL, FULL, EMPTY], [EMPTY, EMPTY, FULL]]
+    assert _kinds(Rule(scale=1.0, causal=False), tokens, 4) == want
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_fills_up_a_tile_is_seen_by_nobody_and_sees_nobody(packed):
+    tokens = Tokens(jnp.arange(5)[None], jnp.zeros((1, 5), jnp.int32) if packed else None)
+    queries, keys = tokens.pad(3, PADDED_QUERY), tokens.pad(2, PADDED_KEY)
+    seen = _seen(Rule(scale=1.0, causal=False), queries, keys)
+    assert seen.shape == (8, 7)
+    np.testing.assert_array_equal(seen, np.pad(np.ones((5, 5), bool), ((0, 3), (0, 2))))

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +14,22 @@ LAYOUTS = st.builds(ra.SequenceLayout, st.sampled_from(LAYOUT_KINDS), st.integer
 
 
 @settings(max_examples=60, deadline=None)
-@given(layout=LAYOUTS, chunks=st.integers(1, 6), axis=st.integers(-3, 2), as_numpy=st.booleans())
-def test_unpermute_undoes_permute_on_any_axis_of_numpy_and_jax_arrays(layout, chunks, axis, as_numpy):
+@given(layout=LAYOUTS, length=st.integers(1, 120), axis=st.integers(-3, 2), as_numpy=st.booleans())
+def test_unpermute_undoes_permute_of_any_length_on_any_axis_of_numpy_and_jax_arrays(layout, length, axis, as_numpy):
     shape = [2, 3, 5]
-    shape[axis] = 2 * layout.ring_size * chunks
+    shape[axis] = length
     x = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    given_x = x if as_numpy else jnp.asarray(x)
-    dealt = layout.permute(given_x, axis)
+    dealt = layout.permute(x if as_numpy else jnp.asarray(x), axis)
     assert isinstance(dealt, np.ndarray) == as_numpy
-    np.testing.assert_array_equal(dealt, x.take(layout.positions(shape[axis]), axis))
+    np.testing.assert_array_equal(dealt, x.take(layout.positions(length), axis))
     np.testing.assert_array_equal(layout.unpermute(dealt, axis), x)
+
+
+def _one_by_one(layout, shard_len):
+    """Positions of the shards one after the other, as each device works them out for itself."""
+    shards = [layout.shard_positions(shard, shard_len) for shard in range(layout.ring_size)]
+    assert all(shard.dtype == jnp.int32 for shard in shards)
+    return np.concatenate(shards)
 
 
 @settings(max_examples=25, deadline=None)
@@ -31,29 +39,58 @@ def test_positions_are_those_of_the_shards_one_after_the_other(layout, chunks):
     positions = layout.positions(t * layout.ring_size)
     assert positions.dtype == np.int32
     np.testing.assert_array_equal(np.sort(positions), np.arange(t * layout.ring_size))
-    one_by_one = [layout.shard_positions(shard, t) for shard in range(layout.ring_size)]
-    np.testing.assert_array_equal(positions, np.concatenate(one_by_one))
+    np.testing.assert_array_equal(positions, _one_by_one(layout, t))
     traced = jax.vmap(lambda shard: layout.shard_positions(shard, t))(jnp.arange(layout.ring_size))
     assert traced.dtype == jnp.int32
     np.testing.assert_array_equal(positions, traced.reshape(-1))
 
 
-def test_odd_shards_can_be_dealt_except_in_zigzag():
-    for kind in ("contiguous", "striped"):
-        layout = ra.SequenceLayout(kind, 3)
-        np.testing.assert_array_equal(
-            np.concatenate([layout.shard_positions(shard, 5) for shard in range(3)]), layout.positions(15)
-        )
-    with pytest.raises(ValueError, match='seq_len=15 is not divisible by .*; pad to 18 or use layout="striped"$'):
-        ra.SequenceLayout("zigzag", 3).positions(15)
+@settings(max_examples=25, deadline=None)
+@given(layout=LAYOUTS, length=st.integers(1, 120))
+def test_positions_of_any_length_are_those_of_the_padded_one_with_the_padding_left_out(layout, length):
+    padded = _one_by_one(layout, layout.padded_length(length) // layout.ring_size)
+    positions = layout.positions(length)
+    assert positions.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(positions), np.arange(length))
+    np.testing.assert_array_equal(positions, [position for position in padded if position < length])
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=LAYOUTS, length=st.integers(1, 120))
+def test_the_padded_length_is_the_least_that_makes_equal_shards(layout, length):
+    pieces = 2 * layout.ring_size if layout.kind == "zigzag" else layout.ring_size
+    padded = layout.padded_length(length)
+    assert padded == next(n for n in range(length, length + pieces) if n % pieces == 0)
+    layout.check_length(padded)
+    if padded != length:
+        with pytest.raises(ValueError, match=f"seq_len={length} is not divisible by .*; pad to {padded}"):
+            layout.check_length(length)
+
+
+@settings(max_examples=25, deadline=None)
+@given(kind=st.sampled_from(["contiguous", "zigzag"]), P=st.integers(1, 9), chunks=st.integers(1, 20))
+def test_the_runs_of_consecutive_tokens_begin_where_the_chunks_start(kind, P, chunks):
+    layout, t = ra.SequenceLayout(kind, P), 2 * chunks
+    for shard, positions in enumerate(layout.positions(P * t).reshape(P, t)):
+        starts = layout.chunk_starts(shard, t)
+        assert len(starts) == (1 if kind == "contiguous" else 2)
+        np.testing.assert_array_equal(positions.reshape(len(starts), -1)[:, 0], starts)
+        np.testing.assert_array_equal(np.diff(positions.reshape(len(starts), -1)), 1)
 
 
 def test_layouts_deal_as_their_names_say():
-    dealt = {kind: ra.SequenceLayout(kind, 2).positions(8).reshape(2, 4).tolist() for kind in LAYOUT_KINDS}
-    assert dealt == {
-        "contiguous": [[0, 1, 2, 3], [4, 5, 6, 7]],
-        "zigzag": [[0, 1, 6, 7], [2, 3, 4, 5]],
-        "striped": [[0, 2, 4, 6], [1, 3, 5, 7]],
+    def dealt(length):
+        return {kind: ra.SequenceLayout(kind, 2).positions(length).tolist() for kind in LAYOUT_KINDS}
+
+    assert dealt(8) == {
+        "contiguous": [0, 1, 2, 3, 4, 5, 6, 7],
+        "zigzag": [0, 1, 6, 7, 2, 3, 4, 5],
+        "striped": [0, 2, 4, 6, 1, 3, 5, 7],
+    }
+    assert dealt(7) == {
+        "contiguous": [0, 1, 2, 3, 4, 5, 6],
+        "zigzag": [0, 1, 6, 2, 3, 4, 5],
+        "striped": [0, 2, 4, 6, 1, 3, 5],
     }
 
 
@@ -65,6 +102,21 @@ def test_zigzag_and_striped_share_causal_work_evenly_and_contiguous_does_not():
     assert imbalance("zigzag") == 1
     assert imbalance("striped") <= 1.01
     assert imbalance("contiguous") > 1.8
+
+
+LENGTHS = {
+    ("contiguous", 50): "seq_len=50 is not divisible by the ring size sp=4; pad to 52",
+    ("striped", 50): "seq_len=50 is not divisible by the ring size sp=4; pad to 52",
+    # where striped would do as it is, and where it would not
+    ("zigzag", 52): 'seq_len=52 is not divisible by 2*sp (zigzag)=8; pad to 56 or use layout="striped"',
+    ("zigzag", 50): "seq_len=50 is not divisible by 2*sp (zigzag)=8; pad to 56",
+}
+
+
+@pytest.mark.parametrize(("kind", "length"), LENGTHS)
+def test_a_length_that_cannot_be_dealt_evenly_is_refused_with_a_remedy(kind, length):
+    with pytest.raises(ValueError, match=re.escape(LENGTHS[kind, length]) + "$"):
+        ra.SequenceLayout(kind, 4).check_length(length)
 
 
 def test_a_ring_of_no_devices_and_an_unknown_kind_are_refused():

@@ -1,0 +1,179 @@
+"""What the tests of attention share: results with gradients of everything, the bound on their errors, and rings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from oracle import NAMES, dense_attention
+
+import ring_attention as ra
+from ring_attention.attention import online_softmax
+from ring_attention.attention.kernels.contract import Kernel
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.reference import reference_gradients
+from ring_attention.attention.weights import Meeting
+
+ALL_NAMES = (*NAMES, "dsinks")
+
+quickly = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+)
+"""`jax.jit` for small programs that run once: the same operations, compiled in half the time or less."""
+
+
+def results(attend, qkv, sinks=None, jit=quickly, **arguments):
+    """(out, dq, dk, dv) of attend(q, k, v, **arguments) as one program, and dsinks where there are sinks.
+
+    `qkv` are q, k, v and the cotangent of out. dsinks are [n,H], for n cotangents.
+    """
+    *operands, dout = qkv
+
+    @jit
+    def run(operands, dout):
+        def fn(q, k, v, sinks=None):
+            return attend(q, k, v, **arguments, **({} if sinks is None else dict(sinks=sinks)))
+
+        out, vjp = jax.vjp(fn, *operands)
+        return out, *vjp(dout)
+
+    if sinks is None:
+        return run(operands, dout)
+    operands.append(jnp.asarray(sinks, jnp.float32))
+    return *run(operands, dout)[:4], np.stack([run(operands, other)[4] for other in _cotangents(dout)])
+
+
+def expected(qkv, **arguments):
+    """What the oracle makes of the same, in float64."""
+    q, k, v, dout = qkv
+    gradients = reference_gradients(q, k, v, dout, **arguments)
+    if arguments.get("sinks") is not None:
+        others = [reference_gradients(q, k, v, other, **arguments)[3] for other in _cotangents(dout)]
+        gradients = *gradients[:3], np.stack(others)
+    return ra.reference_attention(q, k, v, **arguments), *gradients
+
+
+def _cotangents(dout):
+    """The cotangent with other signs, eight times: of one alone H numbers come, which may be close by luck."""
+    rng = np.random.default_rng(0)
+    return [dout * rng.choice([-1, 1], dout.shape).astype(dout.dtype) for _ in range(8)]
+
+
+class Bound:
+    """Twice the error of dense attention in the dtype of the inputs, in the Euclidean norm, for each result.
+
+    Attributes:
+      want: the oracle's results.
+      limits: the largest error that each result may have.
+    """
+
+    def __init__(self, qkv, **arguments):
+        self.want = expected(qkv, **arguments)
+        self.limits = [2 * error for error in self._errors(results(dense_attention, qkv, **arguments))]
+
+    def _errors(self, got):
+        differences = (np.asarray(g).astype(np.float64) - w for g, w in zip(got, self.want, strict=False))
+        return [np.linalg.norm(difference) for difference in differences]
+
+    def too_large(self, got, floor=0.0):
+        """The results whose error is not within the bound: {name: error and bound}.
+
+        `floor` is what each entry may be off by in any case, where there are so few that dense may be exact by luck.
+        """
+        found = {}
+        for name, error, limit, want in zip(ALL_NAMES, self._errors(got), self.limits, self.want, strict=False):
+            limit = max(limit, floor * want.size**0.5)
+            if not error <= limit:  # as it is for NaN
+                found[name] = f"error {error:.2e}, bound {limit:.2e}, norm {np.linalg.norm(want):.2e}"
+        return found
+
+
+def assert_exact(got, qkv, floor=0.0, **arguments):
+    """Each of `got` is at most twice as far from the oracle as dense attention in the same dtype."""
+    assert Bound(qkv, **arguments).too_large(got, floor) == {}
+
+
+# --- Rings ------------------------------------------------------------------------------------------------------------
+
+
+def ring_mesh(size):
+    return ra.make_mesh(sp=size, devices=jax.devices()[:size])
+
+
+def sharded(mesh, layout="contiguous", axis_name="sp", **settings):
+    """ra.ring_attention as a function of arrays in natural order."""
+    layout = ra.SequenceLayout(layout, mesh.shape[axis_name])
+    settings |= dict(mesh=mesh, axis_name=axis_name, layout=layout)
+
+    def attend(q, k, v, **arguments):
+        arguments = settings | arguments
+        if arguments.get("segment_ids") is not None:
+            arguments["segment_ids"] = layout.permute(arguments["segment_ids"], 1)
+        return layout.unpermute(ra.ring_attention(*(layout.permute(x, 1) for x in (q, k, v)), **arguments), 1)
+
+    return attend
+
+
+def simulate(P, qkv, layout="contiguous", segment_ids=None, **arguments):
+    """(out, dq, dk, dv) in natural order, from a ring of any size on one device."""
+    layout = ra.SequenceLayout(layout, P)
+
+    # JAX cannot batch a custom backward pass that names the axis in a loop, so the gradient is taken on each shard.
+    def on_shard(q, k, v, dout, segment_ids):
+        attend = functools.partial(ra.ring_attention_shard, segment_ids=segment_ids, layout=layout, **arguments)
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(dout)
+
+    def deal(x):
+        return layout.permute(x, 1).reshape(x.shape[0], P, -1, *x.shape[2:])
+
+    in_axes = (1, 1, 1, 1, None if segment_ids is None else 1)
+    run = quickly(jax.vmap(on_shard, in_axes=in_axes, out_axes=1, axis_name="sp"))
+    got = run(*map(deal, qkv), None if segment_ids is None else deal(segment_ids))
+    q, k, v, _ = qkv
+    return [layout.unpermute(x.reshape(like.shape), 1) for x, like in zip(got, (q, q, k, v), strict=True)]
+
+
+# --- A kernel without tiles: what rings do is the same with it, and it compiles in a fifth of the time ----------------
+
+
+def _forward(q, k, v, hop, running, blocks):
+    split, scores, _, factor = _meet(q, k, hop)
+    running = jax.vmap(jax.vmap(online_softmax.update))(Running(*map(split, running)), scores, v, factor)
+    return Running(*map(_join, running))
+
+
+def _backward(q, k, v, whole, hop, dq, blocks):
+    split, scores, slope, factor = _meet(q, k, hop)
+    lse, delta, dout = online_softmax.finite(split(whole.lse)), split(whole.delta), split(whole.dout)
+    p = jnp.exp(scores - lse[..., None])
+    dp = _product("bkgtd,bksd->bkgts", dout, v) * factor
+    ds = (p * (dp - delta[..., None]) * slope * hop.rule.scale).astype(q.dtype)
+    dv = _product("bkgts,bkgtd->bksd", (p * factor).astype(q.dtype), dout)
+    return dq + _join(_product("bkgts,bksd->bkgtd", ds, k)), _product("bkgts,bkgtd->bksd", ds, split(q)), dv
+
+
+PLAIN = Kernel("plain", _forward, _backward)
+
+
+def _meet(q, k, hop):
+    """(how to split heads into groups, scores [B,K,G,t,s], their slope, what dropout multiplies weights by)."""
+    split, rule = functools.partial(rearrange, pattern="B (K G) ... -> B K G ...", K=k.shape[1]), hop.rule
+    queries = jax.tree.map(lambda x: x[:, None, None, :, None], hop.queries)
+    keys = jax.tree.map(lambda x: x[:, None, None, None, :], hop.keys)
+    of_heads = (rule.slopes, None if rule.dropout is None else rule.dropout.heads)
+    slopes, heads = jax.tree.map(lambda x: x.reshape(k.shape[1], -1, 1, 1), of_heads)
+    batch = None if rule.dropout is None else rule.dropout.batch[:, None, None, None, None]
+    meeting = Meeting(rule, queries, keys, slopes, batch, heads, masked=True)
+    scores, slope = meeting.scores(_product("bkgtd,bksd->bkgts", split(q), k))
+    factor = jnp.ones_like(scores) if rule.dropout is None else meeting.dropout_factor()
+    return split, scores, 1.0 if slope is None else slope, factor
+
+
+def _join(x):
+    return rearrange(x, "B K G ... -> B (K G) ...")
+
+
+def _product(pattern, x, y):
+    return jnp.einsum(pattern, x, y, preferred_element_type=jnp.float32)
