@@ -102,13 +102,13 @@ def test_another_key_drops_others(dropout):
 # --- Any length -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [37, 34, 3, 1])  # odd; even; most devices hold nothing but padding
+@pytest.mark.parametrize("length", [37, 2])  # of two tokens some devices get nothing but padding
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
 def test_any_length_will_do(layout, causal, length):
     qkv = random_qkv(length, 2, length, 4, 2, 8)
     mask = dict(causal=causal, segment_ids=random_segments(length, 2, length, count=2) - 1)  # one is 0, as padding is
-    ring = sharded(ring_mesh(4), layout, impl="plain")
+    ring = sharded(ring_mesh(3), layout, impl="plain")
     assert_exact(results(ring, qkv, **mask), qkv, floor=5e-7, **mask)
 
 
@@ -140,12 +140,11 @@ WAYS = [dict(), dict(duplex=True), dict(unroll=True), dict(duplex=True, unroll=T
 
 
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
-@pytest.mark.parametrize("arguments", [{}, dict(window=21)], ids=str)
-def test_rings_both_ways_round_or_written_out_give_what_a_plain_ring_gives(layout, arguments):
-    qkv = random_qkv(8, 2, 48, 4, 2, 8)
-    arguments |= dict(segment_ids=random_segments(8, 2, 48))
+@pytest.mark.parametrize("window", [None, pytest.param(21, marks=pytest.mark.slow)])
+def test_rings_both_ways_round_or_written_out_give_what_a_plain_ring_gives(layout, window):
+    qkv, arguments = random_qkv(8, 2, 48, 4, 2, 8), dict(window=window, segment_ids=random_segments(8, 2, 48))
     bound = Bound(qkv, **arguments)
-    plain, *others = (results(sharded(ring_mesh(5), layout, impl="plain", **way), qkv, **arguments) for way in WAYS)
+    plain, *others = (results(sharded(ring_mesh(4), layout, impl="plain", **way), qkv, **arguments) for way in WAYS)
     assert bound.too_large(plain) == {}
     for way, got in zip(WAYS[1:], others, strict=True):
         assert bound.too_large(got) == {}, way
@@ -154,9 +153,8 @@ def test_rings_both_ways_round_or_written_out_give_what_a_plain_ring_gives(layou
 
 # --- Anything goes ----------------------------------------------------------------------------------------------------
 
-ANYTHING = given(
+ANYTHING = dict(
     layout=st.sampled_from(LAYOUT_KINDS),
-    P=st.sampled_from([1, 2, 3, 4]),
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (6, 2)]),
     head_dim=st.sampled_from([1, 3, 8]),
     length=st.integers(1, 50),
@@ -186,13 +184,13 @@ def _check(layout, P, heads, head_dim, length, causal, window, softcap, rate, ha
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@ANYTHING
+@given(P=st.integers(1, 3), **ANYTHING)
 def test_any_ring_gives_the_oracles_result(**drawn):
     _check(**drawn)
 
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
-@ANYTHING
+@given(P=st.integers(1, 5), **ANYTHING)
 def test_many_rings_give_the_oracles_results(**drawn):
     _check(**drawn)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,59 @@ def test_inspect_program_finds_the_fewest_transfers_and_no_other_collective(tmp_
     assert max(map(len, done.stdout.splitlines())) <= 110
     forward, both = json.loads(out.read_text())
     assert forward["permutes"] == forward["permutes_bound"] == 6
-    assert both["permutes_bound"] == 20
+    assert both["permutes_bound"] == both["permutes_written"] == 18
     for row in (forward, both):
+        assert (row["window"], row["duplex"], row["unroll"]) == (None, False, False)
         assert row["bytes_written"] == row["bytes_bound"]
         assert row["all_gathers"] == row["other_collectives"] == 0
+
+
+def test_inspect_program_compares_a_loop_with_an_unrolled_ring_under_a_window_and_both_ways_round(tmp_path):
+    out = tmp_path / "structure.json"
+    flags = ["--rings", 4, "--shard", 64, "--layout", "contiguous", "--window", 0, 33, "--program", "backward"]
+    done = run("inspect_program.py", *flags, "--duplex", "--compare", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    rows = json.loads(out.read_text())
+    assert [(row["window"], row["unroll"]) for row in rows] == [(None, False), (None, True), (33, False), (33, True)]
+    token = 2 * 64 * 4  # bytes of a key of 2 heads of 64
+    for row in rows:
+        tokens = 3 * 64 if row["window"] is None else 32  # once as keys, values and their gradients each
+        assert row["duplex"]
+        assert row["bytes_sent"] == row["bytes_written"] == row["bytes_bound"] == 4 * tokens * token
+        halves = row["bytes_back_written"] == row["bytes_written"] // 2
+        assert halves, "keys go back as far as their gradients forth"
+        assert row["permutes"] == row["permutes_bound"]
+        assert row["synchronous"] + row["asynchronous"] <= row["permutes"]
+        assert row["temporary_bytes"] > 0
+
+
+def test_inspect_program_tells_which_permutes_a_hop_hides():
+    schedule_of = runpy.run_path(str(REPOSITORY / "scripts" / "inspect_program.py"))["schedule_of"]
+    schedule = schedule_of("""
+%body (x: f32[8]) -> f32[8] {
+  %collective-permute-start.1 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
+  %both = ((f32[4]{0}, bf16[6]{0}), (f32[4]{0}, bf16[6]{0})) collective-permute-start(%y, %z), channel_id=2
+  %hop = (s32[], f32[8]{0}) while(%init), condition=%c, body=%b
+  %collective-permute-done.1 = f32[8]{0} collective-permute-done(%collective-permute-start.1)
+  %done = (f32[4]{0}, bf16[6]{0}) collective-permute-done(%both)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
+  %exposed = f32[8]{0} collective-permute-done(%start)
+  %at.once = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), backend_config={"is_sync":true}
+  %too = f32[8]{0} collective-permute-done(%at.once)
+  %plain = f32[8]{0} collective-permute(%x), channel_id=4
+}
+""")
+    assert vars(schedule) == dict(asynchronous=3, hidden=2, synchronous=2, bytes_in_flight=32 + 16 + 12)
+
+
+def test_inspect_program_says_in_a_line_what_is_wrong_with_a_topology():
+    done = run("inspect_program.py", "--topology", "v5e:nowhere")
+    assert done.returncode == 2
+    assert "v5e:nowhere" in done.stderr.splitlines()[-1]
 
 
 def test_check_accuracy_accepts_ours_and_its_limit_can_be_missed(tmp_path):
@@ -35,8 +85,19 @@ def test_check_accuracy_accepts_ours_and_its_limit_can_be_missed(tmp_path):
     (result,) = json.loads(out.read_text())
     assert result["ring_size"] == 64
     assert 0 < result["worst_ratio"] <= 2
+    assert result["mask"] == "causal"
     missed = run("check_accuracy.py", "--tokens", 128, "--rings", 2, "--only-rings", "--limit", 0.01)
     assert missed.returncode == 1, missed.stdout + missed.stderr
+
+
+def test_check_accuracy_has_every_mask_at_once(tmp_path):
+    out = tmp_path / "accuracy.json"
+    flags = ["--tokens", 64, "--masks", "everything", "--dtypes", "float16", "--rings"]
+    done = run("check_accuracy.py", *flags, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads(out.read_text())
+    assert (result["mask"], result["dtype"]) == ("everything", "float16")
+    assert 0 < result["worst_ratio"] <= 2
 
 
 def test_draw_ring_writes_a_picture(tmp_path):

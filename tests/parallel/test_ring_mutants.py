@@ -1,0 +1,272 @@
+"""Mutants: each is a mistake that a ring can make, and the comparison with the oracle must see it where it shows."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from oracle import NAMES, random_qkv, random_segments
+from ring_helpers import ALL_NAMES, PLAIN, Bound, results, sharded
+
+import ring_attention as ra
+from ring_attention.attention import kernels, online_softmax, sinks
+from ring_attention.attention.kernels.contract import Whole
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.weights import Meeting
+from ring_attention.parallel import ring
+from ring_attention.parallel.rotation import Ring
+
+# --- What travels, how far and which way ------------------------------------------------------------------------------
+
+
+def _wrong_way(patch):
+    send = Ring.send
+    patch.setattr(Ring, "send", lambda self, tree, shift: send(self, tree, -shift))
+
+
+def _segments_stay_at_home(patch):
+    send = Ring.send
+
+    def mutant(self, tree, shift):
+        return jax.tree.map(lambda old, new: old if old.dtype == jnp.int32 else new, tree, send(self, tree, shift))
+
+    patch.setattr(Ring, "send", mutant)
+
+
+def _routes(more_hops=0, **more):
+    """A mutant whose blocks travel so many hops more, or for a reach of so many tokens more."""
+
+    def mutate(patch):
+        plan = ring.plan_routes
+
+        def mutant(*args, **kwargs):
+            kwargs |= {name: kwargs[name] + value for name, value in more.items()}
+            return tuple(dataclasses.replace(route, hops=route.hops + more_hops) for route in plan(*args, **kwargs))
+
+        patch.setattr(ring, "plan_routes", mutant)
+
+    return mutate
+
+
+def _gradients_stay_behind(patch):
+    pass_on = Ring.pass_on
+    patch.setattr(
+        Ring, "pass_on", lambda self, number, tree: tree if isinstance(tree, list) else pass_on(self, number, tree)
+    )
+
+
+def _gradients_are_not_sent_home(patch):
+    patch.setattr(Ring, "send_home", lambda self, number, tree: tree)
+
+
+# --- Where tokens stand -----------------------------------------------------------------------------------------------
+
+
+def _wrong_source(patch):
+    def mutant(self, rule, q_segments, length, k_segments=None, route=None, step=0):
+        return hop(self, rule, q_segments, length, k_segments, route, self.layout.ring_size - step)
+
+    hop = Ring.hop
+    patch.setattr(Ring, "hop", mutant)
+
+
+def _positions_of_another_layout(patch):
+    positions = ra.SequenceLayout.shard_positions
+    other = lambda self, *args: positions(ra.SequenceLayout("contiguous", self.ring_size), *args)  # noqa: E731
+    patch.setattr(ra.SequenceLayout, "shard_positions", other)
+
+
+def _window(more):
+    def mutate(patch):
+        make_rule = ring.make_rule
+
+        def mutant(*args, **kwargs):
+            return make_rule(*args, **(kwargs | dict(window=kwargs["window"] + more)))
+
+        patch.setattr(ring, "make_rule", mutant)
+
+    return mutate
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+def _with_kernel(patch, **functions):
+    patch.setitem(kernels.KERNELS, "plain", PLAIN._replace(**functions))
+
+
+def _hops_weigh_alike(patch):
+    def forward(q, k, v, hop, running, blocks):
+        here = PLAIN.forward(q, k, v, hop, jax.tree.map(jnp.zeros_like, running)._replace(top=running.top), blocks)
+        return Running(running.weighted + here.weighted, here.top, running.total + here.total)
+
+    _with_kernel(patch, forward=forward)
+
+
+def _lse_in_bfloat16(patch):
+    def mutant(running, sinks_H):
+        out, lse = finish(running, sinks_H)
+        return out, lse.astype(jnp.bfloat16).astype(jnp.float32)
+
+    finish = sinks.finish
+    patch.setattr(sinks, "finish", mutant)
+
+
+def _lse_of_the_hop(patch):
+    def backward(q, k, v, whole, hop, dq, blocks):
+        out, lse = online_softmax.finish(PLAIN.forward(q, k, v, hop, Running.empty(q.shape), blocks))
+        return PLAIN.backward(q, k, v, Whole.of(out.astype(q.dtype), lse, whole.dout), hop, dq, blocks)
+
+    _with_kernel(patch, backward=backward)
+
+
+# --- The backward pass ------------------------------------------------------------------------------------------------
+
+
+def _stale_keys_in_the_backward_pass(patch):
+    first = []
+
+    def backward(q, k, v, *rest):
+        first.append((k, v))
+        return PLAIN.backward(q, *first[0], *rest)
+
+    _with_kernel(patch, backward=backward)
+
+
+def _without_a_hop_of_the_backward_pass(number):
+    def mutate(patch):
+        calls = []
+
+        def backward(q, k, v, whole, hop, dq, blocks):
+            calls.append(hop)
+            if len(calls) == number:
+                return dq, jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
+            return PLAIN.backward(q, k, v, whole, hop, dq, blocks)
+
+        _with_kernel(patch, backward=backward)
+
+    return mutate
+
+
+def _dk_and_dv_swapped(patch):
+    def backward(*args):
+        dq, dk, dv = PLAIN.backward(*args)
+        return dq, dv, dk
+
+    _with_kernel(patch, backward=backward)
+
+
+def _dq_of_the_last_hop_alone(patch):
+    def backward(q, k, v, whole, hop, dq, blocks):
+        return PLAIN.backward(q, k, v, whole, hop, jnp.zeros_like(dq), blocks)
+
+    _with_kernel(patch, backward=backward)
+
+
+def _one_query_head_of_each_group(patch):
+    def backward(q, k, v, whole, *rest):
+        first = (jnp.arange(q.shape[1]) % (q.shape[1] // k.shape[1]) == 0)[:, None]
+        whole = whole._replace(dout=whole.dout * first[..., None], delta=whole.delta * first)
+        return PLAIN.backward(q, k, v, whole, *rest)
+
+    _with_kernel(patch, backward=backward)
+
+
+# --- Sinks and dropout ------------------------------------------------------------------------------------------------
+
+
+def _no_sinks(patch):
+    finish = sinks.finish
+    patch.setattr(sinks, "finish", lambda running, sinks_H: finish(running, None))
+
+
+def _no_gradient_of_the_sinks(patch):
+    patch.setattr(sinks, "gradient", lambda sinks_H, whole: jnp.zeros_like(sinks_H))
+
+
+def _counted_from_0_on_each_device(axis):
+    """A mutant that forgets which shard along these mesh axes a device holds."""
+
+    def mutate(patch):
+        number = ring._shard_number
+        patch.setattr(ring, "_shard_number", lambda axes: 0 if axis in axes else number(axes))
+
+    return mutate
+
+
+def _keys_counted_from_0_in_each_shard(patch):
+    def mutant(self):
+        keys = dataclasses.replace(self.keys, positions=self.keys.positions % 24)
+        return factor(self._replace(keys=keys))
+
+    factor = Meeting.dropout_factor
+    patch.setattr(Meeting, "dropout_factor", mutant)
+
+
+# --- What shows -------------------------------------------------------------------------------------------------------
+
+T, GRADIENTS = 48, NAMES[1:]
+BASES = {
+    "packed": (dict(sp=3), "zigzag", dict(segment_ids=random_segments(16, 2, T, count=2))),
+    "window": (dict(sp=3), "contiguous", dict(window=7)),
+    "sinks": (dict(sp=2), "striped", dict(sinks=[0.7, -1.2, 0.1, 2.0])),
+    "dropout": (dict(dp=2, sp=2, tp=2), "contiguous", dict(dropout_rate=0.3, dropout_key=jax.random.key(1))),
+}
+MUTANTS = {
+    "rotates the wrong way": (_wrong_way, "packed", NAMES),
+    "takes the visitor for another shard": (_wrong_source, "packed", NAMES),
+    "positions of another layout": (_positions_of_another_layout, "packed", NAMES),
+    "segments do not travel": (_segments_stay_at_home, "packed", NAMES),
+    "a hop is missing": (_routes(more_hops=-1), "packed", NAMES),
+    "a hop too many": (_routes(more_hops=1), "packed", NAMES),
+    "a token of a shard stays at home": (_routes(reach=-1), "window", NAMES),
+    "a window one token too wide": (_window(1), "window", NAMES),
+    "a window one token too narrow": (_window(-1), "window", NAMES),
+    "hops weigh alike": (_hops_weigh_alike, "packed", NAMES),
+    "the lse in bfloat16": (_lse_in_bfloat16, "packed", GRADIENTS),
+    "backward with the hop's own lse": (_lse_of_the_hop, "packed", GRADIENTS),
+    "stale keys and values in the backward pass": (_stale_keys_in_the_backward_pass, "packed", GRADIENTS),
+    "a hop is missing in the backward pass": (_without_a_hop_of_the_backward_pass(2), "packed", GRADIENTS),
+    "the keys at home are missing in the backward pass": (
+        _without_a_hop_of_the_backward_pass(3),
+        "packed",
+        GRADIENTS,
+    ),
+    "dK and dV are swapped": (_dk_and_dv_swapped, "packed", ("dk", "dv")),
+    "dK and dV stay behind": (_gradients_stay_behind, "packed", ("dk", "dv")),
+    "dK and dV are not sent home": (_gradients_are_not_sent_home, "packed", ("dk", "dv")),
+    "dQ of the last hop alone": (_dq_of_the_last_hop_alone, "packed", ("dq",)),
+    "one query head of each group": (_one_query_head_of_each_group, "packed", GRADIENTS),
+    "sinks are forgotten": (_no_sinks, "sinks", ALL_NAMES),
+    "sinks have no gradient": (_no_gradient_of_the_sinks, "sinks", ("dsinks",)),
+    "dropout counts sequences of a device": (_counted_from_0_on_each_device("dp"), "dropout", NAMES),
+    "dropout counts heads of a device": (_counted_from_0_on_each_device("tp"), "dropout", NAMES),
+    "dropout counts keys of a shard": (_keys_counted_from_0_in_each_shard, "dropout", NAMES),
+    **{f"none, {base}": (lambda patch: None, base, ()) for base in BASES},
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(monkeypatch):
+    monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
+    ring._sharded.cache_clear()
+    yield
+    ring._sharded.cache_clear()
+
+
+@functools.cache
+def _inputs_and_bound(base):
+    qkv = random_qkv(15, 2, T, 4, 2, 8)
+    return qkv, Bound(qkv, **BASES[base][2])
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_comparison_with_the_oracle_sees_what_a_ring_can_do_wrong(name, monkeypatch):
+    mutate, base, wrong = MUTANTS[name]
+    shape, layout, arguments = BASES[base]
+    qkv, bound = _inputs_and_bound(base)
+    mutate(monkeypatch)
+    mesh = ra.make_mesh(**shape, devices=jax.devices()[: 8 if base == "dropout" else shape["sp"]])
+    got = results(sharded(mesh, layout, impl="plain"), qkv, **arguments)
+    assert set(bound.too_large(got)) == set(wrong)
