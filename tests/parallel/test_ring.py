@@ -39,7 +39,6 @@ CASES = [
 TRAINED = [
     ("zigzag", 8, 2, True, True, "bf16"),
     ("striped", 8, 2, True, True, "f32"),
-    ("contiguous", 8, 2, True, True, "bf16"),
 ]
 DTYPES = dict(f32="float32", bf16="bfloat16")
 
@@ -65,7 +64,7 @@ def test_is_as_exact_as_dense_attention_in_the_same_dtype(layout, P, K, packed, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "P", "K", "packed", "causal", "dtype"), TRAINED)
-def test_what_people_train_with_is_as_exact_as_the_compiler_makes_it_by_default(layout, P, K, packed, causal, dtype):
+def test_what_people_train_with_is_as_exact_compiled_by_default(layout, P, K, packed, causal, dtype):
     _check(layout, P, K, packed, causal, dtype, jax.jit)
 
 
@@ -113,8 +112,8 @@ def test_the_error_of_bfloat16_does_not_grow_with_the_ring(impl, monkeypatch):
 
 MESHES = [
     dict(dp=2, sp=2, tp=2),
-    dict(dp=2, fsdp=2, sp=1, tp=2),
-    pytest.param(dict(fsdp=2, sp=4), marks=pytest.mark.slow),
+    dict(fsdp=4, sp=2),
+    pytest.param(dict(dp=2, fsdp=2, sp=1, tp=2), marks=pytest.mark.slow),
 ]
 
 
@@ -154,7 +153,7 @@ def test_inside_your_own_shard_map_keys_may_be_replicated_where_queries_are_shar
 def test_block_sizes_that_do_not_divide_change_nothing(blocks):
     blocks = ra.BlockSizes(**blocks)
     qkv, mask = random_qkv(10, 2, 75, 8, 4, 8), dict(segment_ids=random_segments(11, 2, 75))
-    assert_exact(results(sharded(ring_mesh(3), "striped", block_sizes=blocks), qkv, **mask), qkv, **mask)
+    assert_exact(results(sharded(ring_mesh(2), "striped", block_sizes=blocks), qkv, **mask), qkv, **mask)
 
 
 # --- Who sees whom ----------------------------------------------------------------------------------------------------
@@ -181,7 +180,6 @@ def test_a_document_of_one_token_gets_its_own_value_and_has_no_gradient_but_that
 LENGTH = 36
 DOCUMENTS = np.repeat(np.array([[1, 2, 3, 4]], np.int32), [9, 3, 17, 7], axis=1)  # ends inside shards and at one's end
 WHO_SEES = {
-    "all before": {},
     "documents": dict(segment_ids=DOCUMENTS),
     "window": dict(window=4),
     "window both ways": dict(window=5, causal=False),
@@ -200,7 +198,6 @@ def _seen_by(token, segment_ids=None, window=None, causal=True):
     ("layout", "mask"),
     [
         ("contiguous", "documents"),
-        ("zigzag", "all before"),
         ("striped", "documents"),
         ("contiguous", "window both ways"),
         ("zigzag", "window"),
