@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from hypothesis import Phase, settings
 from oracle import NAMES, dense_attention
 
 import ring_attention as ra
@@ -21,6 +22,9 @@ quickly = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 )
 """`jax.jit` for small programs that run once: the same operations, compiled in half the time or less."""
+
+costly = functools.partial(settings, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+"""`hypothesis.settings` where each example compiles a program: to shrink one that fails would compile hundreds."""
 
 
 def results(attend, qkv, sinks=None, jit=quickly, **arguments):

@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import random_qkv, random_segments, relative_error
-from ring_helpers import ALL_NAMES, Bound, expected, quickly, results
+from ring_helpers import ALL_NAMES, Bound, costly, expected, quickly, results
 
 import ring_attention as ra
 
 T, S, H, K, D = 44, 60, 6, 2, 16
 KEY = jax.random.key(7)
 SINKS = np.array([0.7, -1.2, 0.1, 1.0, 2.0, -0.5])
-SLOPES = 2.0 ** -np.arange(2, 8)
+SLOPES = 0.3 * 2.0 ** -np.arange(6)
 DROPOUT = dict(dropout_rate=0.3, dropout_key=KEY)
 CROSS = dict(  # queries among the last keys, and more documents than theirs
     segment_ids=random_segments(1, 2, T, count=3) + 1,
@@ -65,7 +65,7 @@ def test_is_as_exact_as_dense_attention_in_the_same_dtype(case, dtype):
         assert bound.too_large([ra.reference_attention(*qkv[:3], **rest)]), name
 
 
-@settings(max_examples=10, deadline=None)
+@costly(max_examples=8)
 @given(
     lengths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (4, 4)]),
@@ -115,6 +115,17 @@ def test_tiles_of_any_size_drop_the_same_weights(causal):
         got = quickly(attend)(q, k, v)
         np.testing.assert_array_equal(np.asarray(got) > 0, want > 0)
         np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_slopes_are_constants():
+    q, k, v, dout = random_qkv(6, 1, 20, 2, 1, 8)
+
+    def loss(slopes):
+        return jnp.vdot(dout, ra.blockwise_attention(q, k, v, alibi_slopes=slopes))
+
+    value, slope = quickly(jax.value_and_grad(loss))(jnp.array([0.5, 0.1]))
+    np.testing.assert_array_equal(slope, 0)
+    assert abs(value - quickly(loss)(jnp.array([0.6, 0.1]))) > 1e-3  # the control: they do count
 
 
 # --- Rows that see nothing --------------------------------------------------------------------------------------------

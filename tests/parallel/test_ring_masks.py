@@ -5,10 +5,10 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from oracle import NAMES, errors, random_qkv, random_segments
-from ring_helpers import PLAIN, Bound, assert_exact, quickly, results, ring_mesh, sharded
+from ring_helpers import PLAIN, Bound, assert_exact, costly, quickly, results, ring_mesh, sharded
 
 import ring_attention as ra
 from ring_attention.attention import kernels
@@ -190,14 +190,14 @@ def _check(impl, layout, P, heads, head_dim, length, causal, window, softcap, ra
     assert_exact(results(ring, qkv, **arguments), qkv, floor=5e-7, **arguments)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@costly(max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @ANYTHING
 def test_any_ring_gives_the_oracles_result(**drawn):
     _check("plain", **drawn)
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@costly(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @ANYTHING
 def test_any_ring_gives_the_oracles_result_with_the_kernel_that_people_use(**drawn):
     _check("xla", **drawn)
