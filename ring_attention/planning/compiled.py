@@ -68,10 +68,11 @@ def collectives(text: str) -> list[Collective]:
             if match := _COLLECTIVE.search(line):
                 if runs[name] is None:
                     raise ValueError(f"a collective runs in a loop of unknown length: {line.strip()[:120]}")
-                arrays = tuple(_arrays(match[1]))
-                if "-start(" in line and len(arrays) > 1:  # (operands, results, contexts): keep the results
-                    arrays = arrays[1:2]
-                found.append(Collective(match[2], arrays, runs[name]))
+                arrays, kind = tuple(_arrays(match[1])), match[2]
+                if "-start(" in line and kind != "all-reduce":  # (operands, results, contexts): keep the results
+                    operands = line[match.end() :].split("), ")[0].count("%")
+                    arrays = arrays[operands : 2 * operands] or arrays
+                found.append(Collective(kind, arrays, runs[name]))
     return found
 
 

@@ -124,6 +124,25 @@ def test_what_a_pod_starts_and_ends_apart_counts_once_with_its_result():
     ]
 
 
+COMBINED = """HloModule ring
+
+ENTRY %main (k: bf16[2,8], v: bf16[4,8]) -> bf16[4,8] {
+  %k = bf16[2,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %v = bf16[4,8]{1,0} parameter(1)
+  %start = ((bf16[2,8]{1,0}, bf16[4,8]{1,0}), (bf16[2,8]{1,0}, bf16[4,8]{1,0})) collective-permute-start(\
+bf16[2,8]{1,0:T(8,128)(2,1)} %k, %v), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %done = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) collective-permute-done(%start)
+  %sum = (f32[2]{0}, f32[3]{0}) all-reduce-start(%a, %b), channel_id=2
+  ROOT %out = bf16[4,8]{1,0} get-tuple-element(%done), index=1
+}
+"""
+
+
+def test_permutes_that_a_compiler_has_joined_count_all_their_arrays():
+    found = compiled.collectives(COMBINED)
+    assert [(item.kind, item.bytes) for item in found] == [("collective-permute", 32 + 64), ("all-reduce", 8 + 12)]
+
+
 def test_text_that_is_no_compiled_program_is_refused():
     with pytest.raises(ValueError, match="not a compiled program in HLO; pass"):
         compiled.collectives("HloModule nothing")
