@@ -61,7 +61,7 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> None:
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(
         f"{config.name}: {config.model.num_parameters:,} parameters, {config.seq_len:,} tokens of context, "
-        f"mesh {shape}, {config.attention.layout} layout.\n"
+        f"mesh {shape}, {config.attention.in_words}.\n"
         f"{len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out. "
         f"The first step compiles; give it a minute.",
         flush=True,

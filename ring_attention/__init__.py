@@ -14,18 +14,27 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.blockwise import blockwise_attention
 from ring_attention.attention.feedforward import blockwise_feedforward
 from ring_attention.attention.reference import reference_attention
+from ring_attention.parallel.context import (
+    context_attention,
+    context_attention_shard,
+    ring_attention,
+    ring_attention_shard,
+)
 from ring_attention.parallel.flax_attention import flax_attention_fn
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import make_mesh
-from ring_attention.parallel.ring import ring_attention, ring_attention_shard
+from ring_attention.parallel.strategies import STRATEGIES
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "STRATEGIES",
     "BlockSizes",
     "SequenceLayout",
     "blockwise_attention",
     "blockwise_feedforward",
+    "context_attention",
+    "context_attention_shard",
     "flax_attention_fn",
     "make_mesh",
     "reference_attention",

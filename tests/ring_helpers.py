@@ -15,6 +15,7 @@ from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.reference import reference_gradients
 from ring_attention.attention.weights import Meeting
+from ring_attention.parallel.layouts import as_layout
 
 ALL_NAMES = (*NAMES, "dsinks")
 
@@ -106,15 +107,15 @@ def ring_mesh(size):
 
 
 def sharded(mesh, layout="contiguous", axis_name="sp", **settings):
-    """ra.ring_attention as a function of arrays in natural order."""
-    layout = ra.SequenceLayout(layout, mesh.shape[axis_name])
+    """ra.context_attention, by ring unless `strategy` says otherwise, as a function of arrays in natural order."""
+    layout = as_layout(layout, mesh.shape[axis_name])
     settings |= dict(mesh=mesh, axis_name=axis_name, layout=layout)
 
     def attend(q, k, v, **arguments):
         arguments = settings | arguments
         if arguments.get("segment_ids") is not None:
             arguments["segment_ids"] = layout.permute(arguments["segment_ids"], 1)
-        return layout.unpermute(ra.ring_attention(*(layout.permute(x, 1) for x in (q, k, v)), **arguments), 1)
+        return layout.unpermute(ra.context_attention(*(layout.permute(x, 1) for x in (q, k, v)), **arguments), 1)
 
     return attend
 

@@ -70,6 +70,8 @@ def visible(rule: Rule, queries: Tokens, keys: Tokens) -> jax.Array | None:
         conditions.append(queries.positions - keys.positions < rule.window)
         if not rule.causal:
             conditions.append(keys.positions - queries.positions < rule.window)
+    if rule.beyond:
+        conditions.append(jnp.abs(queries.positions - keys.positions) >= rule.beyond)
     if rule.seq_len is not None:
         conditions.append(jnp.maximum(queries.positions, keys.positions) < rule.seq_len)
     if queries.segments is not None:
@@ -93,6 +95,9 @@ def tile_kinds(hop: Hop) -> jax.Array:
         empty, full = empty | (nearest >= rule.window), full & (farthest < rule.window)
         if not rule.causal:
             empty, full = empty | (-farthest >= rule.window), full & (-nearest < rule.window)
+    if rule.beyond:
+        empty |= jnp.maximum(farthest, -nearest) < rule.beyond
+        full &= jnp.maximum(nearest, -farthest) >= rule.beyond
     if rule.seq_len is not None:
         empty |= jnp.maximum(q_low, k_low) >= rule.seq_len
         full &= jnp.maximum(q_high, k_high) < rule.seq_len

@@ -15,6 +15,7 @@ class _Arguments:
 
     causal: bool = True
     window: int | None = None
+    stride: int | None = None
     segment_ids: np.ndarray | None = None
     kv_segment_ids: np.ndarray | None = None
     q_positions: np.ndarray | None = None
@@ -53,6 +54,7 @@ def reference_attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    stride: int | None = None,
     segment_ids=None,
     kv_segment_ids=None,
     q_positions=None,
@@ -68,8 +70,9 @@ def reference_attention(
     """Dense attention in float64; arguments as in `blockwise_attention`, arrays of any dtype.
 
     The score of a query and a key is softcap * tanh(scale * q.k / softcap) - slope * |q_position - k_position|. A query
-    sees keys of its own segment, at its position or before if `causal`, less than `window` away from it. The softmax is
-    over the keys seen and the head's sink (`sinks` [H]), which has no value. Then weights are dropped.
+    sees keys of its own segment, at its position or before if `causal`, less than `window` away from it, and with
+    `stride` only those less than that away, or a multiple of it. The softmax is over the keys seen and the head's sink
+    (`sinks` [H]), which has no value. Then weights are dropped.
 
     Returns:
       float64 out [B,T,H,D]; with `return_lse` also float64 lse [B,T,H]. out is 0 where a query sees no key, and lse is
@@ -81,6 +84,7 @@ def reference_attention(
     arguments = _Arguments(
         causal=causal,
         window=window,
+        stride=stride,
         segment_ids=segment_ids,
         kv_segment_ids=kv_segment_ids,
         q_positions=q_positions,
@@ -184,6 +188,8 @@ def _mask(ahead_BTS, a: _Arguments) -> np.ndarray:
         mask &= ahead_BTS >= 0
     if a.window is not None:
         mask &= np.abs(ahead_BTS) < a.window
+    if a.stride is not None:
+        mask &= (np.abs(ahead_BTS) < a.stride) | (ahead_BTS % a.stride == 0)
     if a.segment_ids is not None:
         of = np.asarray(a.segment_ids if a.kv_segment_ids is None else a.kv_segment_ids)
         mask &= np.asarray(a.segment_ids)[:, :, None] == of[:, None, :]

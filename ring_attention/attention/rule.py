@@ -24,6 +24,7 @@ class Rule:
       scale: of the products.
       causal: a query sees its own position and those before it; otherwise all of them.
       window: a query sees positions less than this far away; None for no bound.
+      beyond: a query sees only positions at least this far away; 0 for all.
       seq_len: positions from here on are padding that nobody sees and that sees nothing; None where there is none.
       softcap: scores x become softcap * tanh(x / softcap); None leaves them (Gemma 2).
       slopes: float32 [H], ALiBi's (Press et al. 2022): scores fall by slope for each position of distance; or None.
@@ -33,10 +34,20 @@ class Rule:
     scale: float = _static()
     causal: bool = _static(default=True)
     window: int | None = _static(default=None)
+    beyond: int = _static(default=0)
     seq_len: int | None = _static(default=None)
     softcap: float | None = _static(default=None)
     slopes: jax.Array | None = None
     dropout: Dropout | None = None
+
+    def of_heads(self, start: int | jax.Array, number: int) -> "Rule":
+        """The rule of `number` of the heads, from `start` on."""
+
+        def of(x):
+            return jax.lax.dynamic_slice_in_dim(x, start, number)
+
+        dropout = self.dropout and dataclasses.replace(self.dropout, heads=of(self.dropout.heads))
+        return dataclasses.replace(self, slopes=None if self.slopes is None else of(self.slopes), dropout=dropout)
 
 
 def make_rule(

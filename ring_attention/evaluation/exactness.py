@@ -59,6 +59,7 @@ def dense_attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    stride: int | None = None,
     segment_ids=None,
     kv_segment_ids=None,
     q_positions=None,
@@ -87,7 +88,7 @@ def dense_attention(
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
         scores = scores - slopes[:, None, None] * jnp.abs(ahead)
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-    p = _dense_softmax(scores, _dense_mask(ahead, causal, window, segment_ids, kv_segment_ids), sinks)
+    p = _dense_softmax(scores, _dense_mask(ahead, causal, window, stride, segment_ids, kv_segment_ids), sinks)
     if dropout_rate > 0:
         batch, heads = jnp.arange(B)[:, None, None, None], jnp.arange(H)[:, None, None]
         keep = kept(dropout_rate, seeds_of(dropout_key), batch, heads, q_positions, k_positions)
@@ -100,11 +101,13 @@ def _positions(positions, tokens: int) -> jax.Array:
     return jnp.atleast_2d(jnp.arange(tokens) if positions is None else jnp.asarray(positions, jnp.int32))
 
 
-def _dense_mask(ahead, causal: bool, window: int | None, segment_ids, kv_segment_ids) -> jax.Array:
+def _dense_mask(ahead, causal: bool, window: int | None, stride: int | None, segment_ids, kv_segment_ids) -> jax.Array:
     """Bool [B or 1,1,T,S]: which query sees which key; `ahead`, of that shape, is how far it stands after the key."""
     mask = ahead >= 0 if causal else jnp.ones(ahead.shape, bool)
     if window is not None:
         mask = mask & (jnp.abs(ahead) < window)
+    if stride is not None:
+        mask = mask & ((jnp.abs(ahead) < stride) | (ahead % stride == 0))
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :])
     return mask

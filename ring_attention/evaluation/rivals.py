@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ring_attention.parallel.context import ring_attention
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.ring import ring_attention
 
 PAPER, DENSE, TORCH = "the paper's code", "jax.nn.dot_product_attention, 1 device", "PyTorch CPU flash SDPA"
 MATMUL_SIZE = 2048

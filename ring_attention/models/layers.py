@@ -14,7 +14,7 @@ from ring_attention.parallel.mesh import TENSOR
 from ring_attention.parallel.sharding import gather_weight
 
 Attend = Callable[..., jax.Array]
-"""attend(q_btHD, k_btKD, v_btKD, segment_ids=...) -> out_btHD on a device's slices, as `ring_attention_shard`."""
+"""attend(q_btHD, k_btKD, v_btKD, segment_ids=...) -> out_btHD on a device's slices, as `context_attention_shard`."""
 
 
 class Weight(nnx.Param):

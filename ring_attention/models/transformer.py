@@ -9,8 +9,8 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.models.layers import Attend, Layer, RMSNorm, normal_weight
 from ring_attention.models.loss import chunked_cross_entropy
 from ring_attention.models.rope import rotary_tables
+from ring_attention.parallel.exchange import SAVED_NAMES
 from ring_attention.parallel.mesh import TENSOR
-from ring_attention.parallel.rotation import SAVED_NAMES
 from ring_attention.parallel.sharding import spec_of
 
 

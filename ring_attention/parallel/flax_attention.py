@@ -1,7 +1,7 @@
-"""Ring attention as the `attention_fn` of Flax's attention layers.
+"""Context-parallel attention as the `attention_fn` of Flax's attention layers.
 
-Flax gives an attention function more than a ring can do. What it cannot do it refuses: an argument that is dropped in
-silence gives a model that trains, and is another one than was asked for.
+Flax gives an attention function more than attention over shards can do. What it cannot do it refuses: an argument that
+is dropped in silence gives a model that trains, and is another one than was asked for.
 """
 
 import inspect
@@ -13,12 +13,13 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ring_attention.checks import require
-from ring_attention.parallel.ring import ring_attention
+from ring_attention.parallel.context import context_attention
+from ring_attention.parallel.strategies import find_strategy
 
 _OF_THE_LAYER = ("dropout_rate", "dropout_key")
 _SETTINGS = {
     name: parameter.default
-    for name, parameter in inspect.signature(ring_attention).parameters.items()
+    for name, parameter in inspect.signature(context_attention).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name not in ("mesh", *_OF_THE_LAYER)
 }
 
@@ -30,13 +31,13 @@ def flax_attention_fn(*, mesh: Mesh, **settings) -> Callable[..., jax.Array]:
         layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
         y = layer(x)  # x [B,T,M] in the layout's order, and y too
 
-    It is causal unless told otherwise with `causal=False`, like `ring_attention` and unlike Flax, whose layers see both
-    ways when they are given no mask. Flax's `is_causal=True` agrees with that; `is_causal=False` is what nnx passes if
+    It is causal unless told otherwise with `causal=False`, like `context_attention` and unlike Flax, whose layers see
+    both ways when they are given no mask. Flax's `is_causal=True` agrees with that; `is_causal=False` is what nnx passes if
     nobody says anything, so it does not change what was said here.
 
     Of the layer's arguments, these are honoured: `dtype` (q, k and v are cast, as Flax does), `dropout_rate` with the
-    layer's key, `deterministic` and `broadcast_dropout=False` (by `ring_attention`'s dropout: the same weights on any
-    mesh, not those that Flax drops), `num_kv_heads`, `force_fp32_for_softmax` (it always is). Any number of axes may
+    layer's key, `deterministic` and `broadcast_dropout=False` (by `context_attention`'s dropout: the same weights on
+    any mesh, not those that Flax drops), `num_kv_heads`, `force_fp32_for_softmax` (it always is). Any number of axes may
     stand before the tokens: they are folded into one batch axis, whose size the batch axes of the mesh must divide.
     Keys may come from another sequence only if it is as long as that of the queries.
 
@@ -46,9 +47,10 @@ def flax_attention_fn(*, mesh: Mesh, **settings) -> Callable[..., jax.Array]:
 
     Args:
       mesh: the devices of the ring.
-      **settings: the other keyword arguments of `ring_attention`, all but its dropout: axis_name, spec (of the arrays
-        with one batch axis), layout, causal, window, segment_ids, max_segment_len, softcap, scale, sinks, alibi_slopes,
-        duplex, unroll, impl, block_sizes. segment_ids has the shape of the layer's input without its last axis.
+      **settings: the other keyword arguments of `context_attention`, all but its dropout: strategy and its options,
+        axis_name, spec (of the arrays with one batch axis), layout, causal, window, segment_ids, max_segment_len,
+        softcap, scale, sinks, alibi_slopes, impl, block_sizes. segment_ids has the shape of the layer's input without
+        its last axis.
 
     Returns:
       A function that Flax's layers call with q [...,T,H,D], k and v [...,T,K,D] and keywords. It raises ValueError,
@@ -57,7 +59,7 @@ def flax_attention_fn(*, mesh: Mesh, **settings) -> Callable[..., jax.Array]:
       layer's own, `is_causal=True` against `causal=False`, keys of another length than the queries.
 
     Raises:
-      TypeError: for a setting that `ring_attention` does not have, or that belongs to the layer.
+      TypeError: for a setting that `context_attention` does not have, or that belongs to the layer.
     """
     _check_settings(settings)
     causal = settings.get("causal", _SETTINGS["causal"])
@@ -110,7 +112,7 @@ def flax_attention_fn(*, mesh: Mesh, **settings) -> Callable[..., jax.Array]:
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         q_BTHD, k_BTKD, v_BTKD = (jnp.asarray(x, dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         ids_BT = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[-1])
-        out_BTHD = ring_attention(q_BTHD, k_BTKD, v_BTKD, mesh=mesh, segment_ids=ids_BT, **settings, **dropout)
+        out_BTHD = context_attention(q_BTHD, k_BTKD, v_BTKD, mesh=mesh, segment_ids=ids_BT, **settings, **dropout)
         return out_BTHD.reshape(query.shape)
 
     return attention_fn
@@ -124,8 +126,11 @@ def _check_settings(settings: dict) -> None:
                 f"flax_attention_fn got {name}, but dropout is the layer's; "
                 "give the layer dropout_rate, broadcast_dropout=False and a dropout key"
             )
-        if name not in _SETTINGS:
-            raise TypeError(f"flax_attention_fn got {name!r}, which is not known; choose from {', '.join(_SETTINGS)}")
+    options = {name: value for name, value in settings.items() if name not in _SETTINGS}
+    try:
+        find_strategy(settings.get("strategy", _SETTINGS["strategy"]), options)
+    except TypeError as error:
+        raise TypeError(f"flax_attention_fn got {error}; its settings are {', '.join(_SETTINGS)}") from None
 
 
 def _refuse_masks(mask, bias) -> None:
@@ -170,7 +175,7 @@ def _check_dropout(rate, rng, broadcast: bool) -> None:
 
 
 def _check_shapes(query, key, value, segment_ids) -> None:
-    """What folding the leading axes would hide, and what needs Flax's words; ring_attention checks the rest."""
+    """What folding the leading axes would hide, and what needs Flax's words; context_attention checks the rest."""
     shapes = f"q has shape {query.shape}, k {key.shape} and v {value.shape}"
     require(
         query.ndim == key.ndim == value.ndim and query.ndim >= 3,

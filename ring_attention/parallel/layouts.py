@@ -1,6 +1,8 @@
 """Layouts: the order in which the tokens of a sequence are dealt to the devices of a ring."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +20,62 @@ class SequenceLayout:
     With T tokens, t = T / ring_size of them a shard, shard i holds:
       contiguous  the tokens i*t ... (i+1)*t - 1. Under a causal mask the last shard has twice the average work.
       zigzag      of 2*ring_size equal chunks the i-th and the i-th from the end, so that work is even.
-      striped     every ring_size-th token, from token i on (Brandon et al. 2023, Striped Attention), even too.
+      striped     every ring_size-th token, from token i on (Brandon et al. 2023, Striped Attention), even too; stripes
+                  of more than one token with `stripe`.
+      dealt       of n*ring_size equal chunks those n that `chunks[i]` names; see `for_speeds`.
 
     Positions are exact integers computed from the shard's index, so no device ever has to send them.
     """
 
     kind: str
     ring_size: int
+    stripe: int = 1
+    chunks: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
-        require_choice("layout", self.kind, LAYOUT_KINDS)
+        require_choice("layout", self.kind, (*LAYOUT_KINDS, "dealt") if self.chunks else LAYOUT_KINDS)
         require(self.ring_size > 0, f"ring_size={self.ring_size} must be positive")
+
+    @staticmethod
+    def for_speeds(speeds: Sequence[float], chunks_per_shard: int = 16) -> "SequenceLayout":
+        """A layout in which the causal work of each device is proportional to its speed, as far as that can go.
+
+        All shards are equal in size, because all devices run one program; those of fast devices hold later tokens,
+        which see more. From the last chunk to the first, each goes to the device that needs the most work for each
+        chunk it may still take. Device i of P can so do between 1/P^2 and (2P-1)/P^2 of all work (with P=2 between 1/4
+        and 3/4, with P=8 between 1/64 and 15/64); `work_shares` tells what it does.
+
+        Args:
+          speeds: of each device along the ring, in any unit.
+          chunks_per_shard: into how many chunks a shard falls. More of them follow the speeds more closely; kernels
+            are at their best if a chunk is as long as a tile.
+
+        Raises:
+          ValueError: for a speed that is not positive, or no chunks.
+        """
+        P, n = len(speeds), chunks_per_shard
+        require(P > 0 and all(0 < s < math.inf for s in speeds), f"speeds={list(speeds)} must be positive numbers")
+        require(n > 0, f"chunks_per_shard={n} must be positive; leave it out to take the default")
+        need = [(P * n) ** 2 / 2 * speed / sum(speeds) for speed in speeds]
+        shards = [[] for _ in speeds]
+        for chunk in reversed(range(P * n)):
+            free = [i for i in range(P) if len(shards[i]) < n]
+            taker = max(free, key=lambda i: need[i] / (n - len(shards[i])))
+            need[taker] -= chunk + 0.5
+            shards[taker].append(chunk)
+        return SequenceLayout("dealt", P, chunks=tuple(tuple(sorted(shard)) for shard in shards))
+
+    def work_shares(self, seq_len: int) -> np.ndarray:
+        """float64 [ring_size]: the share of each shard in all pairs of a query and a key that a causal mask shows."""
+        positions = self.positions(seq_len).reshape(self.ring_size, -1)
+        pairs = (positions + 1).sum(1, dtype=np.float64)
+        return pairs / pairs.sum()
 
     def check_length(self, seq_len: int) -> None:
         """Raise ValueError unless `seq_len` tokens can be dealt in equal shards."""
-        name = "2*sp (zigzag)" if self.kind == "zigzag" else "the ring size sp"
-        other = ' or use layout="striped"' if self.kind == "zigzag" and seq_len % self.ring_size == 0 else ""
+        per_device = self._pieces // self.ring_size
+        name = "the ring size sp" if per_device == 1 else f"{per_device}*sp ({self.kind})"
+        other = ' or use layout="striped"' if self._pieces > self.ring_size and seq_len % self.ring_size == 0 else ""
         remedy = f"pad to {self.padded_length(seq_len)}{other}"
         require_divisible("seq_len", seq_len, name, self._pieces, remedy)
 
@@ -43,23 +85,37 @@ class SequenceLayout:
 
     @property
     def _pieces(self) -> int:
-        return 2 * self.ring_size if self.kind == "zigzag" else self.ring_size
+        """What the number of tokens must be divisible by."""
+        return self.ring_size * (self.stripe if self.kind == "striped" else self.chunks_per_shard)
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """How many runs of consecutive tokens a shard holds, where their number does not depend on its length."""
+        require(self.kind != "striped", "striped shards have no fixed number of chunks; use contiguous or zigzag")
+        return len(self.chunks[0]) if self.chunks else {"contiguous": 1, "zigzag": 2}[self.kind]
 
     def shard_positions(self, shard: int | jax.Array, shard_len: int) -> jax.Array:
         """Natural positions, int32 [shard_len], of the tokens that shard number `shard` holds (it may be traced)."""
         offset = jnp.arange(shard_len, dtype=jnp.int32)
         if self.kind == "striped":
-            return shard + self.ring_size * offset
+            if self.stripe == 1:
+                return shard + self.ring_size * offset
+            round_, within = offset // self.stripe, offset % self.stripe
+            return (round_ * self.ring_size + shard) * self.stripe + within
         starts = self.chunk_starts(shard, shard_len)
         chunk = shard_len // len(starts)
         return jnp.concatenate([start + offset[:chunk] for start in starts])
 
     def chunk_starts(self, shard: int | jax.Array, shard_len: int) -> list:
         """Natural positions at which the runs of consecutive tokens of a shard begin; not for striped."""
+        chunk = shard_len // self.chunks_per_shard
         if self.kind == "contiguous":
-            return [shard * shard_len]
-        chunk = shard_len // 2
-        return [shard * chunk, (2 * self.ring_size - 1 - shard) * chunk]
+            return [shard * chunk]
+        if self.kind == "zigzag":
+            return [shard * chunk, (2 * self.ring_size - 1 - shard) * chunk]
+        table = np.array(self.chunks, np.int32)
+        own = table[shard] if isinstance(shard, int) else jnp.asarray(table)[shard]
+        return [own[n] * chunk for n in range(self.chunks_per_shard)]
 
     def positions(self, seq_len: int) -> np.ndarray:
         """int32 [seq_len]: the natural position of each token in layout order.
@@ -70,11 +126,30 @@ class SequenceLayout:
         if self.kind == "contiguous":
             order = natural
         elif self.kind == "striped":
-            order = natural.reshape(-1, self.ring_size).T.reshape(-1)
-        else:
+            order = natural.reshape(-1, self.ring_size, self.stripe).swapaxes(0, 1).reshape(-1)
+        elif self.kind == "zigzag":
             chunks = natural.reshape(2, self.ring_size, -1)
             order = np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
+        else:
+            order = natural.reshape(self.ring_size * self.chunks_per_shard, -1)[np.ravel(self.chunks)].reshape(-1)
         return order[order < seq_len]
+
+    def merged(self, size: int) -> "SequenceLayout":
+        """The layout of rings of ring_size / size places, each with the tokens of `size` consecutive shards.
+
+        In the merged shard they are in another order than side by side, but in the same other order in every one.
+        """
+        if size == 1:
+            return self
+        places = self.ring_size // size
+        if places == 1:
+            return SequenceLayout("contiguous", 1)
+        require(
+            self.kind != "dealt",
+            f"{size} of the {self.ring_size} shards of a layout for devices of different speeds cannot be merged; "
+            f"use all of them, none, or another layout",
+        )
+        return SequenceLayout(self.kind, places, stripe=self.stripe * (size if self.kind == "striped" else 1))
 
     def permute(self, x, axis: int):
         """Reorder `axis` of a NumPy or JAX array from natural to layout order."""

@@ -1,302 +1,114 @@
 """Ring attention: key/value blocks travel around a ring of devices while each attends to the block it holds.
 
-Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context". This module is the
-front: it checks arguments and cuts global arrays into shards; `rotation` moves the blocks.
+Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context".
 """
 
-import functools
+import dataclasses
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec
-
-from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.rule import as_sinks, check_window, make_rule
-from ring_attention.attention.varying import vary_together
-from ring_attention.checks import (
-    require,
-    require_attention_dtypes,
-    require_attention_shapes,
-    require_divisible,
-    require_shape,
-)
-from ring_attention.parallel.layouts import SequenceLayout, as_layout
-from ring_attention.parallel.mesh import DATA, FSDP, TENSOR
-from ring_attention.parallel.rotation import Ring, attend
+from ring_attention.attention.rule import Rule
+from ring_attention.checks import require
+from ring_attention.parallel.exchange import attend
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.rotation import Rotation
 from ring_attention.parallel.routes import plan_routes
+from ring_attention.parallel.strategy import Setting, Strategy, Workload, require_at_most_one_place
 
 
-def ring_attention_shard(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    axis_name: str = "sp",
-    layout: str | SequenceLayout = "contiguous",
-    causal: bool = True,
-    window: int | None = None,
-    segment_ids: jax.Array | None = None,
-    max_segment_len: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    sinks: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-    batch_offset: int | jax.Array = 0,
-    head_offset: int | jax.Array = 0,
-    seq_len: int | None = None,
-    duplex: bool = False,
-    unroll: bool = False,
-    impl: str = "auto",
-    block_sizes: BlockSizes | None = None,
-) -> jax.Array:
-    """Ring attention for use inside your own `shard_map`.
-
-    A `vmap` with an axis name works too, for rings larger than the machine; take gradients inside it, because JAX does
-    not know the name any more when it differentiates from outside.
-
-    Args:
-      q: this device's slice [B,t,H,D] of the queries, in the layout's order; float32, bfloat16 or float16.
-      k: this device's slice [B,t,K,D] of the keys, in the dtype of q; K divides H.
-      v: this device's slice [B,t,K,D] of the values.
-      axis_name: the axis that the sequence is sharded over.
-      layout: the order in which tokens were dealt to devices, a name or a SequenceLayout.
-      causal, window, max_segment_len, softcap, scale: as in `ring_attention`, and so are dropout_rate, dropout_key,
-        duplex and unroll.
-      segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.
-      sinks: those of this device's heads, [H].
-      alibi_slopes: those of this device's heads, [H].
-      batch_offset: global index of this device's first sequence, by which dropout counts.
-      head_offset: global index of this device's first head, by which dropout counts.
-      seq_len: tokens of the whole sequence that are real; those at positions from here on are padding. All by default.
-      impl: name of the kernel that computes a hop, or "auto".
-      block_sizes: sizes of the kernel's tiles.
-
-    Returns:
-      This device's slice [B,t,H,D] of the output, in the dtype of q; 0 where a query sees no key.
-
-    Raises:
-      ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
-    """
-    require_attention_shapes(q, k, v)
-    require_attention_dtypes(q, k, v)
-    B, t, H, D = q.shape
-    require_shape("k", k.shape, (B, t, None, D), "BtKD")
-    layout = as_layout(layout, lax.axis_size(axis_name))
-    layout.check_length(t * layout.ring_size)
-    if segment_ids is not None:
-        require_shape("segment_ids", segment_ids.shape, (B, t), "Bt")
-        segment_ids = segment_ids.astype(jnp.int32)
-    rule = make_rule(
-        q,
-        causal=causal,
-        window=_shorter(window, max_segment_len, segment_ids),
-        softcap=softcap,
-        scale=scale,
-        alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-        batch_offset=batch_offset,
-        head_offset=head_offset,
-        seq_len=seq_len,
-    )
-    ring = Ring(
-        axis_name=axis_name,
-        layout=layout,
-        routes=plan_routes(layout, t, causal=rule.causal, reach=rule.window, duplex=duplex),
+def rotation_of(setting: Setting, rule: Rule, shard_len: int, *, duplex=False, unroll=False, width=1) -> Rotation:
+    """A ring over the places of the layout, each of `width` consecutive devices, for shards of so many tokens."""
+    return Rotation(
+        axis_name=setting.axis_name,
+        layout=setting.layout,
+        routes=plan_routes(setting.layout, shard_len, causal=rule.causal, reach=rule.window, duplex=duplex),
         unroll=unroll,
-        kernel=find_kernel(impl),
-        blocks=block_sizes or BlockSizes(),
+        kernel=setting.kernel,
+        blocks=setting.blocks,
+        width=width,
     )
-    arrays = (q, k, v, segment_ids, rule, as_sinks(sinks, H), lax.axis_index(axis_name))
-    q, k, v, segment_ids, rule, sinks, _ = vary_together(*arrays)
-    out, _ = attend(ring, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segment_ids, rule, sinks)
-    return jnp.swapaxes(out, 1, 2)
 
 
-def _shorter(window: int | None, max_segment_len: int | None, segment_ids) -> int | None:
-    """The window that both bounds make."""
-    if max_segment_len is None:
-        return window
-    require(
-        segment_ids is not None,
-        f"max_segment_len={max_segment_len} bounds segments, but there are none; give segment_ids, or window instead",
-    )
-    check_window("max_segment_len", max_segment_len)
-    check_window("window", window)
-    return max_segment_len if window is None else min(window, max_segment_len)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring(Strategy):
+    """Keys and values go around the ring, queries stay.
 
-
-def ring_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    mesh: Mesh,
-    axis_name: str = "sp",
-    spec: PartitionSpec | None = None,
-    layout: str | SequenceLayout = "contiguous",
-    causal: bool = True,
-    window: int | None = None,
-    segment_ids: jax.Array | None = None,
-    max_segment_len: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    sinks: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-    duplex: bool = False,
-    unroll: bool = False,
-    impl: str = "auto",
-    block_sizes: BlockSizes | None = None,
-) -> jax.Array:
-    """Exact attention over a sequence sharded across the devices of `mesh`.
-
-    Args:
-      q: [B,T,H,D], in the layout's order (`SequenceLayout.permute`); float32, bfloat16 or float16. Where the devices do
-        not divide T, the arrays are padded inside, which moves all of them: pad in your loader to spare that.
-      k: [B,T,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
-      v: [B,T,K,D].
-      mesh: the devices; `axis_name` is one of its axes.
-      axis_name: the mesh axis that T is sharded over.
-      spec: PartitionSpec of q, of k and of v. By default B over those of dp and fsdp, and heads over tp, that the mesh
-        has.
-      layout: "contiguous", "zigzag", "striped" or a SequenceLayout. The last two share causal work out evenly.
-      causal: a token sees itself and those before it in the natural order; otherwise all of them.
-      window: a token sees itself and the window-1 tokens before it, and after it where causal is False. Keys are sent
-        no farther than it reaches: if it fits in a shard, contiguous and zigzag rings send them one hop.
-      segment_ids: integers [B,T] in the layout's order; a token sees its own segment only.
-      max_segment_len: no segment is longer than this, so that keys need not be sent farther. It acts like a window: in
-        a segment that is longer after all, tokens this far apart do not see each other.
-      softcap: scores x become softcap * tanh(x / softcap).
-      scale: of the products of queries and keys; D**-0.5 by default.
-      sinks: [H], a logit for each head that takes part in the softmax but has no value; can be differentiated.
-      alibi_slopes: [H]; a score falls by the slope for each position of distance. Constants: no gradient flows to them.
-      dropout_rate: of weights. Which ones are dropped depends on the key and their global batch row, head and positions
-        alone: the same on any mesh and in any layout.
-      dropout_key: a `jax.random` key, needed with dropout.
+    Attributes:
       duplex: send the second half of each shard the other way round, for links that carry both directions at once.
       unroll: write the steps of the ring out instead of looping over them (docs/structure.md compares the programs).
-      impl: name of the kernel that computes a hop, or "auto".
-      block_sizes: sizes of the kernel's tiles.
-
-    Returns:
-      [B,T,H,D] in the dtype of q and sharded like it; 0 where a query sees no key.
-
-    Raises:
-      ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
     """
-    require_attention_shapes(q, k, v)
-    require_attention_dtypes(q, k, v)
-    require(
-        axis_name in mesh.shape, f"axis_name={axis_name!r} is not an axis of the mesh, which has {dict(mesh.shape)}"
-    )
-    require_shape("k", k.shape, (q.shape[0], q.shape[1], None, q.shape[3]), "BTKD")
-    layout = as_layout(layout, mesh.shape[axis_name])
-    spec = _default_spec(mesh, axis_name) if spec is None else spec
-    _check_spec(spec, mesh, axis_name, q, k)
-    if segment_ids is not None:
-        require_shape("segment_ids", segment_ids.shape, q.shape[:2], "BT")
-    for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if array is not None:
-            require_shape(name, jnp.shape(array), (q.shape[2],), "H")
-    run = _sharded(
-        mesh,
-        spec,
-        axis_name=axis_name,
-        layout=layout,
-        causal=causal,
-        window=window,
-        max_segment_len=max_segment_len,
-        softcap=softcap,
-        scale=scale,
-        dropout_rate=dropout_rate,
-        duplex=duplex,
-        unroll=unroll,
-        impl=impl,
-        block_sizes=block_sizes,
-    )
-    return run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
+
+    name = "ring"
+    source = "Liu, Zaharia & Abbeel 2023"
+    memory = "n/P * d: the block at hand and the one on its way"
+    communication = "n * d * (P-1)/P, beside the computation; a window's length only, with one"
+    claim = ("O(n/P)", "O(n d), pipelined")
+
+    duplex: bool = False
+    unroll: bool = False
+
+    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+        """See `Strategy`."""
+        rotation = rotation_of(setting, rule, q.shape[2], duplex=self.duplex, unroll=self.unroll)
+        return attend(rotation, q, k, v, segments, rule, sinks)[0]
+
+    def memory_bytes(self, work: Workload) -> int:
+        """Two blocks of K and V beside the own one, and the statistics of the queries in float32."""
+        return 4 * work.bytes_of(work.shard, work.kv_heads) + work.bytes_of(work.shard, work.heads, 4)
+
+    def sent_bytes(self, work: Workload, backward: bool = False) -> int:
+        """K and V along each route; backward the same again, and dK and dV in float32 as often."""
+        layout = SequenceLayout(work.layout, work.devices)
+        routes = plan_routes(layout, work.shard, causal=work.causal, reach=work.window, duplex=self.duplex)
+        hops = sum((route.stop - route.start) * route.hops for route in routes)
+        sent = 2 * work.bytes_of(hops, work.kv_heads) + work.segment_bytes(hops)
+        return sent + 2 * work.bytes_of(hops, work.kv_heads, 4) * backward
 
 
-@functools.lru_cache(maxsize=128)
-def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
-    """`ring_attention_shard` over global arrays, compiled once for each set of choices."""
-    layout = settings["layout"]
-    batch_axes, _, head_axes, _ = _axes_of(spec)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlidingWindow(Ring):
+    """Each device gets the last tokens of the one before it, as far as the window reaches, and no more."""
 
-    def run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key):
-        T = q.shape[1]
-        padded = layout.padded_length(T)
-        # Padding comes last in the natural order; in the layout's it may stand anywhere.
-        real = None if padded == T else np.flatnonzero(layout.positions(padded) < T)
+    name = "sliding_window"
+    source = "Beltagy, Peters & Cohan 2020; neighbour exchange as in ring attention with a window"
+    exact = False
+    memory = "min(W, n/P) * d beside the own n/P * d"
+    communication = "W * d, whatever n is"
+    claim = ("O(W)", "O(n W)")
 
-        def on_shards(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key):
-            return ring_attention_shard(
-                q,
-                k,
-                v,
-                segment_ids=segment_ids,
-                sinks=sinks,
-                alibi_slopes=alibi_slopes,
-                dropout_key=dropout_key,
-                batch_offset=_shard_number(batch_axes) * q.shape[0],
-                head_offset=_shard_number(head_axes) * q.shape[2],
-                seq_len=None if real is None else T,
-                **settings,
-            )
-
-        heads = PartitionSpec(head_axes or None)
-        in_specs = (spec, spec, spec, PartitionSpec(*spec[:2]), heads, heads, PartitionSpec())
-        sharded = jax.shard_map(on_shards, mesh=mesh, in_specs=in_specs, out_specs=spec)
-        if real is not None:
-            q, k, v, segment_ids = (
-                None if x is None else jnp.zeros((x.shape[0], padded, *x.shape[2:]), x.dtype).at[:, real].set(x)
-                for x in (q, k, v, segment_ids)
-            )
-        out = sharded(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
-        return out if real is None else out[:, real]
-
-    return jax.jit(run)
+    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+        """Refuse to be what it is not."""
+        require(
+            rule.window is not None,
+            'strategy="sliding_window" got no window; give window=, or choose strategy="ring" for full attention',
+        )
+        require(
+            setting.devices == 1 or setting.layout.kind != "striped",
+            'strategy="sliding_window" needs neighbours in the sequence to be neighbours in the ring, but '
+            'layout="striped" deals them to all devices; use "contiguous" or "zigzag", or strategy="ring"',
+        )
 
 
-def _shard_number(axes: tuple[str, ...]):
-    """Which of the shards along these mesh axes this device holds."""
-    return lax.axis_index(axes) if axes else 0
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SingleDevice(Strategy):
+    """Blockwise attention on one device that holds everything."""
 
+    name = "single_device"
+    source = "Rabe & Staats 2021; Dao et al. 2022"
+    memory = "n * d"
+    communication = "none"
+    claim = ("O(n)", "none")
 
-def _axes_of(spec: PartitionSpec) -> list[tuple[str, ...]]:
-    """Mesh axes that each of the four axes of q is sharded over."""
-    entries = [*spec, None, None, None, None][:4]
-    return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
+    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+        """Refuse more devices than one."""
+        require_at_most_one_place(self.name, setting)
 
+    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+        """A ring of one."""
+        return attend(rotation_of(setting, rule, q.shape[2]), q, k, v, segments, rule, sinks)[0]
 
-def _default_spec(mesh: Mesh, axis_name: str) -> PartitionSpec:
-    batch = tuple(axis for axis in (DATA, FSDP) if axis in mesh.shape)
-    return PartitionSpec(batch or None, axis_name, TENSOR if TENSOR in mesh.shape else None, None)
+    def memory_bytes(self, work: Workload) -> int:
+        """The statistics of the queries in float32."""
+        return work.bytes_of(work.seq_len, work.heads, 4)
 
-
-def _check_spec(spec: PartitionSpec, mesh: Mesh, axis_name: str, q, k) -> None:
-    require(
-        len(spec) >= 2 and spec[1] == axis_name and (len(spec) < 4 or spec[3] is None),
-        f"spec={spec} must shard axis 1 (tokens) over {axis_name!r} alone and leave axis 3 (head_dim) whole; "
-        f"for example {_default_spec(mesh, axis_name)}",
-    )
-    for axis, names in ((0, "batch"), (2, "heads")):
-        axes, shards = _axes_of(spec)[axis], 1
-        for name in axes:
-            require(
-                name in mesh.shape,
-                f"spec={spec} names {name!r}, but the mesh has {dict(mesh.shape)}; drop it from spec",
-            )
-            shards *= mesh.shape[name]
-        for array_name, array in (("q", q), ("k", k)):
-            label = f"{names} of {array_name}"
-            require_divisible(
-                label, array.shape[axis], "x".join(axes) or "1", shards, "use fewer devices on these axes"
-            )
+    def sent_bytes(self, work: Workload, backward: bool = False) -> int:
+        """None."""
+        return 0

@@ -11,9 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import Kernel, Whole
 from ring_attention.attention.masks import Hop, Tokens
@@ -23,20 +21,18 @@ from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.routes import Route
 
-SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
-"""`checkpoint_name`s of what a remat policy must keep so that no ring runs twice."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ring:
-    """What is the same for every step.
+class Rotation:
+    """An exchange (see `exchange`) in which keys and values go around and queries stay.
 
     Attributes:
-      axis_name: of the devices of the ring.
-      layout: of the sequence.
+      axis_name: of the devices.
+      layout: of the sequence over the places of the ring.
       routes: which part of each shard goes how far, and which way.
       unroll: write the steps out rather than loop over them.
       kernel, blocks: how a hop is computed.
+      width: how many consecutive devices share a place, each going around a ring of its own with its heads.
     """
 
     axis_name: str
@@ -45,16 +41,75 @@ class Ring:
     unroll: bool
     kernel: Kernel
     blocks: BlockSizes
+    width: int = 1
+
+    def forward(self, q, k, v, segments, rule: Rule) -> Running:
+        """Statistics of this device's queries over all keys that they see."""
+        length = q.shape[2]
+
+        def take(running, block, route=None, step=0):
+            k, v, k_segments = block
+            hop = self.hop(rule, segments, length, k_segments, route, step)
+            return self.kernel.forward(q, k, v, hop, running, self.blocks)
+
+        def advance(carry, step, active, going_on):
+            running, blocks = carry
+            following = {i: self.pass_on(i, blocks[i]) for i in going_on}
+            for i in active:
+                running = take(running, blocks[i], self.routes[i], step)
+            return running, following
+
+        arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
+        running = take(vary_over(Running.empty(q.shape), axes_of(q)), (k, v, segments))
+        running, _ = self.run(advance, (running, arriving), first=1)
+        return running
+
+    def backward(self, q, k, v, segments, rule: Rule, whole: Whole):
+        """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent home.
+
+        While a hop is computed, what the hop before gave is on its way. The keys at home come last: their gradients
+        are computed while those from abroad return.
+        """
+        length = q.shape[2]
+
+        def gradients(dq, block, route=None, step=0):
+            k, v, k_segments = block
+            hop = self.hop(rule, segments, length, k_segments, route, step)
+            dq, *dblock = self.kernel.backward(q, k, v, whole, hop, dq, self.blocks)
+            return dq, dblock
+
+        def advance(carry, step, active, going_on):
+            dq, blocks, dblocks, at_home = carry
+            following = {i: self.pass_on(i, blocks[i]) for i in going_on}
+            arriving = {i: self.pass_on(i, dblocks[i]) for i in active if i in dblocks}
+            gathered = {}
+            for i in active:
+                dq, here = gradients(dq, blocks[i], self.routes[i], step)
+                gathered[i] = jax.tree.map(jnp.add, arriving[i], here) if i in arriving else here
+            back = {i: self.send_home(i, gathered[i]) for i in active if i not in going_on}
+            return dq, following, {i: gathered[i] for i in going_on}, at_home | back
+
+        nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+        arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
+        carry = (nothing, arriving, {}, {})
+        if self.routes:  # nothing has been gathered yet that could be on its way
+            carry = advance(carry, 1, range(len(self.routes)), self.beyond_first)
+        dq, _, _, at_home = self.run(advance, carry, first=2)
+        dq, (dk, dv) = gradients(dq, (k, v, segments))
+        for i, (dk_part, dv_part) in at_home.items():
+            here = slice(self.routes[i].start, self.routes[i].stop)
+            dk, dv = dk.at[:, :, here].add(dk_part), dv.at[:, :, here].add(dv_part)
+        return dq, dk, dv
 
     def send(self, tree, shift: int):
         """Pass every array on to the device `shift` places further."""
-        P = self.layout.ring_size
-        pairs = [(i, (i + shift) % P) for i in range(P)]
+        devices = self.layout.ring_size * self.width
+        pairs = [(i, (i + shift * self.width) % devices) for i in range(devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, pairs), tree)
 
     def hop(self, rule: Rule, q_segments, length: int, k_segments=None, route: Route | None = None, step=0) -> Hop:
         """Where the resident queries stand, and the keys that came along `route` in this step; without one, at home."""
-        me = lax.axis_index(self.axis_name)
+        me = lax.div(lax.axis_index(self.axis_name), self.width)
         positions = self.layout.shard_positions(me, length)[None]
         queries = Tokens(positions, q_segments)
         if route is None:
@@ -102,88 +157,3 @@ class Ring:
     def beyond_first(self) -> list[int]:
         """Numbers of the routes of more than one hop."""
         return [number for number, route in enumerate(self.routes) if route.hops > 1]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(ring: Ring, q, k, v, segments, rule: Rule, sinks):
-    """(out, lse) of this device's queries and all keys that they see.
-
-    Args:
-      ring: how keys travel.
-      q: [B,H,t,D].
-      k, v: [B,K,t,D].
-      segments: int32 [B,t] or None.
-      rule: of weights.
-      sinks: float32 [H] or None.
-
-    Returns:
-      out [B,H,t,D] in the dtype of q and lse, float32 [B,H,t].
-    """
-    length = q.shape[2]
-
-    def take(running, block, route=None, step=0):
-        k, v, k_segments = block
-        hop = ring.hop(rule, segments, length, k_segments, route, step)
-        return ring.kernel.forward(q, k, v, hop, running, ring.blocks)
-
-    def advance(carry, step, active, going_on):
-        running, blocks = carry
-        following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
-        for i in active:
-            running = take(running, blocks[i], ring.routes[i], step)
-        return running, following
-
-    arriving = {i: ring.pass_on(i, ring.part(i, k, v, segments)) for i in range(len(ring.routes))}
-    running = take(vary_over(Running.empty(q.shape), axes_of(q)), (k, v, segments))
-    running, _ = ring.run(advance, (running, arriving), first=1)
-    out, lse = attention_sinks.finish(running, sinks)
-    return out.astype(q.dtype), lse
-
-
-def _attend_forward(ring: Ring, q, k, v, segments, rule: Rule, sinks):
-    results = attend(ring, q, k, v, segments, rule, sinks)
-    out, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED_NAMES, strict=True))
-    return (out, lse), (q, k, v, segments, rule, sinks, out, lse)
-
-
-def _attend_backward(ring: Ring, residuals, cotangents):
-    """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent home.
-
-    While a hop is computed, what the hop before gave is on its way. The keys at home come last: their gradients are
-    computed while those from abroad return.
-    """
-    q, k, v, segments, rule, sinks, out, lse = residuals
-    whole, length = Whole.of(out, lse, *cotangents), q.shape[2]
-
-    def gradients(dq, block, route=None, step=0):
-        k, v, k_segments = block
-        hop = ring.hop(rule, segments, length, k_segments, route, step)
-        dq, *dblock = ring.kernel.backward(q, k, v, whole, hop, dq, ring.blocks)
-        return dq, dblock
-
-    def advance(carry, step, active, going_on):
-        dq, blocks, dblocks, at_home = carry
-        following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
-        arriving = {i: ring.pass_on(i, dblocks[i]) for i in active if i in dblocks}
-        gathered = {}
-        for i in active:
-            dq, here = gradients(dq, blocks[i], ring.routes[i], step)
-            gathered[i] = jax.tree.map(jnp.add, arriving[i], here) if i in arriving else here
-        back = {i: ring.send_home(i, gathered[i]) for i in active if i not in going_on}
-        return dq, following, {i: gathered[i] for i in going_on}, at_home | back
-
-    nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
-    arriving = {i: ring.pass_on(i, ring.part(i, k, v, segments)) for i in range(len(ring.routes))}
-    carry = (nothing, arriving, {}, {})
-    if ring.routes:  # nothing has been gathered yet that could be on its way
-        carry = advance(carry, 1, range(len(ring.routes)), ring.beyond_first)
-    dq, _, _, at_home = ring.run(advance, carry, first=2)
-    dq, (dk, dv) = gradients(dq, (k, v, segments))
-    for i, (dk_part, dv_part) in at_home.items():
-        here = slice(ring.routes[i].start, ring.routes[i].stop)
-        dk, dv = dk.at[:, :, here].add(dk_part), dv.at[:, :, here].add(dv_part)
-    grads = dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
-    return *grads, None, None, attention_sinks.gradient(sinks, whole)
-
-
-attend.defvjp(_attend_forward, _attend_backward)

@@ -60,10 +60,13 @@ def plan_routes(
 
 
 def _cuts(layout: SequenceLayout, shard_len: int, causal: bool, reach: int | None) -> set[int]:
-    """Where the need for a shard's tokens may change."""
-    if reach is None or layout.kind == "striped":
+    """Where the need for a shard's tokens may change.
+
+    Dealt shards are not cut: of their many chunks one or another is needed nearly everywhere.
+    """
+    if reach is None or layout.kind in ("striped", "dealt"):
         return set()
-    chunk = shard_len if layout.kind == "contiguous" else shard_len // 2
+    chunk = shard_len // layout.chunks_per_shard
     rest = (reach - 1) % chunk
     within = {0, chunk - rest} | (set() if causal else {rest})
     return {first + cut for first in range(0, shard_len, chunk) for cut in within}
@@ -75,9 +78,13 @@ def _needed_shifts(layout: SequenceLayout, shard_len: int, start: int, stop: int
     shifts = np.arange(1, P)
     if reach is None:
         return shifts.tolist()
-    if layout.kind == "striped":  # tokens of shards s apart are s, P+s, 2P+s, ... or P-s, 2P-s, ... apart
-        return shifts[(shifts < reach) | ((P - shifts < reach) & (not causal))].tolist()
-    chunk = shard_len if layout.kind == "contiguous" else shard_len // 2
+    if layout.kind == "striped":  # the nearest tokens of shards s apart are so many stripes apart, less a token
+        near = lambda stripes: (stripes - 1) * layout.stripe + 1 < reach  # noqa: E731
+        return shifts[near(shifts) | (near(P - shifts) & (not causal))].tolist()
+    chunk = shard_len // layout.chunks_per_shard
+    if stop - start > chunk:
+        pieces = [(first, first + chunk) for first in range(start, stop, chunk)]
+        return sorted({s for piece in pieces for s in _needed_shifts(layout, shard_len, *piece, causal, reach)})
     firsts = np.stack([layout.chunk_starts(shard, shard_len) for shard in range(P)])  # [P, chunks of a shard]
     key_low = firsts[:, start // chunk] + start % chunk
     key_high = key_low + stop - start - 1

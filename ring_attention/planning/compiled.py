@@ -15,6 +15,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(?:-start)?\(")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)")
+_DEVICES = re.compile(r"(?:num_partitions|replica_count)=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -42,16 +44,31 @@ class Collective(NamedTuple):
       kind: one of KINDS.
       arrays: what it gives one device each time it runs.
       runs: how often it runs each time the program does, loops multiplied out.
+      group: how many devices take part together; for a permute, how many there are.
     """
 
     kind: str
     arrays: tuple[Array, ...]
     runs: int
+    group: int = 1
 
     @property
     def bytes(self) -> int:
         """Bytes that it gives one device, over all its runs."""
         return self.runs * sum(array.bytes for array in self.arrays)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one device sends over all its runs, by the algorithm that sends the fewest.
+
+        An all-gather's own part stays, and so does an all-to-all's; an all-reduce is a reduce-scatter and an
+        all-gather.
+        """
+        others = self.group - 1
+        if self.kind == "reduce-scatter":
+            return self.bytes * others
+        times = {"all-reduce": 2, "all-gather": 1, "all-to-all": 1}.get(self.kind)
+        return self.bytes if times is None else times * self.bytes * others // self.group
 
 
 def collectives(text: str) -> list[Collective]:
@@ -61,7 +78,7 @@ def collectives(text: str) -> list[Collective]:
       ValueError: if one stands in a loop whose number of turns the compiler does not state, or `text` is no HLO.
     """
     bodies = _computations(text)
-    runs = _runs(bodies)
+    runs, devices = _runs(bodies), math.prod(int(n) for n in _DEVICES.findall(text[: text.find("\n")]))
     found = []
     for name, lines in bodies.items():
         for line in lines:
@@ -72,8 +89,13 @@ def collectives(text: str) -> list[Collective]:
                 if "-start(" in line and kind != "all-reduce":  # (operands, results, contexts): keep the results
                     operands = line[match.end() :].split("), ")[0].count("%")
                     arrays = arrays[operands : 2 * operands] or arrays
-                found.append(Collective(kind, arrays, runs[name]))
+                found.append(Collective(kind, arrays, runs[name], _group(line) or devices))
     return found
+
+
+def sent(text: str) -> int:
+    """Bytes that one device sends in a compiled program, over all its collectives; see `Collective.sent`."""
+    return sum(item.sent for item in collectives(text))
 
 
 def totals(text: str) -> dict[str, tuple[int, int]]:
@@ -88,6 +110,13 @@ def totals(text: str) -> dict[str, tuple[int, int]]:
 def arrays(text: str) -> set[Array]:
     """Every array that an instruction of the program makes, fusions' inner values included."""
     return set(_arrays(text))
+
+
+def _group(line: str) -> int | None:
+    """Devices of the first of a collective's groups; None where it names none, which means all."""
+    if match := _GROUPS.search(line):
+        return match[1].count(",") + 1 if match[1] else int(match[2])
+    return None
 
 
 def _arrays(text: str) -> Iterator[Array]:

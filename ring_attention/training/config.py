@@ -1,12 +1,18 @@
 """Everything that decides a run, in one frozen object."""
 
 import dataclasses
+import math
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.checks import require_field
 from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
-from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.parallel.layouts import LAYOUT_KINDS, SequenceLayout, as_layout
+from ring_attention.parallel.strategies import STRATEGIES, find_strategy
+from ring_attention.parallel.strategy import Strategy
+
+STRATEGY_OPTIONS = ("duplex", "head_groups", "ulysses_size", "stride")
+"""Fields of `AttentionConfig` that are options of one strategy or another; 0 leaves them out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,23 +49,35 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """How attention runs over the ring.
+    """How attention runs over the devices that share a sequence.
 
     Attributes:
+      strategy: how queries and keys of different devices meet, a name from `ring_attention.STRATEGIES`.
+      duplex: "ring" and "sliding_window": send half of the keys and values each way round, for links that carry both
+        directions at once.
+      head_groups: "all_gather": into how many parts key/value heads are gathered; 0: one head at a time.
+      ulysses_size: "usp": devices that swap heads for tokens; 0: as many as divide the heads.
+      stride: "sparse": how far apart the tokens are that see each other; 0: about the root of seq_len.
       layout: order in which tokens are dealt to shards: "contiguous", "zigzag" or "striped".
+      speeds: of the devices along the ring, numbers with spaces between; tokens are dealt so that the work of each is
+        proportional to its speed, and `layout` is not used. Empty: all are alike.
       window: a token sees itself and the window-1 tokens before it; 0: all before it.
       softcap: attention scores x become softcap * tanh(x / softcap); 0 leaves them.
-      duplex: send half of the keys and values each way round the ring, for links that carry both directions at once.
-      impl: the kernel that computes a hop, "auto" or a name.
+      impl: the kernel that computes tiles, "auto" or a name.
       block_q: query tokens of a tile.
       block_kv: key tokens of a tile.
       block_heads: key/value heads of a tile.
     """
 
+    strategy: str = "ring"
+    duplex: bool = False
+    head_groups: int = 0
+    ulysses_size: int = 0
+    stride: int = 0
     layout: str = "zigzag"
+    speeds: str = ""
     window: int = 0
     softcap: float = 0.0
-    duplex: bool = False
     impl: str = "auto"
     block_q: int = BlockSizes.q
     block_kv: int = BlockSizes.kv
@@ -73,12 +91,58 @@ class AttentionConfig:
             "is not known",
             f"choose one of {', '.join(LAYOUT_KINDS)}",
         )
-        for name in ("window", "softcap"):
+        for name in ("window", "softcap", *STRATEGY_OPTIONS):
             value = getattr(self, name)
             require_field(value >= 0, f"attention.{name}", value, "must not be negative", "0 leaves it out")
+        require_field(
+            self.strategy in STRATEGIES,
+            "attention.strategy",
+            self.strategy,
+            "is not known",
+            f"choose one of {', '.join(STRATEGIES)}",
+        )
+        known = {field.name for field in dataclasses.fields(STRATEGIES[self.strategy]) if field.init}
+        for name in STRATEGY_OPTIONS:
+            value = getattr(self, name)
+            require_field(
+                not value or name in known,
+                f"attention.{name}",
+                value,
+                f"is no option of attention.strategy={self.strategy!r}",
+                f"leave it out; that one takes {', '.join(known & set(STRATEGY_OPTIONS)) or 'no options'}",
+            )
+        try:
+            speeds = [float(word) for word in self.speeds.split()]
+        except ValueError:
+            speeds = [0.0]
+        require_field(
+            all(0 < speed < math.inf for speed in speeds),
+            "attention.speeds",
+            self.speeds,
+            "must be positive numbers with spaces between",
+            "give one for each device along sp, or leave it out",
+        )
         for name in ("block_q", "block_kv", "block_heads"):
             value = getattr(self, name)
             require_field(value > 0, f"attention.{name}", value, "must be positive", "leave it out to take the default")
+
+    def make_strategy(self) -> Strategy:
+        """The strategy with its options."""
+        options = {name: getattr(self, name) for name in STRATEGY_OPTIONS if getattr(self, name)}
+        return find_strategy(self.strategy, options)
+
+    @property
+    def in_words(self) -> str:
+        """Which attention this is."""
+        layout = f"tokens dealt for speeds {self.speeds}" if self.speeds else f"{self.layout} layout"
+        return f"attention by {self.strategy}, {layout}"
+
+    def make_layout(self, ring_size: int) -> SequenceLayout:
+        """The layout of a sequence over so many devices."""
+        if not self.speeds:
+            return SequenceLayout(self.layout, ring_size)
+        layout = SequenceLayout.for_speeds([float(word) for word in self.speeds.split()])
+        return as_layout(layout, ring_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,14 @@
 """Whether a config can run on a mesh, decided before anything is opened or compiled."""
 
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.rule import Rule
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.mesh import SEQUENCE
+from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import check_fits
+from ring_attention.parallel.strategy import Setting
 from ring_attention.training.config import TrainConfig
 
 
@@ -12,15 +16,26 @@ def check_feasible(config: TrainConfig, mesh_shape: dict[str, int]) -> None:
     """Raise ConfigError, naming the field, unless every sharded axis divides by its share of the mesh."""
     model = config.model
     try:
-        SequenceLayout(config.attention.layout, mesh_shape[SEQUENCE]).check_length(config.seq_len)
+        layout = config.attention.make_layout(mesh_shape[SEQUENCE])
+        layout.check_length(config.seq_len)
         check_fits("batch_size / optimizer.accumulation_steps", config.micro_batch_size, "batch", mesh_shape)
         check_fits("model.model_dim", model.model_dim, "model", mesh_shape)
         check_fits("model.num_heads", model.num_heads, "heads", mesh_shape)
         check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", mesh_shape)
         check_fits("model.ffn_dim", model.ffn_dim, "ffn", mesh_shape)
         check_fits("model.vocab_size", model.vocab_size, "vocab", mesh_shape)
+        _check_attention(config, layout, mesh_shape[TENSOR])
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_attention(config: TrainConfig, layout: SequenceLayout, tensor_shards: int) -> None:
+    """Raise ValueError unless the strategy can do what is asked of it on each device."""
+    attention, model = config.attention, config.model
+    shard = (1, config.seq_len // layout.ring_size, model.num_heads // tensor_shards, model.head_dim)
+    setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=find_kernel(attention.impl), blocks=BlockSizes())
+    rule = Rule(scale=1.0, window=attention.window or None)
+    attention.make_strategy().check(setting, shard, model.num_kv_heads // tensor_shards, rule)
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -6,7 +6,6 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from ring_attention.data.loader import deal_batches, held_out_rows, spell_rows
-from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.corpus import Corpus
@@ -26,7 +25,7 @@ class HeldOut:
         rows = held_out_rows(
             corpus.held_out, corpus.tokenizer, seq_len=config.seq_len, num_sequences=config.eval_sequences
         )
-        layout = SequenceLayout(config.attention.layout, mesh.shape[SEQUENCE])
+        layout = config.attention.make_layout(mesh.shape[SEQUENCE])
         batches = deal_batches(rows, batch_size=config.micro_batch_size, layout=layout)
         self._batches = jax.device_put(batches, NamedSharding(mesh, BATCH_SPEC))
         self._evaluate = make_eval_step(config, mesh)

@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ring_attention.data.loader import TrainLoader
-from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.training.checkpoints import Checkpoints, abstract_like
 from ring_attention.training.config import TrainConfig
@@ -74,7 +73,7 @@ def _open_loader(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> TrainLoader
         streams=config.data.streams,
         seq_len=config.seq_len,
         batch_size=config.batch_size,
-        layout=SequenceLayout(config.attention.layout, mesh.shape[SEQUENCE]),
+        layout=config.attention.make_layout(mesh.shape[SEQUENCE]),
     )
 
 

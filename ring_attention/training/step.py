@@ -12,11 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.varying import axes_of, vary_over
-from ring_attention.models.config import ModelConfig
 from ring_attention.models.layers import Attend
 from ring_attention.models.transformer import Transformer, parameter_specs
+from ring_attention.parallel.context import context_attention_shard
 from ring_attention.parallel.mesh import SEQUENCE
-from ring_attention.parallel.ring import ring_attention_shard
 from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.optimizer import make_optimizer
@@ -41,16 +40,16 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def attention_of(config: AttentionConfig) -> Attend:
-    """The attention that a model's layers call on this device's slices."""
+def attention_of(config: AttentionConfig, ring_size: int) -> Attend:
+    """The attention that a model's layers call on the slices of one of `ring_size` devices."""
     blocks = BlockSizes(q=config.block_q, kv=config.block_kv, heads=config.block_heads)
     return functools.partial(
-        ring_attention_shard,
+        context_attention_shard,
+        strategy=config.make_strategy(),
         axis_name=SEQUENCE,
-        layout=config.layout,
+        layout=config.make_layout(ring_size),
         window=config.window or None,
         softcap=config.softcap or None,
-        duplex=config.duplex,
         impl=config.impl,
         block_sizes=blocks,
     )
@@ -105,7 +104,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh):
 def make_gradients(config: TrainConfig, mesh: Mesh):
     """gradients(params, batch) -> (grads, loss, targets): the mean over all targets of the batch, and its gradient."""
     specs = parameter_specs(config.model)
-    sum_of_losses = _sum_of_losses(config.model, config.attention)
+    sum_of_losses = _sum_of_losses(config, mesh)
     micro_batches = config.optimizer.accumulation_steps
 
     def on_device(params, batch):
@@ -127,7 +126,7 @@ def make_eval_step(config: TrainConfig, mesh: Mesh):
     """evaluate(params, batch) -> (nats, targets): float32 sums over all targets of the batch."""
     specs = parameter_specs(config.model)
     on_device = jax.shard_map(
-        _sum_of_losses(config.model, config.attention),
+        _sum_of_losses(config, mesh),
         mesh=mesh,
         in_specs=(specs, BATCH_SPEC),
         out_specs=(PartitionSpec(), PartitionSpec()),
@@ -135,10 +134,10 @@ def make_eval_step(config: TrainConfig, mesh: Mesh):
     return jax.jit(on_device)
 
 
-def _sum_of_losses(model: ModelConfig, attention: AttentionConfig):
+def _sum_of_losses(config: TrainConfig, mesh: Mesh):
     """fn(params, batch) -> (nats, targets): sums over all devices, for a mean over targets and not over devices."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
-    attend = attention_of(attention)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
+    attend = attention_of(config.attention, mesh.shape[SEQUENCE])
 
     def sum_of_losses(params, batch):
         nats_bt = nnx.merge(graph, params).token_losses(

@@ -251,8 +251,11 @@ def test_settings_change_what_a_layer_computes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(windw=4), "flax_attention_fn got 'windw', which is not known; choose from axis_name, spec, layout, "),
-        (dict(mask=None), "flax_attention_fn got 'mask', which is not known"),
+        (
+            dict(windw=4),
+            "flax_attention_fn got 'windw', which is neither an argument nor an option of strategy='ring'; its",
+        ),
+        (dict(mask=None), "flax_attention_fn got 'mask', which is neither"),
         (dict(dropout_rate=0.1), "flax_attention_fn got dropout_rate, but dropout is the layer's; give the layer"),
         (dict(dropout_key=None), "flax_attention_fn got dropout_key, but dropout is the layer's; give the layer"),
     ],

@@ -102,8 +102,8 @@ def test_the_error_of_bfloat16_does_not_grow_with_the_ring(impl, monkeypatch):
 
         return run(self, rounded, carry, first)
 
-    run = rotation.Ring.run
-    monkeypatch.setattr(rotation.Ring, "run", run_in_bfloat16)
+    run = rotation.Rotation.run
+    monkeypatch.setattr(rotation.Rotation, "run", run_in_bfloat16)
     np.testing.assert_array_less(1.5 * few, _bf16_errors(64, impl))  # the control: sums over hops kept in bfloat16
 
 

@@ -14,24 +14,24 @@ from ring_attention.attention import kernels, online_softmax, sinks
 from ring_attention.attention.kernels.contract import Whole
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.weights import Meeting
-from ring_attention.parallel import ring
-from ring_attention.parallel.rotation import Ring
+from ring_attention.parallel import context, ring
+from ring_attention.parallel.rotation import Rotation
 
 # --- What travels, how far and which way ------------------------------------------------------------------------------
 
 
 def _wrong_way(patch):
-    send = Ring.send
-    patch.setattr(Ring, "send", lambda self, tree, shift: send(self, tree, -shift))
+    send = Rotation.send
+    patch.setattr(Rotation, "send", lambda self, tree, shift: send(self, tree, -shift))
 
 
 def _segments_stay_at_home(patch):
-    send = Ring.send
+    send = Rotation.send
 
     def mutant(self, tree, shift):
         return jax.tree.map(lambda old, new: old if old.dtype == jnp.int32 else new, tree, send(self, tree, shift))
 
-    patch.setattr(Ring, "send", mutant)
+    patch.setattr(Rotation, "send", mutant)
 
 
 def _routes(more_hops=0, **more):
@@ -50,14 +50,14 @@ def _routes(more_hops=0, **more):
 
 
 def _gradients_stay_behind(patch):
-    pass_on = Ring.pass_on
+    pass_on = Rotation.pass_on
     patch.setattr(
-        Ring, "pass_on", lambda self, number, tree: tree if isinstance(tree, list) else pass_on(self, number, tree)
+        Rotation, "pass_on", lambda self, number, tree: tree if isinstance(tree, list) else pass_on(self, number, tree)
     )
 
 
 def _gradients_are_not_sent_home(patch):
-    patch.setattr(Ring, "send_home", lambda self, number, tree: tree)
+    patch.setattr(Rotation, "send_home", lambda self, number, tree: tree)
 
 
 # --- Where tokens stand -----------------------------------------------------------------------------------------------
@@ -67,8 +67,8 @@ def _wrong_source(patch):
     def mutant(self, rule, q_segments, length, k_segments=None, route=None, step=0):
         return hop(self, rule, q_segments, length, k_segments, route, self.layout.ring_size - step)
 
-    hop = Ring.hop
-    patch.setattr(Ring, "hop", mutant)
+    hop = Rotation.hop
+    patch.setattr(Rotation, "hop", mutant)
 
 
 def _positions_of_another_layout(patch):
@@ -79,12 +79,12 @@ def _positions_of_another_layout(patch):
 
 def _window(more):
     def mutate(patch):
-        make_rule = ring.make_rule
+        make_rule = context.make_rule
 
         def mutant(*args, **kwargs):
             return make_rule(*args, **(kwargs | dict(window=kwargs["window"] + more)))
 
-        patch.setattr(ring, "make_rule", mutant)
+        patch.setattr(context, "make_rule", mutant)
 
     return mutate
 
@@ -189,8 +189,8 @@ def _counted_from_0_on_each_device(axis):
     """A mutant that forgets which shard along these mesh axes a device holds."""
 
     def mutate(patch):
-        number = ring._shard_number
-        patch.setattr(ring, "_shard_number", lambda axes: 0 if axis in axes else number(axes))
+        number = context._shard_number
+        patch.setattr(context, "_shard_number", lambda axes: 0 if axis in axes else number(axes))
 
     return mutate
 
@@ -250,9 +250,9 @@ MUTANTS = {
 @pytest.fixture(autouse=True)
 def _nothing_compiled(monkeypatch):
     monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
-    ring._sharded.cache_clear()
+    context._sharded.cache_clear()
     yield
-    ring._sharded.cache_clear()
+    context._sharded.cache_clear()
 
 
 @functools.cache

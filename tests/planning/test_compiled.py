@@ -19,24 +19,35 @@ def _program(fn, *shapes, out_specs=SHARDED, dtype="float32"):
 
 
 @pytest.mark.parametrize(
-    ("fn", "kind", "array"),
+    ("fn", "kind", "array", "sent"),
     [
-        (lambda x: lax.all_gather(x, "sp", tiled=True), "all-gather", (24, 5)),
-        (lambda x: lax.psum_scatter(x, "sp", scatter_dimension=1, tiled=True), "reduce-scatter", (3, 1)),
-        (lambda x: lax.ppermute(x, "sp", RING), "collective-permute", (3, 5)),
-        (lambda x: lax.psum(x, "sp"), "all-reduce", (3, 5)),
-        (lambda x: lax.all_to_all(x, "sp", 1, 0, tiled=True), "all-to-all", None),
+        (lambda x: lax.all_gather(x, "sp", tiled=True), "all-gather", (24, 5), 7 * 60),
+        (lambda x: lax.psum_scatter(x, "sp", scatter_dimension=1, tiled=True), "reduce-scatter", (3, 1), 7 * 12),
+        (lambda x: lax.ppermute(x, "sp", RING), "collective-permute", (3, 5), 60),
+        (lambda x: lax.psum(x, "sp"), "all-reduce", (3, 5), 2 * 60 * 7 // 8),
+        (lambda x: lax.all_to_all(x, "sp", 1, 0, tiled=True), "all-to-all", None, 96 * 7 // 8),
     ],
     ids=["all_gather", "psum_scatter", "ppermute", "psum", "all_to_all"],
 )
-def test_each_kind_of_collective_is_found_with_what_it_gives_a_device(fn, kind, array):
+def test_each_kind_of_collective_is_found_with_what_it_gives_a_device(fn, kind, array, sent):
     columns = 8 if kind in ("reduce-scatter", "all-to-all") else 5
     out_specs = Spec() if kind == "all-reduce" else SHARDED
     found = compiled.collectives(_program(fn, (24, columns), out_specs=out_specs))
-    assert [(item.kind, item.runs) for item in found] == [(kind, 1)]
+    assert [(item.kind, item.runs, item.group) for item in found] == [(kind, 1, 8)]
+    assert compiled.sent(_program(fn, (24, columns), out_specs=out_specs)) == sent
     if array is not None:
         assert found[0].arrays == (compiled.Array("f32", array),)
     assert found[0].bytes == 4 * (3 * 8 if array is None else array[0] * array[1])
+
+
+def test_groups_of_devices_are_read_in_both_notations():
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    program = _program(lambda x: lax.all_gather(x, "sp", tiled=True, axis_index_groups=pairs), (24, 5))
+    (found,) = compiled.collectives(program)
+    assert (found.group, found.sent) == (2, 60)
+    iota = program.replace("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "replica_groups=[4,2]<=[8]")
+    assert iota != program
+    assert compiled.collectives(iota) == [found]
 
 
 def test_a_loop_multiplies_what_stands_in_it():

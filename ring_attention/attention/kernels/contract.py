@@ -28,13 +28,13 @@ class Whole(NamedTuple):
     With a hop's own out and lse it would be the gradient of a smaller attention: right forward, wrong backward.
 
     Attributes:
-      out: [B,H,t,D] in the dtype of q.
+      out: [B,H,t,D] in the dtype of q; None where queries were sent here without it, since delta says enough.
       lse: float32 [B,H,t].
       dout: [B,H,t,D] cotangent of out.
       delta: float32 [B,H,t], sum over D of dout * out, less the cotangent of lse (Dao et al. 2022, appendix B.2).
     """
 
-    out: jax.Array
+    out: jax.Array | None
     lse: jax.Array
     dout: jax.Array
     delta: jax.Array

@@ -1,0 +1,187 @@
+"""All-gather attention: every device gets all keys and values and attends with its own queries.
+
+Dubey et al. 2024, "The Llama 3 Herd of Models", section 3.3.2. Gathered at once this is the naive broadcast. Here it
+goes a few key/value heads at a time, the next ones on their way while these are used, so that memory is bounded by
+those few.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels.contract import Kernel, Whole
+from ring_attention.attention.masks import Hop, Tokens
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.rule import Rule
+from ring_attention.attention.varying import axes_of, vary_over
+from ring_attention.checks import require
+from ring_attention.parallel.exchange import attend
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.strategy import Setting, Strategy, Workload
+
+TOKENS = 2
+"""Axis of tokens in arrays [B,K,t,D]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gathering:
+    """An exchange (see `exchange`) in which every device gets the keys of all, `groups` times a part of the heads."""
+
+    axis_name: str
+    layout: SequenceLayout
+    groups: int
+    kernel: Kernel
+    blocks: BlockSizes
+
+    def forward(self, q, k, v, segments, rule: Rule) -> Running:
+        """Statistics of this device's queries over all keys that they see."""
+        keys, parts = self._keys(segments, q.shape[TOKENS]), self._split(k, v)
+
+        def work(group, kv, q):
+            k, v = kv
+            running = vary_over(Running.empty(q.shape), axes_of(q))
+            hop = self._hop(rule, keys, segments, group, q)
+            return self.kernel.forward(q, k, v, hop, running, self.blocks)
+
+        def step(ready, group_and_q):
+            group, q = group_and_q
+            ahead = self._gather(parts, group + 1)
+            return ahead, work(group, ready, q)
+
+        (q,), ready, last = self._split(q), self._gather(parts, 0), self.groups - 1
+        if last == 0:
+            return Running(*map(self._join, [x[None] for x in work(0, ready, q[0])]))
+        ready, results = lax.scan(step, ready, (jnp.arange(last), q[:-1]))
+        return Running(
+            *(self._join(self._append(x, y)) for x, y in zip(results, work(last, ready, q[last]), strict=True))
+        )
+
+    def backward(self, q, k, v, segments, rule: Rule, whole: Whole):
+        """Gradients. Each device finds those of all keys by its queries; they are summed on the way to their owners.
+
+        While a part of the heads is computed, the next one arrives and the gradients of the one before are on their
+        way.
+        """
+        keys, parts, last = self._keys(segments, q.shape[TOKENS]), self._split(k, v), self.groups - 1
+        of_queries = self._split(q, *whole)
+
+        def work(group, kv, of_queries):
+            q, *whole = of_queries
+            hop = self._hop(rule, keys, segments, group, q)
+            nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+            dq, *dkv = self.kernel.backward(q, *kv, Whole(*whole), hop, nothing, self.blocks)
+            return dq, dkv
+
+        def step(carry, group_and_queries):
+            (ready, leaving), (group, of_queries) = carry, group_and_queries
+            ahead, home = self._gather(parts, group + 1), self._scatter(leaving)
+            dq, dkv = work(group, ready, of_queries)
+            return (ahead, dkv), (dq, home)
+
+        def of(group):
+            return [x[group] for x in of_queries]
+
+        ready = self._gather(parts, 0)
+        if last == 0:
+            dq, dkv = work(0, ready, of(0))
+            return (dq, *self._scatter(dkv))
+        ahead = self._gather(parts, 1)
+        first_dq, dkv = work(0, ready, of(0))
+        between = (jnp.arange(1, last), [x[1:last] for x in of_queries])
+        (ready, leaving), (dq, home) = lax.scan(step, (ahead, dkv), between)
+        before_last = self._scatter(leaving)
+        last_dq, dkv = work(last, ready, of(last))
+        dq = self._append(jnp.concatenate([first_dq[None], dq]), last_dq)
+        ends = zip(home, before_last, self._scatter(dkv), strict=True)
+        return tuple(self._join(x) for x in (dq, *(self._append(x, y, z) for x, y, z in ends)))
+
+    def _gather(self, parts, group):
+        """K and V of all tokens, for the heads of a group."""
+        return [lax.all_gather(x[group], self.axis_name, axis=TOKENS, tiled=True) for x in parts]
+
+    def _scatter(self, grads):
+        """The sums over devices of gradients of all tokens, each device's own tokens."""
+        return [lax.psum_scatter(x, self.axis_name, scatter_dimension=TOKENS, tiled=True) for x in grads]
+
+    def _keys(self, segments, shard_len: int) -> Tokens:
+        """Where all keys stand, in the order in which they are gathered."""
+        shards = jnp.arange(self.layout.ring_size)
+        positions = jax.vmap(lambda shard: self.layout.shard_positions(shard, shard_len))(shards)
+        if segments is not None:
+            segments = lax.all_gather(segments, self.axis_name, axis=1, tiled=True)
+        return Tokens(positions.reshape(1, -1), segments)
+
+    def _hop(self, rule: Rule, keys: Tokens, segments, group, q) -> Hop:
+        """The meeting of this device's queries of a group with all keys."""
+        positions = self.layout.shard_positions(lax.axis_index(self.axis_name), q.shape[TOKENS])[None]
+        heads = q.shape[1]
+        return Hop(Tokens(positions, segments), keys, rule.of_heads(group * heads, heads))
+
+    def _split(self, *arrays):
+        """Arrays [B,H,...] as [groups,B,H/groups,...]."""
+        split = lambda x: x.reshape(x.shape[0], self.groups, -1, *x.shape[2:])  # noqa: E731
+        return [jnp.moveaxis(split(x), 1, 0) for x in arrays]
+
+    def _join(self, x):
+        """The reverse."""
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    def _append(self, x, *ends):
+        return jnp.concatenate([x, *(end[None] for end in ends)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllGather(Strategy):
+    """Every device gets all keys and values.
+
+    Attributes:
+      head_groups: into how many parts the key/value heads are divided, of which two are in memory at once; one part for
+        each head by default, 1 for the naive broadcast of everything.
+    """
+
+    name = "all_gather"
+    source = "Dubey et al. 2024 (Llama 3)"
+    memory = "n * d_kv * 2/K: all tokens of two key/value heads; n * d_kv with head_groups=1"
+    communication = "n * d_kv * (P-1)/P"
+    claim = ("O(n)", "O(n P)")
+
+    head_groups: int | None = None
+
+    def _groups(self, kv_heads: int) -> int:
+        return kv_heads if self.head_groups is None else self.head_groups
+
+    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+        """The groups must be equal."""
+        groups = self._groups(kv_heads)
+        require(
+            groups >= 1 and kv_heads % groups == 0,
+            f"head_groups={groups} must divide the {kv_heads} key/value heads of a device; leave it out for one head "
+            "at a time",
+        )
+
+    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+        """See `Strategy`."""
+        gathering = Gathering(
+            axis_name=setting.axis_name,
+            layout=setting.layout,
+            groups=self._groups(k.shape[1]),
+            kernel=setting.kernel,
+            blocks=setting.blocks,
+        )
+        return attend(gathering, q, k, v, segments, rule, sinks)[0]
+
+    def memory_bytes(self, work: Workload) -> int:
+        """All tokens of two parts of the heads (of one, where there is only one), and the statistics in float32."""
+        groups = self._groups(work.kv_heads)
+        gathered = 2 * work.bytes_of(work.seq_len, work.kv_heads) // groups
+        return min(groups, 2) * gathered + work.bytes_of(work.shard, work.heads, 4)
+
+    def sent_bytes(self, work: Workload, backward: bool = False) -> int:
+        """Own K and V to each of the others; backward the same again, and their dK and dV to them in float32."""
+        others = (work.devices - 1) * work.shard
+        sent = 2 * work.bytes_of(others, work.kv_heads) + work.segment_bytes(others)
+        return sent + 2 * work.bytes_of(others, work.kv_heads, 4) * backward

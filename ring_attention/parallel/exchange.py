@@ -1,0 +1,68 @@
+"""From an exchange, which brings queries and keys together, to an attention that can be differentiated.
+
+Devices hold shards of the sequence. How the keys of one get to the queries of another is an `Exchange`; the softmax
+over all of them, the residuals and the gradients of sinks are the same whichever it is.
+"""
+
+import functools
+from typing import Protocol
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from ring_attention.attention import sinks as attention_sinks
+from ring_attention.attention.kernels.contract import Whole
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.rule import Rule
+
+SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
+"""`checkpoint_name`s of what a remat policy must keep so that no exchange runs twice."""
+
+
+class Exchange(Protocol):
+    """One way of bringing this device's queries and all keys together; hashable, since programs depend on it.
+
+    Arrays are this device's slices: q [B,H,t,D], k and v [B,K,t,D], segments int32 [B,t] or None.
+    """
+
+    def forward(self, q, k, v, segments, rule: Rule) -> Running:
+        """Statistics of this device's queries over all keys that they see."""
+
+    def backward(self, q, k, v, segments, rule: Rule, whole: Whole) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """float32 gradients of this device's q, k and v, given the statistics of its queries over all keys."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
+    """(out, lse) of this device's queries and all keys that they see.
+
+    Args:
+      exchange: how they meet.
+      q: [B,H,t,D].
+      k, v: [B,K,t,D].
+      segments: int32 [B,t] or None.
+      rule: of weights.
+      sinks: float32 [H] or None.
+
+    Returns:
+      out [B,H,t,D] in the dtype of q and lse, float32 [B,H,t].
+    """
+    out, lse = attention_sinks.finish(exchange.forward(q, k, v, segments, rule), sinks)
+    return out.astype(q.dtype), lse
+
+
+def _attend_forward(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
+    results = attend(exchange, q, k, v, segments, rule, sinks)
+    out, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED_NAMES, strict=True))
+    return (out, lse), (q, k, v, segments, rule, sinks, out, lse)
+
+
+def _attend_backward(exchange: Exchange, residuals, cotangents):
+    q, k, v, segments, rule, sinks, out, lse = residuals
+    whole = Whole.of(out, lse, *cotangents)
+    grads = exchange.backward(q, k, v, segments, rule, whole)
+    grads = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+    return *grads, None, None, attention_sinks.gradient(sinks, whole)
+
+
+attend.defvjp(_attend_forward, _attend_backward)

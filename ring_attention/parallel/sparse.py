@@ -1,0 +1,184 @@
+"""Sparse attention: a token sees those just before it, and of the others every `stride`-th.
+
+Child et al. 2019, "Generating Long Sequences with Sparse Transformers", the strided pattern, both parts in one head.
+The near part is a window, and travels like one. In the far part a token sees only tokens of its own residue modulo the
+stride: an all-to-all gives each device all tokens of some residues, where the far part is plain attention within each.
+No tile that the pattern empties is computed, and no device ever holds the keys of all tokens.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ring_attention.attention import online_softmax
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels.contract import Kernel, Whole
+from ring_attention.attention.masks import Hop, Tokens
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.rule import Rule
+from ring_attention.attention.varying import axes_of, vary_over
+from ring_attention.checks import require
+from ring_attention.parallel.exchange import attend
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.ring import Ring, rotation_of
+from ring_attention.parallel.rotation import Rotation
+from ring_attention.parallel.strategy import Setting, Strategy, Workload, closest_divisor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StridedExchange:
+    """An exchange (see `exchange`) of a near part, by `near`, and a far part, by residues modulo `stride`."""
+
+    near: Rotation
+    axis_name: str
+    layout: SequenceLayout
+    stride: int
+    kernel: Kernel
+    blocks: BlockSizes
+
+    def forward(self, q, k, v, segments, rule: Rule) -> Running:
+        """Statistics of this device's queries over all keys that they see."""
+        running = self.near.forward(q, k, v, segments, self.near_rule(rule))
+        q, k, v, segments = self._to_residues(q, k, v, segments)
+        empty = vary_over(Running.empty(q.shape), axes_of(q))
+        far = self.kernel.forward(q, k, v, self._hop(rule, q, segments), empty, self.blocks)
+        return online_softmax.absorb(running, *self._to_tokens(*online_softmax.finish(far)))
+
+    def backward(self, q, k, v, segments, rule: Rule, whole: Whole):
+        """Gradients of both parts, each with the statistics of all keys."""
+        near = self.near.backward(q, k, v, segments, self.near_rule(rule), whole)
+        q, k, v, segments, dout, lse, delta = self._to_residues(q, k, v, segments, whole.dout, whole.lse, whole.delta)
+        whole = Whole(None, lse, dout, delta)
+        nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+        far = self.kernel.backward(q, k, v, whole, self._hop(rule, q, segments), nothing, self.blocks)
+        return tuple(x + y for x, y in zip(near, self._to_tokens(*far), strict=True))
+
+    def near_rule(self, rule: Rule) -> Rule:
+        """What is seen because it is near."""
+        return dataclasses.replace(rule, window=near_window(rule.window, self.stride))
+
+    def _to_residues(self, *arrays):
+        """Arrays [B,H,t,...] or [B,t] as [B*r,H,n,...] or [B*r,n]: r residues of this device, the n tokens of each."""
+        P, r = self.layout.ring_size, self.stride // self.layout.ring_size
+
+        def convert(x):
+            if x is None:
+                return None
+            axis = 1 if x.ndim == 2 else 2
+            B, before, after = x.shape[0], x.shape[1:axis], x.shape[axis + 1 :]
+            x = x.reshape(B, *before, -1, P, r, *after)
+            x = lax.all_to_all(x, self.axis_name, axis + 1, axis, tiled=True)  # residues for tokens
+            x = jnp.moveaxis(x.reshape(B, *before, -1, r, *after), axis + 1, 1)
+            return x.reshape(B * r, *before, -1, *after)
+
+        return [convert(x) for x in arrays]
+
+    def _to_tokens(self, *arrays):
+        """The way back, of arrays [B*r,H,n,...]."""
+        r = self.stride // self.layout.ring_size
+
+        def convert(x):
+            heads, after = x.shape[1], x.shape[3:]
+            x = jnp.moveaxis(x.reshape(-1, r, *x.shape[1:]), 1, 3)  # [B,H,n,r,...]
+            x = x.reshape(*x.shape[:3], 1, r, *after)
+            x = lax.all_to_all(x, self.axis_name, 2, 3, tiled=True)
+            return x.reshape(x.shape[0], heads, -1, *after)
+
+        return [convert(x) for x in arrays]
+
+    def _hop(self, rule: Rule, q, segments) -> Hop:
+        """All tokens of each residue among each other, without those that are near."""
+        P, r, n = self.layout.ring_size, self.stride // self.layout.ring_size, q.shape[2]
+        shard_len = n * self.stride // P
+        shards = jnp.arange(P)
+        positions = jax.vmap(lambda shard: self.layout.shard_positions(shard, shard_len))(shards)
+        of_residue_0 = positions.reshape(-1, self.stride)[:, 0]
+        residues = lax.axis_index(self.axis_name) * r + jnp.arange(r, dtype=jnp.int32)
+        batch = q.shape[0] // r
+        tokens = Tokens(jnp.tile(residues[:, None] + of_residue_0, (batch, 1)), segments)
+        dropout = rule.dropout and dataclasses.replace(rule.dropout, batch=jnp.repeat(rule.dropout.batch, r))
+        return Hop(tokens, tokens, dataclasses.replace(rule, beyond=self.stride, dropout=dropout))
+
+
+def near_window(window: int | None, stride: int) -> int:
+    """How far the near part reaches."""
+    return stride if window is None else min(window, stride)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sparse(Strategy):
+    """The tokens just before, and every `stride`-th of the others.
+
+    Attributes:
+      stride: tokens less than this far away are seen, and those whose distance is a multiple of it. A multiple of the
+        number of devices that divides the chunks of the layout; by default the one nearest to the root of the length,
+        where the pattern has the fewest pairs.
+    """
+
+    name = "sparse"
+    source = "Child et al. 2019"
+    exact = False
+    memory = "n/P * d once more, and stride * d; pairs n * (stride + n/stride)"
+    communication = "n/P * (4 d + 2 d_kv) for the far part, stride * d_kv for the near part"
+    claim = ("O(n)", "varies")
+
+    stride: int | None = None
+
+    def stride_of(self, layout: SequenceLayout, shard_len: int) -> int | None:
+        """The stride, or None if no number will do."""
+        if self.stride is not None or layout.kind == "striped":
+            return self.stride
+        chunk = shard_len // layout.chunks_per_shard
+        return closest_divisor(chunk, math.sqrt(shard_len * layout.ring_size), multiple_of=layout.ring_size)
+
+    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+        """Residues must be shared out evenly."""
+        layout, P, t = setting.layout, setting.devices, q_shape[1]
+        require(
+            layout.kind != "striped",
+            'strategy="sparse" cuts shards into runs of consecutive tokens, but layout="striped" has none; '
+            'use "contiguous" or "zigzag"',
+        )
+        stride, chunk = self.stride_of(layout, t), t // layout.chunks_per_shard
+        fits = closest_divisor(chunk, math.sqrt(t * P), multiple_of=P)
+        remedy = "no number is; use longer shards" if fits is None else f"for example {fits}"
+        require(
+            stride is not None and stride >= 1 and stride % P == 0 and chunk % stride == 0,
+            f'strategy="sparse" got stride={stride}, need a multiple of the {P} devices that divides the {chunk} '
+            f"consecutive tokens of a {layout.kind} shard; {remedy}",
+        )
+
+    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+        """See `Strategy`."""
+        stride = self.stride_of(setting.layout, q.shape[2])
+        near = dataclasses.replace(rule, window=near_window(rule.window, stride))
+        exchange = StridedExchange(
+            near=rotation_of(setting, near, q.shape[2]),
+            axis_name=setting.axis_name,
+            layout=setting.layout,
+            stride=stride,
+            kernel=setting.kernel,
+            blocks=setting.blocks,
+        )
+        return attend(exchange, q, k, v, segments, rule, sinks)[0]
+
+    def memory_bytes(self, work: Workload) -> int:
+        """q, k and v by residues, and the statistics of both parts in float32."""
+        swapped = work.bytes_of(work.shard, work.heads) + 2 * work.bytes_of(work.shard, work.kv_heads)
+        return swapped + 2 * work.bytes_of(work.shard, work.heads, 4)
+
+    def sent_bytes(self, work: Workload, backward: bool = False) -> int:
+        """The near part as a ring with a window; of the far part all but one in P of what changes places."""
+        P, t, H, K = work.devices, work.shard, work.heads, work.kv_heads
+        stride = self.stride_of(SequenceLayout(work.layout, P), t)
+        near = dataclasses.replace(work, window=near_window(work.window, stride))
+        statistics = 4 * work.batch * t * H  # one number for each query and head
+        far = work.bytes_of(t, H) + 2 * work.bytes_of(t, K) + work.segment_bytes(t)
+        if backward:
+            far += work.bytes_of(t, H) + 2 * statistics + work.bytes_of(t, H, 4) + 2 * work.bytes_of(t, K, 4)
+        else:
+            far += work.bytes_of(t, H, 4) + statistics
+        return Ring().sent_bytes(near, backward) + far * (P - 1) // P

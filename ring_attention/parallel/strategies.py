@@ -1,0 +1,49 @@
+"""The strategies by name."""
+
+import dataclasses
+from types import MappingProxyType
+
+from ring_attention.checks import require_choice
+from ring_attention.parallel.all_gather import AllGather
+from ring_attention.parallel.ring import Ring, SingleDevice, SlidingWindow
+from ring_attention.parallel.ring_self_attention import RingSelfAttention
+from ring_attention.parallel.sparse import Sparse
+from ring_attention.parallel.strategy import Strategy
+from ring_attention.parallel.ulysses import Ulysses, Usp
+
+STRATEGIES = MappingProxyType(
+    {
+        strategy.name: strategy
+        for strategy in (
+            SingleDevice(),
+            AllGather(),
+            Sparse(),
+            SlidingWindow(),
+            RingSelfAttention(),
+            Ring(),
+            Ulysses(),
+            Usp(),
+        )
+    }
+)
+"""Name -> strategy with its default options, and the facts about it."""
+
+
+def find_strategy(strategy: str | Strategy, options: dict | None = None) -> Strategy:
+    """The strategy of this name with these options, or the one given.
+
+    Raises:
+      ValueError: for a name that is not known.
+      TypeError: for an option that the strategy does not have.
+    """
+    if isinstance(strategy, str):
+        require_choice("strategy", strategy, STRATEGIES)
+        strategy = STRATEGIES[strategy]
+    known = [field.name for field in dataclasses.fields(strategy) if field.init]
+    for name in options or {}:
+        if name not in known:
+            takes = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise TypeError(
+                f"{name!r}, which is neither an argument nor an option of strategy={strategy.name!r}; {takes}"
+            )
+    return dataclasses.replace(strategy, **options) if options else strategy

@@ -1,0 +1,130 @@
+"""What every strategy is: facts about it, a check of what it can do, and an attention over shards of a sequence."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels.contract import Kernel
+from ring_attention.attention.rule import Rule
+from ring_attention.checks import require
+from ring_attention.parallel.layouts import SequenceLayout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where an attention runs, whatever its strategy.
+
+    Attributes:
+      axis_name: of the devices that hold the sequence.
+      layout: in which they hold it.
+      kernel, blocks: how tiles are computed.
+    """
+
+    axis_name: str
+    layout: SequenceLayout
+    kernel: Kernel
+    blocks: BlockSizes
+
+    @property
+    def devices(self) -> int:
+        """P, the number of devices that hold the sequence."""
+        return self.layout.ring_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One attention, for working out what it costs a device.
+
+    Attributes:
+      batch: B, sequences of one device.
+      seq_len: T, tokens of the whole sequence.
+      heads: H.
+      kv_heads: K.
+      head_dim: D.
+      devices: P, that hold the sequence.
+      itemsize: bytes of an element of q, k and v.
+      layout: of the sequence.
+      causal, window: the mask.
+      segments: whether there are segment ids, of 4 bytes each.
+    """
+
+    seq_len: int
+    devices: int
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 1
+    batch: int = 1
+    itemsize: int = 2
+    layout: str = "contiguous"
+    causal: bool = True
+    window: int | None = None
+    segments: bool = False
+
+    @property
+    def shard(self) -> int:
+        """t, tokens of a device."""
+        return self.seq_len // self.devices
+
+    def bytes_of(self, tokens: int, heads: int, itemsize: int | None = None) -> int:
+        """Of an array of so many tokens and heads."""
+        return self.batch * tokens * heads * self.head_dim * (self.itemsize if itemsize is None else itemsize)
+
+    def segment_bytes(self, tokens: int) -> int:
+        """Of the segment ids of so many tokens."""
+        return 4 * self.batch * tokens * self.segments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """A way to compute attention over a sequence that several devices hold. Its fields are its options.
+
+    Attributes:
+      name: by which it is chosen.
+      source: who described it.
+      exact: whether a query attends to every key that the mask shows.
+      causal: whether it can hide later tokens.
+      memory: of one device, in words; n tokens, P devices, W window, d = heads * head_dim.
+      communication: what one device sends, in words.
+      claim: (memory, communication) as the comparison in docs/problems.md has it, or None.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    exact: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
+    memory: ClassVar[str]
+    communication: ClassVar[str]
+    claim: ClassVar[tuple[str, str] | None] = None
+
+    def check(self, setting: Setting, q_shape: tuple[int, ...], kv_heads: int, rule: Rule) -> None:
+        """Raise ValueError for what it cannot do. q_shape is that of a shard, [B,t,H,D]."""
+
+    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks) -> jax.Array:
+        """Out [B,H,t,D] in the dtype of q, of this device's slices q [B,H,t,D], k and v [B,K,t,D]."""
+        raise NotImplementedError
+
+    def memory_bytes(self, work: Workload) -> int:
+        """Of the largest arrays that one device holds at once in the forward pass beside its shards of q, k, v, out."""
+        raise NotImplementedError
+
+    def sent_bytes(self, work: Workload, backward: bool = False) -> int:
+        """That one device sends in the forward pass, or in the backward pass."""
+        raise NotImplementedError
+
+
+def closest_divisor(number: int, wanted: float, multiple_of: int = 1) -> int | None:
+    """The divisor of `number` nearest to `wanted` (in ratio) that is a multiple of `multiple_of`, or None."""
+    divisors = [n for n in range(multiple_of, number + 1, multiple_of) if number % n == 0]
+    return min(divisors, key=lambda n: abs(math.log(n / wanted)), default=None)
+
+
+def require_at_most_one_place(strategy: str, setting: Setting) -> None:
+    """Raise ValueError unless one device holds the whole sequence."""
+    require(
+        setting.devices == 1,
+        f"strategy={strategy!r} needs the whole sequence on one device, but {setting.axis_name!r} has "
+        f"{setting.devices}; make the mesh with {setting.axis_name}=1 or choose another strategy",
+    )

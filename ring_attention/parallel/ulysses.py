@@ -1,0 +1,164 @@
+"""Ulysses attention: an all-to-all gives each device the whole sequence of some of the heads.
+
+Jacobs et al. 2023, "DeepSpeed Ulysses". And USP (Fang & Zhao 2024): the same among a few neighbouring devices, which
+then share a place in a ring; the all-to-all stays on the fast links inside a node, the ring crosses the slow ones.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ring_attention.attention.rule import Rule
+from ring_attention.checks import require
+from ring_attention.parallel.exchange import attend
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.ring import rotation_of
+from ring_attention.parallel.routes import plan_routes
+from ring_attention.parallel.strategy import Setting, Strategy, Workload
+
+HEADS, TOKENS = 1, 2
+"""Axes of arrays [B,H,t,D]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Swap:
+    """Heads for tokens, among `size` consecutive devices.
+
+    Attributes:
+      axis_name: of all devices.
+      groups: the devices that swap with each other.
+      order: int [size * t], how to sort the tokens of such devices, side by side, into the order of the merged layout.
+    """
+
+    axis_name: str
+    groups: list[list[int]]
+    order: np.ndarray
+
+    def heads_for_tokens(self, x_BHtD):
+        """[B,H,t,D] to [B,H/size,size*t,D]."""
+        return self._sort(self._all_to_all(x_BHtD, HEADS, TOKENS), TOKENS)
+
+    def tokens_for_heads(self, x_BHtD):
+        """The way back."""
+        return self._all_to_all(x_BHtD[:, :, np.argsort(self.order)], TOKENS, HEADS)
+
+    def gather(self, segments_Bt):
+        """The segment ids of all tokens, [B,size*t]."""
+        gathered = lax.all_gather(segments_Bt, self.axis_name, axis=1, tiled=True, axis_index_groups=self.groups)
+        return self._sort(gathered, 1)
+
+    def _all_to_all(self, x, split_axis: int, concat_axis: int):
+        return lax.all_to_all(x, self.axis_name, split_axis, concat_axis, tiled=True, axis_index_groups=self.groups)
+
+    def _sort(self, x, axis: int):
+        return x if np.array_equal(self.order, np.arange(len(self.order))) else jnp.take(x, self.order, axis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usp(Strategy):
+    """Ulysses among neighbours, a ring across.
+
+    Attributes:
+      ulysses_size: how many consecutive devices swap heads for tokens; a divisor of the devices, and of the query
+        heads. The most that divide the key/value heads, too, by default. Where it does not divide those, they are
+        repeated until it does.
+    """
+
+    name = "usp"
+    source = "Fang & Zhao 2024"
+    memory = "n/P * d, of q, k, v and out once more"
+    communication = "2 * n/P * (d + d_kv) for the all-to-all, and n/U * d_kv for the ring of P/U, U = ulysses_size"
+
+    ulysses_size: int | None = None
+
+    def size(self, devices: int, heads: int, kv_heads: int) -> int:
+        """U."""
+        return math.gcd(devices, heads, kv_heads) if self.ulysses_size is None else self.ulysses_size
+
+    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+        """There must be heads enough to share out."""
+        devices, heads = setting.devices, q_shape[2]
+        size = self.size(devices, heads, kv_heads)
+        require(
+            size >= 1 and devices % size == 0,
+            f"ulysses_size={size} must divide the {devices} devices along {setting.axis_name!r}",
+        )
+        require(
+            heads % size == 0,
+            f"strategy={self.name!r} shares {heads} query heads out among {size} devices, which do not divide them; "
+            f'use strategy="usp" with ulysses_size={math.gcd(heads, devices)}, or strategy="ring"',
+        )
+        setting.layout.merged(size)  # raises for a layout that cannot be merged
+
+    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+        """See `Strategy`."""
+        (_, H, t, _), K, P = q.shape, k.shape[HEADS], setting.devices
+        U = self.size(P, H, K)
+        swap = Swap(
+            axis_name=setting.axis_name,
+            groups=np.arange(P).reshape(-1, U).tolist(),
+            order=_order(setting.layout, U, t),
+        )
+        first = lax.rem(lax.axis_index(setting.axis_name), U) * (H // U)
+        rule = rule.of_heads(first, H // U)
+        sinks = None if sinks is None else lax.dynamic_slice_in_dim(sinks, first, H // U)
+        copies = kv_copies(K, U)
+        k, v = (jnp.repeat(x, copies, HEADS) for x in (k, v))
+        merged = dataclasses.replace(setting, layout=setting.layout.merged(U))
+        rotation = rotation_of(merged, rule, U * t, width=U)
+        segments = None if segments is None else swap.gather(segments)
+        out, _ = attend(rotation, *map(swap.heads_for_tokens, (q, k, v)), segments, rule, sinks)
+        return swap.tokens_for_heads(out)
+
+    def memory_bytes(self, work: Workload) -> int:
+        """q, k, v and out of some heads and more tokens, the ring's blocks of them, and the statistics in float32."""
+        U = self.size(work.devices, work.heads, work.kv_heads)
+        kv_heads = work.kv_heads * kv_copies(work.kv_heads, U)
+        swapped = 2 * work.bytes_of(work.shard, work.heads) + 2 * work.bytes_of(work.shard, kv_heads)
+        blocks = 4 * work.bytes_of(work.shard, kv_heads) * (work.devices > U)
+        return swapped + blocks + work.bytes_of(work.shard, work.heads, 4)
+
+    def sent_bytes(self, work: Workload, backward: bool = False) -> int:
+        """All but one part in U of q, k, v and out, backward of their gradients; and what the ring sends of k and v."""
+        U = self.size(work.devices, work.heads, work.kv_heads)
+        kv_heads = work.kv_heads * kv_copies(work.kv_heads, U)
+        swapped = 2 * (work.bytes_of(work.shard, work.heads) + work.bytes_of(work.shard, kv_heads)) * (U - 1) // U
+        layout = SequenceLayout(work.layout, work.devices).merged(U)
+        routes = plan_routes(layout, U * work.shard, causal=work.causal, reach=work.window, duplex=False)
+        hops = sum((route.stop - route.start) * route.hops for route in routes)
+        ring = 2 * work.bytes_of(hops, kv_heads) // U + work.segment_bytes(hops)
+        if backward:
+            return swapped + ring + 2 * work.bytes_of(hops, kv_heads, 4) // U
+        return swapped + ring + work.segment_bytes((U - 1) * work.shard)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ulysses(Usp):
+    """Every device gets the whole sequence of some heads."""
+
+    name = "ulysses"
+    source = "Jacobs et al. 2023 (DeepSpeed Ulysses)"
+    memory = "n/P * d, of q, k, v and out once more"
+    communication = "2 * n/P * (d + d_kv) * (P-1)/P; more where P does not divide the key/value heads"
+
+    ulysses_size: None = dataclasses.field(default=None, init=False)
+
+    def size(self, devices: int, heads: int, kv_heads: int) -> int:
+        """All devices."""
+        return devices
+
+
+def kv_copies(kv_heads: int, size: int) -> int:
+    """How often each key/value head must be repeated for `size` devices to share them out."""
+    return size // math.gcd(kv_heads, size)
+
+
+def _order(layout: SequenceLayout, size: int, shard_len: int) -> np.ndarray:
+    """How to sort the tokens of `size` neighbours: the same for each such group, see `SequenceLayout.merged`."""
+    positions = layout.positions(layout.ring_size * shard_len)[: size * shard_len]
+    wanted = layout.merged(size).positions(layout.ring_size * shard_len)[: size * shard_len]
+    order = np.argsort(positions)
+    return order[np.searchsorted(positions[order], wanted)]

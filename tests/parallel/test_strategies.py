@@ -1,0 +1,386 @@
+"""Every strategy against the oracle, what it refuses, and what its compiled program sends and holds."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import NAMES, random_qkv, random_segments
+from ring_helpers import ALL_NAMES, PLAIN, Bound, assert_exact, results, ring_mesh, sharded
+
+import ring_attention as ra
+from ring_attention.attention import kernels
+from ring_attention.attention.rule import Rule
+from ring_attention.parallel import context, ring_self_attention, sparse, ulysses
+from ring_attention.parallel.all_gather import Gathering
+from ring_attention.parallel.strategies import find_strategy
+from ring_attention.parallel.strategy import Strategy, Workload
+from ring_attention.planning import compiled
+
+P, B, T, H, K, D = 4, 2, 96, 8, 4, 6
+STRIDE = 4
+FOR_SPEEDS = ra.SequenceLayout.for_speeds([1.0, 0.5, 1.0, 2.0], chunks_per_shard=3)
+EVERYTHING = dict(
+    window=37,
+    segment_ids=random_segments(1, B, T),
+    softcap=3.0,
+    alibi_slopes=np.linspace(0.1, 0.8, H, dtype=np.float32),
+    dropout_rate=0.2,
+    dropout_key=jax.random.key(5),
+    sinks=np.linspace(-1, 1, H, dtype=np.float32),
+)
+MASKS = {"causal": {}, "bidirectional": dict(causal=False), "everything": EVERYTHING}
+MANY = [name for name in ra.STRATEGIES if name != "single_device"]
+LAYOUTS = {"contiguous": "contiguous", "zigzag": "zigzag", "striped": "striped", "dealt": FOR_SPEEDS}
+CANNOT = {("sliding_window", "striped"), ("sparse", "striped"), ("usp", "dealt")}
+
+
+@pytest.fixture(autouse=True)
+def _plain_kernel(monkeypatch):
+    monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
+
+
+def _own_mask(strategy, mask):
+    """(options of the strategy, the mask that it then computes)."""
+    if strategy == "sliding_window":
+        return {}, dict(window=20) | mask
+    if strategy == "sparse":
+        return dict(stride=STRIDE), mask | dict(stride=STRIDE)
+    return {}, mask
+
+
+@functools.cache
+def _inputs():
+    return random_qkv(3, B, T, H, K, D)
+
+
+@functools.cache
+def _bound(strategy, mask):
+    return Bound(_inputs(), **_own_mask(strategy, MASKS[mask])[1])
+
+
+def _results(strategy, mask, layout, mesh=None, qkv=None, impl="plain", **options):
+    """What the strategy makes of a mask, in natural order."""
+    more, arguments = _own_mask(strategy, mask)
+    arguments = {name: value for name, value in arguments.items() if name != "stride"}
+    mesh = ring_mesh(1 if strategy == "single_device" else P) if mesh is None else mesh
+    attend = sharded(mesh, layout, strategy=strategy, impl=impl, **more, **options)
+    return results(attend, _inputs() if qkv is None else qkv, **arguments)
+
+
+# --- Exact ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", MANY)
+def test_out_and_gradients_are_as_exact_as_dense_attention(strategy, layout, mask):
+    if (strategy, layout) in CANNOT or (strategy, layout) == ("sparse", "dealt"):
+        pytest.skip("refused, see below")
+    bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", mask)
+    assert bound.too_large(_results(strategy, MASKS[mask], LAYOUTS[layout])) == {}
+
+
+@pytest.mark.parametrize("strategy", ra.STRATEGIES)
+def test_with_tiles_too(strategy):
+    blocks = ra.BlockSizes(q=8, kv=16)
+    bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", "everything")
+    assert bound.too_large(_results(strategy, EVERYTHING, "zigzag", impl="xla", block_sizes=blocks)) == {}
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses", "usp", "ring_self_attention"])
+def test_bfloat16_too(strategy):
+    qkv = random_qkv(4, B, T, H, K, D, dtype="bfloat16")
+    assert_exact(_results(strategy, {}, "zigzag", qkv=qkv), qkv)
+
+
+@pytest.mark.parametrize("strategy", MANY)
+def test_beside_data_and_tensor_axes(strategy):
+    """Dropout counts global sequences and heads; slopes and sinks are those of a device's heads."""
+    mesh = ra.make_mesh(dp=2, sp=2, tp=2)
+    bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", "everything")
+    assert bound.too_large(_results(strategy, EVERYTHING, "contiguous", mesh=mesh)) == {}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "kv_heads"),
+    [
+        ("all_gather", dict(head_groups=1), 4),
+        ("all_gather", dict(head_groups=2), 4),
+        ("all_gather", {}, 1),
+        ("usp", dict(ulysses_size=1), 4),
+        ("usp", dict(ulysses_size=2), 4),
+        ("usp", dict(ulysses_size=4), 4),
+        ("usp", dict(ulysses_size=4), 2),  # key/value heads are repeated
+        ("usp", {}, 1),
+        ("ulysses", {}, 1),
+        ("ulysses", {}, 2),
+    ],
+)
+def test_options_and_few_key_value_heads(strategy, options, kv_heads):
+    qkv = random_qkv(6, B, T, H, kv_heads, D)
+    got = _results(strategy, EVERYTHING, "zigzag", qkv=qkv, **options)
+    assert_exact(got, qkv, **EVERYTHING)
+
+
+def test_a_length_that_the_devices_do_not_divide_is_padded():
+    qkv = random_qkv(7, 1, 75, 4, 4, D)
+    for strategy in ("all_gather", "ulysses", "ring_self_attention"):
+        assert_exact(_results(strategy, dict(causal=False), "zigzag", qkv=qkv), qkv, causal=False)
+
+
+@pytest.mark.parametrize("strategy", ra.STRATEGIES)
+def test_no_token_sees_a_later_one(strategy):
+    q, k, v, dout = _inputs()
+    changed = (q, k.at[:, 50].set(9.0), v.at[:, 50].set(9.0), dout)
+    mesh = ring_mesh(1 if strategy == "single_device" else P)
+    options, arguments = _own_mask(strategy, {})
+    arguments.pop("stride", None)
+    for causal in (True, False):
+        attend = sharded(mesh, "zigzag", strategy=strategy, impl="plain", causal=causal, **options)
+        before, after = (results(attend, qkv, **arguments)[0][:, :50] for qkv in (_inputs(), changed))
+        assert bool((before == after).all()) == causal
+
+
+# --- Mutants: the comparison with the oracle sees what each strategy can do wrong -------------------------------------
+
+
+def _tokens_in_the_order_of_devices(patch):
+    patch.setattr(ulysses.Swap, "_sort", lambda self, x, axis: x)
+
+
+def _rule_of_other_heads(patch):
+    patch.setattr(Rule, "of_heads", lambda self, start, number, of=Rule.of_heads: of(self, 0, number))
+
+
+def _own_gradients_alone(patch):
+    def mutant(self, grads):
+        t = grads[0].shape[2] // self.layout.ring_size
+        start = jax.lax.axis_index(self.axis_name) * t
+        return [jax.lax.dynamic_slice_in_dim(x, start, t, axis=2) for x in grads]
+
+    patch.setattr(Gathering, "_scatter", mutant)
+
+
+def _the_same_heads_twice(patch):
+    gather = Gathering._gather
+    patch.setattr(Gathering, "_gather", lambda self, parts, group: gather(self, parts, jnp.maximum(group - 1, 0)))
+
+
+def _near_tokens_twice(patch):
+    hop = sparse.StridedExchange._hop
+
+    def mutant(self, *args):
+        found = hop(self, *args)
+        rule = dataclasses.replace(found.rule, beyond=0)
+        return dataclasses.replace(found, rule=rule)
+
+    patch.setattr(sparse.StridedExchange, "_hop", mutant)
+
+
+def _residues_of_the_next_device(patch):
+    hop = sparse.StridedExchange._hop
+
+    def mutant(self, *args):
+        found = hop(self, *args)
+        tokens = dataclasses.replace(found.keys, positions=found.keys.positions + 1)
+        return dataclasses.replace(found, keys=tokens)
+
+    patch.setattr(sparse.StridedExchange, "_hop", mutant)
+
+
+def _no_sum_over_devices(patch):
+    patch.setattr(
+        ring_self_attention._Circle,
+        "sum_of_own",
+        lambda self, x, t: jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis_name) * t, t, axis=2),
+    )
+
+
+def _blocks_of_the_device_before(patch):
+    around = ring_self_attention._Circle.around
+
+    def mutant(self, visit, carry, block):
+        late = lambda carry, block, source: visit(carry, block, (source + 1) % self.devices)  # noqa: E731
+        return around(self, late, carry, block)
+
+    patch.setattr(ring_self_attention._Circle, "around", mutant)
+
+
+MUTANTS = {
+    "tokens are not sorted after a swap": (_tokens_in_the_order_of_devices, "usp", NAMES),
+    "slopes of other heads": (_rule_of_other_heads, "ulysses", ALL_NAMES),
+    "slopes of other heads, gathered": (_rule_of_other_heads, "all_gather", ALL_NAMES),
+    "gradients are not summed": (_own_gradients_alone, "all_gather", ("dk", "dv")),
+    "a group of heads is gathered twice": (_the_same_heads_twice, "all_gather", ALL_NAMES),
+    "near tokens are seen twice": (_near_tokens_twice, "sparse", ALL_NAMES),
+    "residues are one off": (_residues_of_the_next_device, "sparse", ALL_NAMES),
+    "keys are not summed": (_no_sum_over_devices, "ring_self_attention", ("dk", "dv")),
+    "blocks are taken for others": (_blocks_of_the_device_before, "ring_self_attention", ALL_NAMES),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_comparison_with_the_oracle_sees(name, monkeypatch):
+    mutate, strategy, wrong = MUTANTS[name]
+    mutate(monkeypatch)
+    context._sharded.cache_clear()
+    mask = "causal" if wrong == NAMES else "everything"
+    bound = _bound(strategy if strategy == "sparse" else "ring", mask)
+    try:
+        assert set(bound.too_large(_results(strategy, MASKS[mask], "zigzag"))) == set(wrong)
+    finally:
+        context._sharded.cache_clear()
+
+
+# --- What they refuse -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(strategy="rings"), "strategy='rings' is not known; choose one of 'all_gather', 'ring', "),
+        (
+            dict(strategy="single_device"),
+            "strategy='single_device' needs the whole sequence on one device, but 'sp' has 4; make the mesh with sp=1",
+        ),
+        (dict(strategy="sliding_window"), 'strategy="sliding_window" got no window; give window=, or choose'),
+        (dict(strategy="sliding_window", window=9, layout="striped"), 'layout="striped" deals them to all devices'),
+        (dict(strategy="sparse", layout="striped"), 'but layout="striped" has none; use "contiguous" or "zigzag"'),
+        (dict(strategy="sparse", stride=6), "got stride=6, need a multiple of the 4 devices that divides the 24"),
+        (dict(strategy="all_gather", head_groups=3), "head_groups=3 must divide the 4 key/value heads"),
+        (dict(strategy="usp", ulysses_size=3), "ulysses_size=3 must divide the 4 devices along 'sp'"),
+        (dict(strategy="usp", ulysses_size=2, layout=FOR_SPEEDS), "2 of the 4 shards of a layout for devices of diff"),
+    ],
+)
+def test_what_a_strategy_cannot_do_it_refuses_in_words(arguments, message):
+    q, k, v, _ = _inputs()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ra.context_attention(q, k, v, mesh=ring_mesh(P), **arguments)
+
+
+def test_ulysses_says_what_to_do_when_there_are_too_few_heads():
+    q, k, v, _ = random_qkv(0, 1, 16, 6, 3, 4)
+    remedy = 'use strategy="usp" with ulysses_size=2'
+    with pytest.raises(ValueError, match=f"'ulysses' shares 6 query heads out among 4 devices.*{remedy}"):
+        ra.context_attention(q, k, v, mesh=ring_mesh(P), strategy="ulysses")
+
+
+def test_an_option_of_another_strategy_is_refused():
+    q, k, v, _ = _inputs()
+    message = "'duplex', which is neither an argument nor an option of strategy='usp'; its options are ulysses_size"
+    with pytest.raises(TypeError, match=message):
+        ra.context_attention(q, k, v, mesh=ring_mesh(P), strategy="usp", duplex=True)
+    with pytest.raises(TypeError, match="'windw'.*strategy='single_device'; it has no options"):
+        ra.context_attention(q, k, v, mesh=ring_mesh(P), strategy="single_device", windw=3)
+
+
+# --- Facts and programs -----------------------------------------------------------------------------------------------
+
+
+def test_every_strategy_states_its_facts():
+    assert set(ra.STRATEGIES) == {
+        "single_device",
+        "all_gather",
+        "sparse",
+        "sliding_window",
+        "ring_self_attention",
+        "ring",
+        "ulysses",
+        "usp",
+    }
+    for name, strategy in ra.STRATEGIES.items():
+        assert isinstance(strategy, Strategy)
+        assert strategy.name == name
+        assert strategy.exact == (name not in ("sparse", "sliding_window"))
+        assert strategy.memory
+        assert strategy.communication
+        assert strategy.source
+        work = Workload(seq_len=4096, devices=8, heads=8, kv_heads=8, head_dim=16, window=256)
+        assert strategy.memory_bytes(work) > 0
+        assert (strategy.sent_bytes(work) > 0) == (name != "single_device")
+
+
+class _Program:
+    """Forward or backward pass of a strategy, compiled from shapes; the backward's residuals are arguments."""
+
+    def __init__(self, part, strategy, tokens=T, devices=P, packed=False, **arguments):
+        by_token = jax.NamedSharding(mesh := ring_mesh(devices), jax.P(None, "sp"))
+        of = lambda dtype, *rest: jax.ShapeDtypeStruct((B, tokens, *rest), dtype, sharding=by_token)  # noqa: E731
+        q, k, segments = of("float32", H, D), of("float32", K, D), of("int32") if packed else None
+        arguments = dict(mesh=mesh, strategy=strategy, impl="xla", block_sizes=ra.BlockSizes(q=8, kv=8)) | arguments
+
+        def attend(segment_ids, q, k, v):
+            return ra.context_attention(q, k, v, segment_ids=segment_ids, **arguments)
+
+        if part == "forward":
+            lowered = jax.jit(attend).lower(segments, q, k, k)
+        else:
+            pull = lambda segments, *qkv: jax.vjp(functools.partial(attend, segments), *qkv)[1]  # noqa: E731
+            vjp = jax.eval_shape(pull, segments, q, k, k)
+            lowered = jax.jit(lambda vjp, dout: vjp(dout)).lower(vjp, q)
+        executable = lowered.compile()
+        self.text = executable.as_text()
+        self.temporary = executable.memory_analysis().temp_size_in_bytes
+
+
+PERMUTE, GATHER, SCATTER, SWAP, SUM = (
+    "collective-permute",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "all-reduce",
+)
+PROGRAMS = [
+    # strategy, options, window, collectives forward, collectives backward
+    ("all_gather", {}, None, {GATHER: 2 * K}, {GATHER: 2 * K, SCATTER: 2 * K}),
+    ("all_gather", dict(head_groups=1), None, {GATHER: 2}, {GATHER: 2, SCATTER: 2}),
+    ("ring_self_attention", {}, None, {PERMUTE: 6}, {PERMUTE: 6, SUM: 1}),
+    ("ring", {}, None, {PERMUTE: 6}, {PERMUTE: 12}),
+    ("ring", {}, 20, {PERMUTE: 2}, {PERMUTE: 4}),
+    ("sliding_window", {}, 20, {PERMUTE: 2}, {PERMUTE: 4}),
+    ("ulysses", {}, None, {SWAP: 4}, {SWAP: 4}),
+    ("usp", dict(ulysses_size=2), None, {SWAP: 4, PERMUTE: 2}, {SWAP: 4, PERMUTE: 4}),
+    ("sparse", dict(stride=STRIDE), None, {SWAP: 5, PERMUTE: 2}, {SWAP: 9, PERMUTE: 4}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "options", "window", "forward", "backward"), PROGRAMS)
+def test_what_is_sent_is_what_the_strategy_says(strategy, options, window, forward, backward):
+    work = Workload(seq_len=T, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, window=window)
+    for part, kinds in (("forward", forward), ("backward", backward)):
+        text = _Program(part, strategy, window=window, **options).text
+        assert {kind: runs for kind, (runs, _) in compiled.totals(text).items()} == kinds
+        assert compiled.sent(text) == find_strategy(strategy, options).sent_bytes(work, backward=part == "backward")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring_self_attention", "ring", "ulysses", "usp", "sparse"])
+def test_segment_ids_are_counted_too(strategy):
+    options = dict(stride=STRIDE) if strategy == "sparse" else {}
+    work = Workload(seq_len=T, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, segments=True)
+    sent = compiled.sent(_Program("forward", strategy, packed=True, **options).text)
+    assert sent == find_strategy(strategy, options).sent_bytes(work)
+
+
+def test_gathering_by_heads_bounds_memory():
+    whole, by_heads = (
+        _Program("forward", "all_gather", tokens=1024, head_groups=groups).temporary for groups in (1, K)
+    )
+    gathered = 2 * B * 1024 * K * D * 4
+    assert whole > gathered
+    assert by_heads < whole - gathered / 4
+
+
+def test_memory_grows_with_the_whole_sequence_only_where_it_must():
+    """Twice the devices and tokens, the same shard: a ring stays as it is, rows of scores and gathered keys grow."""
+
+    def growth(strategy):
+        small, large = (_Program("forward", strategy, 128 * n, n).temporary for n in (4, 8))
+        return large / small
+
+    assert growth("ring") < 1.1
+    assert growth("ring_self_attention") > 1.7
+    assert growth("all_gather") > 1.2
