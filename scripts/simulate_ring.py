@@ -1,0 +1,174 @@
+"""Step times of layouts and strategies on devices that are not alike, simulated; nothing is run.
+
+  python scripts/simulate_ring.py --speeds "1 1 1 0.5 1 1 1 1" --out docs/timeline.png
+  python scripts/simulate_ring.py --speeds "1 1 1 1" --jitter 0.2 --bandwidth 25
+
+A speed of 1 computes --tflops. Times are over those of devices that share all work in proportion to their speeds and
+never wait. scripts/measure_stragglers.py checks the simulator against a real run.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import ring_attention as ra
+from ring_attention.checks import ConfigError, require_field
+from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.parallel.strategy import Workload, closest_divisor
+from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, simulate
+
+TRIALS = 5
+"""Runs with jitter, of which the mean counts."""
+
+COLORS = {"hop 0": "#0b3c6f", "hop": "#1f6fb4", "head": "#1f6fb4", "keys": "#9aa3ad", "gradients": "#d97706"}
+
+
+def speeds_of(args: argparse.Namespace) -> list[float]:
+    """The numbers of --speeds."""
+    try:
+        speeds = [float(word) for word in args.speeds.split()]
+    except ValueError:
+        speeds = []
+    need = "must be positive numbers with spaces between"
+    require_field(len(speeds) > 0 and min(speeds) > 0, "speeds", args.speeds, need, 'for example "1 1 0.5 1"')
+    return speeds
+
+
+def machine_of(args: argparse.Namespace, speeds: list[float], blocking: bool) -> Machine:
+    """Devices and links as the flags say."""
+    pairs_per_second = args.tflops * 1e12 / (4 * args.head_dim)
+    return Machine.of_speeds(
+        [speed * pairs_per_second for speed in speeds],
+        bandwidth=args.bandwidth * 1e9,
+        latency=args.latency * 1e-6,
+        blocking=blocking,
+        jitter=args.jitter,
+    )
+
+
+def table_of(args: argparse.Namespace, speeds: list[float], work: Workload, layouts: dict) -> Table:
+    """Strategy x layout, transfers beside the computation and blocking it."""
+    machine = machine_of(args, speeds, blocking=False)
+    fair = sum(
+        simulate("ring", ra.SequenceLayout("contiguous", 1), work_of_one(work), one_device(machine), backward=b).seconds
+        for b in (False, True)
+    )
+    table = Table(
+        title=f"Forward and backward, T={args.seq_len:,} H={args.heads} K={args.kv_heads} D={args.head_dim}, "
+        f"speeds {args.speeds}",
+        caption=f"time over a fair share, {fair * 1e3:.1f} ms; beside: transfers run beside the computation; blocking: "
+        "they do not",
+    )
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("layout", no_wrap=True)
+    for name in ("beside", "blocking"):
+        table.add_column(name, justify="right")
+    size = closest_divisor(len(speeds), len(speeds) ** 0.5)
+    for strategy in SIMULATED:
+        for name, layout in layouts.items():
+            cells = []
+            for blocking in (False, True):
+                machine = machine_of(args, speeds, blocking)
+                try:
+                    trials = [
+                        sum(
+                            simulate(strategy, layout, work, machine, backward=b, ulysses_size=size, seed=seed).seconds
+                            for b in (False, True)
+                        )
+                        for seed in range(TRIALS if args.jitter else 1)
+                    ]
+                    cells.append(f"{statistics.mean(trials) / fair:.2f}")
+                except ValueError:  # a layout that cannot be merged
+                    cells.append("-")
+            label = f"{strategy} {size}x{len(speeds) // size}" if strategy == "usp" else strategy
+            table.add_row(label, name, *cells, end_section=name == list(layouts)[-1])
+    return table
+
+
+def work_of_one(work: Workload) -> Workload:
+    """The same on one device."""
+    return Workload(**(vars(work) | {"devices": 1}))
+
+
+def one_device(machine: Machine) -> Machine:
+    """All devices as one."""
+    return Machine.of_speeds([sum(1 / seconds for seconds in machine.seconds_per_pair)])
+
+
+def draw(timelines: list[dict[str, Timeline]], devices: int, path: Path) -> None:
+    """What each device and its link did: a column for each pass, a row for each layout."""
+    rows, columns = len(timelines[0]), len(timelines)
+    figure = Figure(figsize=(13, 1 + 0.28 * devices * rows), dpi=130, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey=True).T
+    for panels, column in zip(grid, timelines, strict=True):
+        for panel, (title, timeline) in zip(panels, column.items(), strict=True):
+            for span in timeline.spans:
+                kind, device = span.resource.split()
+                color = COLORS.get(span.name) or COLORS[span.name.split()[0]]
+                row, height = int(device) + (0.0 if kind == "device" else 0.4), 0.54 if kind == "device" else 0.2
+                width = (span.end - span.start) * 1e3
+                panel.barh(row, width, height, left=span.start * 1e3, color=color, edgecolor="white", linewidth=0.4)
+            panel.set_title(f"{title}: {timeline.seconds * 1e3:.0f} ms", loc="left", fontsize=11)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[-1].set_xlabel("ms")
+    grid[0, 0].set_yticks(range(devices), [f"device {i}" for i in range(devices)], fontsize=9)
+    grid[0, 0].invert_yaxis()
+    figure.suptitle(
+        "Dark: the device's own keys. Blue: a hop. Below, on its link: keys and values (grey), gradients (orange).",
+        fontsize=11,
+    )
+    figure.savefig(path)
+
+
+def parse_args() -> argparse.Namespace:
+    """Flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speeds", default="1 1 1 0.5 1 1 1 1", help="of the devices along the ring")
+    parser.add_argument("--seq-len", type=int, default=131072, metavar="T", help="tokens")
+    parser.add_argument("--heads", type=int, default=32, metavar="H")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="K")
+    parser.add_argument("--head-dim", type=int, default=128, metavar="D")
+    parser.add_argument("--tflops", type=float, default=200, help="of attention, by a device of speed 1")
+    parser.add_argument("--bandwidth", type=float, default=50, help="GB/s of a link")
+    parser.add_argument("--latency", type=float, default=10, help="microseconds of a transfer")
+    parser.add_argument("--jitter", type=float, default=0, help="standard deviation of the logarithm of a hop's time")
+    parser.add_argument("--chunks", type=int, default=16, help="chunks of a shard in the layout for speeds")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the forward and backward pass of a ring")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Simulate, print, draw."""
+    args = parse_args()
+    speeds = speeds_of(args)
+    P = len(speeds)
+    layouts = {kind: ra.SequenceLayout(kind, P) for kind in LAYOUT_KINDS}
+    layouts["for_speeds"] = ra.SequenceLayout.for_speeds(speeds, args.chunks)
+    work = Workload(seq_len=args.seq_len, devices=P, heads=args.heads, kv_heads=args.kv_heads, head_dim=args.head_dim)
+    need = [layout.padded_length(args.seq_len) for layout in layouts.values()]
+    remedy = f"use a multiple, for example {max(need)}"
+    require_field(max(need) == args.seq_len, "seq-len", args.seq_len, "all layouts must divide it", remedy)
+    Console(width=110, highlight=False).print(table_of(args, speeds, work, layouts))
+    if args.out:
+        machine = machine_of(args, speeds, blocking=False)
+        columns = []
+        for name, backward in (("forward", False), ("backward", True)):
+            column = {
+                layout: simulate("ring", layouts[layout], work, machine, backward=backward)
+                for layout in ("zigzag", "for_speeds")
+            }
+            columns.append({f"{layout}, {name}": timeline for layout, timeline in column.items()})
+        draw(columns, P, args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        print(f"simulate_ring.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
