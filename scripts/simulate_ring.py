@@ -8,6 +8,7 @@ never wait. scripts/measure_stragglers.py checks the simulator against a real ru
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from pathlib import Path
@@ -92,7 +93,7 @@ def table_of(args: argparse.Namespace, speeds: list[float], work: Workload, layo
 
 def work_of_one(work: Workload) -> Workload:
     """The same on one device."""
-    return Workload(**(vars(work) | {"devices": 1}))
+    return dataclasses.replace(work, devices=1)
 
 
 def one_device(machine: Machine) -> Machine:

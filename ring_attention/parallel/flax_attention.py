@@ -32,13 +32,13 @@ def flax_attention_fn(*, mesh: Mesh, **settings) -> Callable[..., jax.Array]:
         y = layer(x)  # x [B,T,M] in the layout's order, and y too
 
     It is causal unless told otherwise with `causal=False`, like `context_attention` and unlike Flax, whose layers see
-    both ways when they are given no mask. Flax's `is_causal=True` agrees with that; `is_causal=False` is what nnx passes if
-    nobody says anything, so it does not change what was said here.
+    both ways when they are given no mask. Flax's `is_causal=True` agrees with that; `is_causal=False` is what nnx
+    passes if nobody says anything, so it does not change what was said here.
 
     Of the layer's arguments, these are honoured: `dtype` (q, k and v are cast, as Flax does), `dropout_rate` with the
     layer's key, `deterministic` and `broadcast_dropout=False` (by `context_attention`'s dropout: the same weights on
-    any mesh, not those that Flax drops), `num_kv_heads`, `force_fp32_for_softmax` (it always is). Any number of axes may
-    stand before the tokens: they are folded into one batch axis, whose size the batch axes of the mesh must divide.
+    any mesh, not those that Flax drops), `num_kv_heads`, `force_fp32_for_softmax` (it always is). Any number of axes
+    may stand before the tokens: they are folded into one batch axis, whose size the batch axes of the mesh must divide.
     Keys may come from another sequence only if it is as long as that of the queries.
 
     Arrays among the settings (`segment_ids`, `sinks`, `alibi_slopes`) are the same for every call. For segment ids that

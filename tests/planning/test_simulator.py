@@ -1,0 +1,109 @@
+"""The simulator against what can be worked out by hand."""
+
+import numpy as np
+import pytest
+
+import ring_attention as ra
+from ring_attention.parallel.strategy import Workload
+from ring_attention.planning.balance import work_by_hop
+from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, simulate, step_seconds
+
+T, P = 256, 4
+WORK = Workload(seq_len=T, devices=P, heads=4, kv_heads=4, head_dim=8)
+PAIRS = T * (T + 1) / 2 * 4  # of all heads
+ALIKE = Machine.of_speeds([1.0] * P)
+LAYOUTS = {kind: ra.SequenceLayout(kind, P) for kind in ("contiguous", "zigzag", "striped")}
+
+
+def _seconds(strategy, layout="zigzag", machine=ALIKE, work=WORK, **options):
+    layout = LAYOUTS[layout] if isinstance(layout, str) else layout
+    return simulate(strategy, layout, work, machine, **options).seconds
+
+
+@pytest.mark.parametrize("strategy", SIMULATED)
+def test_devices_that_are_alike_and_never_wait_share_the_work(strategy):
+    options = dict(ulysses_size=2) if strategy == "usp" else {}
+    assert _seconds(strategy, **options) == pytest.approx(PAIRS / P, rel=1e-3)
+    assert _seconds(strategy, backward=True, **options) == pytest.approx(2.5 * PAIRS / P, rel=1e-3)
+
+
+def test_a_contiguous_ring_lasts_as_long_as_its_last_device_computes():
+    work = 4 * work_by_hop(LAYOUTS["contiguous"], T)
+    assert _seconds("ring", "contiguous") == work.sum(1).max()
+    assert _seconds("ulysses", "contiguous") == PAIRS / P  # which shares heads out, not tokens
+
+
+def test_a_slow_device_holds_up_all_who_wait_for_it_and_nobody_else():
+    machine = Machine.of_speeds([1.0, 0.5, 1.0, 1.0])
+    assert _seconds("ring", machine=machine) == pytest.approx(2 * PAIRS / P, rel=1e-2)
+    spans = simulate("ring", LAYOUTS["zigzag"], WORK, machine).spans
+    ends = {i: max(span.end for span in spans if span.resource == f"device {i}") for i in range(P)}
+    assert ends[1] > ends[2] > ends[3] == ends[0]  # two hops of slack are enough for the others
+
+
+def test_tokens_dealt_for_speeds_even_that_out_where_transfers_run_beside():
+    speeds = [1.0, 0.5, 1.0, 1.0]
+    layout = ra.SequenceLayout.for_speeds(speeds, 16)
+    beside, blocking = (Machine.of_speeds(speeds, blocking=blocking) for blocking in (False, True))
+    fair = PAIRS / sum(speeds)
+    assert _seconds("ring", layout, beside) == pytest.approx(fair, rel=0.03)
+    assert _seconds("all_gather", layout, blocking) == pytest.approx(fair, rel=0.03)
+    assert 1.1 * fair < _seconds("ring", layout, blocking) < 0.95 * _seconds("ring", "zigzag", blocking)
+
+
+def test_a_transfer_that_blocks_adds_its_time_and_one_that_does_not_is_hidden():
+    hop = PAIRS / P / P
+    size = 2 * WORK.bytes_of(WORK.shard, 4)
+    links = dict(bandwidth=size / (hop / 2))  # half as long as a hop
+    beside, blocking = (Machine.of_speeds([1.0] * P, blocking=blocking, **links) for blocking in (False, True))
+    assert _seconds("ring", machine=beside) == pytest.approx(PAIRS / P, rel=1e-2)
+    assert _seconds("ring", machine=blocking) == pytest.approx(PAIRS / P + 3 * hop / 2, rel=1e-2)
+
+
+def test_a_link_that_is_too_slow_decides_instead():
+    hop = PAIRS / P / P
+    size = 2 * WORK.bytes_of(WORK.shard, 4)
+    slow = Machine.of_speeds([1.0] * P, bandwidth=size / (3 * hop))
+    assert _seconds("ring", machine=slow) == pytest.approx(3 * 3 * hop + hop, rel=1e-2)  # and the last hop
+
+
+def test_backward_sends_gradients_too():
+    size = 2 * WORK.bytes_of(WORK.shard, 4, 4)
+    timeline = simulate("ring", LAYOUTS["zigzag"], WORK, Machine.of_speeds([1.0] * P, bandwidth=1e3), backward=True)
+    names = [span.name for span in timeline.spans if span.resource == "link 0"]
+    assert names == ["keys 1", "keys 2", "keys 3", "gradients 1", "gradients 2", "gradients home"]
+    home = next(span for span in timeline.spans if span.name == "gradients home")
+    assert home.end - home.start == pytest.approx(size / 1e3)
+
+
+def test_resources_do_one_thing_at_a_time_and_nothing_begins_before_what_it_needs():
+    rng = np.random.default_rng(0)
+    timeline = Timeline(ALIKE)
+    needed = []
+    for number in range(200):
+        after = [needed[i] for i in rng.integers(0, len(needed), 2)] if needed else []
+        span = timeline.compute(int(rng.integers(P)), str(number), float(rng.random()), after)
+        assert all(span.start >= other.end for other in after)
+        needed.append(span)
+    for device in range(P):
+        spans = [span for span in timeline.spans if span.resource == f"device {device}"]
+        assert all(x.end <= y.start for x, y in zip(spans, spans[1:], strict=False))
+
+
+def test_jitter_is_drawn_from_the_seed_and_makes_rings_wait():
+    machine = Machine.of_speeds([1.0] * P, jitter=0.3)
+    same, again, other = (_seconds("ring", machine=machine, seed=seed) for seed in (1, 1, 2))
+    assert same == again != other
+    mean = np.mean([_seconds("ring", machine=machine, seed=seed) for seed in range(50)])
+    assert mean > 1.1 * PAIRS / P
+
+
+def test_a_step_is_both_passes():
+    assert step_seconds("ring", LAYOUTS["zigzag"], WORK, ALIKE) == _seconds("ring") + _seconds("ring", backward=True)
+
+
+def test_what_cannot_be_simulated_is_refused():
+    with pytest.raises(ValueError, match="strategy='sparse' is not known; choose one of 'all_gather'"):
+        _seconds("sparse")
+    with pytest.raises(ValueError, match="got 2 speeds and a layout for 4 devices, need 4 of both"):
+        _seconds("ring", machine=Machine.of_speeds([1.0, 1.0]))
