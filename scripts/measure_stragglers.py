@@ -135,7 +135,12 @@ def run_processes(args: argparse.Namespace) -> list[dict]:
         load = [subprocess.Popen([sys.executable, "-c", endless]) for _ in range(args.loads)]
         flags = [*sys.argv[1:], "--port", str(port), "--folder", folder]
         workers = [
-            subprocess.Popen([sys.executable, __file__, *flags, "--rank", str(rank)], stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, __file__, *flags, "--rank", str(rank)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for rank in range(2)
         ]
         try:

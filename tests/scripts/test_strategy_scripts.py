@@ -1,0 +1,96 @@
+"""The scripts that compare strategies and simulate unequal devices, on small cases."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+TWO_CORES = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
+
+
+def run(script, *flags, timeout=300):
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, REPOSITORY / "scripts" / script, *map(str, flags)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.slow
+def test_every_approach_is_measured_in_one_command(tmp_path):
+    out = tmp_path / "strategies"
+    sizes = ["--seq-len", 512, "--devices", 4, "--heads", 4, "--kv-heads", 4, "--head-dim", 16, "--window", 64]
+    done = run("compare_strategies.py", *sizes, "--repeats", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 178
+    rows = json.loads(out.with_suffix(".json").read_text())["approaches"]
+    assert out.with_suffix(".png").stat().st_size > 20_000
+    assert len(rows) == 9
+    exact = {label: row["from_full"] < 1e-5 for label, row in rows.items()}
+    assert [label for label, is_exact in exact.items() if not is_exact] == ["sparse", "sliding window"]
+    for row in rows.values():
+        assert 0 < row["error"] <= 2
+        assert row["leak"] == 0
+        assert row["seconds"] > 0
+
+    def sent(label):
+        return {int(devices): cost["sent"] for devices, cost in rows[label]["by_devices"].items()}
+
+    everything = 2 * 512 * 4 * 16 * 4  # K and V of all devices
+    assert (
+        sent("ring")
+        == sent("naive broadcast")
+        == sent("ring self-attention")
+        == {2: everything / 2, 4: 3 / 4 * everything}
+    )
+    assert sent("Ulysses")[4] == 2 * everything / 4 * 3 / 4
+    assert sent("single device") == {1: 0}
+
+
+def test_exponents_are_those_of_a_power_law():
+    spec = importlib.util.spec_from_file_location("compare", REPOSITORY / "scripts" / "compare_strategies.py")
+    compare = importlib.util.module_from_spec(spec)
+    sys.modules["compare"] = compare  # dataclasses look their module up
+    spec.loader.exec_module(compare)
+    costs = {n: compare.Cost(memory=3 * n**2, sent=0) for n in (64, 128, 512)}
+    row = compare.Row(by_length=costs, by_devices={2: costs[64], 4: compare.Cost(memory=3 * 32**2, sent=7)})
+    assert row.exponent("length", "memory") == pytest.approx(2)
+    assert row.exponent("devices", "memory") == pytest.approx(-2)
+    assert row.exponent("length", "sent") is None
+    assert row.exponent("devices", "sent") is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TWO_CORES, reason="needs Linux and two cores")
+def test_two_processes_are_measured_beside_the_prediction(tmp_path):
+    out = tmp_path / "stragglers.json"
+    done = run("measure_stragglers.py", "--seq-len", 2048, "--heads", 2, "--repeats", 3, "--out", out)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(out.read_text())
+    fast, slow = facts["calibration"]["seconds_per_pair"]
+    assert slow > 1.2 * fast  # the load is there
+    assert len(facts["rows"]) == 12
+    for row in facts["rows"]:
+        assert row["measured"] > 0
+        assert row["predicted"] > 0
+
+
+def test_unequal_devices_are_simulated_and_drawn(tmp_path):
+    out = tmp_path / "timeline.png"
+    done = run("simulate_ring.py", "--speeds", "1 0.5 1 1", "--seq-len", 4096, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "for_speeds" in done.stdout
+    assert out.stat().st_size > 20_000
+    wrong = run("simulate_ring.py", "--speeds", "1 fast")
+    assert wrong.returncode == 2
+    assert "speeds='1 fast': must be positive numbers" in wrong.stderr
+
+
+def test_the_worked_example_prints_what_the_document_says():
+    done = run("worked_example.py")
+    assert done.returncode == 0, done.stderr
+    assert "64 GiB, 0.32 s at 200 GiB/s" in done.stdout
+    assert "ring                                │      14.00 GiB" in done.stdout
