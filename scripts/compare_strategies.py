@@ -160,7 +160,7 @@ class Bench:
         )
         mask = dict(window=args.window) if approach.window else {}
         if approach.strategy == "sparse":
-            mask["stride"] = find_strategy("sparse", approach.options).stride_of(layout, tokens // layout.ring_size)
+            mask["stride"] = find_strategy("sparse", approach.options).stride_of(tokens)
         sharding = jax.NamedSharding(mesh, jax.P(None, "sp"))
 
         def run(*arrays):

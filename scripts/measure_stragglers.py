@@ -33,7 +33,7 @@ from ring_attention.evaluation.rivals import with_gradients
 from ring_attention.parallel.strategy import Workload
 from ring_attention.planning.simulator import Machine, simulate
 
-STRATEGIES = ("ring", "all_gather")
+COMPARED = ("ring", "all_gather")
 LAYOUTS = ("contiguous", "zigzag", "for_speeds")
 PASSES = {"forward": False, "forward+backward": True}
 CALIBRATION_TOKENS = 2048
@@ -104,7 +104,7 @@ def work_as(args: argparse.Namespace, rank: int) -> None:
         layout, half = layout_of(layout_name, calibration), args.seq_len // 2
         mine = [layout.permute(x, axis=1)[:, rank * half : (rank + 1) * half] for x in whole]
         arrays = [jax.make_array_from_process_local_data(sharding, x) for x in mine]
-        for strategy in STRATEGIES:
+        for strategy in COMPARED:
             attend = functools.partial(ra.context_attention, mesh=mesh, layout=layout, strategy=strategy)
             for name, backward in PASSES.items():
                 run = with_gradients(attend, backward)
@@ -134,24 +134,34 @@ def run_processes(args: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         load = [subprocess.Popen([sys.executable, "-c", endless]) for _ in range(args.loads)]
         flags = [*sys.argv[1:], "--port", str(port), "--folder", folder]
+        logs = [Path(folder, f"{rank}.log") for rank in range(2)]
         workers = [
             subprocess.Popen(
-                [sys.executable, __file__, *flags, "--rank", str(rank)],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+                [sys.executable, __file__, *flags, "--rank", str(rank)], stdout=log.open("w"), stderr=subprocess.STDOUT
             )
-            for rank in range(2)
+            for rank, log in enumerate(logs)
         ]
         try:
-            errors = [worker.communicate(timeout=args.timeout)[1] for worker in workers]
+            await_both(workers, logs, args.timeout)
         finally:
             for process in (*load, *workers):
                 process.kill()
-        for worker, error in zip(workers, errors, strict=True):
-            if worker.returncode != 0:
-                raise RuntimeError(f"a process of the ring ended with {worker.returncode}:\n{error[-2000:]}")
         return [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+def await_both(workers: list[subprocess.Popen], logs: list[Path], timeout: float) -> None:
+    """Wait for both to end; raise RuntimeError as soon as one has failed, for the other would wait for it."""
+    until = time.monotonic() + timeout
+    while any(worker.poll() is None for worker in workers) or any(worker.returncode for worker in workers):
+        for worker, log in zip(workers, logs, strict=True):
+            if worker.poll():
+                said = log.read_text(encoding="utf-8")[-2000:]
+                raise RuntimeError(f"a process of the ring ended with {worker.returncode}:\n{said}")
+        if time.monotonic() > until:
+            raise RuntimeError(
+                f"the ring took longer than --timeout={timeout:.0f} s; give it more, or a shorter --seq-len"
+            )
+        time.sleep(0.2)
 
 
 def predict(args: argparse.Namespace, calibration: dict, blocking: bool) -> dict[tuple[str, str, str], float]:
@@ -167,7 +177,7 @@ def predict(args: argparse.Namespace, calibration: dict, blocking: bool) -> dict
         seq_len=args.seq_len, devices=2, heads=args.heads, kv_heads=args.heads, head_dim=args.head_dim, itemsize=4
     )
     found = {}
-    for strategy in STRATEGIES:
+    for strategy in COMPARED:
         for name in LAYOUTS:
             one = functools.partial(simulate, strategy, layout_of(name, calibration), work, machine)
             forward, backward = one().seconds, one(backward=True).seconds
@@ -189,7 +199,7 @@ def table_of(args: argparse.Namespace, calibration: dict, measured: dict, predic
     for name in ("predicted", "measured", "error", "gain predicted", "gain measured", "gain beside"):
         table.add_column(name, justify="right")
     for passes in PASSES:
-        for strategy in STRATEGIES:
+        for strategy in COMPARED:
             for layout in LAYOUTS:
                 key, base = (strategy, layout, passes), (strategy, "zigzag", passes)
                 gains = [f"{times[base] / times[key]:.2f}" for times in (predicted, measured, free)]

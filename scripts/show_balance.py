@@ -22,7 +22,7 @@ from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.checks import ConfigError, require_field
-from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
 from ring_attention.planning.balance import balance_of, work_by_hop
 
 DPI = 200  # a picture of three panels is 1800 pixels wide, meant to be shown at 900
@@ -214,9 +214,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="PNG", help="also draw a picture into this file")
     args = parser.parse_args()
     try:
-        args.speeds = [float(speed) for speed in args.speeds.split()]
-    except ValueError:
-        parser.error(f"--speeds={args.speeds!r} must be numbers with blanks between them")
+        args.speeds = parse_speeds(args.speeds) if args.speeds else []
+    except ValueError as error:
+        parser.error(f"--{error}")
     return args
 
 

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import ConfigError, require_field
-from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.checks import require_field
+from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
 from ring_attention.parallel.strategy import Workload, closest_divisor
-from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, simulate
+from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, seconds_of_both_passes, simulate
 
 TRIALS = 5
 """Runs with jitter, of which the mean counts."""
@@ -29,22 +29,15 @@ TRIALS = 5
 COLORS = {"hop 0": "#0b3c6f", "hop": "#1f6fb4", "head": "#1f6fb4", "keys": "#9aa3ad", "gradients": "#d97706"}
 
 
-def speeds_of(args: argparse.Namespace) -> list[float]:
-    """The numbers of --speeds."""
-    try:
-        speeds = [float(word) for word in args.speeds.split()]
-    except ValueError:
-        speeds = []
-    need = "must be positive numbers with spaces between"
-    require_field(len(speeds) > 0 and min(speeds) > 0, "speeds", args.speeds, need, 'for example "1 1 0.5 1"')
-    return speeds
+def pairs_per_second(args: argparse.Namespace) -> float:
+    """Of a query and a key, for one head, by a device of speed 1: two products of 2 * head_dim operations."""
+    return args.tflops * 1e12 / (4 * args.head_dim)
 
 
 def machine_of(args: argparse.Namespace, speeds: list[float], blocking: bool) -> Machine:
     """Devices and links as the flags say."""
-    pairs_per_second = args.tflops * 1e12 / (4 * args.head_dim)
     return Machine.of_speeds(
-        [speed * pairs_per_second for speed in speeds],
+        [speed * pairs_per_second(args) for speed in speeds],
         bandwidth=args.bandwidth * 1e9,
         latency=args.latency * 1e-6,
         blocking=blocking,
@@ -54,11 +47,9 @@ def machine_of(args: argparse.Namespace, speeds: list[float], blocking: bool) ->
 
 def table_of(args: argparse.Namespace, speeds: list[float], work: Workload, layouts: dict) -> Table:
     """Strategy x layout, transfers beside the computation and blocking it."""
-    machine = machine_of(args, speeds, blocking=False)
-    fair = sum(
-        simulate("ring", ra.SequenceLayout("contiguous", 1), work_of_one(work), one_device(machine), backward=b).seconds
-        for b in (False, True)
-    )
+    one = Machine.of_speeds([sum(speeds) * pairs_per_second(args)])
+    alone, layout_of_one = dataclasses.replace(work, devices=1), ra.SequenceLayout("contiguous", 1)
+    fair = seconds_of_both_passes("ring", layout_of_one, alone, one)
     table = Table(
         title=f"Forward and backward, T={args.seq_len:,} H={args.heads} K={args.kv_heads} D={args.head_dim}, "
         f"speeds {args.speeds}",
@@ -77,28 +68,15 @@ def table_of(args: argparse.Namespace, speeds: list[float], work: Workload, layo
                 machine = machine_of(args, speeds, blocking)
                 try:
                     trials = [
-                        sum(
-                            simulate(strategy, layout, work, machine, backward=b, ulysses_size=size, seed=seed).seconds
-                            for b in (False, True)
-                        )
+                        seconds_of_both_passes(strategy, layout, work, machine, ulysses_size=size, seed=seed)
                         for seed in range(TRIALS if args.jitter else 1)
                     ]
                     cells.append(f"{statistics.mean(trials) / fair:.2f}")
-                except ValueError:  # a layout that cannot be merged
+                except ValueError:  # a layout that cannot be merged, or too few heads
                     cells.append("-")
             label = f"{strategy} {size}x{len(speeds) // size}" if strategy == "usp" else strategy
             table.add_row(label, name, *cells, end_section=name == list(layouts)[-1])
     return table
-
-
-def work_of_one(work: Workload) -> Workload:
-    """The same on one device."""
-    return dataclasses.replace(work, devices=1)
-
-
-def one_device(machine: Machine) -> Machine:
-    """All devices as one."""
-    return Machine.of_speeds([sum(1 / seconds for seconds in machine.seconds_per_pair)])
 
 
 def draw(timelines: list[dict[str, Timeline]], devices: int, path: Path) -> None:
@@ -146,7 +124,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Simulate, print, draw."""
     args = parse_args()
-    speeds = speeds_of(args)
+    speeds = parse_speeds(args.speeds)
     P = len(speeds)
     layouts = {kind: ra.SequenceLayout(kind, P) for kind in LAYOUT_KINDS}
     layouts["for_speeds"] = ra.SequenceLayout.for_speeds(speeds, args.chunks)
@@ -170,6 +148,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ConfigError as error:
+    except ValueError as error:
         print(f"simulate_ring.py: error: {error}", file=sys.stderr)
         sys.exit(2)

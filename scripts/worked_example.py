@@ -39,8 +39,11 @@ def main() -> None:
     for name in ("strategy", "a device sends", "all send", "seconds"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
     example = worked_example(args.seq_len, args.model_dim, args.devices, bandwidth)
-    for name, found in sorted(example.items(), key=lambda item: -item[1].sent):
-        label = name if STRATEGIES[name].exact else f"{name} (not full attention)"
+    for name, found in sorted(example.items(), key=lambda item: -item[1].sent if item[1] else 0):
+        label = name if STRATEGIES[name].full else f"{name} (not full attention)"
+        if found is None:
+            table.add_row(f"{label}: cannot do it", "-", "-", "-")
+            continue
         table.add_row(label, f"{found.sent / GIB:.2f} GiB", f"{found.total / GIB:.1f} GiB", f"{found.seconds:.3f}")
     console.print(table)
     heads = args.model_dim // 128

@@ -23,7 +23,8 @@ class ModelConfig:
       norm_epsilon: added to the mean square in RMSNorm.
       compute_dtype: dtype of activations and matrix products, "float32" or "bfloat16". Parameters are float32.
       remat: what a layer keeps for its backward pass. "attention" keeps the layer's input and attention's out and lse,
-        so that no ring runs twice; "full" keeps the input alone; "none" keeps everything.
+        so that no ring runs twice (only ring self-attention does); "full" keeps the input alone; "none" keeps
+        everything.
       ffn_chunk: tokens per device that the feed-forward works on at once.
       loss_chunk: tokens per device whose logits exist at once.
       start_local: begin with attention to nearby tokens, by equal query and key weights and a direction that all

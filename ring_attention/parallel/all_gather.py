@@ -7,7 +7,6 @@ those few.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -108,11 +107,9 @@ class Gathering:
 
     def _keys(self, segments, shard_len: int) -> Tokens:
         """Where all keys stand, in the order in which they are gathered."""
-        shards = jnp.arange(self.layout.ring_size)
-        positions = jax.vmap(lambda shard: self.layout.shard_positions(shard, shard_len))(shards)
         if segments is not None:
             segments = lax.all_gather(segments, self.axis_name, axis=1, tiled=True)
-        return Tokens(positions.reshape(1, -1), segments)
+        return Tokens(self.layout.all_positions(shard_len).reshape(1, -1), segments)
 
     def _hop(self, rule: Rule, keys: Tokens, segments, group, q) -> Hop:
         """The meeting of this device's queries of a group with all keys."""
@@ -145,8 +142,8 @@ class AllGather(Strategy):
 
     name = "all_gather"
     source = "Dubey et al. 2024 (Llama 3)"
-    memory = "n * d_kv * 2/K: all tokens of two key/value heads; n * d_kv with head_groups=1"
-    communication = "n * d_kv * (P-1)/P"
+    memory = "4 n d_kv / K, all keys and values of two heads (2 n d_kv with head_groups=1), and n/P d of statistics"
+    communication = "2 n d_kv (P-1)/P"
     claim = ("O(n)", "O(n P)")
 
     head_groups: int | None = None

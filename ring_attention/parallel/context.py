@@ -19,11 +19,11 @@ from ring_attention.checks import (
     require,
     require_attention_dtypes,
     require_attention_shapes,
-    require_divisible,
     require_shape,
 )
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
-from ring_attention.parallel.mesh import DATA, FSDP, TENSOR
+from ring_attention.parallel.ring import Ring
+from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Setting, Strategy
 
@@ -55,8 +55,8 @@ def context_attention_shard(
 ) -> jax.Array:
     """`context_attention` for use inside your own `shard_map`.
 
-    A `vmap` with an axis name works too, for rings larger than the machine; take gradients inside it, because JAX does
-    not know the name any more when it differentiates from outside.
+    A `vmap` with an axis name works too (not for USP), for rings larger than the machine; take gradients inside it,
+    because JAX does not know the name any more when it differentiates from outside.
 
     Args:
       q: this device's slice [B,t,H,D] of the queries, in the layout's order; float32, bfloat16 or float16.
@@ -196,8 +196,8 @@ def context_attention(
     )
     require_shape("k", k.shape, (q.shape[0], q.shape[1], None, q.shape[3]), "BTKD")
     layout = as_layout(layout, mesh.shape[axis_name])
-    spec = _default_spec(mesh, axis_name) if spec is None else spec
-    _check_spec(spec, mesh, axis_name, q, k)
+    spec = default_spec(mesh, axis_name) if spec is None else spec
+    check_spec(spec, mesh, axis_name, q, k)
     if segment_ids is not None:
         require_shape("segment_ids", segment_ids.shape, q.shape[:2], "BT")
     for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
@@ -221,7 +221,30 @@ def context_attention(
     return run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
 
 
-def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mesh: Mesh, **arguments) -> jax.Array:
+def ring_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mesh: Mesh,
+    axis_name: str = "sp",
+    spec: PartitionSpec | None = None,
+    layout: str | SequenceLayout = "contiguous",
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: jax.Array | None = None,
+    max_segment_len: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    duplex: bool = False,
+    unroll: bool = False,
+    impl: str = "auto",
+    block_sizes: BlockSizes | None = None,
+) -> jax.Array:
     """Exact attention over a sequence sharded across the devices of `mesh`: `context_attention` by ring.
 
     Keys and values travel around the ring, each device attending to those at hand while the next ones are on their way
@@ -231,18 +254,38 @@ def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mesh: Mesh, **ar
       q: [B,T,H,D], in the layout's order.
       k, v: [B,T,K,D].
       mesh: the devices.
-      **arguments: those of `context_attention`, all but strategy: axis_name, spec, layout, causal, window, segment_ids,
-        max_segment_len, softcap, scale, sinks, alibi_slopes, dropout_rate, dropout_key, impl, block_sizes; and the
-        options of the ring, `duplex` (send the second half of each shard the other way round, for links that carry both
-        directions at once) and `unroll` (write the steps of the ring out instead of looping over them).
+      duplex: send the second half of each shard the other way round, for links that carry both directions at once.
+      unroll: write the steps of the ring out instead of looping over them (docs/structure.md compares the programs).
+      others: as in `context_attention`.
 
     Returns:
       [B,T,H,D] in the dtype of q and sharded like it; 0 where a query sees no key.
 
     Raises:
-      ValueError: as `context_attention`.
+      ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
     """
-    return context_attention(q, k, v, mesh=mesh, strategy="ring", **arguments)
+    return context_attention(
+        q,
+        k,
+        v,
+        mesh=mesh,
+        strategy=Ring(duplex=duplex, unroll=unroll),
+        axis_name=axis_name,
+        spec=spec,
+        layout=layout,
+        causal=causal,
+        window=window,
+        segment_ids=segment_ids,
+        max_segment_len=max_segment_len,
+        softcap=softcap,
+        scale=scale,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        impl=impl,
+        block_sizes=block_sizes,
+    )
 
 
 def ring_attention_shard(q: jax.Array, k: jax.Array, v: jax.Array, **arguments) -> jax.Array:
@@ -254,7 +297,7 @@ def ring_attention_shard(q: jax.Array, k: jax.Array, v: jax.Array, **arguments) 
 def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
     """`context_attention_shard` over global arrays, compiled once for each set of choices."""
     layout = settings["layout"]
-    batch_axes, _, head_axes, _ = _axes_of(spec)
+    batch_axes, _, head_axes, _ = axes_of_spec(spec)
 
     def run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key):
         T = q.shape[1]
@@ -294,35 +337,3 @@ def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
 def _shard_number(axes: tuple[str, ...]):
     """Which of the shards along these mesh axes this device holds."""
     return lax.axis_index(axes) if axes else 0
-
-
-def _axes_of(spec: PartitionSpec) -> list[tuple[str, ...]]:
-    """Mesh axes that each of the four axes of q is sharded over."""
-    entries = [*spec, None, None, None, None][:4]
-    return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
-
-
-def _default_spec(mesh: Mesh, axis_name: str) -> PartitionSpec:
-    batch = tuple(axis for axis in (DATA, FSDP) if axis in mesh.shape)
-    return PartitionSpec(batch or None, axis_name, TENSOR if TENSOR in mesh.shape else None, None)
-
-
-def _check_spec(spec: PartitionSpec, mesh: Mesh, axis_name: str, q, k) -> None:
-    require(
-        len(spec) >= 2 and spec[1] == axis_name and (len(spec) < 4 or spec[3] is None),
-        f"spec={spec} must shard axis 1 (tokens) over {axis_name!r} alone and leave axis 3 (head_dim) whole; "
-        f"for example {_default_spec(mesh, axis_name)}",
-    )
-    for axis, names in ((0, "batch"), (2, "heads")):
-        axes, shards = _axes_of(spec)[axis], 1
-        for name in axes:
-            require(
-                name in mesh.shape,
-                f"spec={spec} names {name!r}, but the mesh has {dict(mesh.shape)}; drop it from spec",
-            )
-            shards *= mesh.shape[name]
-        for array_name, array in (("q", q), ("k", k)):
-            label = f"{names} of {array_name}"
-            require_divisible(
-                label, array.shape[axis], "x".join(axes) or "1", shards, "use fewer devices on these axes"
-            )

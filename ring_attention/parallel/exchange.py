@@ -16,7 +16,10 @@ from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import Rule
 
 SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
-"""`checkpoint_name`s of what a remat policy must keep so that no exchange runs twice."""
+"""`checkpoint_name`s of what a remat policy must keep so that no exchange runs twice.
+
+Ulysses' swaps stand around its exchange and are done again; ring self-attention is none, and is computed again.
+"""
 
 
 class Exchange(Protocol):

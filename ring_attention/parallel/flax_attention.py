@@ -130,7 +130,7 @@ def _check_settings(settings: dict) -> None:
     try:
         find_strategy(settings.get("strategy", _SETTINGS["strategy"]), options)
     except TypeError as error:
-        raise TypeError(f"flax_attention_fn got {error}; its settings are {', '.join(_SETTINGS)}") from None
+        raise TypeError(f"flax_attention_fn {error}; its settings are {', '.join(_SETTINGS)}") from None
 
 
 def _refuse_masks(mask, bias) -> None:

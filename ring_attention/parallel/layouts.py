@@ -35,6 +35,16 @@ class SequenceLayout:
     def __post_init__(self):
         require_choice("layout", self.kind, (*LAYOUT_KINDS, "dealt") if self.chunks else LAYOUT_KINDS)
         require(self.ring_size > 0, f"ring_size={self.ring_size} must be positive")
+        require(
+            self.stripe == 1 or (self.kind == "striped" and self.stripe > 1),
+            f"stripe={self.stripe} with layout={self.kind!r}; need 1 or more tokens, and more in striped layouts alone",
+        )
+        dealt = sorted(chunk for shard in self.chunks for chunk in shard)
+        require(
+            not self.chunks or (self.kind == "dealt" and dealt == list(range(self.ring_size * self.chunks_per_shard))),
+            f"chunks={self.chunks} with layout={self.kind!r} and ring_size={self.ring_size}; need a dealt layout with "
+            "each chunk once; use SequenceLayout.for_speeds",
+        )
 
     @staticmethod
     def for_speeds(speeds: Sequence[float], chunks_per_shard: int = 16) -> "SequenceLayout":
@@ -66,7 +76,11 @@ class SequenceLayout:
         return SequenceLayout("dealt", P, chunks=tuple(tuple(sorted(shard)) for shard in shards))
 
     def work_shares(self, seq_len: int) -> np.ndarray:
-        """float64 [ring_size]: the share of each shard in all pairs of a query and a key that a causal mask shows."""
+        """float64 [ring_size]: the share of each shard in all pairs of a query and a key that a causal mask shows.
+
+        Raises ValueError for a length that cannot be dealt in equal shards.
+        """
+        self.check_length(seq_len)
         positions = self.positions(seq_len).reshape(self.ring_size, -1)
         pairs = (positions + 1).sum(1, dtype=np.float64)
         return pairs / pairs.sum()
@@ -117,6 +131,10 @@ class SequenceLayout:
         own = table[shard] if isinstance(shard, int) else jnp.asarray(table)[shard]
         return [own[n] * chunk for n in range(self.chunks_per_shard)]
 
+    def all_positions(self, shard_len: int) -> jax.Array:
+        """Natural positions, int32 [ring_size, shard_len], of all shards; computed where they are needed."""
+        return jax.vmap(lambda shard: self.shard_positions(shard, shard_len))(jnp.arange(self.ring_size))
+
     def positions(self, seq_len: int) -> np.ndarray:
         """int32 [seq_len]: the natural position of each token in layout order.
 
@@ -139,6 +157,7 @@ class SequenceLayout:
 
         In the merged shard they are in another order than side by side, but in the same other order in every one.
         """
+        require_divisible("ring_size", self.ring_size, "the shards that are merged", size, "merge a divisor of them")
         if size == 1:
             return self
         places = self.ring_size // size
@@ -169,9 +188,22 @@ def as_layout(layout: "str | SequenceLayout", ring_size: int) -> SequenceLayout:
     """A SequenceLayout from its name, or the one given if it fits the ring."""
     if isinstance(layout, str):
         return SequenceLayout(layout, ring_size)
+    remedy = f"SequenceLayout({layout.kind!r}, {ring_size})"
+    if layout.kind == "dealt":
+        remedy = f"SequenceLayout.for_speeds with {ring_size} speeds"
     require(
         layout.ring_size == ring_size,
-        f"layout is for ring_size={layout.ring_size}, but the mesh axis has {ring_size} devices; "
-        f"use SequenceLayout({layout.kind!r}, {ring_size})",
+        f"layout is for ring_size={layout.ring_size}, but the mesh axis has {ring_size} devices; use {remedy}",
     )
     return layout
+
+
+def parse_speeds(words: str) -> list[float]:
+    """Speeds of devices, from numbers with spaces between; raises ValueError for anything else."""
+    try:
+        speeds = [float(word) for word in words.split()]
+    except ValueError:
+        speeds = []
+    fits = len(speeds) > 0 and all(0 < speed < math.inf for speed in speeds)
+    require(fits, f'speeds={words!r} must be positive numbers with spaces between; for example "1 1 0.5 1"')
+    return speeds

@@ -10,7 +10,7 @@ from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.rotation import Rotation
-from ring_attention.parallel.routes import plan_routes
+from ring_attention.parallel.routes import Route, plan_routes, token_hops
 from ring_attention.parallel.strategy import Setting, Strategy, Workload, require_at_most_one_place
 
 
@@ -38,8 +38,8 @@ class Ring(Strategy):
 
     name = "ring"
     source = "Liu, Zaharia & Abbeel 2023"
-    memory = "n/P * d: the block at hand and the one on its way"
-    communication = "n * d * (P-1)/P, beside the computation; a window's length only, with one"
+    memory = "4 n/P d_kv, the blocks at hand and on their way, and n/P d of statistics in float32"
+    communication = "2 n d_kv (P-1)/P, beside the computation; with a window only as far as it reaches"
     claim = ("O(n/P)", "O(n d), pipelined")
 
     duplex: bool = False
@@ -51,16 +51,19 @@ class Ring(Strategy):
         return attend(rotation, q, k, v, segments, rule, sinks)[0]
 
     def memory_bytes(self, work: Workload) -> int:
-        """Two blocks of K and V beside the own one, and the statistics of the queries in float32."""
-        return 4 * work.bytes_of(work.shard, work.kv_heads) + work.bytes_of(work.shard, work.heads, 4)
+        """What travels of K and V, twice where it goes on, and the statistics of the queries in float32."""
+        tokens = sum((route.stop - route.start) * min(route.hops, 2) for route in self._routes(work))
+        return 2 * work.bytes_of(tokens, work.kv_heads) + work.bytes_of(work.shard, work.heads, 4)
 
     def sent_bytes(self, work: Workload, backward: bool = False) -> int:
         """K and V along each route; backward the same again, and dK and dV in float32 as often."""
-        layout = SequenceLayout(work.layout, work.devices)
-        routes = plan_routes(layout, work.shard, causal=work.causal, reach=work.window, duplex=self.duplex)
-        hops = sum((route.stop - route.start) * route.hops for route in routes)
+        hops = token_hops(self._routes(work))
         sent = 2 * work.bytes_of(hops, work.kv_heads) + work.segment_bytes(hops)
         return sent + 2 * work.bytes_of(hops, work.kv_heads, 4) * backward
+
+    def _routes(self, work: Workload) -> tuple[Route, ...]:
+        layout = SequenceLayout(work.layout, work.devices)
+        return plan_routes(layout, work.shard, causal=work.causal, reach=work.window, duplex=self.duplex)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,9 @@ class SlidingWindow(Ring):
 
     name = "sliding_window"
     source = "Beltagy, Peters & Cohan 2020; neighbour exchange as in ring attention with a window"
-    exact = False
-    memory = "min(W, n/P) * d beside the own n/P * d"
-    communication = "W * d, whatever n is"
+    full = False
+    memory = "2 min(W, n/P) d_kv, and n/P d of statistics in float32"
+    communication = "2 W d_kv, whatever n is; in the zigzag layout, both ways, twice that"
     claim = ("O(W)", "O(n W)")
 
     def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
@@ -93,7 +96,7 @@ class SingleDevice(Strategy):
 
     name = "single_device"
     source = "Rabe & Staats 2021; Dao et al. 2022"
-    memory = "n * d"
+    memory = "n d of statistics in float32"
     communication = "none"
     claim = ("O(n)", "none")
 

@@ -121,12 +121,15 @@ ring_av.defvjp(_ring_av_forward, _ring_av_backward)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RingSelfAttention(Strategy):
-    """Whole rows of scores; keys circulate, then values."""
+    """Whole rows of scores; keys circulate, then values.
+
+    The rows are plain products over all keys of a device at once, so a kernel and its tiles have nothing to choose.
+    """
 
     name = "ring_self_attention"
     source = "Li et al. 2021 (sequence parallelism v1)"
-    memory = "n^2/P * heads: whole rows of scores"
-    communication = "n * d_kv * (P-1)/P; backward an all-reduce of all dK and dV besides"
+    memory = "n^2/P numbers for each head: whole rows of scores"
+    communication = "2 n d_kv (P-1)/P; backward an all-reduce of all dK and dV besides"
     claim = ("O(n/P) claimed", "O(n P)")
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
@@ -160,9 +163,9 @@ class RingSelfAttention(Strategy):
 
 def _meeting(setting: Setting, segments, rule: Rule, shard_len: int, kv_heads: int) -> Meeting:
     """The meeting of this device's queries and all keys, for arrays [B,K,G,t,T]."""
-    me, shards = lax.axis_index(setting.axis_name), jnp.arange(setting.devices)
+    me = lax.axis_index(setting.axis_name)
     queries = Tokens(setting.layout.shard_positions(me, shard_len)[None], segments)
-    positions = jax.vmap(lambda shard: setting.layout.shard_positions(shard, shard_len))(shards).reshape(1, -1)
+    positions = setting.layout.all_positions(shard_len).reshape(1, -1)
     if segments is not None:
         segments = lax.all_gather(segments, setting.axis_name, axis=1, tiled=True)
     drop = rule.dropout

@@ -59,6 +59,11 @@ def plan_routes(
     return tuple(routes)
 
 
+def token_hops(routes: tuple[Route, ...]) -> int:
+    """Tokens that a device sends, each as often as it passes them on."""
+    return sum((route.stop - route.start) * route.hops for route in routes)
+
+
 def _cuts(layout: SequenceLayout, shard_len: int, causal: bool, reach: int | None) -> set[int]:
     """Where the need for a shard's tokens may change.
 

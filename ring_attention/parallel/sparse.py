@@ -9,7 +9,6 @@ No tile that the pattern empties is computed, and no device ever holds the keys 
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -92,10 +91,7 @@ class StridedExchange:
     def _hop(self, rule: Rule, q, segments) -> Hop:
         """All tokens of each residue among each other, without those that are near."""
         P, r, n = self.layout.ring_size, self.stride // self.layout.ring_size, q.shape[2]
-        shard_len = n * self.stride // P
-        shards = jnp.arange(P)
-        positions = jax.vmap(lambda shard: self.layout.shard_positions(shard, shard_len))(shards)
-        of_residue_0 = positions.reshape(-1, self.stride)[:, 0]
+        of_residue_0 = self.layout.all_positions(n * self.stride // P).reshape(-1, self.stride)[:, 0]
         residues = lax.axis_index(self.axis_name) * r + jnp.arange(r, dtype=jnp.int32)
         batch = q.shape[0] // r
         tokens = Tokens(jnp.tile(residues[:, None] + of_residue_0, (batch, 1)), segments)
@@ -113,47 +109,50 @@ class Sparse(Strategy):
     """The tokens just before, and every `stride`-th of the others.
 
     Attributes:
-      stride: tokens less than this far away are seen, and those whose distance is a multiple of it. A multiple of the
-        number of devices that divides the chunks of the layout; by default the one nearest to the root of the length,
-        where the pattern has the fewest pairs.
+      stride: tokens less than this far away are seen, and those whose distance is a multiple of it; by default the
+        power of two nearest to the root of the length, about where the pattern has the fewest pairs. It must be a
+        multiple of the number of devices and divide the chunks of the layout.
     """
 
     name = "sparse"
     source = "Child et al. 2019"
     exact = False
-    memory = "n/P * d once more, and stride * d; pairs n * (stride + n/stride)"
-    communication = "n/P * (4 d + 2 d_kv) for the far part, stride * d_kv for the near part"
+    full = False
+    memory = "n/P (d + 2 d_kv) by residues, and twice n/P d of statistics in float32"
+    communication = "n/P (d + 2 d_kv, and d in float32) for the far part, 2 stride d_kv for the near part"
     claim = ("O(n)", "varies")
 
     stride: int | None = None
 
-    def stride_of(self, layout: SequenceLayout, shard_len: int) -> int | None:
-        """The stride, or None if no number will do."""
-        if self.stride is not None or layout.kind == "striped":
-            return self.stride
-        chunk = shard_len // layout.chunks_per_shard
-        return closest_divisor(chunk, math.sqrt(shard_len * layout.ring_size), multiple_of=layout.ring_size)
+    def stride_of(self, seq_len: int) -> int:
+        """The stride for so many tokens, whatever the devices and the layout, which must not change the pattern."""
+        return 2 ** round(math.log2(seq_len) / 2) if self.stride is None else self.stride
 
     def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
         """Residues must be shared out evenly."""
-        layout, P, t = setting.layout, setting.devices, q_shape[1]
+        layout, P, shard_len = setting.layout, setting.devices, q_shape[1]
         require(
             layout.kind != "striped",
             'strategy="sparse" cuts shards into runs of consecutive tokens, but layout="striped" has none; '
             'use "contiguous" or "zigzag"',
         )
-        stride, chunk = self.stride_of(layout, t), t // layout.chunks_per_shard
-        fits = closest_divisor(chunk, math.sqrt(t * P), multiple_of=P)
-        remedy = "no number is; use longer shards" if fits is None else f"for example {fits}"
+        chunk, chunks = shard_len // layout.chunks_per_shard, P * layout.chunks_per_shard
+        stride = self.stride_of(rule.seq_len or P * shard_len)
+        fitting = closest_divisor(chunk, max(stride, 1), multiple_of=P)
+        unit = chunks * max(math.lcm(stride, P), 1)
+        padded = (
+            f"pad the sequence to {-(-P * shard_len // unit) * unit} tokens with stride={max(math.lcm(stride, P), P)}"
+        )
+        remedy = padded if fitting is None else f"give stride={fitting}, or {padded}"
         require(
-            stride is not None and stride >= 1 and stride % P == 0 and chunk % stride == 0,
+            stride >= 1 and stride % P == 0 and chunk % stride == 0,
             f'strategy="sparse" got stride={stride}, need a multiple of the {P} devices that divides the {chunk} '
             f"consecutive tokens of a {layout.kind} shard; {remedy}",
         )
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """See `Strategy`."""
-        stride = self.stride_of(setting.layout, q.shape[2])
+        stride = self.stride_of(rule.seq_len or setting.devices * q.shape[2])
         near = dataclasses.replace(rule, window=near_window(rule.window, stride))
         exchange = StridedExchange(
             near=rotation_of(setting, near, q.shape[2]),
@@ -173,8 +172,7 @@ class Sparse(Strategy):
     def sent_bytes(self, work: Workload, backward: bool = False) -> int:
         """The near part as a ring with a window; of the far part all but one in P of what changes places."""
         P, t, H, K = work.devices, work.shard, work.heads, work.kv_heads
-        stride = self.stride_of(SequenceLayout(work.layout, P), t)
-        near = dataclasses.replace(work, window=near_window(work.window, stride))
+        near = dataclasses.replace(work, window=near_window(work.window, self.stride_of(work.seq_len)))
         statistics = 4 * work.batch * t * H  # one number for each query and head
         far = work.bytes_of(t, H) + 2 * work.bytes_of(t, K) + work.segment_bytes(t)
         if backward:

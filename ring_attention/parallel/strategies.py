@@ -43,7 +43,5 @@ def find_strategy(strategy: str | Strategy, options: dict | None = None) -> Stra
     for name in options or {}:
         if name not in known:
             takes = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise TypeError(
-                f"{name!r}, which is neither an argument nor an option of strategy={strategy.name!r}; {takes}"
-            )
+            raise TypeError(f"got {name!r}, which is neither an argument nor an option of {strategy.name!r}; {takes}")
     return dataclasses.replace(strategy, **options) if options else strategy

@@ -85,15 +85,18 @@ class Strategy:
       name: by which it is chosen.
       source: who described it.
       exact: whether a query attends to every key that the mask shows.
+      full: whether the mask may show every key: full attention.
       causal: whether it can hide later tokens.
-      memory: of one device, in words; n tokens, P devices, W window, d = heads * head_dim.
-      communication: what one device sends, in words.
+      memory: of one device in the forward pass, beside its shards of q, k, v and out, in words: n tokens, P devices,
+        W window, d and d_kv the heads and the key/value heads times head_dim.
+      communication: what one device sends in the forward pass, in words.
       claim: (memory, communication) as the comparison in docs/problems.md has it, or None.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     exact: ClassVar[bool] = True
+    full: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     memory: ClassVar[str]
     communication: ClassVar[str]
@@ -111,7 +114,7 @@ class Strategy:
         raise NotImplementedError
 
     def sent_bytes(self, work: Workload, backward: bool = False) -> int:
-        """That one device sends in the forward pass, or in the backward pass."""
+        """That one device sends in the forward pass, or in the backward pass where nothing is computed again."""
         raise NotImplementedError
 
 

@@ -5,8 +5,10 @@ then share a place in a ring; the all-to-all stays on the fast links inside a no
 """
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,7 +18,7 @@ from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring import rotation_of
-from ring_attention.parallel.routes import plan_routes
+from ring_attention.parallel.routes import plan_routes, token_hops
 from ring_attention.parallel.strategy import Setting, Strategy, Workload
 
 HEADS, TOKENS = 1, 2
@@ -29,32 +31,34 @@ class Swap:
 
     Attributes:
       axis_name: of all devices.
-      groups: the devices that swap with each other.
+      groups: the devices that swap with each other; None: all of them.
       order: int [size * t], how to sort the tokens of such devices, side by side, into the order of the merged layout.
     """
 
     axis_name: str
-    groups: list[list[int]]
+    groups: list[list[int]] | None
     order: np.ndarray
 
     def heads_for_tokens(self, x_BHtD):
         """[B,H,t,D] to [B,H/size,size*t,D]."""
-        return self._sort(self._all_to_all(x_BHtD, HEADS, TOKENS), TOKENS)
+        return self._sort(self._all_to_all(x_BHtD, HEADS, TOKENS), TOKENS, self.order)
 
     def tokens_for_heads(self, x_BHtD):
         """The way back."""
-        return self._all_to_all(x_BHtD[:, :, np.argsort(self.order)], TOKENS, HEADS)
+        return self._all_to_all(self._sort(x_BHtD, TOKENS, np.argsort(self.order)), TOKENS, HEADS)
 
     def gather(self, segments_Bt):
         """The segment ids of all tokens, [B,size*t]."""
         gathered = lax.all_gather(segments_Bt, self.axis_name, axis=1, tiled=True, axis_index_groups=self.groups)
-        return self._sort(gathered, 1)
+        return self._sort(gathered, 1, self.order)
 
     def _all_to_all(self, x, split_axis: int, concat_axis: int):
         return lax.all_to_all(x, self.axis_name, split_axis, concat_axis, tiled=True, axis_index_groups=self.groups)
 
-    def _sort(self, x, axis: int):
-        return x if np.array_equal(self.order, np.arange(len(self.order))) else jnp.take(x, self.order, axis)
+    def _sort(self, x, axis: int, order: np.ndarray):
+        if np.array_equal(order, np.arange(len(order))):
+            return x
+        return jnp.take(x, order, axis, unique_indices=True, mode="clip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +73,8 @@ class Usp(Strategy):
 
     name = "usp"
     source = "Fang & Zhao 2024"
-    memory = "n/P * d, of q, k, v and out once more"
-    communication = "2 * n/P * (d + d_kv) for the all-to-all, and n/U * d_kv for the ring of P/U, U = ulysses_size"
+    memory = "n/P (2 d + 2 d_kv), q, k, v and out once more, 4 n/P d_kv of blocks, and n/P d of statistics in float32"
+    communication = "2 n/P (d + d_kv) (U-1)/U for the swaps, U = ulysses_size, and 2 n/U d_kv (P-U)/P for the ring"
 
     ulysses_size: int | None = None
 
@@ -84,7 +88,8 @@ class Usp(Strategy):
         size = self.size(devices, heads, kv_heads)
         require(
             size >= 1 and devices % size == 0,
-            f"ulysses_size={size} must divide the {devices} devices along {setting.axis_name!r}",
+            f"ulysses_size={size} must divide the {devices} devices along {setting.axis_name!r}; leave it out for the "
+            f"most that the heads allow, {math.gcd(devices, heads, kv_heads)}",
         )
         require(
             heads % size == 0,
@@ -99,14 +104,14 @@ class Usp(Strategy):
         U = self.size(P, H, K)
         swap = Swap(
             axis_name=setting.axis_name,
-            groups=np.arange(P).reshape(-1, U).tolist(),
+            groups=None if U == P else np.arange(P).reshape(-1, U).tolist(),
             order=_order(setting.layout, U, t),
         )
         first = lax.rem(lax.axis_index(setting.axis_name), U) * (H // U)
         rule = rule.of_heads(first, H // U)
         sinks = None if sinks is None else lax.dynamic_slice_in_dim(sinks, first, H // U)
         copies = kv_copies(K, U)
-        k, v = (jnp.repeat(x, copies, HEADS) for x in (k, v))
+        k, v = (repeat_heads(x, copies) for x in (k, v))
         merged = dataclasses.replace(setting, layout=setting.layout.merged(U))
         rotation = rotation_of(merged, rule, U * t, width=U)
         segments = None if segments is None else swap.gather(segments)
@@ -128,7 +133,7 @@ class Usp(Strategy):
         swapped = 2 * (work.bytes_of(work.shard, work.heads) + work.bytes_of(work.shard, kv_heads)) * (U - 1) // U
         layout = SequenceLayout(work.layout, work.devices).merged(U)
         routes = plan_routes(layout, U * work.shard, causal=work.causal, reach=work.window, duplex=False)
-        hops = sum((route.stop - route.start) * route.hops for route in routes)
+        hops = token_hops(routes)
         ring = 2 * work.bytes_of(hops, kv_heads) // U + work.segment_bytes(hops)
         if backward:
             return swapped + ring + 2 * work.bytes_of(hops, kv_heads, 4) // U
@@ -141,8 +146,8 @@ class Ulysses(Usp):
 
     name = "ulysses"
     source = "Jacobs et al. 2023 (DeepSpeed Ulysses)"
-    memory = "n/P * d, of q, k, v and out once more"
-    communication = "2 * n/P * (d + d_kv) * (P-1)/P; more where P does not divide the key/value heads"
+    memory = "n/P (2 d + 2 d_kv), q, k, v and out once more, and n/P d of statistics in float32"
+    communication = "2 n/P (d + d_kv) (P-1)/P; more where P does not divide the key/value heads"
 
     ulysses_size: None = dataclasses.field(default=None, init=False)
 
@@ -154,6 +159,24 @@ class Ulysses(Usp):
 def kv_copies(kv_heads: int, size: int) -> int:
     """How often each key/value head must be repeated for `size` devices to share them out."""
     return size // math.gcd(kv_heads, size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def repeat_heads(x_BKtD, copies: int):
+    """Each head `copies` times; their gradients are summed in float32."""
+    return jnp.repeat(x_BKtD, copies, HEADS)
+
+
+def _repeat_forward(x, copies: int):
+    return repeat_heads(x, copies), None
+
+
+def _repeat_backward(copies: int, _, grad):
+    B, H, *rest = grad.shape
+    return (grad.astype(jnp.float32).reshape(B, H // copies, copies, *rest).sum(2).astype(grad.dtype),)
+
+
+repeat_heads.defvjp(_repeat_forward, _repeat_backward)
 
 
 def _order(layout: SequenceLayout, size: int, shard_len: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from ring_attention.checks import require, require_choice
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.strategy import Workload
+from ring_attention.parallel.ulysses import kv_copies
 from ring_attention.planning.balance import work_by_hop
 
 SIMULATED = ("ring", "all_gather", "ulysses", "usp")
@@ -30,7 +31,7 @@ class Machine:
       latency: seconds of each transfer.
       blocking: a device that has begun a transfer computes nothing until it has ended, as on the CPU. Otherwise
         transfers run beside the computation, as on TPU and GPU.
-      jitter: standard deviation of the logarithm of each computation's time.
+      jitter: standard deviation of the logarithm of each computation's time, whose mean stays as it is.
     """
 
     seconds_per_pair: tuple[float, ...]
@@ -72,7 +73,7 @@ class Timeline:
     def compute(self, device: int, name: str, pairs: float, after: Sequence[Span | None] = ()) -> Span:
         """A device works on so many pairs."""
         machine = self.machine
-        jitter = np.exp(machine.jitter * self._random.standard_normal())
+        jitter = np.exp(machine.jitter * self._random.standard_normal() - machine.jitter**2 / 2)
         seconds = (machine.hop_seconds + pairs * machine.seconds_per_pair[device]) * jitter
         return self._add(f"device {device}", name, seconds, after)
 
@@ -103,23 +104,30 @@ def simulate(
     Args:
       strategy: one of `SIMULATED`.
       layout: of the sequence over `work.devices` devices.
-      work: sizes and mask (without segments).
+      work: sizes of a full attention, causal or not; its layout is the one given here.
       machine: the devices, as many as `work.devices`.
       backward: the backward pass rather than the forward pass.
       ulysses_size: of "usp".
       seed: of the jitter.
 
     Raises:
-      ValueError: for a strategy that is not simulated, or another number of devices.
+      ValueError: for a strategy or a mask that is not simulated, another number of devices, or heads that the strategy
+        cannot share out.
     """
     require_choice("strategy", strategy, SIMULATED)
+    require(
+        work.window is None and not work.segments,
+        f"window={work.window}, segments={work.segments}: only full attention is simulated; leave them out",
+    )
     P = work.devices
     require(
         len(machine.seconds_per_pair) == layout.ring_size == P,
         f"got {len(machine.seconds_per_pair)} speeds and a layout for {layout.ring_size} devices, need {P} of both",
     )
     timeline = Timeline(machine, seed)
-    size = {"ring": 1, "usp": ulysses_size, "ulysses": P}.get(strategy)
+    size = {"usp": ulysses_size, "ulysses": P}.get(strategy, 1)
+    fits = size >= 1 and P % size == 0 and work.heads % size == 0
+    require(fits, f"{size} devices cannot share {work.heads} heads of {P} devices; choose a divisor of both")
     if strategy == "all_gather":
         _all_gather(timeline, _pairs(layout, work, backward, machine).sum(1), work, backward)
     else:
@@ -127,9 +135,15 @@ def simulate(
     return timeline
 
 
-def step_seconds(strategy: str, layout: SequenceLayout, work: Workload, machine: Machine, **options) -> float:
-    """Forward and backward pass."""
-    return sum(simulate(strategy, layout, work, machine, backward=b, **options).seconds for b in (False, True))
+def seconds_of_both_passes(
+    strategy: str, layout: SequenceLayout, work: Workload, machine: Machine, *, ulysses_size: int = 1, seed: int = 0
+) -> float:
+    """Forward pass and then the backward pass; arguments as of `simulate`."""
+    passes = (
+        simulate(strategy, layout, work, machine, backward=backward, ulysses_size=ulysses_size, seed=seed)
+        for backward in (False, True)
+    )
+    return sum(timeline.seconds for timeline in passes)
 
 
 def _pairs(layout: SequenceLayout, work: Workload, backward: bool, machine: Machine) -> np.ndarray:
@@ -141,14 +155,13 @@ def _pairs(layout: SequenceLayout, work: Workload, backward: bool, machine: Mach
 def _usp(timeline: Timeline, layout: SequenceLayout, work: Workload, backward: bool, size: int) -> None:
     """Swap heads for tokens among `size` neighbours, go around rings across them, swap back."""
     P = work.devices
-    places = P // size
+    places, kv_heads = P // size, work.kv_heads * kv_copies(work.kv_heads, size)
     pairs = _pairs(layout.merged(size), work, backward, timeline.machine) / size
     before = _swap(timeline, work, size, "swap", [None] * P)
     ended = [None] * P
     for member in range(size):
         devices = [place * size + member for place in range(places)]
-        block = 2 * work.bytes_of(work.shard, work.kv_heads)
-        gradients = 2 * work.bytes_of(work.shard, work.kv_heads, 4)
+        block, gradients = (2 * work.bytes_of(work.shard, kv_heads, itemsize) for itemsize in (None, 4))
         ring = _Ring(timeline, devices, pairs, block, [before[device] for device in devices])
         for device, span in zip(devices, ring.backward(gradients) if backward else ring.forward(), strict=True):
             ended[device] = span
@@ -159,7 +172,8 @@ def _swap(timeline: Timeline, work: Workload, size: int, name: str, after: list[
     """Half of Ulysses' all-to-alls, among `size` neighbours at a time; everyone waits for everyone."""
     if size == 1:
         return after
-    sent = (work.bytes_of(work.shard, work.heads) + work.bytes_of(work.shard, work.kv_heads)) * (size - 1) / size
+    kv_heads = work.kv_heads * kv_copies(work.kv_heads, size)
+    sent = (work.bytes_of(work.shard, work.heads) + work.bytes_of(work.shard, kv_heads)) * (size - 1) / size
     spans = []
     for first in range(0, work.devices, size):
         group = range(first, first + size)

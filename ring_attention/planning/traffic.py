@@ -4,8 +4,12 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.rule import Rule
+from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy
-from ring_attention.parallel.strategy import Strategy, Workload, closest_divisor
+from ring_attention.parallel.strategy import Setting, Strategy, Workload, closest_divisor
 
 GIB = 2**30
 
@@ -38,14 +42,29 @@ def traffic(strategy: str | Strategy, work: Workload, bandwidth: float) -> Traff
     return Traffic(sent, sent * work.devices, sent / bandwidth)
 
 
+def can_do(strategy: Strategy, work: Workload) -> bool:
+    """Whether the strategy can do the work at all: heads, lengths and masks fit."""
+    layout = SequenceLayout(work.layout, work.devices)
+    setting = Setting(axis_name="sp", layout=layout, kernel=find_kernel("auto"), blocks=BlockSizes())
+    shape = (work.batch, work.shard, work.heads, work.head_dim)
+    try:
+        layout.check_length(work.seq_len)
+        strategy.check(setting, shape, work.kv_heads, Rule(scale=1.0, causal=work.causal, window=work.window))
+    except ValueError:
+        return False
+    return True
+
+
 def attention_seconds(work: Workload, flops: float) -> float:
-    """Of a causal forward pass whose work is shared out evenly, on devices of so many operations a second."""
+    """Of a causal forward pass over all tokens, shared out evenly among devices of so many operations a second."""
     pairs = work.seq_len * (work.seq_len + 1) / 2
     return 4 * work.batch * work.heads * work.head_dim * pairs / work.devices / flops
 
 
-def worked_example(seq_len: int = 2**20, model_dim: int = 4096, devices: int = 8, bandwidth: float = 200 * GIB):
-    """Strategy -> Traffic for the example of docs/problems.md: 64 GiB and 0.32 s for the naive broadcast as reckoned.
+def worked_example(
+    seq_len: int = 2**20, model_dim: int = 4096, devices: int = 8, bandwidth: float = 200 * GIB
+) -> dict[str, Traffic | None]:
+    """Strategy -> Traffic, or None where it cannot be, for the example of docs/problems.md.
 
     Heads of 128, as many for keys and values as for queries, 2 bytes an element. The window is 4096 tokens; USP divides
     the devices as evenly as it can.
@@ -56,5 +75,6 @@ def worked_example(seq_len: int = 2**20, model_dim: int = 4096, devices: int = 8
         if name != "single_device":
             case = work if name != "sliding_window" else dataclasses.replace(work, window=4096)
             options = dict(ulysses_size=closest_divisor(devices, math.sqrt(devices))) if name == "usp" else {}
-            found[name] = traffic(find_strategy(name, options), case, bandwidth)
+            strategy = find_strategy(name, options)
+            found[name] = traffic(strategy, case, bandwidth) if can_do(strategy, case) else None
     return found

@@ -1,13 +1,12 @@
 """Everything that decides a run, in one frozen object."""
 
 import dataclasses
-import math
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.checks import require_field
+from ring_attention.checks import ConfigError, require_field
 from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
-from ring_attention.parallel.layouts import LAYOUT_KINDS, SequenceLayout, as_layout
+from ring_attention.parallel.layouts import LAYOUT_KINDS, SequenceLayout, as_layout, parse_speeds
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy
 from ring_attention.parallel.strategy import Strategy
 
@@ -57,7 +56,8 @@ class AttentionConfig:
         directions at once.
       head_groups: "all_gather": into how many parts key/value heads are gathered; 0: one head at a time.
       ulysses_size: "usp": devices that swap heads for tokens; 0: as many as divide the heads.
-      stride: "sparse": how far apart the tokens are that see each other; 0: about the root of seq_len.
+      stride: "sparse": how far apart the tokens are that see each other; 0: the power of two nearest to the root of
+        seq_len.
       layout: order in which tokens are dealt to shards: "contiguous", "zigzag" or "striped".
       speeds: of the devices along the ring, numbers with spaces between; tokens are dealt so that the work of each is
         proportional to its speed, and `layout` is not used. Empty: all are alike.
@@ -109,19 +109,13 @@ class AttentionConfig:
                 f"attention.{name}",
                 value,
                 f"is no option of attention.strategy={self.strategy!r}",
-                f"leave it out; that one takes {', '.join(known & set(STRATEGY_OPTIONS)) or 'no options'}",
+                f"leave it out; that one takes {', '.join(sorted(known & set(STRATEGY_OPTIONS))) or 'no options'}",
             )
-        try:
-            speeds = [float(word) for word in self.speeds.split()]
-        except ValueError:
-            speeds = [0.0]
-        require_field(
-            all(0 < speed < math.inf for speed in speeds),
-            "attention.speeds",
-            self.speeds,
-            "must be positive numbers with spaces between",
-            "give one for each device along sp, or leave it out",
-        )
+        if self.speeds:
+            try:
+                parse_speeds(self.speeds)
+            except ValueError as error:
+                raise ConfigError(f"attention.{error}") from error
         for name in ("block_q", "block_kv", "block_heads"):
             value = getattr(self, name)
             require_field(value > 0, f"attention.{name}", value, "must be positive", "leave it out to take the default")
@@ -141,7 +135,7 @@ class AttentionConfig:
         """The layout of a sequence over so many devices."""
         if not self.speeds:
             return SequenceLayout(self.layout, ring_size)
-        layout = SequenceLayout.for_speeds([float(word) for word in self.speeds.split()])
+        layout = SequenceLayout.for_speeds(parse_speeds(self.speeds))
         return as_layout(layout, ring_size)
 
 

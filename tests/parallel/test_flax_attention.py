@@ -217,20 +217,21 @@ def test_what_is_dropped_is_what_ring_attention_drops():
 
 SETTINGS = [
     name
-    for name, parameter in inspect.signature(ra.ring_attention).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("mesh", "dropout_rate", "dropout_key")
+    for name, parameter in inspect.signature(ra.context_attention).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("mesh", "strategy", "dropout_rate", "dropout_key")
 ]
+OPTIONS = ["duplex", "unroll"]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_reaches_ring_attention(name, monkeypatch):
+@pytest.mark.parametrize("name", SETTINGS + OPTIONS)
+def test_every_setting_reaches_the_attention(name, monkeypatch):
     given = []
 
     def record(q, k, v, **kwargs):
         given.append(kwargs)
         return q
 
-    monkeypatch.setattr(flax_attention, "ring_attention", record)
+    monkeypatch.setattr(flax_attention, "context_attention", record)
     mesh, q = _mesh(2), jnp.zeros((B, T, H, D))
     value = jnp.ones((B, T), jnp.int32) if name == "segment_ids" else object()
     ra.flax_attention_fn(mesh=mesh, **{name: value})(q, q, q)
@@ -253,7 +254,7 @@ def test_settings_change_what_a_layer_computes():
     [
         (
             dict(windw=4),
-            "flax_attention_fn got 'windw', which is neither an argument nor an option of strategy='ring'; its",
+            "flax_attention_fn got 'windw', which is neither an argument nor an option of 'ring'; its",
         ),
         (dict(mask=None), "flax_attention_fn got 'mask', which is neither"),
         (dict(dropout_rate=0.1), "flax_attention_fn got dropout_rate, but dropout is the layer's; give the layer"),

@@ -1,12 +1,14 @@
 """The simulator against what can be worked out by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import ring_attention as ra
 from ring_attention.parallel.strategy import Workload
 from ring_attention.planning.balance import work_by_hop
-from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, simulate, step_seconds
+from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, seconds_of_both_passes, simulate
 
 T, P = 256, 4
 WORK = Workload(seq_len=T, devices=P, heads=4, kv_heads=4, head_dim=8)
@@ -99,7 +101,9 @@ def test_jitter_is_drawn_from_the_seed_and_makes_rings_wait():
 
 
 def test_a_step_is_both_passes():
-    assert step_seconds("ring", LAYOUTS["zigzag"], WORK, ALIKE) == _seconds("ring") + _seconds("ring", backward=True)
+    assert seconds_of_both_passes("ring", LAYOUTS["zigzag"], WORK, ALIKE) == _seconds("ring") + _seconds(
+        "ring", backward=True
+    )
 
 
 def test_what_cannot_be_simulated_is_refused():
@@ -107,3 +111,13 @@ def test_what_cannot_be_simulated_is_refused():
         _seconds("sparse")
     with pytest.raises(ValueError, match="got 2 speeds and a layout for 4 devices, need 4 of both"):
         _seconds("ring", machine=Machine.of_speeds([1.0, 1.0]))
+    with pytest.raises(ValueError, match="3 devices cannot share 4 heads of 4 devices; choose a divisor of both"):
+        _seconds("usp", ulysses_size=3)
+    with pytest.raises(ValueError, match="window=7, segments=False: only full attention is simulated"):
+        _seconds("ring", work=dataclasses.replace(WORK, window=7))
+
+
+def test_hops_and_transfers_have_a_cost_of_their_own():
+    hop = PAIRS / P / P
+    machine = Machine.of_speeds([1.0] * P, hop_seconds=hop, latency=hop / 2, blocking=True)
+    assert _seconds("ring", machine=machine) == pytest.approx(8 * hop + 3 * hop / 2, rel=1e-2)

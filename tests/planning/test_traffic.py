@@ -26,3 +26,9 @@ def test_attention_takes_longer_than_the_broadcast_at_that_length():
     assert attention_seconds(work, 400e12) == pytest.approx(2 * 2**40 * 4096 / 8 / 400e12, rel=1e-5)
     assert attention_seconds(work, 400e12) > 5 * 0.32
     assert traffic("ring", work, 200 * GIB).seconds < 0.1
+
+
+def test_what_a_strategy_cannot_do_has_no_price():
+    found = worked_example(devices=64)  # for 32 heads
+    assert found["ulysses"] is None
+    assert found["ring"].sent == 2 * 63 * 2**20 // 64 * 4096 * 2

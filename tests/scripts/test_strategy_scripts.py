@@ -86,7 +86,7 @@ def test_unequal_devices_are_simulated_and_drawn(tmp_path):
     assert out.stat().st_size > 20_000
     wrong = run("simulate_ring.py", "--speeds", "1 fast")
     assert wrong.returncode == 2
-    assert "speeds='1 fast': must be positive numbers" in wrong.stderr
+    assert "speeds='1 fast' must be positive numbers" in wrong.stderr
 
 
 def test_the_worked_example_prints_what_the_document_says():

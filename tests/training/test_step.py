@@ -115,7 +115,8 @@ def test_the_attention_of_a_config_has_its_window_and_its_softcap():
     spec = PartitionSpec(None, "sp")
 
     def error(config, **mask):
-        attend = jax.shard_map(attention_of(config, mesh.shape["sp"]), mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+        attend = attention_of(config, mesh.shape["sp"])
+        attend = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))
         got = layout.unpermute(attend(*(layout.permute(x, 1) for x in (q, k, v))), 1)
         return relative_error(got, ra.reference_attention(q, k, v, **mask))
 

@@ -91,8 +91,8 @@ def test_a_window_gives_other_losses(by_ring):
         ),
         (dict(stride=4), "attention.stride=4: is no option of attention.strategy='ring'"),
         (dict(ulysses_size=-1), "attention.ulysses_size=-1: must not be negative"),
-        (dict(speeds="1 fast"), "attention.speeds='1 fast': must be positive numbers with spaces between"),
-        (dict(speeds="1 0 1 1"), "attention.speeds='1 0 1 1': must be positive numbers"),
+        (dict(speeds="1 fast"), "attention.speeds='1 fast' must be positive numbers with spaces between"),
+        (dict(speeds="1 0 1 1"), "attention.speeds='1 0 1 1' must be positive numbers"),
     ],
 )
 def test_a_config_that_means_nothing_is_refused(attention, message):
