@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ring_attention.checks import require
+from ring_attention.parallel.wires import arrange
 
 DATA, FSDP, SEQUENCE, TENSOR = "dp", "fsdp", "sp", "tp"
 AXES = (DATA, FSDP, SEQUENCE, TENSOR)
@@ -15,7 +16,10 @@ AXES = (DATA, FSDP, SEQUENCE, TENSOR)
 def make_mesh(
     dp: int = 1, fsdp: int = 1, sp: int = -1, tp: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh with the axes dp, fsdp, sp and tp, tp varying fastest over `devices` in the order given.
+    """A mesh with the axes dp, fsdp, sp and tp, whose rings along sp lie on the wires (see `wires.arrange`).
+
+    On a TPU pod every hop of a ring is one link wherever the grid has such a ring. Devices without coordinates stay in
+    order, tp varying fastest, those of a host together.
 
     Args:
       dp: devices along the data axis, over which parameters are replicated.
@@ -31,8 +35,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     shape = resolve_mesh_shape(dict(dp=dp, fsdp=fsdp, sp=sp, tp=tp), len(devices))
-    grid = np.array(devices, dtype=object).reshape(tuple(shape.values()))
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arrange(devices, tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def resolve_mesh_shape(shape: dict[str, int], num_devices: int) -> dict[str, int]:

@@ -1,0 +1,153 @@
+"""Rings on the wires of a pod: every hop one link wherever the grid has such a ring."""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import math
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from ring_attention.parallel.wires import Hops, arrange, has_cycle, hops_of, ring_in_box
+
+AXES = ("dp", "fsdp", "sp", "tp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a jax.Device as says where it is."""
+
+    coords: tuple[int, ...] | None
+    slice_index: int | None = 0
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+class Pod:
+    """A mesh of chips, which jax.sharding.Mesh would not take."""
+
+    axis_names = AXES
+
+    def __init__(self, chips, **shape):
+        self.devices = arrange(chips, tuple(shape.get(axis, 1) for axis in AXES))
+
+
+def _grid(*sides, **others):
+    return [Chip(coords, **others) for coords in itertools.product(*map(range, sides))]
+
+
+def _links(x, y):
+    return sum(abs(a - b) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("sides", list(itertools.product(range(1, 6), range(1, 5), range(1, 5))), ids=str)
+def test_a_ring_in_a_box_visits_every_place_once_a_link_at_a_time_if_it_can(sides):
+    ring = ring_in_box(sides)
+    assert len(ring) == len(set(ring)) == math.prod(sides)
+    assert set(ring) == set(itertools.product(*map(range, sides)))
+    longest = max(_links(x, y) for x, y in zip(ring, ring[1:] + ring[:1], strict=True))
+    assert longest <= (1 if has_cycle(sides) else 2)
+
+
+def _cycle_by_search(sides):
+    """Whether a box has a Hamiltonian cycle, found by trying."""
+    places = set(itertools.product(*map(range, sides)))
+    start = (0,) * len(sides)
+
+    def extend(path, seen):
+        if len(path) == len(places):
+            return _links(path[-1], start) == 1
+        steps = (
+            tuple(x + d * (i == axis) for i, x in enumerate(path[-1])) for axis in range(len(sides)) for d in (1, -1)
+        )
+        return any(extend([*path, place], seen | {place}) for place in steps if place in places and place not in seen)
+
+    return len(places) <= 2 or extend([start], {start})
+
+
+@pytest.mark.parametrize(
+    "sides", [(1, 3), (1, 4), (2, 2), (2, 3), (3, 3), (3, 4), (1, 2), (2, 2, 2), (3, 3, 1), (3, 2, 2)]
+)
+def test_a_box_is_said_to_have_a_cycle_if_a_search_finds_one(sides):
+    assert has_cycle(sides) == _cycle_by_search(sides)
+
+
+PODS = {
+    "v5e:4x4": (4, 4, 1),
+    "v5e:4x8": (4, 8, 1),
+    "v6e:16x16": (16, 16, 1),
+    "v4:8x8x8": (8, 8, 8),
+    "v5p:8x8x16": (8, 8, 16),
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("pod", PODS)
+def test_every_hop_is_one_link_on_slices_of_powers_of_two_whatever_else_there_is(pod, tp):
+    chips = _grid(*PODS[pod])
+    size = len(chips) // tp
+    for sp in (2**k for k in range(1, 11) if 2**k <= size):
+        mesh = Pod(chips, fsdp=size // sp, sp=sp, tp=tp)
+        assert hops_of(mesh) == Hops(links=1, crossings=0), sp
+        assert collections.Counter(mesh.devices.flat) == collections.Counter(chips)
+    listed = Pod(chips, sp=len(chips))
+    listed.devices = np.array(chips, object).reshape(1, 1, -1, 1)
+    assert hops_of(listed).links == sum(side - 1 for side in PODS[pod])  # the control: up to 30
+
+
+def test_devices_along_tp_are_neighbours_where_the_ring_keeps_its_cycle():
+    mesh = Pod(_grid(4, 4, 2), sp=16, tp=2)
+    assert hops_of(mesh, "sp").links == hops_of(mesh, "tp").links == 1
+
+
+def test_a_grid_without_a_cycle_has_hops_of_two_links_at_most():
+    assert hops_of(Pod(_grid(3, 3, 1), sp=9)) == Hops(links=2, crossings=0)
+    assert hops_of(Pod(_grid(1, 5, 1), sp=5)) == Hops(links=2, crossings=0)
+
+
+def test_both_cores_of_a_chip_are_neighbours():
+    chips = [
+        Chip(coords, core_on_chip=core) for coords in itertools.product(range(2), range(2), range(1)) for core in (0, 1)
+    ]
+    assert hops_of(Pod(chips, sp=8)).links == 1
+
+
+def test_slices_are_crossed_as_seldom_as_can_be():
+    chips = [chip for number in range(2) for chip in _grid(4, 4, 1, slice_index=number)]
+    mixed = chips[::2] + chips[1::2]
+    assert hops_of(Pod(mixed, dp=2, sp=16)) == Hops(links=1, crossings=0)
+    assert hops_of(Pod(mixed, sp=32)).crossings == 2
+    assert hops_of(Pod(mixed, sp=16, tp=2)).crossings == 2
+    assert hops_of(Pod(mixed, dp=4, sp=8)) == Hops(links=1, crossings=0)
+
+
+def test_hosts_gpus_stay_together_and_simulated_devices_in_their_order():
+    gpus = [Chip(None, slice_index=None, process_index=number % 4) for number in range(32)]
+    hosts = [gpu.process_index for gpu in Pod(gpus, sp=32).devices.flat]
+    assert hosts == sorted(hosts)
+    assert hops_of(Pod(gpus, sp=32)) == Hops(links=0, crossings=0)
+    alike = [Chip(None) for _ in range(8)]
+    assert Pod(alike, dp=2, sp=2, tp=2).devices.ravel().tolist() == alike
+
+
+def test_what_fits_no_box_is_left_in_its_order_and_said(caplog):
+    chips = _grid(4, 4, 1)
+    with caplog.at_level(logging.WARNING):
+        mesh = Pod(chips[:15], sp=5, tp=3)
+        assert mesh.devices.ravel().tolist() == chips[:15]
+        assert "fill no box of the pod's grid" in caplog.text
+        assert Pod(chips[:12], sp=3, tp=4).devices.shape == (1, 1, 3, 4)
+        Pod(_grid(2, 8, 1), dp=2, sp=8)
+        caplog.clear()
+        odd = _grid(3, 5, 1)
+        assert Pod(odd, sp=15).devices.size == 15
+        assert caplog.text == ""
+
+
+def test_a_real_mesh_is_measured_too():
+    import jax
+
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 1, 8, 1), AXES)
+    assert hops_of(mesh) == Hops(links=0, crossings=0)
