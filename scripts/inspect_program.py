@@ -30,6 +30,7 @@ import ring_attention as ra
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.simulate import simulate_devices
+from ring_attention.parallel.wires import hops_of
 from ring_attention.planning import compiled
 from ring_attention.planning.pods import pod_devices
 
@@ -115,6 +116,7 @@ class Row:
     scores_of_shard: int  # t * T elements, what a dense row of scores, or a mask, would take
     temporary_bytes: int
     compile_seconds: float
+    longest_hop: int  # links
 
     def flat(self) -> dict:
         """For a JSON file."""
@@ -182,6 +184,7 @@ def written(jaxpr: Jaxpr | ClosedJaxpr) -> Traffic:
 
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*)")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%[\w.\-]+ \(.*\{$")
 _HOP = re.compile(r' while\(|custom_call_target="(?:tpu_custom_call|[^"]*triton|[^"]*mosaic)')
 _DONE = re.compile(r"(.*) collective-permute-done\((?:\S+ )?(%[\w.\-]+)\)")
 
@@ -193,8 +196,10 @@ def schedule_of(text: str) -> Schedule:
     asynchronous = hidden = most = hops = 0
     waiting: dict[str, int] = {}  # name of a start -> hops before it
     for line in text.splitlines():
-        if (instruction := _INSTRUCTION.match(line)) is None:
-            waiting, hops = {}, 0  # another computation begins
+        if _COMPUTATION.match(line):
+            waiting, hops = {}, 0
+        elif (instruction := _INSTRUCTION.match(line)) is None:
+            continue  # a kernel's own text may take several lines
         elif " collective-permute-start(" in line:
             waiting[instruction[1]] = hops
             at_once = '"is_sync":true' in line
@@ -221,7 +226,7 @@ def inspect(case: Case, devices: list[jax.Device], args: argparse.Namespace) -> 
         jax.ShapeDtypeStruct((1, P * t, heads, args.head_dim), args.dtype, sharding=sharding)
         for heads in (args.heads, args.kv_heads)
     )
-    settings = dict(layout=case.layout, window=case.window, duplex=case.duplex, unroll=case.unroll)
+    settings = dict(layout=case.layout, window=case.window, duplex=case.duplex, unroll=case.unroll, impl=args.impl)
     forward = functools.partial(ra.ring_attention, mesh=mesh, **settings)
 
     def forward_and_backward(q, k, v, dout):
@@ -261,6 +266,7 @@ def inspect(case: Case, devices: list[jax.Device], args: argparse.Namespace) -> 
         scores_of_shard=t * P * t,
         temporary_bytes=executable.memory_analysis().temp_size_in_bytes,
         compile_seconds=round(seconds, 2),
+        longest_hop=hops_of(mesh).links,
     )
 
 
@@ -314,7 +320,11 @@ def table_of(rows: list[Row], columns, where: str, args: argparse.Namespace) -> 
     same = {name: getattr(rows[0].case, name) for name, differs in differing.items() if not differs}
     named = [f"{NAMES.get(name, name)}={in_words(name, value)}" for name, value in same.items() if value]
     sizes = [f"H={args.heads}", f"K={args.kv_heads}", f"D={args.head_dim}"]
-    table = Table(title=", ".join([where, args.dtype, *named, *sizes]), caption=CAPTIONS[columns])
+    kernel = [] if args.impl == "auto" else [args.impl]
+    farthest = max(row.longest_hop for row in rows)
+    links = [f"longest hop {farthest} link{'s' * (farthest > 1)}"] if farthest else []
+    title = ", ".join([where, *kernel, args.dtype, *named, *sizes, *links])
+    table = Table(title=title, caption=CAPTIONS[columns])
     shown = [name for name, differs in differing.items() if differs]
     for name in shown:
         justify = "right" if name in ("ring_size", "window", "shard") else "left"
@@ -344,6 +354,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--program", choices=PROGRAMS, nargs="+", default=[PROGRAMS[0], PROGRAMS[2]])
     parser.add_argument("--topology", metavar="POD", help="compile for a pod such as v5e:4x4, v5p:2x2x2 or h100:1x8")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--impl", default="auto", help="kernel that computes a hop")
     parser.add_argument("--shard", type=int, nargs="+", default=[2048], metavar="t", help="tokens of one device")
     parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads")
     parser.add_argument("--kv-heads", type=int, default=2, metavar="K", help="key/value heads")

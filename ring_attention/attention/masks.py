@@ -23,10 +23,14 @@ class Tokens:
     Attributes:
       positions: int32 [B or 1, t], natural positions in the sequence.
       segments: int32 [B or 1, t], or None where all tokens are of one segment.
+      runs: lengths of the runs of evenly spaced tokens that these are, one after the other; None where nobody says.
+      step: how far apart the tokens of a run are.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
+    runs: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    step: int = dataclasses.field(default=1, metadata={"static": True})
 
     def pad(self, amount: int, segment: int) -> "Tokens":
         """The same tokens and `amount` more, in a segment of their own."""

@@ -109,7 +109,9 @@ class Gathering:
         """Where all keys stand, in the order in which they are gathered."""
         if segments is not None:
             segments = lax.all_gather(segments, self.axis_name, axis=1, tiled=True)
-        return Tokens(self.layout.all_positions(shard_len).reshape(1, -1), segments)
+        runs, step = self.layout.runs(shard_len, 0, shard_len)
+        runs = None if runs is None else runs * self.layout.ring_size
+        return Tokens(self.layout.all_positions(shard_len).reshape(1, -1), segments, runs, step)
 
     def _hop(self, rule: Rule, keys: Tokens, segments, group, q) -> Hop:
         """The meeting of this device's queries of a group with all keys."""

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.rule import as_sinks, check_window, make_rule
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
@@ -105,7 +105,9 @@ def context_attention_shard(
         head_offset=head_offset,
         seq_len=seq_len,
     )
-    setting = Setting(axis_name=axis_name, layout=layout, kernel=find_kernel(impl), blocks=block_sizes or BlockSizes())
+    kernel = find_kernel(impl)
+    kernel.check(rule, (B, H, t, D))
+    setting = Setting(axis_name=axis_name, layout=layout, kernel=kernel, blocks=block_sizes or BlockSizes())
     strategy = find_strategy(strategy, options)
     strategy.check(setting, (B, t, H, D), k.shape[2], rule)
     arrays = (q, k, v, segment_ids, rule, as_sinks(sinks, H), lax.axis_index(axis_name))
@@ -196,6 +198,7 @@ def context_attention(
     )
     require_shape("k", k.shape, (q.shape[0], q.shape[1], None, q.shape[3]), "BTKD")
     layout = as_layout(layout, mesh.shape[axis_name])
+    require_platform(find_kernel(impl), mesh.devices.flat[0].platform)
     spec = default_spec(mesh, axis_name) if spec is None else spec
     check_spec(spec, mesh, axis_name, q, k)
     if segment_ids is not None:

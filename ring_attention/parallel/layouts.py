@@ -1,6 +1,7 @@
 """Layouts: the order in which the tokens of a sequence are dealt to the devices of a ring."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -134,6 +135,17 @@ class SequenceLayout:
     def all_positions(self, shard_len: int) -> jax.Array:
         """Natural positions, int32 [ring_size, shard_len], of all shards; computed where they are needed."""
         return jax.vmap(lambda shard: self.shard_positions(shard, shard_len))(jnp.arange(self.ring_size))
+
+    def runs(self, shard_len: int, start: int, stop: int) -> tuple[tuple[int, ...] | None, int]:
+        """(lengths, step): the tokens from `start` to `stop` of any shard, as runs of tokens `step` apart.
+
+        The lengths are None in stripes of several tokens, which are many short runs.
+        """
+        if self.kind == "striped":
+            return ((stop - start,), self.ring_size) if self.stripe == 1 else (None, 1)
+        chunk = shard_len // self.chunks_per_shard
+        cuts = [start, *(cut for cut in range(0, shard_len, chunk) if start < cut < stop), stop]
+        return tuple(after - before for before, after in itertools.pairwise(cuts)), 1
 
     def positions(self, seq_len: int) -> np.ndarray:
         """int32 [seq_len]: the natural position of each token in layout order.

@@ -35,6 +35,7 @@ def _check_attention(config: TrainConfig, layout: SequenceLayout, tensor_shards:
     shard = (1, config.seq_len // layout.ring_size, model.num_heads // tensor_shards, model.head_dim)
     setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=find_kernel(attention.impl), blocks=BlockSizes())
     rule = Rule(scale=1.0, window=attention.window or None)
+    setting.kernel.check(rule, (shard[0], shard[2], shard[1], shard[3]))
     attention.make_strategy().check(setting, shard, model.num_kv_heads // tensor_shards, rule)
 
 

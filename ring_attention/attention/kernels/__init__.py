@@ -4,11 +4,12 @@ import logging
 
 from ring_attention.attention.kernels import xla
 from ring_attention.attention.kernels.contract import Kernel
-from ring_attention.checks import require_choice
+from ring_attention.attention.kernels.splash import SPLASH
+from ring_attention.checks import require, require_choice
 
 _log = logging.getLogger(__name__)
 
-KERNELS = {"xla": Kernel("xla", xla.forward, xla.backward)}
+KERNELS = {"xla": Kernel("xla", xla.forward, xla.backward), "splash": SPLASH}
 
 
 def find_kernel(impl: str) -> Kernel:
@@ -18,3 +19,11 @@ def find_kernel(impl: str) -> Kernel:
         impl = "xla"
         _log.info("attention kernel: %s", impl)
     return KERNELS[impl]
+
+
+def require_platform(kernel: Kernel, platform: str) -> None:
+    """Raise ValueError unless the kernel runs on devices of this platform, as `jax.Device.platform` has it."""
+    require(
+        kernel.platform in (None, platform),
+        f'impl={kernel.name!r} runs on {kernel.platform} devices, but these are {platform}; use impl="auto"',
+    )

@@ -13,13 +13,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ring_attention.attention.rule import Rule
+
+
+def no_check(rule: Rule, q_shape: tuple[int, ...]) -> None:
+    """Every rule and every size will do."""
+
 
 class Kernel(NamedTuple):
-    """One way to compute a hop."""
+    """One way to compute a hop.
+
+    Attributes:
+      name: by which it is chosen.
+      forward, backward: as above.
+      check: (rule, shape of q [B,H,t,D]); raises ValueError for what it cannot do.
+      platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
+    """
 
     name: str
     forward: Callable
     backward: Callable
+    check: Callable = no_check
+    platform: str | None = None
 
 
 class Whole(NamedTuple):

@@ -1,0 +1,241 @@
+"""JAX's Pallas kernel for TPU, "splash attention", as the kernel of a hop.
+
+The library's own front wants masks known when a program is traced, and in a ring the keys at hand are not. So
+this adapter calls the kernels beneath it and gives them, as arrays, what the front would have worked out: which tiles
+anybody sees, and where the queries stand. Their backward takes statistics of the whole sequence, as a ring needs.
+
+The kernels count keys from 0. So a hop is one call for each run of evenly spaced keys (`Tokens.runs`), and its queries
+are counted from the first of them. Partial results are in the dtype of q, and merged in float32.
+
+What it calls is private to JAX and was read in 0.10; another version is refused until somebody has looked.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax._src import config as jax_config
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+from ring_attention.attention import online_softmax
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels.contract import Kernel, Whole
+from ring_attention.attention.masks import EMPTY, Hop, Tokens, tile_kinds, visible
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.rule import Rule
+from ring_attention.attention.varying import vary_together
+from ring_attention.checks import require
+
+VERSIONS = ("0.10", "0.11")
+"""Of JAX, in which the private functions are as they are used here."""
+
+LANES = 128
+"""Tiles are multiples of this."""
+
+HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""The score of a key that is not seen; the kernels do not take -inf."""
+
+
+def check(rule: Rule, q_shape: tuple[int, ...]) -> None:
+    """Raise ValueError for what the kernel cannot do, for queries [B,H,t,D]."""
+    version = ".".join(jax.__version__.split(".")[:2])
+    known = ", ".join(VERSIONS)
+    require(version in VERSIONS, f'impl="splash" was read in jax {known}, this is {version}; use impl="xla"')
+    for name, value in {"alibi_slopes": rule.slopes, "dropout_rate": rule.dropout}.items():
+        require(value is None, f'impl="splash" has no {name}; leave it out, or use impl="xla"')
+    require(
+        q_shape[2] % LANES == 0,
+        f'impl="splash" works on tiles of {LANES} tokens, but a shard has {q_shape[2]}; pad the sequence, or use '
+        'impl="xla"',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of the kernels: the queries of one sequence and a run of keys.
+
+    Attributes:
+      start, length: of the run among all keys, static.
+      hop: the meeting, of one sequence, the run padded to whole tiles.
+      tile_q, tile_kv: sizes.
+    """
+
+    start: int
+    length: int
+    hop: Hop
+    tile_q: int
+    tile_kv: int
+
+    def of_keys(self, x_Ks):
+        """The keys of the run, padded, of an array [K,s,D]."""
+        x_Ks = jax.lax.slice_in_dim(x_Ks, self.start, self.start + self.length, axis=1)
+        return jnp.pad(x_Ks, ((0, 0), (0, -self.length % LANES), (0, 0)))
+
+    def mask(self, by_keys: bool) -> tuple[MaskInfo, Callable | None]:
+        """What the library would make of a mask: which tiles to visit and load, and the rule within them."""
+        queries, keys = self.hop.queries, self.hop.keys
+        tiles = Hop(queries.tiles(self.tile_q), keys.tiles(self.tile_kv), self.hop.rule)
+        seen = (tile_kinds(tiles)[0] != EMPTY).astype(jnp.int32)
+        loaded = _next_seen(seen, axis=0 if by_keys else 1)
+        rule, padded = dataclasses.replace(self.hop.rule, seq_len=None), self.length % LANES > 0
+
+        def within(q, k):
+            seen = visible(rule, Tokens(q), Tokens(k * keys.step))
+            real = k < self.length if padded else None
+            return functools.reduce(jnp.logical_and, [x for x in (seen, real) if x is not None])
+
+        masked = padded or rule.causal or rule.window is not None or rule.beyond > 0
+        info = MaskInfo(
+            data_next=loaded[None],
+            mask_next=None,
+            block_mask=seen[None],
+            partial_mask_blocks=None,
+            q_sequence=queries.positions[0] - keys.positions[0, 0] if masked else None,
+        )
+        return info, within if masked else None
+
+    def segments(self) -> library.SegmentIds | None:
+        """Segments of both, those of padding unlike any other; None where there are none."""
+        queries, keys, seq_len = self.hop.queries, self.hop.keys, self.hop.rule.seq_len
+        if queries.segments is None and seq_len is None:
+            return None
+
+        def of(tokens: Tokens, padding: int):
+            segments = jnp.zeros_like(tokens.positions) if tokens.segments is None else tokens.segments
+            return segments[0] if seq_len is None else jnp.where(tokens.positions < seq_len, segments, padding)[0]
+
+        return library.SegmentIds(of(queries, -(2**31) + 1), of(keys, -(2**31)))
+
+
+def _next_seen(seen: jax.Array, axis: int) -> jax.Array:
+    """For each tile the number, along `axis`, of the next that is seen, itself first; 0 where none follows."""
+    number, size = jax.lax.broadcasted_iota(jnp.int32, seen.shape, axis), seen.shape[axis]
+    following = jax.lax.cummin(jnp.where(seen > 0, number, size), axis, reverse=True)
+    return jnp.where(following == size, 0, following)
+
+
+def _calls(hop: Hop, blocks: BlockSizes) -> Iterator[_Call]:
+    """The calls of a hop of one sequence."""
+    require(
+        hop.keys.runs is not None,
+        'impl="splash" needs to know how keys are spaced, and here they are dealt in a way it does not know; use '
+        'impl="xla"',
+    )
+    start = 0
+    for length in hop.keys.runs:
+        padding = -length % LANES
+        run = jax.tree.map(lambda x, first=start, last=start + length: x[:, first:last], hop.keys)
+        keys = jax.tree.map(lambda x, more=padding: jnp.pad(x, ((0, 0), (0, more)), mode="edge"), run)
+        sizes = _tile(hop.queries.positions.shape[1], blocks.q), _tile(length + padding, blocks.kv)
+        yield _Call(start, length, Hop(hop.queries, keys, hop.rule), *sizes)
+        start += length
+
+
+def _tile(tokens: int, wanted: int) -> int:
+    """The largest multiple of LANES that divides `tokens` and is at most `wanted`, or LANES."""
+    sizes = [size for size in range(LANES, max(wanted, LANES) + 1, LANES) if tokens % size == 0]
+    return sizes[-1]
+
+
+def _each_sequence(fn: Callable, hop: Hop, *arrays):
+    """`fn(hop, *arrays)` for each sequence of the batch, whose mask may be another."""
+    B = arrays[0].shape[0]
+    queries, keys = hop.queries.of_batch(B), hop.keys.of_batch(B)
+    if B == 1:
+        results = fn(hop, *(x[0] for x in arrays))
+        return jax.tree.map(lambda x: x[None], results)
+
+    def one(row):
+        queries, keys, arrays = row
+        alone = jax.tree.map(lambda x: x[None], (queries, keys))
+        return fn(Hop(*alone, hop.rule), *arrays)
+
+    return jax.lax.map(one, (queries, keys, arrays))
+
+
+def _library(call: Callable, like):
+    """The results of `call()`, typed as varying like `like`: the library's own types leave that open."""
+    with jax_config._check_vma(False):
+        results = call()
+    return vary_together(results, like)[0]
+
+
+def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret: bool = False) -> Running:
+    """Take one hop's keys into the running statistics; see `contract`."""
+    settings = dict(
+        sinks=None,
+        mask_value=HIDDEN,
+        is_mqa=False,
+        residual_checkpoint_name=None,
+        save_residuals=True,
+        attn_logits_soft_cap=hop.rule.softcap,
+        interpret=interpret,
+    )
+
+    def one(hop: Hop, q, k, v):
+        found = []
+        for call in _calls(hop, blocks):
+            info, within = call.mask(by_keys=False)
+            sizes = library.BlockSizes(block_q=call.tile_q, block_kv=call.tile_kv)
+            arrays = (info, q, call.of_keys(k), call.of_keys(v), call.segments())
+            run = functools.partial(
+                library._splash_attention_forward, *arrays, block_sizes=sizes, mask_function=within, **settings
+            )
+            out, (lse,) = _library(run, arrays)
+            empty = ~(lse > HIDDEN / 2)  # nothing seen, in a tile that was visited, or in none
+            found.append((jnp.where(empty[..., None], 0, out).astype(jnp.float32), jnp.where(empty, -jnp.inf, lse)))
+        return found
+
+    for out, lse in _each_sequence(one, hop, _scaled(q, hop.rule), k, v):
+        running = online_softmax.absorb(running, out, lse)
+    return running
+
+
+def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes, interpret: bool = False):
+    """Gradients of one hop, given the statistics of the whole sequence; see `contract`."""
+    settings = dict(
+        is_mqa=False,
+        mask_value=HIDDEN,
+        attn_logits_soft_cap=hop.rule.softcap,
+        q_layout=library.QKVLayout.HEAD_DIM_MINOR,
+        k_layout=library.QKVLayout.HEAD_DIM_MINOR,
+        v_layout=library.QKVLayout.HEAD_DIM_MINOR,
+        interpret=interpret,
+    )
+
+    def one(hop: Hop, q, k, v, lse, dout, delta):
+        of_queries, of_keys = [], []
+        for call in _calls(hop, blocks):
+            (by_queries, within), (by_keys, _) = call.mask(by_keys=False), call.mask(by_keys=True)
+            arrays = (q, call.of_keys(k), call.of_keys(v), call.segments(), None, lse, dout, delta)
+            same = settings | dict(bq=call.tile_q, bkv=call.tile_kv, mask_function=within)
+            run_dq = functools.partial(library._splash_attention_bwd_dq, *arrays, mask_info=by_queries, **same)
+            run_dkv = functools.partial(
+                library._splash_attention_bwd_dkv,
+                *arrays,
+                mask_info=by_keys,
+                bkv_compute=call.tile_kv,
+                use_fused_bwd_kernel=False,
+                **same,
+            )
+            of_queries.append(_library(run_dq, arrays).astype(jnp.float32))
+            _, dk, dv = _library(run_dkv, arrays)
+            of_keys.append([x[:, : call.length].astype(jnp.float32) for x in (dk, dv)])
+        dk, dv = (jnp.concatenate(parts, 1) for parts in zip(*of_keys, strict=True))
+        return sum(of_queries) * hop.rule.scale, dk, dv
+
+    # A row that sees nothing has lse -inf; its scores are all hidden, so any finite number will do.
+    arrays = (_scaled(q, hop.rule), k, v, online_softmax.finite(whole.lse), whole.dout, whole.delta)
+    here, dk, dv = _each_sequence(one, hop, *arrays)
+    return dq + here, dk, dv
+
+
+def _scaled(q, rule: Rule):
+    """The kernels do not scale."""
+    return (q.astype(jnp.float32) * rule.scale).astype(q.dtype)
+
+
+SPLASH = Kernel("splash", _forward, _backward, check=check, platform="tpu")
