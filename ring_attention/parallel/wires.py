@@ -86,8 +86,8 @@ def _slice_of(device: jax.Device) -> int:
 
 
 def _place(device: jax.Device) -> tuple[int, ...] | None:
-    """Coordinates in the grid, the core on the chip last; None where there are none."""
-    coords = getattr(device, "coords", None)
+    """Coordinates in the grid of a TPU, the core on the chip last; None elsewhere, for a GPU's say nothing of wires."""
+    coords = getattr(device, "coords", None) if device.platform == "tpu" else None
     return None if coords is None else (*coords, getattr(device, "core_on_chip", 0))
 
 

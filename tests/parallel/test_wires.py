@@ -23,6 +23,7 @@ class Chip:
     slice_index: int | None = 0
     process_index: int = 0
     core_on_chip: int = 0
+    platform: str = "tpu"
 
 
 class Pod:
@@ -124,7 +125,8 @@ def test_slices_are_crossed_as_seldom_as_can_be():
 
 
 def test_hosts_gpus_stay_together_and_simulated_devices_in_their_order():
-    gpus = [Chip(None, slice_index=None, process_index=number % 4) for number in range(32)]
+    places = [(number % 8, number % 4, 0) for number in range(32)]
+    gpus = [Chip(place, None, place[1], platform="gpu") for place in places]
     hosts = [gpu.process_index for gpu in Pod(gpus, sp=32).devices.flat]
     assert hosts == sorted(hosts)
     assert hops_of(Pod(gpus, sp=32)) == Hops(links=0, crossings=0)
