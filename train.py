@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     """Read the config, check it, train, report."""
     config = parse_config(argv, DEFAULT_CONFIG)
     mesh = open_mesh(config.mesh)
-    check_feasible(config, dict(mesh.shape))
+    check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
     corpus = Corpus.open(config.data)
     check_vocabulary(config, corpus.tokenizer)
     folder = open_run_folder(config)

@@ -26,7 +26,7 @@ from ring_attention.training.step import BATCH_SPEC, abstract_state, make_train_
 def compile_step(config: TrainConfig, devices: list[jax.Device]):
     """The compiled training step, from shapes alone."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    check_feasible(config, dict(mesh.shape))
+    check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract_state(config),

@@ -1,7 +1,7 @@
 """Whether a config can run on a mesh, decided before anything is opened or compiled."""
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.rule import Rule
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.data.tokenizers import Tokenizer
@@ -12,8 +12,12 @@ from ring_attention.parallel.strategy import Setting
 from ring_attention.training.config import TrainConfig
 
 
-def check_feasible(config: TrainConfig, mesh_shape: dict[str, int]) -> None:
-    """Raise ConfigError, naming the field, unless every sharded axis divides by its share of the mesh."""
+def check_feasible(config: TrainConfig, mesh_shape: dict[str, int], platform: str | None = None) -> None:
+    """Raise ConfigError, saying what is wrong, unless the config can run on a mesh of this shape.
+
+    Every sharded axis must divide by its share of the mesh, the strategy and the kernel must be able to do what is
+    asked of them, and the kernel must run on devices of this platform, if it is given.
+    """
     model = config.model
     try:
         layout = config.attention.make_layout(mesh_shape[SEQUENCE])
@@ -25,6 +29,8 @@ def check_feasible(config: TrainConfig, mesh_shape: dict[str, int]) -> None:
         check_fits("model.ffn_dim", model.ffn_dim, "ffn", mesh_shape)
         check_fits("model.vocab_size", model.vocab_size, "vocab", mesh_shape)
         _check_attention(config, layout, mesh_shape[TENSOR])
+        if platform is not None:
+            require_platform(find_kernel(config.attention.impl), platform)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -115,3 +115,11 @@ def test_what_a_strategy_cannot_do_is_said_before_anything_compiles(attention, m
     with pytest.raises(ConfigError) as error:
         check_feasible(_config(**attention), dict(dp=2, fsdp=1, sp=4, tp=1))
     assert message in str(error.value)
+
+
+def test_a_kernel_for_other_devices_is_refused_before_anything_compiles():
+    config = _config(impl="splash")
+    config = dataclasses.replace(config, seq_len=4096)
+    check_feasible(config, dict(dp=2, fsdp=1, sp=4, tp=1), "tpu")
+    with pytest.raises(ConfigError, match="impl='splash' runs on tpu devices, but these are cpu; use impl="):
+        check_feasible(config, dict(dp=2, fsdp=1, sp=4, tp=1), "cpu")
