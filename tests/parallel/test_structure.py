@@ -326,7 +326,7 @@ def test_memory_depends_on_the_shard_and_not_on_the_number_of_devices(part):
     assert control > 1.3 * eight
 
 
-@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("part", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_memory_is_proportional_to_the_shard(part):
     def memory(shard, tile):
         blocks = ra.BlockSizes(q=tile, kv=tile)
