@@ -140,11 +140,13 @@ def test_what_fits_no_box_is_left_in_its_order_and_said(caplog):
         mesh = Pod(chips[:15], sp=5, tp=3)
         assert mesh.devices.ravel().tolist() == chips[:15]
         assert "fill no box of the pod's grid" in caplog.text
-        assert Pod(chips[:12], sp=3, tp=4).devices.shape == (1, 1, 3, 4)
-        Pod(_grid(2, 8, 1), dp=2, sp=8)
         caplog.clear()
-        odd = _grid(3, 5, 1)
-        assert Pod(odd, sp=15).devices.size == 15
+        slices = [chip for number in range(3) for chip in _grid(4, 4, 1, slice_index=number)]
+        assert Pod(slices, sp=16, tp=3).devices.ravel().tolist() == slices  # three do not divide a slice
+        assert "sp=16 and tp=3 do not divide a grid of (4, 4, 1, 1)" in caplog.text
+        caplog.clear()
+        assert hops_of(Pod(slices, dp=3, sp=16)) == Hops(links=1, crossings=0)
+        assert hops_of(Pod(_grid(5, 6, 1), fsdp=3, sp=10)).links == 1
         assert caplog.text == ""
 
 

@@ -7,7 +7,8 @@ anybody sees, and where the queries stand. Their backward takes statistics of th
 The kernels count keys from 0. So a hop is one call for each run of evenly spaced keys (`Tokens.runs`), and its queries
 are counted from the first of them. Partial results are in the dtype of q, and merged in float32.
 
-What it calls is private to JAX and was read in 0.10; another version is refused until somebody has looked.
+What it calls is private to JAX and was read in the versions below; another is refused until somebody has looked. So it
+is imported only where it is used, and a JAX without it still has the other kernels.
 """
 
 import dataclasses
@@ -16,9 +17,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax._src import config as jax_config
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
@@ -53,6 +51,14 @@ def check(rule: Rule, q_shape: tuple[int, ...]) -> None:
     )
 
 
+@functools.cache
+def _library():
+    """JAX's module of the kernels."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    return splash_attention_kernel
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """One call of the kernels: the queries of one sequence and a run of keys.
@@ -74,8 +80,8 @@ class _Call:
         x_Ks = jax.lax.slice_in_dim(x_Ks, self.start, self.start + self.length, axis=1)
         return jnp.pad(x_Ks, ((0, 0), (0, -self.length % LANES), (0, 0)))
 
-    def mask(self, by_keys: bool) -> tuple[MaskInfo, Callable | None]:
-        """What the library would make of a mask: which tiles to visit and load, and the rule within them."""
+    def mask(self, by_keys: bool) -> tuple:
+        """What the library would make of a mask: which tiles to visit and load, and the rule within them or None."""
         queries, keys = self.hop.queries, self.hop.keys
         tiles = Hop(queries.tiles(self.tile_q), keys.tiles(self.tile_kv), self.hop.rule)
         seen = (tile_kinds(tiles)[0] != EMPTY).astype(jnp.int32)
@@ -88,7 +94,7 @@ class _Call:
             return functools.reduce(jnp.logical_and, [x for x in (seen, real) if x is not None])
 
         masked = padded or rule.causal or rule.window is not None or rule.beyond > 0
-        info = MaskInfo(
+        info = _library().mask_info_lib.MaskInfo(
             data_next=loaded[None],
             mask_next=None,
             block_mask=seen[None],
@@ -97,7 +103,7 @@ class _Call:
         )
         return info, within if masked else None
 
-    def segments(self) -> library.SegmentIds | None:
+    def segments(self):
         """Segments of both, those of padding unlike any other; None where there are none."""
         queries, keys, seq_len = self.hop.queries, self.hop.keys, self.hop.rule.seq_len
         if queries.segments is None and seq_len is None:
@@ -107,7 +113,7 @@ class _Call:
             segments = jnp.zeros_like(tokens.positions) if tokens.segments is None else tokens.segments
             return segments[0] if seq_len is None else jnp.where(tokens.positions < seq_len, segments, padding)[0]
 
-        return library.SegmentIds(of(queries, -(2**31) + 1), of(keys, -(2**31)))
+        return _library().SegmentIds(of(queries, -(2**31) + 1), of(keys, -(2**31)))
 
 
 def _next_seen(seen: jax.Array, axis: int) -> jax.Array:
@@ -156,15 +162,18 @@ def _each_sequence(fn: Callable, hop: Hop, *arrays):
     return jax.lax.map(one, (queries, keys, arrays))
 
 
-def _library(call: Callable, like):
+def _typed(call: Callable, like):
     """The results of `call()`, typed as varying like `like`: the library's own types leave that open."""
-    with jax_config._check_vma(False):
+    from jax._src.config import _check_vma
+
+    with _check_vma(False):
         results = call()
     return vary_together(results, like)[0]
 
 
 def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret: bool = False) -> Running:
     """Take one hop's keys into the running statistics; see `contract`."""
+    library = _library()
     settings = dict(
         sinks=None,
         mask_value=HIDDEN,
@@ -184,7 +193,7 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret:
             run = functools.partial(
                 library._splash_attention_forward, *arrays, block_sizes=sizes, mask_function=within, **settings
             )
-            out, (lse,) = _library(run, arrays)
+            out, (lse,) = _typed(run, arrays)
             empty = ~(lse > HIDDEN / 2)  # nothing seen, in a tile that was visited, or in none
             found.append((jnp.where(empty[..., None], 0, out).astype(jnp.float32), jnp.where(empty, -jnp.inf, lse)))
         return found
@@ -196,6 +205,7 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret:
 
 def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes, interpret: bool = False):
     """Gradients of one hop, given the statistics of the whole sequence; see `contract`."""
+    library = _library()
     settings = dict(
         is_mqa=False,
         mask_value=HIDDEN,
@@ -221,8 +231,8 @@ def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes, interpret
                 use_fused_bwd_kernel=False,
                 **same,
             )
-            of_queries.append(_library(run_dq, arrays).astype(jnp.float32))
-            _, dk, dv = _library(run_dkv, arrays)
+            of_queries.append(_typed(run_dq, arrays).astype(jnp.float32))
+            _, dk, dv = _typed(run_dkv, arrays)
             of_keys.append([x[:, : call.length].astype(jnp.float32) for x in (dk, dv)])
         dk, dv = (jnp.concatenate(parts, 1) for parts in zip(*of_keys, strict=True))
         return sum(of_queries) * hop.rule.scale, dk, dv
