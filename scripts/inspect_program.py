@@ -83,23 +83,6 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The permutes in the text of a compiled program, where one in a loop counts once.
-
-    Attributes:
-      asynchronous: permutes that start in one place and are awaited in another.
-      hidden: those between whose two places a hop is computed: a loop over tiles, or a kernel, stands there.
-      synchronous: permutes that nothing else can run beside.
-      bytes_in_flight: the most that is on its way to one device at any one time.
-    """
-
-    asynchronous: int
-    hidden: int
-    synchronous: int
-    bytes_in_flight: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """One compiled program; sizes are those of one device. None stands for what the compiler does not state."""
 
@@ -111,7 +94,7 @@ class Row:
     bytes_sent: int | None
     all_gathers: int
     other_collectives: int
-    schedule: Schedule
+    schedule: compiled.Schedule
     largest_array: int  # elements
     scores_of_shard: int  # t * T elements, what a dense row of scores, or a mask, would take
     temporary_bytes: int
@@ -183,40 +166,6 @@ def written(jaxpr: Jaxpr | ClosedJaxpr) -> Traffic:
     return total
 
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*)")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%[\w.\-]+ \(.*\{$")
-_HOP = re.compile(r' while\(|custom_call_target="(?:tpu_custom_call|[^"]*triton|[^"]*mosaic)')
-_DONE = re.compile(r"(.*) collective-permute-done\((?:\S+ )?(%[\w.\-]+)\)")
-
-
-def schedule_of(text: str) -> Schedule:
-    """How the permutes of a compiled program, given its `as_text()`, lie beside its computation."""
-    synchronous = len(re.findall(r" collective-permute\(", text))
-    sizes = {done[2]: _bytes_of(done[1]) for done in map(_DONE.search, text.splitlines()) if done}
-    asynchronous = hidden = most = hops = 0
-    waiting: dict[str, int] = {}  # name of a start -> hops before it
-    for line in text.splitlines():
-        if _COMPUTATION.match(line):
-            waiting, hops = {}, 0
-        elif (instruction := _INSTRUCTION.match(line)) is None:
-            continue  # a kernel's own text may take several lines
-        elif " collective-permute-start(" in line:
-            waiting[instruction[1]] = hops
-            at_once = '"is_sync":true' in line
-            synchronous, asynchronous = synchronous + at_once, asynchronous + (not at_once)
-            most = max(most, sum(sizes[name] for name in waiting))
-        elif done := _DONE.search(line):
-            hidden += hops > waiting.pop(done[2])
-        hops += _HOP.search(line) is not None
-    return Schedule(asynchronous=asynchronous, hidden=hidden, synchronous=synchronous, bytes_in_flight=most)
-
-
-def _bytes_of(result: str) -> int:
-    """Size of an instruction's result, an array or a tuple of arrays."""
-    found = [compiled.arrays(item) for item in re.findall(r"\w+\[[\d,]*\]", result)]
-    return sum(array.bytes for items in found for array in items)
-
-
 def inspect(case: Case, devices: list[jax.Device], args: argparse.Namespace) -> Row:
     """Compile one program, from shapes alone, and read it."""
     P, t = case.ring_size, case.shard
@@ -261,7 +210,7 @@ def inspect(case: Case, devices: list[jax.Device], args: argparse.Namespace) -> 
         bytes_sent=sent,
         all_gathers=counts["all-gather"],
         other_collectives=sum(counts.values()) - counts["all-gather"] - counts["collective-permute"],
-        schedule=schedule_of(text),
+        schedule=compiled.schedule_of(text),
         largest_array=max(array.size for array in compiled.arrays(text)),
         scores_of_shard=t * P * t,
         temporary_bytes=executable.memory_analysis().temp_size_in_bytes,

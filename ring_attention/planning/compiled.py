@@ -1,6 +1,7 @@
-"""Reads a compiled program: which collectives it runs, how often, how large, and what arrays it holds."""
+"""Reads a compiled program: which collectives it runs, how often, how large, beside what, and what arrays it holds."""
 
 import collections
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)")
 _DEVICES = re.compile(r"(?:num_partitions|replica_count)=(\d+)")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*)")
+_DONE = re.compile(r"(.*) collective-permute-done\((?:\S+ )?(%[\w.\-]+)\)")
+_HOP = re.compile(r' while\(|custom_call_target="(?:tpu_custom_call|[^"]*triton|[^"]*mosaic)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -71,6 +75,23 @@ class Collective(NamedTuple):
         return self.bytes if times is None else times * self.bytes * others // self.group
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The permutes in the text of a compiled program, where one in a loop counts once.
+
+    Attributes:
+      asynchronous: permutes that start in one place and are awaited in another.
+      hidden: those between whose two places a hop is computed: a loop over tiles, or a kernel, stands there.
+      synchronous: permutes that nothing else can run beside.
+      bytes_in_flight: the most that is on its way to one device at any one time.
+    """
+
+    asynchronous: int
+    hidden: int
+    synchronous: int
+    bytes_in_flight: int
+
+
 def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program, given its `as_text()`.
 
@@ -105,6 +126,29 @@ def totals(text: str) -> dict[str, tuple[int, int]]:
         runs, size = sums[item.kind]
         sums[item.kind] = (runs + item.runs, size + item.bytes)
     return dict(sums)
+
+
+def schedule_of(text: str) -> Schedule:
+    """How the permutes of a compiled program, given its `as_text()`, lie beside its computation."""
+    synchronous = len(re.findall(r" collective-permute\(", text))
+    found = [done for done in map(_DONE.search, text.splitlines()) if done]
+    sizes = {done[2]: sum(array.bytes for array in _arrays(done[1])) for done in found}
+    asynchronous = hidden = most = hops = 0
+    waiting: dict[str, int] = {}  # name of a start -> hops before it
+    for line in text.splitlines():
+        if _COMPUTATION.match(line):
+            waiting, hops = {}, 0
+        elif (instruction := _INSTRUCTION.match(line)) is None:
+            continue  # a kernel's own text may take several lines
+        elif " collective-permute-start(" in line:
+            waiting[instruction[1]] = hops
+            at_once = '"is_sync":true' in line
+            synchronous, asynchronous = synchronous + at_once, asynchronous + (not at_once)
+            most = max(most, sum(sizes[name] for name in waiting))
+        elif done := _DONE.search(line):
+            hidden += hops > waiting.pop(done[2])
+        hops += _HOP.search(line) is not None
+    return Schedule(asynchronous=asynchronous, hidden=hidden, synchronous=synchronous, bytes_in_flight=most)
 
 
 def arrays(text: str) -> set[Array]:

@@ -157,3 +157,24 @@ def test_permutes_that_a_compiler_has_joined_count_all_their_arrays():
 def test_text_that_is_no_compiled_program_is_refused():
     with pytest.raises(ValueError, match="not a compiled program in HLO; pass"):
         compiled.collectives("HloModule nothing")
+
+
+def test_a_schedule_tells_which_permutes_a_hop_hides():
+    schedule = compiled.schedule_of("""
+%body (x: f32[8]) -> f32[8] {
+  %collective-permute-start.1 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
+  %both = ((f32[4]{0}, bf16[6]{0}), (f32[4]{0}, bf16[6]{0})) collective-permute-start(%y, %z), channel_id=2
+  %hop = (s32[], f32[8]{0}) while(%init), condition=%c, body=%b
+  %collective-permute-done.1 = f32[8]{0} collective-permute-done(%collective-permute-start.1)
+  %done = (f32[4]{0}, bf16[6]{0}) collective-permute-done(%both)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
+  %exposed = f32[8]{0} collective-permute-done(%start)
+  %at.once = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), backend_config={"is_sync":true}
+  %too = f32[8]{0} collective-permute-done(%at.once)
+  %plain = f32[8]{0} collective-permute(%x), channel_id=4
+}
+""")
+    assert vars(schedule) == dict(asynchronous=3, hidden=2, synchronous=2, bytes_in_flight=32 + 16 + 12)

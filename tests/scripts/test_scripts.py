@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -51,28 +50,6 @@ def test_inspect_program_compares_a_loop_with_an_unrolled_ring_under_a_window_an
         assert row["permutes"] == row["permutes_bound"]
         assert row["synchronous"] + row["asynchronous"] <= row["permutes"]
         assert row["temporary_bytes"] > 0
-
-
-def test_inspect_program_tells_which_permutes_a_hop_hides():
-    schedule_of = runpy.run_path(str(REPOSITORY / "scripts" / "inspect_program.py"))["schedule_of"]
-    schedule = schedule_of("""
-%body (x: f32[8]) -> f32[8] {
-  %collective-permute-start.1 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
-  %both = ((f32[4]{0}, bf16[6]{0}), (f32[4]{0}, bf16[6]{0})) collective-permute-start(%y, %z), channel_id=2
-  %hop = (s32[], f32[8]{0}) while(%init), condition=%c, body=%b
-  %collective-permute-done.1 = f32[8]{0} collective-permute-done(%collective-permute-start.1)
-  %done = (f32[4]{0}, bf16[6]{0}) collective-permute-done(%both)
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
-  %exposed = f32[8]{0} collective-permute-done(%start)
-  %at.once = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), backend_config={"is_sync":true}
-  %too = f32[8]{0} collective-permute-done(%at.once)
-  %plain = f32[8]{0} collective-permute(%x), channel_id=4
-}
-""")
-    assert vars(schedule) == dict(asynchronous=3, hidden=2, synchronous=2, bytes_in_flight=32 + 16 + 12)
 
 
 def test_inspect_program_says_in_a_line_what_is_wrong_with_a_topology():
