@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ import ring_attention as ra
 from ring_attention.evaluation import exactness, rivals, timing
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import find_strategy
-from ring_attention.parallel.strategy import closest_divisor
+from ring_attention.parallel.ulysses import even_size
 from ring_attention.planning import compiled
 
 CHECKED_TOKENS = 1024
@@ -52,7 +51,7 @@ class Approach:
     def options_for(self, devices: int) -> dict:
         """USP divides the devices as evenly as it can, since with Ulysses or a ring alone it would be those."""
         if self.strategy == "usp":
-            return dict(ulysses_size=closest_divisor(devices, math.sqrt(devices)))
+            return dict(ulysses_size=even_size(devices))
         return self.options
 
     @property

@@ -20,7 +20,8 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention.checks import require_field
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
-from ring_attention.parallel.strategy import Workload, closest_divisor
+from ring_attention.parallel.strategy import Workload
+from ring_attention.parallel.ulysses import even_size
 from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, seconds_of_both_passes, simulate
 
 TRIALS = 5
@@ -60,7 +61,7 @@ def table_of(args: argparse.Namespace, speeds: list[float], work: Workload, layo
     table.add_column("layout", no_wrap=True)
     for name in ("beside", "blocking"):
         table.add_column(name, justify="right")
-    size = closest_divisor(len(speeds), len(speeds) ** 0.5)
+    size = even_size(len(speeds))
     for strategy in SIMULATED:
         for name, layout in layouts.items():
             cells = []

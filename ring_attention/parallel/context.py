@@ -15,12 +15,7 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.rule import as_sinks, check_window, make_rule
 from ring_attention.attention.varying import vary_together
-from ring_attention.checks import (
-    require,
-    require_attention_dtypes,
-    require_attention_shapes,
-    require_shape,
-)
+from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_shape
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec

@@ -11,7 +11,7 @@ from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.rotation import Rotation
 from ring_attention.parallel.routes import Route, plan_routes, token_hops
-from ring_attention.parallel.strategy import Setting, Strategy, Workload, require_at_most_one_place
+from ring_attention.parallel.strategy import Setting, Strategy, Workload
 
 
 def rotation_of(setting: Setting, rule: Rule, shard_len: int, *, duplex=False, unroll=False, width=1) -> Rotation:
@@ -102,7 +102,11 @@ class SingleDevice(Strategy):
 
     def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
         """Refuse more devices than one."""
-        require_at_most_one_place(self.name, setting)
+        require(
+            setting.devices == 1,
+            f"strategy={self.name!r} needs the whole sequence on one device, but {setting.axis_name!r} has "
+            f"{setting.devices}; make the mesh with {setting.axis_name}=1 or choose another strategy",
+        )
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """A ring of one."""

@@ -9,7 +9,6 @@ import jax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.attention.rule import Rule
-from ring_attention.checks import require
 from ring_attention.parallel.layouts import SequenceLayout
 
 
@@ -122,12 +121,3 @@ def closest_divisor(number: int, wanted: float, multiple_of: int = 1) -> int | N
     """The divisor of `number` nearest to `wanted` (in ratio) that is a multiple of `multiple_of`, or None."""
     divisors = [n for n in range(multiple_of, number + 1, multiple_of) if number % n == 0]
     return min(divisors, key=lambda n: abs(math.log(n / wanted)), default=None)
-
-
-def require_at_most_one_place(strategy: str, setting: Setting) -> None:
-    """Raise ValueError unless one device holds the whole sequence."""
-    require(
-        setting.devices == 1,
-        f"strategy={strategy!r} needs the whole sequence on one device, but {setting.axis_name!r} has "
-        f"{setting.devices}; make the mesh with {setting.axis_name}=1 or choose another strategy",
-    )

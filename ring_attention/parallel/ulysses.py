@@ -19,7 +19,7 @@ from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring import rotation_of
 from ring_attention.parallel.routes import plan_routes, token_hops
-from ring_attention.parallel.strategy import Setting, Strategy, Workload
+from ring_attention.parallel.strategy import Setting, Strategy, Workload, closest_divisor
 
 HEADS, TOKENS = 1, 2
 """Axes of arrays [B,H,t,D]."""
@@ -154,6 +154,11 @@ class Ulysses(Usp):
     def size(self, devices: int, heads: int, kv_heads: int) -> int:
         """All devices."""
         return devices
+
+
+def even_size(devices: int) -> int:
+    """The ulysses_size that divides the devices most evenly between Ulysses and the ring."""
+    return closest_divisor(devices, math.sqrt(devices))
 
 
 def kv_copies(kv_heads: int, size: int) -> int:

@@ -1,7 +1,6 @@
 """What strategies send for a case that nobody needs to run, and how long that takes beside the computation."""
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 from ring_attention.attention.blocks import BlockSizes
@@ -9,7 +8,8 @@ from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.rule import Rule
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy
-from ring_attention.parallel.strategy import Setting, Strategy, Workload, closest_divisor
+from ring_attention.parallel.strategy import Setting, Strategy, Workload
+from ring_attention.parallel.ulysses import even_size
 
 GIB = 2**30
 
@@ -74,7 +74,7 @@ def worked_example(
     for name in STRATEGIES:
         if name != "single_device":
             case = work if name != "sliding_window" else dataclasses.replace(work, window=4096)
-            options = dict(ulysses_size=closest_divisor(devices, math.sqrt(devices))) if name == "usp" else {}
+            options = dict(ulysses_size=even_size(devices)) if name == "usp" else {}
             strategy = find_strategy(name, options)
             found[name] = traffic(strategy, case, bandwidth) if can_do(strategy, case) else None
     return found

@@ -1,0 +1,138 @@
+"""What the strategies say of themselves, and what their compiled programs send and hold."""
+
+import functools
+
+import jax
+import pytest
+from ring_helpers import ring_mesh
+
+import ring_attention as ra
+from ring_attention.parallel.strategies import find_strategy
+from ring_attention.parallel.strategy import Strategy, Workload
+from ring_attention.planning import compiled
+
+P, B, T, H, K, D = 4, 2, 96, 8, 4, 6
+STRIDE = 4
+OPTIONS = {"sparse": dict(stride=STRIDE), "usp": dict(ulysses_size=2)}
+MANY = [name for name in ra.STRATEGIES if name != "single_device"]
+
+
+def test_every_strategy_states_its_facts():
+    assert set(ra.STRATEGIES) == {
+        "single_device",
+        "all_gather",
+        "sparse",
+        "sliding_window",
+        "ring_self_attention",
+        "ring",
+        "ulysses",
+        "usp",
+    }
+    for name, strategy in ra.STRATEGIES.items():
+        assert isinstance(strategy, Strategy)
+        assert strategy.name == name
+        assert strategy.exact == (name != "sparse")
+        assert strategy.full == (name not in ("sparse", "sliding_window"))
+        assert strategy.memory
+        assert strategy.communication
+        assert strategy.source
+        work = Workload(seq_len=4096, devices=8, heads=8, kv_heads=8, head_dim=16, window=256)
+        assert strategy.memory_bytes(work) > 0
+        assert (strategy.sent_bytes(work) > 0) == (name != "single_device")
+
+
+class _Program:
+    """Forward or backward pass of a strategy, compiled from shapes; the backward's residuals are arguments."""
+
+    def __init__(self, part, strategy, tokens=T, devices=P, packed=False, **arguments):
+        by_token = jax.NamedSharding(mesh := ring_mesh(devices), jax.P(None, "sp"))
+        of = lambda dtype, *rest: jax.ShapeDtypeStruct((B, tokens, *rest), dtype, sharding=by_token)  # noqa: E731
+        q, k, segments = of("float32", H, D), of("float32", K, D), of("int32") if packed else None
+        arguments = dict(mesh=mesh, strategy=strategy, impl="xla", block_sizes=ra.BlockSizes(q=8, kv=8)) | arguments
+
+        def attend(segment_ids, q, k, v):
+            return ra.context_attention(q, k, v, segment_ids=segment_ids, **arguments)
+
+        if part == "forward":
+            lowered = jax.jit(attend).lower(segments, q, k, k)
+        else:
+            pull = lambda segments, *qkv: jax.vjp(functools.partial(attend, segments), *qkv)[1]  # noqa: E731
+            vjp = jax.eval_shape(pull, segments, q, k, k)
+            lowered = jax.jit(lambda vjp, dout: vjp(dout)).lower(vjp, q)
+        executable = lowered.compile()
+        self.text = executable.as_text()
+        self.temporary = executable.memory_analysis().temp_size_in_bytes
+
+
+PERMUTE, GATHER, SCATTER, SWAP, SUM = (
+    "collective-permute",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "all-reduce",
+)
+PROGRAMS = [
+    # strategy, options, window, collectives forward, collectives backward
+    ("all_gather", {}, None, {GATHER: 2 * K}, {GATHER: 2 * K, SCATTER: 2 * K}),
+    ("all_gather", dict(head_groups=1), None, {GATHER: 2}, {GATHER: 2, SCATTER: 2}),
+    ("ring_self_attention", {}, None, {PERMUTE: 6}, {PERMUTE: 6, SUM: 1}),
+    ("ring", {}, None, {PERMUTE: 6}, {PERMUTE: 12}),
+    ("ring", {}, 20, {PERMUTE: 2}, {PERMUTE: 4}),
+    ("sliding_window", {}, 20, {PERMUTE: 2}, {PERMUTE: 4}),
+    ("ulysses", {}, None, {SWAP: 4}, {SWAP: 4}),
+    ("usp", dict(ulysses_size=2), None, {SWAP: 4, PERMUTE: 2}, {SWAP: 4, PERMUTE: 4}),
+    ("sparse", dict(stride=STRIDE), None, {SWAP: 5, PERMUTE: 2}, {SWAP: 9, PERMUTE: 4}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "options", "window", "forward", "backward"), PROGRAMS)
+def test_what_is_sent_is_what_the_strategy_says(strategy, options, window, forward, backward):
+    work = Workload(seq_len=T, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, window=window)
+    for part, kinds in (("forward", forward), ("backward", backward)):
+        text = _Program(part, strategy, window=window, **options).text
+        assert {kind: runs for kind, (runs, _) in compiled.totals(text).items()} == kinds
+        assert compiled.sent(text) == find_strategy(strategy, options).sent_bytes(work, backward=part == "backward")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring_self_attention", "ring", "ulysses", "usp", "sparse"])
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_segment_ids_are_counted_too(part, strategy):
+    options = OPTIONS.get(strategy, {})
+    work = Workload(seq_len=T, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, segments=True)
+    sent = compiled.sent(_Program(part, strategy, packed=True, **options).text)
+    assert sent == find_strategy(strategy, options).sent_bytes(work, backward=part == "backward")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "window"),
+    [*((name, 20 if name == "sliding_window" else None) for name in MANY), ("ring", 20)],
+)
+def test_memory_is_about_what_the_strategy_says(strategy, window):
+    """The largest arrays of the program, but not its scratch: the CPU's takes up to four times as much."""
+    options, tokens = OPTIONS.get(strategy, {}), 1024
+    work = Workload(seq_len=tokens, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, window=window)
+    temporary = _Program("forward", strategy, tokens=tokens, window=window, **options).temporary
+    stated = find_strategy(strategy, options).memory_bytes(work)
+    assert stated <= 1.2 * temporary
+    assert temporary < 4 * stated
+
+
+def test_gathering_by_heads_bounds_memory():
+    whole, by_heads = (
+        _Program("forward", "all_gather", tokens=1024, head_groups=groups).temporary for groups in (1, K)
+    )
+    gathered = 2 * B * 1024 * K * D * 4
+    assert whole > gathered
+    assert by_heads < whole - gathered / 4
+
+
+def test_memory_grows_with_the_whole_sequence_only_where_it_must():
+    """Twice the devices and tokens, the same shard: a ring stays as it is, rows of scores and gathered keys grow."""
+
+    def growth(strategy):
+        small, large = (_Program("forward", strategy, 128 * n, n).temporary for n in (4, 8))
+        return large / small
+
+    assert growth("ring") < 1.1
+    assert growth("ring_self_attention") > 1.7
+    assert growth("all_gather") > 1.2
