@@ -10,7 +10,7 @@ from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
-from ring_attention.attention.masks import Hop, Tokens
+from ring_attention.attention.masks import Hop, Runs, Tokens
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import as_sinks, make_rule
 from ring_attention.attention.varying import vary_together
@@ -92,8 +92,14 @@ def blockwise_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
     )
+    kernel = find_kernel(impl)
+    kernel.check(rule, jax.ShapeDtypeStruct((B, H, T, q.shape[3]), q.dtype))
+    require(
+        kernel.differentiates_lse or not return_lse,
+        f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
+    )
     hop = Hop(_tokens("q", q_positions, segment_ids, B, T), _tokens("kv", kv_positions, kv_segment_ids, B, S), rule)
-    static = _Static(kernel=find_kernel(impl), blocks=block_sizes or BlockSizes())
+    static = _Static(kernel=kernel, blocks=block_sizes or BlockSizes())
     q, k, v, hop, sinks = vary_together(q, k, v, hop, as_sinks(sinks, H))
     out, lse = _attend(static, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), hop, sinks)
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
@@ -127,6 +133,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _tokens(side: str, positions, segments, batch: int, length: int) -> Tokens:
     """Positions as [1 or B, length] and segments as [B, length], both int32."""
+    runs = Runs((length,), 1, ((0,),)) if positions is None else None
     positions = jnp.arange(length) if positions is None else positions
     positions = positions[None] if positions.ndim == 1 else positions
     rows = None if positions.shape[0] == 1 else batch
@@ -134,4 +141,4 @@ def _tokens(side: str, positions, segments, batch: int, length: int) -> Tokens:
     if segments is not None:
         require_shape(f"segment ids of {side}", segments.shape, (batch, length), "BT")
         segments = segments.astype(jnp.int32)
-    return Tokens(positions.astype(jnp.int32), segments)
+    return Tokens(positions.astype(jnp.int32), segments, runs)

@@ -15,6 +15,21 @@ PADDED_QUERY, PADDED_KEY = -(2**31) + 1, -(2**31)
 """Segments of the tokens that fill up a tile: unlike any other and unlike each other, so nobody sees them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Tokens that are evenly spaced in runs, one run after the other, as it is known when a program is traced.
+
+    Attributes:
+      lengths: tokens of each run.
+      step: how far apart the tokens of a run are.
+      starts: positions at which the runs begin, for each device that may hold the tokens.
+    """
+
+    lengths: tuple[int, ...]
+    step: int
+    starts: tuple[tuple[int, ...], ...]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -23,14 +38,12 @@ class Tokens:
     Attributes:
       positions: int32 [B or 1, t], natural positions in the sequence.
       segments: int32 [B or 1, t], or None where all tokens are of one segment.
-      runs: lengths of the runs of evenly spaced tokens that these are, one after the other; None where nobody says.
-      step: how far apart the tokens of a run are.
+      runs: the runs of evenly spaced tokens that these are; None where nobody says.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
-    runs: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
-    step: int = dataclasses.field(default=1, metadata={"static": True})
+    runs: Runs | None = dataclasses.field(default=None, metadata={"static": True})
 
     def pad(self, amount: int, segment: int) -> "Tokens":
         """The same tokens and `amount` more, in a segment of their own."""

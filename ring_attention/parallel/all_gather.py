@@ -109,15 +109,14 @@ class Gathering:
         """Where all keys stand, in the order in which they are gathered."""
         if segments is not None:
             segments = lax.all_gather(segments, self.axis_name, axis=1, tiled=True)
-        runs, step = self.layout.runs(shard_len, 0, shard_len)
-        runs = None if runs is None else runs * self.layout.ring_size
-        return Tokens(self.layout.all_positions(shard_len).reshape(1, -1), segments, runs, step)
+        return Tokens(self.layout.all_positions(shard_len).reshape(1, -1), segments, self.layout.all_runs(shard_len))
 
     def _hop(self, rule: Rule, keys: Tokens, segments, group, q) -> Hop:
         """The meeting of this device's queries of a group with all keys."""
-        positions = self.layout.shard_positions(lax.axis_index(self.axis_name), q.shape[TOKENS])[None]
-        heads = q.shape[1]
-        return Hop(Tokens(positions, segments), keys, rule.of_heads(group * heads, heads))
+        heads, shard_len = q.shape[1], q.shape[TOKENS]
+        positions = self.layout.shard_positions(lax.axis_index(self.axis_name), shard_len)[None]
+        queries = Tokens(positions, segments, self.layout.runs(shard_len))
+        return Hop(queries, keys, rule.of_heads(group * heads, heads))
 
     def _split(self, *arrays):
         """Arrays [B,H,...] as [groups,B,H/groups,...]."""
@@ -171,7 +170,7 @@ class AllGather(Strategy):
             kernel=setting.kernel,
             blocks=setting.blocks,
         )
-        return attend(gathering, q, k, v, segments, rule, sinks)[0]
+        return attend(gathering, q, k, v, segments, rule, sinks)
 
     def memory_bytes(self, work: Workload) -> int:
         """All tokens of two parts of the heads (of one, where there is only one), and the statistics in float32."""

@@ -101,7 +101,7 @@ def context_attention_shard(
         seq_len=seq_len,
     )
     kernel = find_kernel(impl)
-    kernel.check(rule, (B, H, t, D))
+    kernel.check(rule, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
     setting = Setting(axis_name=axis_name, layout=layout, kernel=kernel, blocks=block_sizes or BlockSizes())
     strategy = find_strategy(strategy, options)
     strategy.check(setting, (B, t, H, D), k.shape[2], rule)

@@ -37,7 +37,7 @@ class Exchange(Protocol):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
-    """(out, lse) of this device's queries and all keys that they see.
+    """What this device's queries make of all keys that they see.
 
     Args:
       exchange: how they meet.
@@ -48,21 +48,26 @@ def attend(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
       sinks: float32 [H] or None.
 
     Returns:
-      out [B,H,t,D] in the dtype of q and lse, float32 [B,H,t].
+      [B,H,t,D] in the dtype of q.
     """
+    return _finished(exchange, q, k, v, segments, rule, sinks)[0]
+
+
+def _finished(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
+    """(out [B,H,t,D] in the dtype of q, lse float32 [B,H,t])."""
     out, lse = attention_sinks.finish(exchange.forward(q, k, v, segments, rule), sinks)
     return out.astype(q.dtype), lse
 
 
 def _attend_forward(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
-    results = attend(exchange, q, k, v, segments, rule, sinks)
+    results = _finished(exchange, q, k, v, segments, rule, sinks)
     out, lse = (checkpoint_name(x, name) for x, name in zip(results, SAVED_NAMES, strict=True))
-    return (out, lse), (q, k, v, segments, rule, sinks, out, lse)
+    return out, (q, k, v, segments, rule, sinks, out, lse)
 
 
-def _attend_backward(exchange: Exchange, residuals, cotangents):
+def _attend_backward(exchange: Exchange, residuals, dout):
     q, k, v, segments, rule, sinks, out, lse = residuals
-    whole = Whole.of(out, lse, *cotangents)
+    whole = Whole.of(out, lse, dout)
     grads = exchange.backward(q, k, v, segments, rule, whole)
     grads = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
     return *grads, None, None, attention_sinks.gradient(sinks, whole)

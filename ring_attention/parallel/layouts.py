@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ring_attention.attention.masks import Runs
 from ring_attention.checks import require, require_choice, require_divisible
 
 LAYOUT_KINDS = ("contiguous", "zigzag", "striped")
@@ -136,16 +137,23 @@ class SequenceLayout:
         """Natural positions, int32 [ring_size, shard_len], of all shards; computed where they are needed."""
         return jax.vmap(lambda shard: self.shard_positions(shard, shard_len))(jnp.arange(self.ring_size))
 
-    def runs(self, shard_len: int, start: int, stop: int) -> tuple[tuple[int, ...] | None, int]:
-        """(lengths, step): the tokens from `start` to `stop` of any shard, as runs of tokens `step` apart.
-
-        The lengths are None in stripes of several tokens, which are many short runs.
-        """
+    def runs(self, shard_len: int, start: int = 0, stop: int | None = None) -> Runs | None:
+        """The tokens from `start` to `stop` of any shard, as runs; None for stripes, which are many short runs."""
+        stop, shards = shard_len if stop is None else stop, range(self.ring_size)
         if self.kind == "striped":
-            return ((stop - start,), self.ring_size) if self.stripe == 1 else (None, 1)
+            starts = tuple((shard + self.ring_size * start,) for shard in shards)
+            return Runs((stop - start,), self.ring_size, starts) if self.stripe == 1 else None
         chunk = shard_len // self.chunks_per_shard
         cuts = [start, *(cut for cut in range(0, shard_len, chunk) if start < cut < stop), stop]
-        return tuple(after - before for before, after in itertools.pairwise(cuts)), 1
+        lengths = tuple(after - before for before, after in itertools.pairwise(cuts))
+        chunks = [self.chunk_starts(shard, shard_len) for shard in shards]
+        starts = tuple(tuple(int(own[cut // chunk]) + cut % chunk for cut in cuts[:-1]) for own in chunks)
+        return Runs(lengths, 1, starts)
+
+    def all_runs(self, shard_len: int) -> Runs | None:
+        """The tokens of all shards, one shard after the other, as runs."""
+        own = self.runs(shard_len)
+        return own and Runs(own.lengths * self.ring_size, own.step, (tuple(itertools.chain(*own.starts)),))
 
     def positions(self, seq_len: int) -> np.ndarray:
         """int32 [seq_len]: the natural position of each token in layout order.

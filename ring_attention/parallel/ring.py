@@ -48,7 +48,7 @@ class Ring(Strategy):
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """See `Strategy`."""
         rotation = rotation_of(setting, rule, q.shape[2], duplex=self.duplex, unroll=self.unroll)
-        return attend(rotation, q, k, v, segments, rule, sinks)[0]
+        return attend(rotation, q, k, v, segments, rule, sinks)
 
     def memory_bytes(self, work: Workload) -> int:
         """What travels of K and V, twice where it goes on, and the statistics of the queries in float32."""
@@ -110,7 +110,7 @@ class SingleDevice(Strategy):
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """A ring of one."""
-        return attend(rotation_of(setting, rule, q.shape[2]), q, k, v, segments, rule, sinks)[0]
+        return attend(rotation_of(setting, rule, q.shape[2]), q, k, v, segments, rule, sinks)
 
     def memory_bytes(self, work: Workload) -> int:
         """The statistics of the queries in float32."""

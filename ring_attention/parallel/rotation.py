@@ -111,13 +111,13 @@ class Rotation:
         """Where the resident queries stand, and the keys that came along `route` in this step; without one, at home."""
         me = lax.div(lax.axis_index(self.axis_name), self.width)
         positions = self.layout.shard_positions(me, length)[None]
-        queries = Tokens(positions, q_segments, *self.layout.runs(length, 0, length))
+        queries = Tokens(positions, q_segments, self.layout.runs(length))
         if route is None:
             return Hop(queries, queries, rule)
         P = self.layout.ring_size
         source = lax.rem(me - route.direction * step + P, P)
         keys = self.layout.shard_positions(source, length)[None, route.start : route.stop]
-        return Hop(queries, Tokens(keys, k_segments, *self.layout.runs(length, route.start, route.stop)), rule)
+        return Hop(queries, Tokens(keys, k_segments, self.layout.runs(length, route.start, route.stop)), rule)
 
     def part(self, number: int, k, v, segments):
         """The tokens of an own block that take route `number`."""

@@ -162,7 +162,7 @@ class Sparse(Strategy):
             kernel=setting.kernel,
             blocks=setting.blocks,
         )
-        return attend(exchange, q, k, v, segments, rule, sinks)[0]
+        return attend(exchange, q, k, v, segments, rule, sinks)
 
     def memory_bytes(self, work: Workload) -> int:
         """q, k and v by residues, and the statistics of both parts in float32."""

@@ -115,7 +115,7 @@ class Usp(Strategy):
         merged = dataclasses.replace(setting, layout=setting.layout.merged(U))
         rotation = rotation_of(merged, rule, U * t, width=U)
         segments = None if segments is None else swap.gather(segments)
-        out, _ = attend(rotation, *map(swap.heads_for_tokens, (q, k, v)), segments, rule, sinks)
+        out = attend(rotation, *map(swap.heads_for_tokens, (q, k, v)), segments, rule, sinks)
         return swap.tokens_for_heads(out)
 
     def memory_bytes(self, work: Workload) -> int:

@@ -1,5 +1,7 @@
 """Whether a config can run on a mesh, decided before anything is opened or compiled."""
 
+import jax
+
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.rule import Rule
@@ -41,7 +43,8 @@ def _check_attention(config: TrainConfig, layout: SequenceLayout, tensor_shards:
     shard = (1, config.seq_len // layout.ring_size, model.num_heads // tensor_shards, model.head_dim)
     setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=find_kernel(attention.impl), blocks=BlockSizes())
     rule = Rule(scale=1.0, window=attention.window or None)
-    setting.kernel.check(rule, (shard[0], shard[2], shard[1], shard[3]))
+    queries = (shard[0], shard[2], shard[1], shard[3])
+    setting.kernel.check(rule, jax.ShapeDtypeStruct(queries, model.compute_dtype))
     attention.make_strategy().check(setting, shard, model.num_kv_heads // tensor_shards, rule)
 
 

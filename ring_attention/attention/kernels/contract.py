@@ -14,10 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from ring_attention.attention.rule import Rule
+from ring_attention.checks import require
 
 
-def no_check(rule: Rule, q_shape: tuple[int, ...]) -> None:
-    """Every rule and every size will do."""
+def no_check(rule: Rule, q) -> None:
+    """Every rule, size and dtype will do."""
+
+
+def require_version(kernel: str, versions: tuple[str, ...]) -> None:
+    """Raise ValueError unless this is one of the versions of JAX whose private functions the kernel calls."""
+    version = ".".join(jax.__version__.split(".")[:2])
+    known = ", ".join(versions)
+    require(version in versions, f'impl="{kernel}" was read in jax {known}, this is {version}; use impl="xla"')
 
 
 class Kernel(NamedTuple):
@@ -26,8 +34,9 @@ class Kernel(NamedTuple):
     Attributes:
       name: by which it is chosen.
       forward, backward: as above.
-      check: (rule, shape of q [B,H,t,D]); raises ValueError for what it cannot do.
+      check: (rule, q), of which it reads the shape [B,H,t,D] and the dtype; raises ValueError for what it cannot do.
       platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
+      differentiates_lse: whether its backward uses `Whole.delta`, in which the cotangent of lse is, rather than out.
     """
 
     name: str
@@ -35,6 +44,7 @@ class Kernel(NamedTuple):
     backward: Callable
     check: Callable = no_check
     platform: str | None = None
+    differentiates_lse: bool = True
 
 
 class Whole(NamedTuple):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import Kernel, Whole
+from ring_attention.attention.kernels.contract import Kernel, Whole, require_version
 from ring_attention.attention.masks import EMPTY, Hop, Tokens, tile_kinds, visible
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import Rule
@@ -37,16 +37,14 @@ HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 """The score of a key that is not seen; the kernels do not take -inf."""
 
 
-def check(rule: Rule, q_shape: tuple[int, ...]) -> None:
-    """Raise ValueError for what the kernel cannot do, for queries [B,H,t,D]."""
-    version = ".".join(jax.__version__.split(".")[:2])
-    known = ", ".join(VERSIONS)
-    require(version in VERSIONS, f'impl="splash" was read in jax {known}, this is {version}; use impl="xla"')
+def check(rule: Rule, q) -> None:
+    """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D]."""
+    require_version("splash", VERSIONS)
     for name, value in {"alibi_slopes": rule.slopes, "dropout_rate": rule.dropout}.items():
         require(value is None, f'impl="splash" has no {name}; leave it out, or use impl="xla"')
     require(
-        q_shape[2] % LANES == 0,
-        f'impl="splash" works on tiles of {LANES} tokens, but a shard has {q_shape[2]}; pad the sequence, or use '
+        q.shape[2] % LANES == 0,
+        f'impl="splash" works on tiles of {LANES} tokens, but a shard has {q.shape[2]}; pad the sequence, or use '
         'impl="xla"',
     )
 
@@ -89,7 +87,7 @@ class _Call:
         rule, padded = dataclasses.replace(self.hop.rule, seq_len=None), self.length % LANES > 0
 
         def within(q, k):
-            seen = visible(rule, Tokens(q), Tokens(k * keys.step))
+            seen = visible(rule, Tokens(q), Tokens(k * keys.runs.step))
             real = k < self.length if padded else None
             return functools.reduce(jnp.logical_and, [x for x in (seen, real) if x is not None])
 
@@ -131,7 +129,7 @@ def _calls(hop: Hop, blocks: BlockSizes) -> Iterator[_Call]:
         'impl="xla"',
     )
     start = 0
-    for length in hop.keys.runs:
+    for length in hop.keys.runs.lengths:
         padding = -length % LANES
         run = jax.tree.map(lambda x, first=start, last=start + length: x[:, first:last], hop.keys)
         keys = jax.tree.map(lambda x, more=padding: jnp.pad(x, ((0, 0), (0, more)), mode="edge"), run)

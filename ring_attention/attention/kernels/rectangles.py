@@ -1,0 +1,137 @@
+"""A hop as a few rectangles of scores, for kernels that know few masks.
+
+Which queries see which keys depends on the devices that meet, and so on numbers that only the running program knows.
+But there are few ways in which shards can meet: in a zigzag ring three, whatever its size. Each is planned while the
+program is traced, and the device picks the plan that holds when it runs.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ring_attention.attention.masks import Hop, Runs
+from ring_attention.attention.rule import Rule
+from ring_attention.checks import require
+
+FULL, CAUSAL, OTHER = "full", "causal", "other"
+"""Masks of a rectangle: every query sees every key; query number a sees the keys up to number a, of those less than
+`window` back where there is one; anything else."""
+
+MOST_RECTANGLES = 256
+"""Each is a call in the program; more are refused rather than compiled."""
+
+
+class Rectangle(NamedTuple):
+    """Queries from `q` to `q_end` and keys from `kv` to `kv_end` of a hop, counted in the order of its arrays."""
+
+    q: int
+    q_end: int
+    kv: int
+    kv_end: int
+    mask: str
+    window: int | None = None
+
+
+class _Spans(NamedTuple):
+    """Runs of tokens by numbers: lengths, where each begins in the arrays, and positions [devices, runs]."""
+
+    lengths: list[int]
+    offsets: list[int]
+    starts: np.ndarray
+
+    @staticmethod
+    def of(runs: Runs) -> "_Spans":
+        return _Spans(
+            list(runs.lengths), [0, *itertools.accumulate(runs.lengths)][:-1], np.array(runs.starts, np.int32)
+        )
+
+
+def plan(hop: Hop) -> tuple[list[list[Rectangle]], jax.Array | None]:
+    """(plans, number): the ways in which queries and keys may meet here, and which of them holds; None if only one may.
+
+    The rectangles of a plan are disjoint, and every score outside of them is hidden.
+
+    Raises:
+      ValueError: where nobody says how the tokens are spaced, or for more than MOST_RECTANGLES.
+    """
+    queries, keys, rule = hop.queries, hop.keys, hop.rule
+    known = queries.runs is not None and keys.runs is not None and rule.beyond == 0
+    require(
+        known and queries.runs.step == keys.runs.step,
+        "this kernel needs to know how queries and keys are spaced, and here they are dealt in a way it does not know; "
+        'use impl="xla"',
+    )
+    q, kv, step = _Spans.of(queries.runs), _Spans.of(keys.runs), queries.runs.step
+    pairs = itertools.product(range(len(q.starts)), range(len(kv.starts)))
+    i, j = np.array([(i, j) for i, j in pairs if i == j or keys is not queries]).T
+    bands = np.unique(_bands(rule, q.starts[i], kv.starts[j], q, kv, step), axis=0)
+    plans = [_rectangles(rule, meeting, q, kv) for meeting in bands]
+    number = sum(map(len, plans))
+    require(
+        number <= MOST_RECTANGLES,
+        f"this kernel would need {number} calls for the ways in which shards of this layout can meet, at most "
+        f'{MOST_RECTANGLES} are allowed; use strategy="ring" with layout="zigzag", or impl="xla"',
+    )
+    if len(plans) == 1:
+        return plans, None
+    starts = [x.positions[0, np.array(y.offsets)] for x, y in ((queries, q), (keys, kv))]
+    here = _bands(rule, *starts, q, kv, step)
+    return plans, jnp.argmax((bands == here).all((1, 2, 3)))
+
+
+def _bands(rule: Rule, q_starts, kv_starts, q: _Spans, kv: _Spans, step: int):
+    """[..., queries' runs, keys' runs, 2]: the least and the most number by which a query may lead a key that it sees.
+
+    Query number a of a run sees key number b of another where least <= a - b <= most. Both are cut to what can occur,
+    so that two meetings with the same mask have the same numbers.
+    """
+    xp = jnp if isinstance(q_starts, jax.Array) else np
+    ahead = q_starts[..., :, None] - kv_starts[..., None, :]
+    lengths, others = xp.array(q.lengths)[:, None], xp.array(kv.lengths)[None, :]
+    least, most = xp.broadcast_to(1 - others, ahead.shape), xp.broadcast_to(lengths - 1, ahead.shape)
+    if rule.causal:
+        least = -(ahead // step)
+    if rule.window is not None:
+        most = (rule.window - 1 - ahead) // step
+        least = least if rule.causal else -((rule.window - 1 + ahead) // step)
+    bands = [xp.clip(least, 1 - others, lengths), xp.clip(most, -others, lengths - 1)]
+    hidden = bands[0] > bands[1]  # one way of writing it
+    return xp.stack([xp.where(hidden, lengths, bands[0]), xp.where(hidden, -others, bands[1])], -1)
+
+
+def _rectangles(rule: Rule, bands: np.ndarray, q: _Spans, kv: _Spans) -> list[Rectangle]:
+    """The plan for one way of meeting."""
+    if rule.seq_len is not None and not rule.causal:  # under a causal mask no real query sees padding
+        return [Rectangle(0, sum(q.lengths), 0, sum(kv.lengths), OTHER)]
+    lowest, highest = 1 - np.array(kv.lengths)[None, :], np.array(q.lengths)[:, None] - 1
+    full = (bands[..., 0] == lowest) & (bands[..., 1] == highest)
+    hidden = bands[..., 0] > bands[..., 1]
+    diagonal = (bands[..., 0] == 0) & (bands[..., 1] == highest)
+    if q.lengths == kv.lengths:
+        earlier, same = np.tri(len(q.lengths), k=-1, dtype=bool), np.eye(len(q.lengths), dtype=bool)
+        if (full == earlier).all() and (diagonal[same]).all() and hidden[~(earlier | same)].all():
+            return [Rectangle(0, sum(q.lengths), 0, sum(kv.lengths), CAUSAL)]
+    found = []
+    for row, runs in itertools.groupby(range(len(q.lengths)), key=lambda i: full[i].tolist()):
+        runs = list(runs)
+        top, bottom = q.offsets[runs[0]], q.offsets[runs[-1]] + q.lengths[runs[-1]]
+        for whole, columns in itertools.groupby(range(len(row)), key=row.__getitem__):
+            columns = list(columns)
+            if whole:
+                last = columns[-1]
+                found.append(Rectangle(top, bottom, kv.offsets[columns[0]], kv.offsets[last] + kv.lengths[last], FULL))
+    for i, j in zip(*np.nonzero(~full & ~hidden), strict=True):
+        found.append(_cut(*bands[i, j].tolist(), q.offsets[i], q.lengths[i], kv.offsets[j], kv.lengths[j]))
+    return found
+
+
+def _cut(least: int, most: int, q: int, length: int, kv: int, others: int) -> Rectangle:
+    """The rectangle of two runs whose meeting the mask cuts."""
+    if least < 0 or length != others:
+        return Rectangle(q, q + length, kv, kv + others, OTHER)
+    size = length - least  # the first `least` queries see nothing, and nobody sees the last `least` keys
+    window = most - least + 1
+    return Rectangle(q + least, q + length, kv, kv + size, CAUSAL, window if window < size else None)

@@ -1,0 +1,217 @@
+"""cuDNN as the kernel of a ring: on a GPU itself, elsewhere its two primitives in plain JAX, against the oracle."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import random_qkv
+from ring_helpers import Bound, results, ring_mesh, sharded
+
+import ring_attention as ra
+from ring_attention.attention import kernels
+from ring_attention.attention.kernels import cudnn
+from ring_attention.attention.kernels.rectangles import CAUSAL, FULL, OTHER, Rectangle, plan
+from ring_attention.attention.masks import Hop, Tokens, visible
+from ring_attention.attention.rule import Rule
+from ring_attention.parallel import context
+
+B, T, H, K, D, P = 2, 256, 4, 2, 64, 4
+ONE_DOCUMENT_ENDS = np.where(np.arange(T) < 150, 1, 2)[None].repeat(B, 0)
+MASKS = {
+    "causal": {},
+    "bidirectional": dict(causal=False),
+    "window": dict(window=100),
+    "documents": dict(segment_ids=ONE_DOCUMENT_ENDS, sinks=np.linspace(-1, 1, H, dtype=np.float32)),
+}
+LAYOUTS = {
+    "contiguous": ra.SequenceLayout("contiguous", P),
+    "zigzag": ra.SequenceLayout("zigzag", P),
+    "striped": ra.SequenceLayout("striped", P),
+    "dealt": ra.SequenceLayout.for_speeds([1, 1, 0.5, 1], chunks_per_shard=2),
+}
+
+
+def _weights(q, k, lse, scale, part):
+    """float32 [B,H,t,s] of one rectangle, and k with its heads repeated for those of q."""
+    k = jnp.repeat(k, q.shape[1] // k.shape[1], 1).astype(jnp.float32)
+    scores = jnp.einsum("bhtd,bhsd->bhts", q.astype(jnp.float32), k) * scale
+    if part.mask == CAUSAL:
+        behind = jnp.arange(q.shape[2])[:, None] - jnp.arange(k.shape[2])
+        seen = (behind >= 0) & (behind < (part.window or q.shape[2]))
+        scores = jnp.where(seen, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, -1) if lse is None else lse
+    return jnp.exp(scores - lse[..., None]), lse, k
+
+
+def _attention(q, k, v, scale, part):
+    weights, lse, _ = _weights(q, k, None, scale, part)
+    v = jnp.repeat(v, q.shape[1] // v.shape[1], 1)
+    return jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v), lse
+
+
+def _gradients(q, out, lse, dout, k, v, scale, part):
+    K, dtype = k.shape[1], q.dtype
+    p, _, k = _weights(q, k, lse, scale, part)
+    v, dout = jnp.repeat(v, q.shape[1] // K, 1).astype(jnp.float32), dout.astype(jnp.float32)
+    delta = jnp.sum(dout * out.astype(jnp.float32), -1, keepdims=True)
+    ds = p * (jnp.einsum("bhtd,bhsd->bhts", dout, v) - delta) * scale
+    of_keys = [jnp.einsum("bhts,bhtd->bhsd", x, y) for x, y in ((ds, q.astype(jnp.float32)), (p, dout))]
+    dk, dv = (x.reshape(x.shape[0], K, -1, *x.shape[2:]).sum(2).astype(dtype) for x in of_keys)
+    return jnp.einsum("bhts,bhsd->bhtd", ds, k).astype(dtype), dk, dv
+
+
+@pytest.fixture(autouse=True)
+def _primitives(monkeypatch):
+    """Where there is no GPU, what the primitives are documented to do."""
+    context._sharded.cache_clear()  # it does not know that a kernel was replaced
+    if jax.default_backend() == "gpu":
+        return
+    monkeypatch.setattr(cudnn, "_attention", _attention)
+    monkeypatch.setattr(cudnn, "_gradients", _gradients)
+    monkeypatch.setitem(kernels.KERNELS, "cudnn", cudnn.CUDNN._replace(platform=None))
+
+
+def _run(qkv, layout, arguments, strategy="ring", devices=P):
+    arguments = dict(arguments)
+    attend = sharded(ring_mesh(devices), LAYOUTS[layout] if devices == P else layout, strategy=strategy, impl="cudnn")
+    return results(attend, qkv, arguments.pop("sinks", None), **arguments)
+
+
+QUICK = [("contiguous", "window"), ("zigzag", "causal"), ("striped", "documents")]
+ALL = itertools.product(LAYOUTS, MASKS)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mask"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in ALL],
+)
+def test_a_ring_of_its_calls_is_as_exact_as_dense_attention(layout, mask):
+    qkv = random_qkv(0, B, T, H, K, D, dtype="bfloat16")
+    assert Bound(qkv, **MASKS[mask]).too_large(_run(qkv, layout, MASKS[mask])) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["all_gather", "ulysses", "usp"])
+def test_other_strategies_use_it_too(strategy):
+    qkv = random_qkv(0, B, T, H, 4, D, dtype="float16")
+    assert Bound(qkv).too_large(_run(qkv, "zigzag", {}, strategy)) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [{}, dict(causal=False)])
+def test_lengths_that_do_not_divide_are_padded(arguments):
+    qkv = random_qkv(0, 1, T - 19, H, K, D, dtype="bfloat16")
+    assert Bound(qkv, **arguments).too_large(_run(qkv, "zigzag", arguments)) == {}
+
+
+def test_one_device_attends_in_a_single_call():
+    qkv = random_qkv(0, B, T, H, K, D, dtype="bfloat16")
+    attend = functools.partial(ra.blockwise_attention, impl="cudnn", window=33)
+    assert Bound(qkv, window=33).too_large(results(attend, qkv)) == {}
+    with pytest.raises(ValueError, match="impl='cudnn' cannot differentiate the lse; leave return_lse out"):
+        attend(*qkv[:3], return_lse=True)
+
+
+@pytest.mark.parametrize("wrong", ["a plan of another device", "the lse of the hop", "masks left out"])
+def test_the_bound_sees_mistakes(monkeypatch, wrong):
+    qkv = random_qkv(0, 1, T, H, K, D, dtype="bfloat16")
+    attention, gradients = cudnn._attention, cudnn._gradients
+    if wrong == "a plan of another device":
+        monkeypatch.setattr(cudnn, "plan", lambda hop: (plan(hop)[0], jnp.int32(0)))
+        want = {"out", "dq", "dk", "dv"}
+    elif wrong == "the lse of the hop":
+
+        def local(q, out, lse, dout, k, v, scale, part):
+            out, lse = attention(q, k, v, scale, part)
+            return gradients(q, out, lse, dout, k, v, scale, part)
+
+        monkeypatch.setattr(cudnn, "_gradients", local)
+        want = {"dq", "dk", "dv"}
+    else:
+        monkeypatch.setattr(cudnn, "CAUSAL", "unknown")
+        replaced = functools.partial(Rectangle._replace, mask=FULL)
+        monkeypatch.setattr(cudnn, "plan", lambda hop: ([[*map(replaced, x)] for x in plan(hop)[0]], plan(hop)[1]))
+        want = {"out", "dq", "dk", "dv"}
+    assert set(Bound(qkv).too_large(_run(qkv, "zigzag", {}))) == want
+
+
+def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
+    q = jnp.zeros((1, 64, 4, 16), jnp.bfloat16)
+    attend = functools.partial(ra.ring_attention, q, q, q, mesh=ring_mesh(2), impl="cudnn")
+    with pytest.raises(ValueError, match='impl="cudnn" has no softcap; leave it out, or use impl="xla"'):
+        attend(softcap=3.0)
+    with pytest.raises(ValueError, match='impl="cudnn" has no alibi_slopes'):
+        attend(alibi_slopes=jnp.ones(4))
+    with pytest.raises(ValueError, match='impl="cudnn" has no dropout_rate'):
+        attend(dropout_rate=0.1, dropout_key=jax.random.key(0))
+    with pytest.raises(ValueError, match="takes bfloat16 or float16, got float32"):
+        ra.blockwise_attention(*[q.astype("float32")] * 3, impl="cudnn")
+    with pytest.raises(ValueError, match="head dims that are multiples of 8, at most 128, got 12"):
+        ra.blockwise_attention(*[q[..., :12]] * 3, impl="cudnn")
+    with pytest.raises(ValueError, match="needs to know how queries and keys are spaced"):
+        ra.blockwise_attention(q, q, q, impl="cudnn", q_positions=jnp.arange(64))
+    monkeypatch.setattr(jax, "__version__", "0.12.1")
+    with pytest.raises(ValueError, match='impl="cudnn" was read in jax 0.10, 0.11, this is 0.12; use impl="xla"'):
+        attend()
+    monkeypatch.undo()
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="impl='cudnn' runs on gpu devices, but these are cpu"):
+            attend()
+
+
+# --- Plans ------------------------------------------------------------------------------------------------------------
+
+
+def _hop(layout, device, source, t, rule):
+    queries, keys = (Tokens(layout.shard_positions(i, t)[None], runs=layout.runs(t)) for i in (device, source))
+    return Hop(queries, queries if device == source else keys, rule)
+
+
+@pytest.mark.parametrize("rule", [dict(), dict(causal=False), dict(window=9), dict(window=9, causal=False)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rectangles_cover_what_is_seen_and_no_more(layout, rule):
+    layout, rule, t = LAYOUTS[layout], Rule(scale=1.0, **rule), 16
+    for device in range(P):
+        for source in range(P):
+            hop = _hop(layout, device, source, t, rule)
+            plans, number = plan(hop)
+            covered = np.zeros((t, t), int)
+            q, k = (np.asarray(x.positions[0]) for x in (hop.queries, hop.keys))
+            seen = visible(rule, Tokens(q[:, None]), Tokens(k[None]))
+            seen = np.broadcast_to(True if seen is None else seen, (t, t))
+            for part in plans[0 if number is None else int(number)]:
+                here = np.s_[part.q : part.q_end, part.kv : part.kv_end]
+                behind = np.arange(part.q_end - part.q)[:, None] - np.arange(part.kv_end - part.kv)
+                window = t if part.window is None else part.window
+                shown = {FULL: behind < t, CAUSAL: (behind >= 0) & (behind < window), OTHER: seen[here]}[part.mask]
+                covered[here] += shown
+            np.testing.assert_array_equal(covered, seen)
+
+
+def test_too_many_ways_to_meet_are_refused():
+    layout = ra.SequenceLayout("contiguous", 256)
+    queries = Tokens(layout.shard_positions(3, 8)[None], runs=layout.runs(8))
+    keys = Tokens(layout.all_positions(8).reshape(1, -1), runs=layout.all_runs(8))
+    with pytest.raises(
+        ValueError, match="this kernel would need 511 calls for the ways in which shards of this layout"
+    ):
+        plan(Hop(queries, keys, Rule(scale=1.0)))
+
+
+def test_a_zigzag_ring_needs_three_calls_and_a_striped_one_two():
+    t, rule = 16, Rule(scale=1.0)
+    for P in (2, 8, 64):
+        home, _ = plan(_hop(ra.SequenceLayout("zigzag", P), 0, 0, t, rule))
+        assert home == [[Rectangle(0, t, 0, t, CAUSAL)]]
+        plans, _ = plan(_hop(ra.SequenceLayout("zigzag", P), 0, 1, t, rule))
+        half = t // 2
+        assert sorted(plans) == [
+            [Rectangle(0, t, 0, half, FULL)],
+            [Rectangle(0, t, 0, t, CAUSAL)],
+            [Rectangle(half, t, 0, t, FULL)],
+        ]
+        plans, _ = plan(_hop(ra.SequenceLayout("striped", P), 0, 1, t, rule))
+        assert sorted(plans) == [[Rectangle(0, t, 0, t, CAUSAL)], [Rectangle(1, t, 0, t - 1, CAUSAL)]]
