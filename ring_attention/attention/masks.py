@@ -71,11 +71,13 @@ class Hop:
       queries: of the resident shard.
       keys: of the visiting shard.
       rule: how a query and a key make a weight.
+      own: whether the keys are those of the very shard that the queries are of.
     """
 
     queries: Tokens
     keys: Tokens
     rule: Rule
+    own: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def visible(rule: Rule, queries: Tokens, keys: Tokens) -> jax.Array | None:

@@ -20,7 +20,9 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)")
 _DEVICES = re.compile(r"(?:num_partitions|replica_count)=(\d+)")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*)")
 _DONE = re.compile(r"(.*) collective-permute-done\((?:\S+ )?(%[\w.\-]+)\)")
-_HOP = re.compile(r' while\(|custom_call_target="(?:tpu_custom_call|[^"]*triton|[^"]*mosaic)')
+_HOP = re.compile(
+    r' (?:while|conditional)\(|custom_call_target="(?:tpu_custom_call|__cudnn\$fmha|[^"]*triton|[^"]*mosaic)'
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 

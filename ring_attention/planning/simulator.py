@@ -162,7 +162,8 @@ def _usp(timeline: Timeline, layout: SequenceLayout, work: Workload, backward: b
     for member in range(size):
         devices = [place * size + member for place in range(places)]
         block, gradients = (2 * work.bytes_of(work.shard, kv_heads, itemsize) for itemsize in (None, 4))
-        ring = _Ring(timeline, devices, pairs, block, [before[device] for device in devices])
+        later = _later_half(work.seq_len // places) if work.causal else 0.5
+        ring = _Ring(timeline, devices, pairs, block, later, [before[device] for device in devices])
         for device, span in zip(devices, ring.backward(gradients) if backward else ring.forward(), strict=True):
             ended[device] = span
     _swap(timeline, work, size, "swap back", ended)
@@ -209,11 +210,19 @@ def _all_gather(timeline: Timeline, pairs: np.ndarray, work: Workload, backward:
         together(f"scatter {groups - 1}", gradients, done[-1])
 
 
+def _later_half(tokens: int) -> float:
+    """The part of a shard's own causal pairs whose keys are in its second half."""
+    half = tokens - tokens // 2
+    return half * (half + 1) / (tokens * (tokens + 1))
+
+
 class _Ring:
     """The steps of `parallel.rotation.Rotation`, whose whole shards go all the way around."""
 
-    def __init__(self, timeline: Timeline, devices: list[int], pairs: np.ndarray, block: float, after: list):
-        self.timeline, self.devices, self.pairs, self.block = timeline, devices, pairs, block
+    def __init__(
+        self, timeline: Timeline, devices: list[int], pairs: np.ndarray, block: float, later: float, after: list
+    ):
+        self.timeline, self.devices, self.pairs, self.block, self.later = timeline, devices, pairs, block, later
         self.number = len(devices)
         self.reached = list(after)  # what each device's program waited for last
 
@@ -230,10 +239,11 @@ class _Ring:
         return self.reached
 
     def backward(self, gradients: float) -> list[Span]:
-        """Home last; gradients follow their keys a hop behind, and are sent home from the last one."""
+        """Half of home first and half last; gradients follow their keys a hop behind, and return from the last one."""
         if self.number == 1:
             return self._compute(0, None, None)
         arriving, gathered = self._send("keys 1", self.block, self._both_reached()), None
+        self._compute(0, arriving, None, share=self.later)
         for step in range(1, self.number):
             arrived, arriving = arriving, None
             if step + 1 < self.number:
@@ -242,10 +252,10 @@ class _Ring:
                 gathered = self._send(f"gradients {step - 1}", gradients, self._both_reached())
             self._compute(step, arriving, arrived, gathered)
             if gathered and not self.timeline.machine.blocking:  # they are added to what was computed
-                self.reached = [self._later(*pair) for pair in zip(self.reached, gathered, strict=True)]
+                self.reached = [self._latest(*pair) for pair in zip(self.reached, gathered, strict=True)]
         home = self._send("gradients home", gradients, self._both_reached())
-        self._compute(0, home, None)
-        return [self._later(*pair) for pair in zip(self.reached, home, strict=True)]
+        self._compute(0, home, None, share=1 - self.later)
+        return [self._latest(*pair) for pair in zip(self.reached, home, strict=True)]
 
     def _both_reached(self, arrived: list[Span] | None = None) -> list[list]:
         """What the transfer from place i to the next waits for: both programs have come so far, the block is there."""
@@ -258,8 +268,8 @@ class _Ring:
         spans = [self.timeline.transfer(self.devices[i], name, size, after[i]) for i in range(self.number)]
         return spans[-1:] + spans[:-1]
 
-    def _compute(self, step: int, arriving, arrived, gathered=None) -> list[Span]:
-        """All places compute a hop; where transfers block, they first await those that have begun."""
+    def _compute(self, step: int, arriving, arrived, gathered=None, share: float = 1.0) -> list[Span]:
+        """All places compute a share of a hop; where transfers block, they first await those that have begun."""
         spans = []
         for i, device in enumerate(self.devices):
             after = [self.reached[i], arrived[i] if arrived else None]
@@ -267,10 +277,10 @@ class _Ring:
                 for begun in (arriving, gathered):
                     if begun:
                         after += [begun[i], begun[(i + 1) % self.number]]
-            spans.append(self.timeline.compute(device, f"hop {step}", self.pairs[i, step], after))
+            spans.append(self.timeline.compute(device, f"hop {step}", share * self.pairs[i, step], after))
         self.reached = spans
         return spans
 
     @staticmethod
-    def _later(x: Span, y: Span) -> Span:
+    def _latest(x: Span, y: Span) -> Span:
         return x if x.end >= y.end else y

@@ -167,7 +167,7 @@ def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
 
 def _hop(layout, device, source, t, rule):
     queries, keys = (Tokens(layout.shard_positions(i, t)[None], runs=layout.runs(t)) for i in (device, source))
-    return Hop(queries, queries if device == source else keys, rule)
+    return Hop(queries, keys, rule, own=device == source)
 
 
 @pytest.mark.parametrize("rule", [dict(), dict(causal=False), dict(window=9), dict(window=9, causal=False)])

@@ -66,7 +66,7 @@ def plan(hop: Hop) -> tuple[list[list[Rectangle]], jax.Array | None]:
     )
     q, kv, step = _Spans.of(queries.runs), _Spans.of(keys.runs), queries.runs.step
     pairs = itertools.product(range(len(q.starts)), range(len(kv.starts)))
-    i, j = np.array([(i, j) for i, j in pairs if i == j or keys is not queries]).T
+    i, j = np.array([(i, j) for i, j in pairs if i == j or not hop.own]).T
     bands = np.unique(_bands(rule, q.starts[i], kv.starts[j], q, kv, step), axis=0)
     plans = [_rectangles(rule, meeting, q, kv) for meeting in bands]
     number = sum(map(len, plans))
@@ -124,14 +124,16 @@ def _rectangles(rule: Rule, bands: np.ndarray, q: _Spans, kv: _Spans) -> list[Re
                 last = columns[-1]
                 found.append(Rectangle(top, bottom, kv.offsets[columns[0]], kv.offsets[last] + kv.lengths[last], FULL))
     for i, j in zip(*np.nonzero(~full & ~hidden), strict=True):
-        found.append(_cut(*bands[i, j].tolist(), q.offsets[i], q.lengths[i], kv.offsets[j], kv.lengths[j]))
+        found += _cut(*bands[i, j].tolist(), q.offsets[i], q.lengths[i], kv.offsets[j], kv.lengths[j])
     return found
 
 
-def _cut(least: int, most: int, q: int, length: int, kv: int, others: int) -> Rectangle:
-    """The rectangle of two runs whose meeting the mask cuts."""
-    if least < 0 or length != others:
-        return Rectangle(q, q + length, kv, kv + others, OTHER)
-    size = length - least  # the first `least` queries see nothing, and nobody sees the last `least` keys
-    window = most - least + 1
-    return Rectangle(q + least, q + length, kv, kv + size, CAUSAL, window if window < size else None)
+def _cut(least: int, most: int, q: int, length: int, kv: int, others: int) -> list[Rectangle]:
+    """The rectangles of two runs whose meeting the mask cuts."""
+    size = min(length - least, others)
+    first, last, window = q + least, q + least + size, most - least + 1  # queries before the first see nothing
+    after = q + length - last  # queries that would see all keys, were there no window
+    if least < 0 or (after and most < length - 1):
+        return [Rectangle(q, q + length, kv, kv + others, OTHER)]
+    causal = Rectangle(first, last, kv, kv + size, CAUSAL, window if window < size else None)
+    return [causal, Rectangle(last, q + length, kv, kv + others, FULL)] if after else [causal]

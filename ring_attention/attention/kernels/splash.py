@@ -160,13 +160,38 @@ def _each_sequence(fn: Callable, hop: Hop, *arrays):
     return jax.lax.map(one, (queries, keys, arrays))
 
 
-def _typed(call: Callable, like):
-    """The results of `call()`, typed as varying like `like`: the library's own types leave that open."""
+def _launch(kernel: Callable, arrays: dict, cost):
+    """The results of a library's kernel.
+
+    They are typed as varying like its arrays, which the library's own types leave open. And the compiler is told what
+    the kernel costs, which the library leaves open too: with nothing to go by, it starts transfers after kernels that
+    would have hidden them.
+
+    Args:
+      kernel: function of the arrays.
+      arrays: by name of argument.
+      cost: `pallas.CostEstimate`.
+    """
     from jax._src.config import _check_vma
 
+    def priced(eqn):
+        return eqn.replace(params=eqn.params | dict(cost_estimate=cost)) if "cost_estimate" in eqn.params else eqn
+
     with _check_vma(False):
-        results = call()
-    return vary_together(results, like)[0]
+        jaxpr, shapes = jax.make_jaxpr(lambda arrays: kernel(**arrays), return_shape=True)(arrays)
+        jaxpr = jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(eqns=[*map(priced, jaxpr.eqns)]))
+        results = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *jax.tree.leaves(arrays))
+    return vary_together(jax.tree.unflatten(jax.tree.structure(shapes), results), arrays)[0]
+
+
+def _cost(q, call: _Call, products: int):
+    """What so many matrix products over a call's pairs cost, as if a causal mask showed half of them."""
+    from jax.experimental import pallas
+
+    (H, t, D), s = q.shape, call.hop.keys.positions.shape[1]
+    pairs = H * t * s // (2 if call.hop.rule.causal else 1)
+    moved = (q.size + H * s * D) * q.dtype.itemsize * products // 2
+    return pallas.CostEstimate(flops=2 * products * pairs * D, transcendentals=pairs, bytes_accessed=moved)
 
 
 def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret: bool = False) -> Running:
@@ -187,11 +212,11 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret:
         for call in _calls(hop, blocks):
             info, within = call.mask(by_keys=False)
             sizes = library.BlockSizes(block_q=call.tile_q, block_kv=call.tile_kv)
-            arrays = (info, q, call.of_keys(k), call.of_keys(v), call.segments())
+            arrays = dict(fwd_mask_info=info, q=q, k=call.of_keys(k), v=call.of_keys(v), segment_ids=call.segments())
             run = functools.partial(
-                library._splash_attention_forward, *arrays, block_sizes=sizes, mask_function=within, **settings
+                library._splash_attention_forward, block_sizes=sizes, mask_function=within, **settings
             )
-            out, (lse,) = _typed(run, arrays)
+            out, (lse,) = _launch(run, arrays, _cost(q, call, products=2))
             empty = ~(lse > HIDDEN / 2)  # nothing seen, in a tile that was visited, or in none
             found.append((jnp.where(empty[..., None], 0, out).astype(jnp.float32), jnp.where(empty, -jnp.inf, lse)))
         return found
@@ -218,19 +243,16 @@ def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes, interpret
         of_queries, of_keys = [], []
         for call in _calls(hop, blocks):
             (by_queries, within), (by_keys, _) = call.mask(by_keys=False), call.mask(by_keys=True)
-            arrays = (q, call.of_keys(k), call.of_keys(v), call.segments(), None, lse, dout, delta)
+            arrays = dict(q=q, k=call.of_keys(k), v=call.of_keys(v), segment_ids=call.segments(), sinks=None)
+            arrays |= dict(logsumexp=lse, do=dout, di=delta)
             same = settings | dict(bq=call.tile_q, bkv=call.tile_kv, mask_function=within)
-            run_dq = functools.partial(library._splash_attention_bwd_dq, *arrays, mask_info=by_queries, **same)
+            run_dq = functools.partial(library._splash_attention_bwd_dq, **same)
             run_dkv = functools.partial(
-                library._splash_attention_bwd_dkv,
-                *arrays,
-                mask_info=by_keys,
-                bkv_compute=call.tile_kv,
-                use_fused_bwd_kernel=False,
-                **same,
+                library._splash_attention_bwd_dkv, bkv_compute=call.tile_kv, use_fused_bwd_kernel=False, **same
             )
-            of_queries.append(_typed(run_dq, arrays).astype(jnp.float32))
-            _, dk, dv = _typed(run_dkv, arrays)
+            here = _launch(run_dq, arrays | dict(mask_info=by_queries), _cost(q, call, products=3))
+            of_queries.append(here.astype(jnp.float32))
+            _, dk, dv = _launch(run_dkv, arrays | dict(mask_info=by_keys), _cost(q, call, products=4))
             of_keys.append([x[:, : call.length].astype(jnp.float32) for x in (dk, dv)])
         dk, dv = (jnp.concatenate(parts, 1) for parts in zip(*of_keys, strict=True))
         return sum(of_queries) * hop.rule.scale, dk, dv
