@@ -239,6 +239,7 @@ def of_schedules(row: Row) -> Iterator[tuple[str, str]]:
     yield "sync", f"{row.schedule.synchronous}"
     yield "async", f"{row.schedule.asynchronous}"
     yield "hidden", f"{row.schedule.hidden}"
+    yield "exposed", f"{row.schedule.exposed}"
     yield "in flight", f"{row.schedule.bytes_in_flight / 2**20:.1f}"
     yield "temp", f"{row.temporary_bytes / 2**20:.1f}"
     yield "compile", f"{row.compile_seconds:.1f} s"

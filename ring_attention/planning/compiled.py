@@ -20,6 +20,7 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)")
 _DEVICES = re.compile(r"(?:num_partitions|replica_count)=(\d+)")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*)")
 _DONE = re.compile(r"(.*) collective-permute-done\((?:\S+ )?(%[\w.\-]+)\)")
+_WORK = re.compile(r"(.*?) (?:fusion|convolution|dot)\(%")  # of something, so not the filling of an array
 _HOP = re.compile(
     r' (?:while|conditional)\(|custom_call_target="(?:tpu_custom_call|__cudnn\$fmha|[^"]*triton|[^"]*mosaic)'
 )
@@ -84,14 +85,22 @@ class Schedule:
     Attributes:
       asynchronous: permutes that start in one place and are awaited in another.
       hidden: those between whose two places a hop is computed: a loop over tiles, or a kernel, stands there.
+      beside_other_work: of the rest those between whose two places something is computed that is no smaller than what
+        is sent, such as the merging of what a hop gave.
       synchronous: permutes that nothing else can run beside.
       bytes_in_flight: the most that is on its way to one device at any one time.
     """
 
     asynchronous: int
     hidden: int
+    beside_other_work: int
     synchronous: int
     bytes_in_flight: int
+
+    @property
+    def exposed(self) -> int:
+        """Permutes that a device can only wait for."""
+        return self.synchronous + self.asynchronous - self.hidden - self.beside_other_work
 
 
 def collectives(text: str) -> list[Collective]:
@@ -135,22 +144,34 @@ def schedule_of(text: str) -> Schedule:
     synchronous = len(re.findall(r" collective-permute\(", text))
     found = [done for done in map(_DONE.search, text.splitlines()) if done]
     sizes = {done[2]: sum(array.bytes for array in _arrays(done[1])) for done in found}
-    asynchronous = hidden = most = hops = 0
+    asynchronous = hidden = beside = most = hops = 0
     waiting: dict[str, int] = {}  # name of a start -> hops before it
+    largest: dict[str, int] = {}  # name of a start -> bytes of the largest array computed since
     for line in text.splitlines():
         if _COMPUTATION.match(line):
             waiting, hops = {}, 0
         elif (instruction := _INSTRUCTION.match(line)) is None:
             continue  # a kernel's own text may take several lines
         elif " collective-permute-start(" in line:
-            waiting[instruction[1]] = hops
+            waiting[instruction[1]], largest[instruction[1]] = hops, 0
             at_once = '"is_sync":true' in line
             synchronous, asynchronous = synchronous + at_once, asynchronous + (not at_once)
             most = max(most, sum(sizes[name] for name in waiting))
         elif done := _DONE.search(line):
-            hidden += hops > waiting.pop(done[2])
+            behind_hop = hops > waiting.pop(done[2])
+            hidden += behind_hop
+            beside += not behind_hop and largest[done[2]] >= sizes[done[2]]
+        elif work := _WORK.match(instruction[2]):
+            size = max((array.bytes for array in _arrays(work[1])), default=0)
+            largest |= {name: max(largest[name], size) for name in waiting}
         hops += _HOP.search(line) is not None
-    return Schedule(asynchronous=asynchronous, hidden=hidden, synchronous=synchronous, bytes_in_flight=most)
+    return Schedule(
+        asynchronous=asynchronous,
+        hidden=hidden,
+        beside_other_work=beside,
+        synchronous=synchronous,
+        bytes_in_flight=most,
+    )
 
 
 def arrays(text: str) -> set[Array]:

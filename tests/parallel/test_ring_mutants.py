@@ -64,7 +64,7 @@ def _gradients_are_not_sent_home(patch):
 
 
 def _wrong_source(patch):
-    def mutant(self, rule, q_segments, length, k_segments=None, route=None, step=0):
+    def mutant(self, rule, q_segments, length, k_segments, route, step):
         return hop(self, rule, q_segments, length, k_segments, route, self.layout.ring_size - step)
 
     hop = Rotation.hop
@@ -125,11 +125,10 @@ def _lse_of_the_hop(patch):
 
 
 def _stale_keys_in_the_backward_pass(patch):
-    first = []
+    first = {}
 
     def backward(q, k, v, *rest):
-        first.append((k, v))
-        return PLAIN.backward(q, *first[0], *rest)
+        return PLAIN.backward(q, *first.setdefault(k.shape, (k, v)), *rest)
 
     _with_kernel(patch, backward=backward)
 
@@ -227,9 +226,14 @@ MUTANTS = {
     "the lse in bfloat16": (_lse_in_bfloat16, "packed", GRADIENTS),
     "backward with the hop's own lse": (_lse_of_the_hop, "packed", GRADIENTS),
     "stale keys and values in the backward pass": (_stale_keys_in_the_backward_pass, "packed", GRADIENTS),
-    "a hop is missing in the backward pass": (_without_a_hop_of_the_backward_pass(2), "packed", GRADIENTS),
-    "the keys at home are missing in the backward pass": (
-        _without_a_hop_of_the_backward_pass(3),
+    "a hop is missing in the backward pass": (_without_a_hop_of_the_backward_pass(3), "packed", GRADIENTS),
+    "the later keys at home are missing in the backward pass": (
+        _without_a_hop_of_the_backward_pass(1),
+        "packed",
+        GRADIENTS,
+    ),
+    "the earlier keys at home are missing in the backward pass": (
+        _without_a_hop_of_the_backward_pass(4),
         "packed",
         GRADIENTS,
     ),

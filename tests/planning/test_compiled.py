@@ -172,9 +172,20 @@ def test_a_schedule_tells_which_permutes_a_hop_hides():
 ENTRY %main (x: f32[8]) -> f32[8] {
   %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
   %exposed = f32[8]{0} collective-permute-done(%start)
+  %merged = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
+  %filled = f32[8]{0} fusion(), kind=kLoop, calls=%zeros
+  %merging = (s32[], f32[8]{0}) fusion(%x, %y), kind=kLoop, calls=%merge
+  %merged.done = f32[8]{0} collective-permute-done(%merged)
+  %little = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
+  %filled.too = f32[8]{0} fusion(), kind=kLoop, calls=%zeros
+  %maximum = f32[7]{0} fusion(%x), kind=kLoop, calls=%max
+  %little.done = f32[8]{0} collective-permute-done(%little)
   %at.once = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), backend_config={"is_sync":true}
   %too = f32[8]{0} collective-permute-done(%at.once)
   %plain = f32[8]{0} collective-permute(%x), channel_id=4
 }
 """)
-    assert vars(schedule) == dict(asynchronous=3, hidden=2, synchronous=2, bytes_in_flight=32 + 16 + 12)
+    assert vars(schedule) == dict(
+        asynchronous=5, hidden=2, beside_other_work=1, synchronous=2, bytes_in_flight=32 + 16 + 12
+    )
+    assert schedule.exposed == 4

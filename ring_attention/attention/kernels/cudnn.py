@@ -105,7 +105,9 @@ def _each_rectangle(hop: Hop, state, fused, tiled):
 
     if number is None:
         return follow(plans[0], state)
-    return jax.lax.switch(number, [functools.partial(follow, rectangles) for rectangles in plans], state)
+    state = jax.lax.switch(number, [functools.partial(follow, rectangles) for rectangles in plans], state)
+    # XLA would move what follows into the branches, and with it the wait for a transfer that they could hide.
+    return jax.lax.optimization_barrier(state)
 
 
 def _segments_met(part: Rectangle, hop: Hop):
