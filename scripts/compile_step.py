@@ -6,35 +6,15 @@ pip install -e '.[compile-gpu]' && python scripts/compile_step.py h100:1x8 --con
 Any field can be overridden as for train.py, for example --config.seq_len=4194304.
 """
 
-import dataclasses
 import sys
 import time
 
 import jax
-from jax.sharding import NamedSharding
 
 from ring_attention.checks import ConfigError
-from ring_attention.data.packing import FIELDS
-from ring_attention.parallel.mesh import make_mesh
 from ring_attention.planning.pods import pod_devices
-from ring_attention.training.config import TrainConfig
-from ring_attention.training.feasible import check_feasible
+from ring_attention.planning.programs import compile_step
 from ring_attention.training.flags import parse_config
-from ring_attention.training.step import BATCH_SPEC, abstract_state, make_train_step, state_shardings
-
-
-def compile_step(config: TrainConfig, devices: list[jax.Device]):
-    """The compiled training step, from shapes alone."""
-    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract_state(config),
-        state_shardings(config, mesh),
-    )
-    shape = (config.batch_size, config.seq_len)
-    batch = jax.ShapeDtypeStruct(shape, jax.numpy.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
-    return make_train_step(config, mesh).lower(state, dict.fromkeys(FIELDS, batch)).compile()
 
 
 def main(argv: list[str]) -> None:

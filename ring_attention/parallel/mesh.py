@@ -38,6 +38,15 @@ def make_mesh(
     return Mesh(arrange(devices, tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def compiler_options(mesh: Mesh) -> dict[str, int]:
+    """What to tell XLA about programs with rings on these devices (`compiler_options=` of `jax.jit`).
+
+    For GPU it keeps one transfer in flight at a time, so K and V must go in one, however large they are.
+    """
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    return {"xla_gpu_collective_permute_combine_threshold_bytes": 2**40} if gpu else {}
+
+
 def resolve_mesh_shape(shape: dict[str, int], num_devices: int) -> dict[str, int]:
     """`shape` with its -1, if any, replaced by what `num_devices` leaves for it."""
     words = ", ".join(f"{name}={size}" for name, size in shape.items())

@@ -15,7 +15,7 @@ from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.models.layers import Attend
 from ring_attention.models.transformer import Transformer, parameter_specs
 from ring_attention.parallel.context import context_attention_shard
-from ring_attention.parallel.mesh import SEQUENCE
+from ring_attention.parallel.mesh import SEQUENCE, compiler_options
 from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.optimizer import make_optimizer
@@ -98,7 +98,13 @@ def make_train_step(config: TrainConfig, mesh: Mesh):
         return TrainState(state.step + 1, params, opt_state), metrics
 
     batch = NamedSharding(mesh, BATCH_SPEC)
-    return jax.jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, None), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def make_gradients(config: TrainConfig, mesh: Mesh):

@@ -107,7 +107,7 @@ def kept():
     return _gradients(dataclasses.replace(TINY, remat="none"))
 
 
-@pytest.mark.parametrize("remat", ["attention", "full"])
+@pytest.mark.parametrize("remat", ["attention", pytest.param("full", marks=pytest.mark.slow)])
 def test_what_is_kept_for_the_backward_pass_changes_no_gradient(remat, kept):
     got = _gradients(dataclasses.replace(TINY, remat=remat))
     jax.tree.map(lambda g, w: np.testing.assert_array_less(relative_error(g, w), 1e-5), got, kept)

@@ -85,7 +85,10 @@ def test_out_and_gradients_are_as_exact_as_dense_attention(strategy, layout, mas
     assert bound.too_large(_results(strategy, MASKS[mask], LAYOUTS[layout])) == {}
 
 
-@pytest.mark.parametrize("strategy", ra.STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",
+    [name if name in ("ring", "all_gather") else pytest.param(name, marks=pytest.mark.slow) for name in ra.STRATEGIES],
+)
 def test_with_tiles_too(strategy):
     blocks = ra.BlockSizes(q=8, kv=16)
     bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", "everything")

@@ -4,9 +4,10 @@ import functools
 
 import jax
 import pytest
-from ring_helpers import ring_mesh
+from ring_helpers import PLAIN, ring_mesh
 
 import ring_attention as ra
+from ring_attention.attention import kernels
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy, Workload
 from ring_attention.planning import compiled
@@ -15,6 +16,11 @@ P, B, T, H, K, D = 4, 2, 96, 8, 4, 6
 STRIDE = 4
 OPTIONS = {"sparse": dict(stride=STRIDE), "usp": dict(ulysses_size=2)}
 MANY = [name for name in ra.STRATEGIES if name != "single_device"]
+
+
+@pytest.fixture(autouse=True)
+def _plain_kernel(monkeypatch):
+    monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
 
 
 def test_every_strategy_states_its_facts():
@@ -89,7 +95,7 @@ PROGRAMS = [
 def test_what_is_sent_is_what_the_strategy_says(strategy, options, window, forward, backward):
     work = Workload(seq_len=T, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, window=window)
     for part, kinds in (("forward", forward), ("backward", backward)):
-        text = _Program(part, strategy, window=window, **options).text
+        text = _Program(part, strategy, window=window, impl="plain", **options).text
         assert {kind: runs for kind, (runs, _) in compiled.totals(text).items()} == kinds
         assert compiled.sent(text) == find_strategy(strategy, options).sent_bytes(work, backward=part == "backward")
 
@@ -99,7 +105,7 @@ def test_what_is_sent_is_what_the_strategy_says(strategy, options, window, forwa
 def test_segment_ids_are_counted_too(part, strategy):
     options = OPTIONS.get(strategy, {})
     work = Workload(seq_len=T, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, segments=True)
-    sent = compiled.sent(_Program(part, strategy, packed=True, **options).text)
+    sent = compiled.sent(_Program(part, strategy, packed=True, impl="plain", **options).text)
     assert sent == find_strategy(strategy, options).sent_bytes(work, backward=part == "backward")
 
 
@@ -126,6 +132,7 @@ def test_gathering_by_heads_bounds_memory():
     assert by_heads < whole - gathered / 4
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_whole_sequence_only_where_it_must():
     """Twice the devices and tokens, the same shard: a ring stays as it is, rows of scores and gathered keys grow."""
 

@@ -103,6 +103,7 @@ def test_segment_ids_travel_with_the_keys():
     assert _totals("backward", 4, packed=True) == _permutes(15, 2 * kv + segments)
 
 
+@pytest.mark.slow
 def test_an_unrolled_ring_sends_the_same_and_has_no_loop_over_its_hops():
     def at_once(part, **settings):
         """Permutes in the text that stand in no loop."""
@@ -121,6 +122,7 @@ def test_hops_are_turns_of_a_loop_so_that_a_program_does_not_grow_with_the_ring(
         assert max(item.runs for item in eight) > max(item.runs for item in four)
 
 
+@pytest.mark.slow
 def test_sinks_slopes_softcap_and_dropout_are_sent_nowhere():
     plain = _totals("forward", 4)
     assert _totals("forward", 4, extras=("sinks", "alibi_slopes"), softcap=5.0, dropout_rate=0.1) == plain
@@ -276,6 +278,7 @@ def test_a_duplex_ring_sends_half_of_the_same_bytes_each_way(part, layout):
     assert compiled.totals(duplex) == _permutes(2 * number, size)
 
 
+@pytest.mark.slow
 def test_a_duplex_ring_sends_nothing_else_where_it_is_computed_in_tiles():
     assert _totals("forward", 8, duplex=True) == _permutes(28, 14 * t * TOKEN)
     assert _bytes_by_direction(_program("forward", 8, duplex=True).text) == (7 * t * TOKEN, 7 * t * TOKEN)

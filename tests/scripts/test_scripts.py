@@ -58,6 +58,7 @@ def test_inspect_program_says_in_a_line_what_is_wrong_with_a_topology():
     assert "v5e:nowhere" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_check_accuracy_accepts_ours_and_its_limit_can_be_missed(tmp_path):
     out = tmp_path / "accuracy.json"
     done = run("check_accuracy.py", "--tokens", 128, "--rings", 64, "--only-rings", "--out", out)

@@ -10,6 +10,7 @@ What it binds is private to JAX and was read in the versions below; another is r
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,99 +50,98 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes) -> Running
     """Take one hop's keys into the running statistics; see `contract`."""
     q, k, v, hop, running = vary_together(q, k, v, hop, running)
 
-    def fused(part: Rectangle, running):
-        out, lse = _attention(_rows(part, q), _keys(part, k), _keys(part, v), hop.rule.scale, part)
-        if hop.rule.seq_len is not None:  # padding sees nothing
-            real = hop.queries.positions[:, None, part.q : part.q_end] < hop.rule.seq_len
-            lse = jnp.where(real, lse, -jnp.inf)
-        new = online_softmax.absorb(Running(*(_rows(part, x) for x in running)), out.astype(jnp.float32), lse)
-        return Running(*(_set_rows(part, x, y) for x, y in zip(running, new, strict=True)))
+    def fused(part: Rectangle):
+        return _attention(part.of_queries(q), part.of_keys(k), part.of_keys(v), hop.rule.scale, part)
 
-    def tiled(part: Rectangle, running):
-        here = Running(*(_rows(part, x) for x in running))
-        new = xla.forward(_rows(part, q), _keys(part, k), _keys(part, v), _meeting(part, hop), here, blocks)
-        return Running(*(_set_rows(part, x, y) for x, y in zip(running, new, strict=True)))
+    def tiled(part: Rectangle):
+        here = part.of_queries(q)
+        empty = vary_together(Running.empty(here.shape), q)[0]
+        statistics = xla.forward(here, part.of_keys(k), part.of_keys(v), _meeting(part, hop), empty, blocks)
+        out, lse = online_softmax.finish(statistics)
+        return out.astype(q.dtype), lse
 
-    return _each_rectangle(hop, running, fused, tiled)
+    def none(part: Rectangle):
+        rows = part.of_queries(q)
+        return jnp.zeros_like(rows), jnp.full_like(rows[..., 0], -jnp.inf, jnp.float32)
+
+    def follow(rectangles):
+        out, lse = jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
+        for number, part in enumerate(rectangles):
+            found = _choose(part, hop, fused, tiled, none)
+            if any(part.shares_queries(other) for other in rectangles[:number]):
+                statistics = Running.empty(part.of_queries(q).shape)
+                for known, more in ((part.of_queries(out), part.of_queries(lse)), found):
+                    statistics = online_softmax.absorb(statistics, known.astype(jnp.float32), more)
+                found = online_softmax.finish(statistics)
+            out, lse = (part.into_queries(x, y.astype(x.dtype)) for x, y in zip((out, lse), found, strict=True))
+        return out, lse
+
+    out, lse = _plan_that_holds(hop, follow)
+    if hop.rule.seq_len is not None:  # padding sees nothing
+        lse = jnp.where(hop.queries.positions[:, None] < hop.rule.seq_len, lse, -jnp.inf)
+    return online_softmax.absorb(running, out.astype(jnp.float32), lse)
 
 
 def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes):
     """Gradients of one hop, given the statistics of the whole sequence; see `contract`."""
-    grads = (dq, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    q, k, v, hop, whole, grads = vary_together(q, k, v, hop, whole, grads)
+    q, k, v, hop, whole, dq = vary_together(q, k, v, hop, whole, dq)
     lse = jnp.where(whole.lse == -jnp.inf, UNSEEING, whole.lse)
 
-    def fused(part: Rectangle, grads):
-        of_queries = [_rows(part, x) for x in (q, whole.out, lse, whole.dout)]
-        here = _gradients(*of_queries, _keys(part, k), _keys(part, v), hop.rule.scale, part)
-        return _added(part, grads, *(x.astype(jnp.float32) for x in here))
+    def fused(part: Rectangle):
+        of_queries = [part.of_queries(x) for x in (q, whole.out, lse, whole.dout)]
+        return tuple(_gradients(*of_queries, part.of_keys(k), part.of_keys(v), hop.rule.scale, part))
 
-    def tiled(part: Rectangle, grads):
-        here = Whole(*(_rows(part, x) for x in whole))
-        nothing = jnp.zeros_like(_rows(part, grads[0]))
-        queries, keys = _rows(part, q), (_keys(part, k), _keys(part, v))
-        return _added(part, grads, *xla.backward(queries, *keys, here, _meeting(part, hop), nothing, blocks))
+    def tiled(part: Rectangle):
+        here, q_here = Whole(*map(part.of_queries, whole)), part.of_queries(q)
+        nothing = vary_together(jnp.zeros(q_here.shape, jnp.float32), q)[0]
+        arrays = (q_here, part.of_keys(k), part.of_keys(v), here, _meeting(part, hop), nothing)
+        return tuple(x.astype(q.dtype) for x in xla.backward(*arrays, blocks))
 
-    return _each_rectangle(hop, grads, fused, tiled)
+    def none(part: Rectangle):
+        return tuple(map(jnp.zeros_like, (part.of_queries(q), part.of_keys(k), part.of_keys(v))))
+
+    def follow(rectangles):
+        sums = [jnp.zeros_like(x, jnp.float32) for x in (q, k, v)]
+        for part in rectangles:
+            of_queries, *of_keys = _choose(part, hop, fused, tiled, none)
+            sums = [part.added_to_queries(sums[0], of_queries), *map(part.added_to_keys, sums[1:], of_keys)]
+        return tuple(x.astype(q.dtype) for x in sums)
+
+    here, dk, dv = _plan_that_holds(hop, follow)
+    return dq + here.astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
 
 
 CUDNN = Kernel("cudnn", _forward, _backward, check=check, platform="gpu", differentiates_lse=False)
 
 
-def _each_rectangle(hop: Hop, state, fused, tiled):
-    """`fused(rectangle, state)` or `tiled(rectangle, state) -> state` for each rectangle of the plan that holds."""
+def _plan_that_holds(hop: Hop, follow: Callable):
+    """`follow(rectangles)` for those that cover what the queries see of the keys."""
     plans, number = plan(hop)
-
-    def follow(rectangles, state):
-        for part in rectangles:
-            if part.mask == OTHER:
-                state = tiled(part, state)
-            elif hop.queries.segments is None:
-                state = fused(part, state)
-            else:
-                choices = (lambda state: state, functools.partial(fused, part), functools.partial(tiled, part))
-                state = jax.lax.switch(_segments_met(part, hop), choices, state)
-        return state
-
     if number is None:
-        return follow(plans[0], state)
-    state = jax.lax.switch(number, [functools.partial(follow, rectangles) for rectangles in plans], state)
+        return follow(plans[0])
+    results = jax.lax.switch(number, [functools.partial(follow, rectangles) for rectangles in plans])
     # XLA would move what follows into the branches, and with it the wait for a transfer that they could hide.
-    return jax.lax.optimization_barrier(state)
+    return jax.lax.optimization_barrier(results)
 
 
-def _segments_met(part: Rectangle, hop: Hop):
-    """0 where no query and key of the rectangle have a segment in common, 1 where all have, 2 otherwise."""
-    queries, keys = hop.queries.segments[:, part.q : part.q_end], hop.keys.segments[:, part.kv : part.kv_end]
+def _choose(part: Rectangle, hop: Hop, fused: Callable, tiled: Callable, none: Callable):
+    """What a rectangle gives: cuDNN's result, that of tiles where it has no such mask, or nothing."""
+    if part.mask == OTHER:
+        return tiled(part)
+    if hop.queries.segments is None:
+        return fused(part)
+    meeting = _meeting(part, hop)
+    queries, keys = (x.segments for x in (meeting.queries, meeting.keys))
     apart = (queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))
     one = (queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))
-    return jnp.where(apart.all(), 0, jnp.where(one.all(), 1, 2))
+    which = jnp.where(apart.all(), 0, jnp.where(one.all(), 1, 2))
+    return jax.lax.switch(which, [functools.partial(fn, part) for fn in (none, fused, tiled)])
 
 
 def _meeting(part: Rectangle, hop: Hop) -> Hop:
     """The hop of a rectangle alone."""
     queries = jax.tree.map(lambda x: x[:, part.q : part.q_end], hop.queries)
     return Hop(queries, jax.tree.map(lambda x: x[:, part.kv : part.kv_end], hop.keys), hop.rule)
-
-
-def _rows(part: Rectangle, x):
-    """The rectangle's queries of an array [B,H,t,...]."""
-    return x[:, :, part.q : part.q_end]
-
-
-def _keys(part: Rectangle, x):
-    """The rectangle's keys of an array [B,K,s,...]."""
-    return x[:, :, part.kv : part.kv_end]
-
-
-def _set_rows(part: Rectangle, x, new):
-    return x.at[:, :, part.q : part.q_end].set(new)
-
-
-def _added(part: Rectangle, grads, dq, dk, dv):
-    """The gradients with a rectangle's own added."""
-    q, kv = slice(part.q, part.q_end), slice(part.kv, part.kv_end)
-    return grads[0].at[:, :, q].add(dq), grads[1].at[:, :, kv].add(dk), grads[2].at[:, :, kv].add(dv)
 
 
 def _attention(q, k, v, scale: float, part: Rectangle):

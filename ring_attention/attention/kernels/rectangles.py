@@ -34,6 +34,30 @@ class Rectangle(NamedTuple):
     mask: str
     window: int | None = None
 
+    def shares_queries(self, other: "Rectangle") -> bool:
+        """Whether some queries are in both."""
+        return self.q < other.q_end and other.q < self.q_end
+
+    def of_queries(self, x):
+        """The rectangle's queries of an array [B,H,t,...]."""
+        return x[:, :, self.q : self.q_end]
+
+    def of_keys(self, x):
+        """The rectangle's keys of an array [B,K,s,...]."""
+        return x[:, :, self.kv : self.kv_end]
+
+    def into_queries(self, x, new):
+        """The array with these queries replaced."""
+        return x.at[:, :, self.q : self.q_end].set(new)
+
+    def added_to_queries(self, x, more):
+        """The array with something added to these queries."""
+        return x.at[:, :, self.q : self.q_end].add(more.astype(x.dtype))
+
+    def added_to_keys(self, x, more):
+        """The array with something added to these keys."""
+        return x.at[:, :, self.kv : self.kv_end].add(more.astype(x.dtype))
+
 
 class _Spans(NamedTuple):
     """Runs of tokens by numbers: lengths, where each begins in the arrays, and positions [devices, runs]."""

@@ -1,0 +1,33 @@
+"""Rings compiled for a TPU slice that is not there; needs the compiler, which `.ci/run` installs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.pod
+
+
+def _check(tmp_path, **environment):
+    out = tmp_path / "pods.json"
+    command = [sys.executable, REPOSITORY / "scripts" / "check_pods.py", "v5e:4x4", "--out", out]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    return done, json.loads(out.read_text()) if out.exists() else None
+
+
+def test_every_transfer_of_a_ring_and_of_a_training_step_is_one_link_long_and_has_work_beside_it(tmp_path):
+    done, rows = _check(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "all as required"
+    ring, step = rows
+    assert (ring["program"], step["program"]) == ("ring", "step")
+    for row in rows:
+        assert (row["devices"], row["links"], row["kernel"]) == (16, 1, "splash")
+        assert row["schedule"]["synchronous"] == 0
+        assert row["schedule"]["asynchronous"] >= 14  # K and V in 2 + 2 places, dK and dV in 3
+        assert row["schedule"]["hidden"] + row["schedule"]["beside_other_work"] == row["schedule"]["asynchronous"]
