@@ -35,14 +35,14 @@ class Gathering:
     kernel: Kernel
     blocks: BlockSizes
 
-    def forward(self, q, k, v, segments, rule: Rule) -> Running:
+    def forward(self, me, q, k, v, segments, rule: Rule) -> Running:
         """Statistics of this device's queries over all keys that they see."""
         keys, parts = self._keys(segments, q.shape[TOKENS]), self._split(k, v)
 
         def work(group, kv, q):
             k, v = kv
             running = vary_over(Running.empty(q.shape), axes_of(q))
-            hop = self._hop(rule, keys, segments, group, q)
+            hop = self._hop(me, rule, keys, segments, group, q)
             return self.kernel.forward(q, k, v, hop, running, self.blocks)
 
         def step(ready, group_and_q):
@@ -58,7 +58,7 @@ class Gathering:
             *(self._join(self._append(x, y)) for x, y in zip(results, work(last, ready, q[last]), strict=True))
         )
 
-    def backward(self, q, k, v, segments, rule: Rule, whole: Whole):
+    def backward(self, me, q, k, v, segments, rule: Rule, whole: Whole):
         """Gradients. Each device finds those of all keys by its queries; they are summed on the way to their owners.
 
         While a part of the heads is computed, the next one arrives and the gradients of the one before are on their
@@ -69,7 +69,7 @@ class Gathering:
 
         def work(group, kv, of_queries):
             q, *whole = of_queries
-            hop = self._hop(rule, keys, segments, group, q)
+            hop = self._hop(me, rule, keys, segments, group, q)
             nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
             dq, *dkv = self.kernel.backward(q, *kv, Whole(*whole), hop, nothing, self.blocks)
             return dq, dkv
@@ -111,10 +111,10 @@ class Gathering:
             segments = lax.all_gather(segments, self.axis_name, axis=1, tiled=True)
         return Tokens(self.layout.all_positions(shard_len).reshape(1, -1), segments, self.layout.all_runs(shard_len))
 
-    def _hop(self, rule: Rule, keys: Tokens, segments, group, q) -> Hop:
+    def _hop(self, me, rule: Rule, keys: Tokens, segments, group, q) -> Hop:
         """The meeting of this device's queries of a group with all keys."""
         heads, shard_len = q.shape[1], q.shape[TOKENS]
-        positions = self.layout.shard_positions(lax.axis_index(self.axis_name), shard_len)[None]
+        positions = self.layout.shard_positions(me, shard_len)[None]
         queries = Tokens(positions, segments, self.layout.runs(shard_len))
         return Hop(queries, keys, rule.of_heads(group * heads, heads))
 

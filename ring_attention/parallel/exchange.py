@@ -8,6 +8,7 @@ import functools
 from typing import Protocol
 
 import jax
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ring_attention.attention import sinks as attention_sinks
@@ -25,13 +26,16 @@ Ulysses' swaps stand around its exchange and are done again; ring self-attention
 class Exchange(Protocol):
     """One way of bringing this device's queries and all keys together; hashable, since programs depend on it.
 
-    Arrays are this device's slices: q [B,H,t,D], k and v [B,K,t,D], segments int32 [B,t] or None.
+    Arrays are this device's slices: q [B,H,t,D], k and v [B,K,t,D], segments int32 [B,t] or None. `me` is its number
+    along the axis `axis_name`, int32.
     """
 
-    def forward(self, q, k, v, segments, rule: Rule) -> Running:
+    axis_name: str
+
+    def forward(self, me, q, k, v, segments, rule: Rule) -> Running:
         """Statistics of this device's queries over all keys that they see."""
 
-    def backward(self, q, k, v, segments, rule: Rule, whole: Whole) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def backward(self, me, q, k, v, segments, rule: Rule, whole: Whole) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float32 gradients of this device's q, k and v, given the statistics of its queries over all keys."""
 
 
@@ -55,8 +59,19 @@ def attend(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
 
 def _finished(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
     """(out [B,H,t,D] in the dtype of q, lse float32 [B,H,t])."""
-    out, lse = attention_sinks.finish(exchange.forward(q, k, v, segments, rule), sinks)
+    arrays = _bound(exchange, q, k, v, segments, rule)
+    out, lse = attention_sinks.finish(exchange.forward(*arrays), sinks)
     return out.astype(q.dtype), lse
+
+
+def _bound(exchange: Exchange, *arrays) -> tuple:
+    """(me, *arrays), where everything seems to depend on all of the arrays.
+
+    Numbers of devices, segments and rules are the same in every layer. Where layers are a loop, JAX lifts what follows
+    from such values alone out of it and keeps it: where the tokens of each hop stand, which of its tiles are computed,
+    an array for every hop of the ring.
+    """
+    return lax.optimization_barrier((lax.axis_index(exchange.axis_name), *arrays))
 
 
 def _attend_forward(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
@@ -68,7 +83,7 @@ def _attend_forward(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
 def _attend_backward(exchange: Exchange, residuals, dout):
     q, k, v, segments, rule, sinks, out, lse = residuals
     whole = Whole.of(out, lse, dout)
-    grads = exchange.backward(q, k, v, segments, rule, whole)
+    grads = exchange.backward(*_bound(exchange, q, k, v, segments, rule, whole))
     grads = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
     return *grads, None, None, attention_sinks.gradient(sinks, whole)
 

@@ -43,7 +43,7 @@ class Rotation:
     blocks: BlockSizes
     width: int = 1
 
-    def forward(self, q, k, v, segments, rule: Rule) -> Running:
+    def forward(self, me, q, k, v, segments, rule: Rule) -> Running:
         """Statistics of this device's queries over all keys that they see."""
         length = q.shape[2]
 
@@ -54,21 +54,22 @@ class Rotation:
             running, blocks = carry
             following = {i: self.pass_on(i, blocks[i]) for i in going_on}
             for i in active:
-                hop = self.hop(rule, segments, length, blocks[i][2], self.routes[i], step)
+                hop = self.hop(me, rule, segments, length, blocks[i][2], self.routes[i], step)
                 running = take(running, blocks[i], hop)
             return running, following
 
         arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
-        hop = self.hop_at_home(rule, segments, length, 0, length)
+        hop = self.hop_at_home(me, rule, segments, length, 0, length)
         running = take(vary_over(Running.empty(q.shape), axes_of(q)), (k, v), hop)
         running, _ = self.run(advance, (running, arriving), first=1)
         return running
 
-    def backward(self, q, k, v, segments, rule: Rule, whole: Whole):
+    def backward(self, me, q, k, v, segments, rule: Rule, whole: Whole):
         """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent home.
 
         While a hop is computed, what the hop before gave is on its way. The keys at home are computed while nothing
-        else could be: one half while the first block arrives, the other while the gradients from abroad return.
+        else could be: one half while the first block arrives, the other while the gradients from abroad return. Left to
+        itself a compiler may put them beside a transfer that has a hop already, so what follows is made to wait.
         """
         length = q.shape[2]
 
@@ -76,9 +77,9 @@ class Rotation:
             dq, *dblock = self.kernel.backward(q, *block[:2], whole, hop, dq, self.blocks)
             return dq, dblock
 
-        def at_home(dq, start: int, stop: int):
-            block = (k[:, :, start:stop], v[:, :, start:stop])
-            return gradients(dq, block, self.hop_at_home(rule, segments, length, start, stop))
+        def at_home(dq, kv, start: int, stop: int):
+            block = [x[:, :, start:stop] for x in kv]
+            return gradients(dq, block, self.hop_at_home(me, rule, segments, length, start, stop))
 
         def advance(carry, step, active, going_on):
             dq, blocks, dblocks, returned = carry
@@ -86,7 +87,7 @@ class Rotation:
             arriving = {i: lax.optimization_barrier(self.pass_on(i, dblocks[i])) for i in active if i in dblocks}
             gathered = {}
             for i in active:
-                hop = self.hop(rule, segments, length, blocks[i][2], self.routes[i], step)
+                hop = self.hop(me, rule, segments, length, blocks[i][2], self.routes[i], step)
                 dq, here = gradients(dq, blocks[i], hop)
                 gathered[i] = jax.tree.map(jnp.add, arriving[i], here) if i in arriving else here
             back = {i: self.send_home(i, gathered[i]) for i in active if i not in going_on}
@@ -94,14 +95,15 @@ class Rotation:
 
         dq = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
         if not self.routes:
-            dq, (dk, dv) = at_home(dq, 0, length)
+            dq, (dk, dv) = at_home(dq, (k, v), 0, length)
             return dq, dk, dv
         arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
-        dq, later = at_home(dq, length // 2, length)  # in most layouts the half that fewer queries see
+        dq, later = at_home(dq, (k, v), length // 2, length)  # in most layouts the half that fewer queries see
+        dq, later, arriving = lax.optimization_barrier((dq, later, arriving))
         carry = (dq, arriving, {}, {})  # nothing has been gathered yet that could be on its way
         carry = advance(carry, 1, range(len(self.routes)), self.beyond_first)
         dq, _, _, returned = self.run(advance, carry, first=2)
-        dq, earlier = at_home(dq, 0, length // 2)
+        dq, earlier = at_home(*lax.optimization_barrier((dq, (k, v))), 0, length // 2)
         dk, dv = (jnp.concatenate(halves, 2) for halves in zip(earlier, later, strict=True))
         for i, (dk_part, dv_part) in returned.items():
             here = slice(self.routes[i].start, self.routes[i].stop)
@@ -118,27 +120,27 @@ class Rotation:
         pairs = [(i, (i + shift * self.width) % devices) for i in range(devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, pairs), tree)
 
-    def hop(self, rule: Rule, q_segments, length: int, k_segments, route: Route, step) -> Hop:
+    def hop(self, me, rule: Rule, q_segments, length: int, k_segments, route: Route, step) -> Hop:
         """Where the resident queries stand, and the keys that came along `route` in this step."""
         P = self.layout.ring_size
-        source = lax.rem(self._place() - route.direction * step + P, P)
+        source = lax.rem(self._place(me) - route.direction * step + P, P)
         keys = self.layout.shard_positions(source, length)[None, route.start : route.stop]
         runs = self.layout.runs(length, route.start, route.stop)
-        return Hop(self._queries(q_segments, length), Tokens(keys, k_segments, runs), rule)
+        return Hop(self._queries(me, q_segments, length), Tokens(keys, k_segments, runs), rule)
 
-    def hop_at_home(self, rule: Rule, segments, length: int, start: int, stop: int) -> Hop:
+    def hop_at_home(self, me, rule: Rule, segments, length: int, start: int, stop: int) -> Hop:
         """Where the resident queries stand, and the keys from `start` to `stop` of the same shard."""
-        queries = self._queries(segments, length)
+        queries = self._queries(me, segments, length)
         positions, segments = (None if x is None else x[:, start:stop] for x in (queries.positions, segments))
         return Hop(queries, Tokens(positions, segments, self.layout.runs(length, start, stop)), rule, own=True)
 
-    def _queries(self, segments, length: int) -> Tokens:
-        positions = self.layout.shard_positions(self._place(), length)[None]
+    def _queries(self, me, segments, length: int) -> Tokens:
+        positions = self.layout.shard_positions(self._place(me), length)[None]
         return Tokens(positions, segments, self.layout.runs(length))
 
-    def _place(self):
-        """Number of this device's place in the ring."""
-        return lax.div(lax.axis_index(self.axis_name), self.width)
+    def _place(self, me):
+        """Number of a device's place in the ring."""
+        return lax.div(me, self.width)
 
     def part(self, number: int, k, v, segments):
         """The tokens of an own block that take route `number`."""

@@ -38,21 +38,21 @@ class StridedExchange:
     kernel: Kernel
     blocks: BlockSizes
 
-    def forward(self, q, k, v, segments, rule: Rule) -> Running:
+    def forward(self, me, q, k, v, segments, rule: Rule) -> Running:
         """Statistics of this device's queries over all keys that they see."""
-        running = self.near.forward(q, k, v, segments, self.near_rule(rule))
+        running = self.near.forward(me, q, k, v, segments, self.near_rule(rule))
         q, k, v, segments = self._to_residues(q, k, v, segments)
         empty = vary_over(Running.empty(q.shape), axes_of(q))
-        far = self.kernel.forward(q, k, v, self._hop(rule, q, segments), empty, self.blocks)
+        far = self.kernel.forward(q, k, v, self._hop(me, rule, q, segments), empty, self.blocks)
         return online_softmax.absorb(running, *self._to_tokens(*online_softmax.finish(far)))
 
-    def backward(self, q, k, v, segments, rule: Rule, whole: Whole):
+    def backward(self, me, q, k, v, segments, rule: Rule, whole: Whole):
         """Gradients of both parts, each with the statistics of all keys."""
-        near = self.near.backward(q, k, v, segments, self.near_rule(rule), whole)
+        near = self.near.backward(me, q, k, v, segments, self.near_rule(rule), whole)
         q, k, v, segments, dout, lse, delta = self._to_residues(q, k, v, segments, whole.dout, whole.lse, whole.delta)
         whole = Whole(None, lse, dout, delta)
         nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
-        far = self.kernel.backward(q, k, v, whole, self._hop(rule, q, segments), nothing, self.blocks)
+        far = self.kernel.backward(q, k, v, whole, self._hop(me, rule, q, segments), nothing, self.blocks)
         return tuple(x + y for x, y in zip(near, self._to_tokens(*far), strict=True))
 
     def near_rule(self, rule: Rule) -> Rule:
@@ -88,11 +88,11 @@ class StridedExchange:
 
         return [convert(x) for x in arrays]
 
-    def _hop(self, rule: Rule, q, segments) -> Hop:
+    def _hop(self, me, rule: Rule, q, segments) -> Hop:
         """All tokens of each residue among each other, without those that are near."""
         P, r, n = self.layout.ring_size, self.stride // self.layout.ring_size, q.shape[2]
         of_residue_0 = self.layout.all_positions(n * self.stride // P).reshape(-1, self.stride)[:, 0]
-        residues = lax.axis_index(self.axis_name) * r + jnp.arange(r, dtype=jnp.int32)
+        residues = me * r + jnp.arange(r, dtype=jnp.int32)
         batch = q.shape[0] // r
         tokens = Tokens(jnp.tile(residues[:, None] + of_residue_0, (batch, 1)), segments)
         dropout = rule.dropout and dataclasses.replace(rule.dropout, batch=jnp.repeat(rule.dropout.batch, r))

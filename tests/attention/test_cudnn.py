@@ -115,6 +115,23 @@ def test_one_device_attends_in_a_single_call():
         attend(*qkv[:3], return_lse=True)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_primitives_themselves_are_traced_and_lowered_for_cuda(monkeypatch, mask):
+    monkeypatch.undo()
+    monkeypatch.setitem(kernels.KERNELS, "cudnn", cudnn.CUDNN._replace(platform=None))
+    attend = functools.partial(ra.ring_attention, mesh=ring_mesh(P), layout="zigzag", impl="cudnn", **MASKS[mask])
+
+    def run(q, k, v, dout):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(dout)
+
+    q, k = (jax.ShapeDtypeStruct((B, T, heads, D), "bfloat16") for heads in (H, K))
+    text = jax.jit(run).trace(q, k, k, q).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in text
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+    assert ("PADDING" in text, "BiasSoftmax" in text) == (False, False)
+
+
 @pytest.mark.parametrize("wrong", ["a plan of another device", "the lse of the hop", "masks left out"])
 def test_the_bound_sees_mistakes(monkeypatch, wrong):
     qkv = random_qkv(0, 1, T, H, K, D, dtype="bfloat16")

@@ -64,8 +64,8 @@ def _gradients_are_not_sent_home(patch):
 
 
 def _wrong_source(patch):
-    def mutant(self, rule, q_segments, length, k_segments, route, step):
-        return hop(self, rule, q_segments, length, k_segments, route, self.layout.ring_size - step)
+    def mutant(self, me, rule, q_segments, length, k_segments, route, step):
+        return hop(self, me, rule, q_segments, length, k_segments, route, self.layout.ring_size - step)
 
     hop = Rotation.hop
     patch.setattr(Rotation, "hop", mutant)

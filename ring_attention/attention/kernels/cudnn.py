@@ -89,7 +89,7 @@ def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes):
 
     def fused(part: Rectangle):
         of_queries = [part.of_queries(x) for x in (q, whole.out, lse, whole.dout)]
-        return tuple(_gradients(*of_queries, part.of_keys(k), part.of_keys(v), hop.rule.scale, part))
+        return _gradients(*of_queries, part.of_keys(k), part.of_keys(v), hop.rule.scale, part)
 
     def tiled(part: Rectangle):
         here, q_here = Whole(*map(part.of_queries, whole)), part.of_queries(q)
@@ -147,13 +147,13 @@ def _meeting(part: Rectangle, hop: Hop) -> Hop:
 def _attention(q, k, v, scale: float, part: Rectangle):
     """(out [B,H,t,D] in the dtype of q, lse float32 [B,H,t]) of cuDNN."""
     library, settings = _library(), _settings(scale, part)
-    return library._dot_product_attention_fwd_p.bind(q, k, v, *_unused(q, 7), is_training=True, **settings)
+    return tuple(library._dot_product_attention_fwd_p.bind(q, k, v, *_unused(q, 7), is_training=True, **settings))
 
 
 def _gradients(q, out, lse, dout, k, v, scale: float, part: Rectangle):
     """(dq, dk, dv) of cuDNN in the dtype of q, given out and lse of all keys."""
     library, settings = _library(), _settings(scale, part)
-    return library._dot_product_attention_bwd_p.bind(q, k, v, *_unused(q, 7), lse, out, dout, **settings)
+    return tuple(library._dot_product_attention_bwd_p.bind(q, k, v, *_unused(q, 7), lse, out, dout, **settings))
 
 
 def _settings(scale: float, part: Rectangle) -> dict:
