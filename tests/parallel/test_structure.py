@@ -224,7 +224,9 @@ WINDOWS = [1, 2, 4, 33, 100, t + 1, t + 2, 200]
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    "causal", [pytest.param(True, id="causal"), pytest.param(False, id="bidirectional", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
 def test_a_window_leaves_the_fewest_transfers_of_the_fewest_tokens(layout, causal):
     for window in WINDOWS:
@@ -245,7 +247,7 @@ def test_so_does_a_longest_segment_and_segment_ids_go_no_farther_than_keys(layou
         assert _totals("backward", 8, **settings) == _permutes(5 * number, 4 * tokens * TOKEN + segments), longest
 
 
-@pytest.mark.parametrize(("layout", "number"), [("contiguous", 1), ("zigzag", 2)])
+@pytest.mark.parametrize(("layout", "number"), [pytest.param("contiguous", 1, marks=pytest.mark.slow), ("zigzag", 2)])
 def test_nothing_else_is_sent_where_a_window_is_computed_in_tiles(layout, number):
     sent = number * 32 * TOKEN
     assert _totals("forward", 8, layout=layout, window=33) == _permutes(2 * number, 2 * sent)
@@ -329,7 +331,8 @@ def test_memory_depends_on_the_shard_and_not_on_the_number_of_devices(part):
     assert control > 1.3 * eight
 
 
-@pytest.mark.parametrize("part", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["forward", "backward"])
 def test_memory_is_proportional_to_the_shard(part):
     def memory(shard, tile):
         blocks = ra.BlockSizes(q=tile, kv=tile)

@@ -112,6 +112,7 @@ def test_a_mean_over_devices_of_means_over_tokens_would_be_another_loss_and_anot
     assert min(jax.tree.leaves(jax.tree.map(relative_error, mean_grads, grads))) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_attention_of_a_config_has_its_window_and_its_softcap():
     config = AttentionConfig(layout="zigzag", window=7, softcap=1.5, duplex=True, block_q=8, block_kv=8)
     mesh, layout = ra.make_mesh(sp=2, devices=jax.devices()[:2]), ra.SequenceLayout("zigzag", 2)
