@@ -118,9 +118,15 @@ def table_of(rows: list[Row], shard: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         found = row.schedule
-        counts = (found.synchronous, found.asynchronous, found.hidden, found.beside_other_work, found.exposed)
-        links = str(row.links or "-")
-        numbers = [links, *map(str, counts), f"{row.temporary_bytes / 2**20:.0f}", f"{row.seconds:.0f} s"]
+        counts = (found.synchronous, found.asynchronous, found.hidden, found.beside_other_work)
+        exposed = f"{found.exposed}" + f" ({found.exposed_bytes / 2**10:.0f} KiB)" * (found.exposed > 0)
+        numbers = [
+            str(row.links or "-"),
+            *map(str, counts),
+            exposed,
+            f"{row.temporary_bytes / 2**20:.0f}",
+            f"{row.seconds:.0f} s",
+        ]
         table.add_row(row.pod, row.program, row.kernel, *numbers, style="" if row.fits else "red")
     return table
 

@@ -29,6 +29,7 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.parallel.mesh import compiler_options
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.wires import hops_of
 from ring_attention.planning import compiled
@@ -182,13 +183,14 @@ def inspect(case: Case, devices: list[jax.Device], args: argparse.Namespace) -> 
         out, vjp = jax.vjp(forward, q, k, v)
         return out, *vjp(dout)
 
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
     if case.program == "forward":
-        traced = jax.jit(forward).trace(q, kv, kv)
+        traced = jit(forward).trace(q, kv, kv)
     elif case.program == "backward":  # what the forward pass keeps for it is an argument, as in a loop over layers
         vjp = jax.eval_shape(lambda *qkv: jax.vjp(forward, *qkv)[1], q, kv, kv)
-        traced = jax.jit(lambda vjp, dout: vjp(dout)).trace(vjp, q)
+        traced = jit(lambda vjp, dout: vjp(dout)).trace(vjp, q)
     else:
-        traced = jax.jit(forward_and_backward).trace(q, kv, kv, q)
+        traced = jit(forward_and_backward).trace(q, kv, kv, q)
     lowered, start = traced.lower(), time.monotonic()
     executable = lowered.compile()
     seconds = time.monotonic() - start
@@ -337,10 +339,6 @@ def main() -> None:
     rows = [inspect(Case(**dict(zip(fields, choice, strict=True))), devices, args) for choice in choices]
     columns = of_schedules if args.compare or args.topology else of_transfers
     Console(width=110).print(table_of(rows, columns, args.topology or "CPU", args))
-    if any(row.permutes is not None and row.permutes < row.permutes_bound for row in rows):
-        print(
-            "Fewer permutes than needed: hops outside of loops serve both passes, which keeps their blocks in memory."
-        )
     if args.out:
         common = dict(topology=args.topology, dtype=args.dtype, heads=args.heads, kv_heads=args.kv_heads)
         common |= dict(head_dim=args.head_dim)

@@ -88,6 +88,7 @@ class Schedule:
       beside_other_work: of the rest those between whose two places something is computed that is no smaller than what
         is sent, such as the merging of what a hop gave.
       synchronous: permutes that nothing else can run beside.
+      exposed_bytes: what a device receives by permutes that it can only wait for: synchronous ones and the rest.
       bytes_in_flight: the most that is on its way to one device at any one time.
     """
 
@@ -95,6 +96,7 @@ class Schedule:
     hidden: int
     beside_other_work: int
     synchronous: int
+    exposed_bytes: int
     bytes_in_flight: int
 
     @property
@@ -141,7 +143,8 @@ def totals(text: str) -> dict[str, tuple[int, int]]:
 
 def schedule_of(text: str) -> Schedule:
     """How the permutes of a compiled program, given its `as_text()`, lie beside its computation."""
-    synchronous = len(re.findall(r" collective-permute\(", text))
+    blocking = re.findall(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*) collective-permute\(", text, re.MULTILINE)
+    synchronous, exposed = len(blocking), sum(array.bytes for result in blocking for array in _arrays(result))
     found = [done for done in map(_DONE.search, text.splitlines()) if done]
     sizes = {done[2]: sum(array.bytes for array in _arrays(done[1])) for done in found}
     asynchronous = hidden = beside = most = hops = 0
@@ -159,8 +162,9 @@ def schedule_of(text: str) -> Schedule:
             most = max(most, sum(sizes[name] for name in waiting))
         elif done := _DONE.search(line):
             behind_hop = hops > waiting.pop(done[2])
-            hidden += behind_hop
-            beside += not behind_hop and largest[done[2]] >= sizes[done[2]]
+            beside_work = not behind_hop and largest[done[2]] >= sizes[done[2]]
+            hidden, beside = hidden + behind_hop, beside + beside_work
+            exposed += 0 if behind_hop or beside_work else sizes[done[2]]
         elif work := _WORK.match(instruction[2]):
             size = max((array.bytes for array in _arrays(work[1])), default=0)
             largest |= {name: max(largest[name], size) for name in waiting}
@@ -170,6 +174,7 @@ def schedule_of(text: str) -> Schedule:
         hidden=hidden,
         beside_other_work=beside,
         synchronous=synchronous,
+        exposed_bytes=exposed,
         bytes_in_flight=most,
     )
 

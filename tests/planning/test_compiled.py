@@ -186,6 +186,11 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 }
 """)
     assert vars(schedule) == dict(
-        asynchronous=5, hidden=2, beside_other_work=1, synchronous=2, bytes_in_flight=32 + 16 + 12
+        asynchronous=5,
+        hidden=2,
+        beside_other_work=1,
+        synchronous=2,
+        exposed_bytes=4 * 32,
+        bytes_in_flight=32 + 16 + 12,
     )
     assert schedule.exposed == 4
