@@ -339,6 +339,10 @@ def main() -> None:
     rows = [inspect(Case(**dict(zip(fields, choice, strict=True))), devices, args) for choice in choices]
     columns = of_schedules if args.compare or args.topology else of_transfers
     Console(width=110).print(table_of(rows, columns, args.topology or "CPU", args))
+    if any(row.permutes is not None and row.permutes < row.permutes_bound for row in rows):
+        print(
+            "Fewer permutes than needed: hops outside of loops serve both passes, which keeps their blocks in memory."
+        )
     if args.out:
         common = dict(topology=args.topology, dtype=args.dtype, heads=args.heads, kv_heads=args.kv_heads)
         common |= dict(head_dim=args.head_dim)

@@ -10,6 +10,7 @@ What it binds is private to JAX and was read in the versions below; another is r
 """
 
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
@@ -25,6 +26,8 @@ from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import Rule
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import require
+
+_log = logging.getLogger(__name__)
 
 VERSIONS = ("0.10", "0.11")
 """Of JAX, in which the private functions are as they are used here."""
@@ -127,15 +130,22 @@ def _plan_that_holds(hop: Hop, follow: Callable):
 def _choose(part: Rectangle, hop: Hop, fused: Callable, tiled: Callable, none: Callable):
     """What a rectangle gives: cuDNN's result, that of tiles where it has no such mask, or nothing."""
     if part.mask == OTHER:
+        _say_once("cuDNN has no mask for the end of a window or for padding: where one crosses a hop, xla computes")
         return tiled(part)
     if hop.queries.segments is None:
         return fused(part)
+    _say_once("cuDNN has no mask for segments: where a border crosses a part of a hop, xla computes that part")
     meeting = _meeting(part, hop)
     queries, keys = (x.segments for x in (meeting.queries, meeting.keys))
     apart = (queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))
     one = (queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))
     which = jnp.where(apart.all(), 0, jnp.where(one.all(), 1, 2))
     return jax.lax.switch(which, [functools.partial(fn, part) for fn in (none, fused, tiled)])
+
+
+@functools.cache
+def _say_once(words: str) -> None:
+    _log.info("attention kernel: %s", words)
 
 
 def _meeting(part: Rectangle, hop: Hop) -> Hop:
