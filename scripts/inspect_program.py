@@ -249,7 +249,7 @@ def of_schedules(row: Row) -> Iterator[tuple[str, str]]:
 
 CAPTIONS = {
     of_transfers: "need: the fewest; written: by our code, part of it back; largest, t*T: 1e6 elements; temp: MiB",
-    of_schedules: "runs: permutes run; sync, async, hidden: permutes in the text; in flight and temp: MiB",
+    of_schedules: "runs: permutes run; sync, async, hidden, exposed: permutes in the text; in flight and temp: MiB",
 }
 
 NAMES = {"ring_size": "P", "shard": "t", "unroll": "ring"}

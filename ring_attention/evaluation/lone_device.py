@@ -1,6 +1,7 @@
 """What one device of a ring computes, without the others: to test and time a kernel where there is one device.
 
-The hops are those of `parallel.rotation`, in its order; blocks are at hand instead of on their way.
+The hops are those of `parallel.rotation` without a window, in its order; blocks are at hand instead of on their way.
+With a window, too, every block is met whole, where a ring would leave out what nobody sees.
 """
 
 import dataclasses

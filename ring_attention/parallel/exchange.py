@@ -64,14 +64,15 @@ def _finished(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
     return out.astype(q.dtype), lse
 
 
-def _bound(exchange: Exchange, *arrays) -> tuple:
-    """(me, *arrays), where everything seems to depend on all of the arrays.
+def _bound(exchange: Exchange, q, k, v, segments, rule: Rule) -> tuple:
+    """(me, q, k, v, segments, rule), where this device's number, segments and rule seem to depend on k.
 
-    Numbers of devices, segments and rules are the same in every layer. Where layers are a loop, JAX lifts what follows
-    from such values alone out of it and keeps it: where the tokens of each hop stand, which of its tiles are computed,
-    an array for every hop of the ring.
+    They are the same in every layer. Where layers are a loop, JAX lifts what follows from such values alone out of it
+    and keeps it: where the tokens of each hop stand, which of its tiles are computed, an array for every hop of the
+    ring.
     """
-    return lax.optimization_barrier((lax.axis_index(exchange.axis_name), *arrays))
+    me, k, segments, rule = lax.optimization_barrier((lax.axis_index(exchange.axis_name), k, segments, rule))
+    return me, q, k, v, segments, rule
 
 
 def _attend_forward(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
@@ -83,7 +84,7 @@ def _attend_forward(exchange: Exchange, q, k, v, segments, rule: Rule, sinks):
 def _attend_backward(exchange: Exchange, residuals, dout):
     q, k, v, segments, rule, sinks, out, lse = residuals
     whole = Whole.of(out, lse, dout)
-    grads = exchange.backward(*_bound(exchange, q, k, v, segments, rule, whole))
+    grads = exchange.backward(*_bound(exchange, q, k, v, segments, rule), whole)
     grads = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
     return *grads, None, None, attention_sinks.gradient(sinks, whole)
 

@@ -78,6 +78,8 @@ class Rotation:
             return dq, dblock
 
         def at_home(dq, kv, start: int, stop: int):
+            if start == stop:
+                return dq, [x[:, :, :0].astype(jnp.float32) for x in kv]
             block = [x[:, :, start:stop] for x in kv]
             return gradients(dq, block, self.hop_at_home(me, rule, segments, length, start, stop))
 
@@ -97,13 +99,14 @@ class Rotation:
         if not self.routes:
             dq, (dk, dv) = at_home(dq, (k, v), 0, length)
             return dq, dk, dv
+        cut = length // 2 or 1  # a single token is all in the earlier part
         arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
-        dq, later = at_home(dq, (k, v), length // 2, length)  # in most layouts the half that fewer queries see
+        dq, later = at_home(dq, (k, v), cut, length)  # in most layouts the half that fewer queries see
         dq, later, arriving = lax.optimization_barrier((dq, later, arriving))
         carry = (dq, arriving, {}, {})  # nothing has been gathered yet that could be on its way
         carry = advance(carry, 1, range(len(self.routes)), self.beyond_first)
         dq, _, _, returned = self.run(advance, carry, first=2)
-        dq, earlier = at_home(*lax.optimization_barrier((dq, (k, v))), 0, length // 2)
+        dq, earlier = at_home(*lax.optimization_barrier((dq, (k, v))), 0, cut)
         dk, dv = (jnp.concatenate(halves, 2) for halves in zip(earlier, later, strict=True))
         for i, (dk_part, dv_part) in returned.items():
             here = slice(self.routes[i].start, self.routes[i].stop)

@@ -88,7 +88,8 @@ class Schedule:
       beside_other_work: of the rest those between whose two places something is computed that is no smaller than what
         is sent, such as the merging of what a hop gave.
       synchronous: permutes that nothing else can run beside.
-      exposed_bytes: what a device receives by permutes that it can only wait for: synchronous ones and the rest.
+      exposed: those that a device can only wait for: synchronous ones and the rest.
+      exposed_bytes: of those.
       bytes_in_flight: the most that is on its way to one device at any one time.
     """
 
@@ -96,13 +97,9 @@ class Schedule:
     hidden: int
     beside_other_work: int
     synchronous: int
+    exposed: int
     exposed_bytes: int
     bytes_in_flight: int
-
-    @property
-    def exposed(self) -> int:
-        """Permutes that a device can only wait for."""
-        return self.synchronous + self.asynchronous - self.hidden - self.beside_other_work
 
 
 def collectives(text: str) -> list[Collective]:
@@ -144,12 +141,14 @@ def totals(text: str) -> dict[str, tuple[int, int]]:
 def schedule_of(text: str) -> Schedule:
     """How the permutes of a compiled program, given its `as_text()`, lie beside its computation."""
     blocking = re.findall(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*) collective-permute\(", text, re.MULTILINE)
-    synchronous, exposed = len(blocking), sum(array.bytes for result in blocking for array in _arrays(result))
+    synchronous = exposed = len(blocking)
+    exposed_bytes = sum(array.bytes for result in blocking for array in _arrays(result))
     found = [done for done in map(_DONE.search, text.splitlines()) if done]
     sizes = {done[2]: sum(array.bytes for array in _arrays(done[1])) for done in found}
     asynchronous = hidden = beside = most = hops = 0
     waiting: dict[str, int] = {}  # name of a start -> hops before it
     largest: dict[str, int] = {}  # name of a start -> bytes of the largest array computed since
+    blocked: set[str] = set()  # names of starts that block
     for line in text.splitlines():
         if _COMPUTATION.match(line):
             waiting, hops = {}, 0
@@ -159,12 +158,15 @@ def schedule_of(text: str) -> Schedule:
             waiting[instruction[1]], largest[instruction[1]] = hops, 0
             at_once = '"is_sync":true' in line
             synchronous, asynchronous = synchronous + at_once, asynchronous + (not at_once)
+            blocked |= {instruction[1]} if at_once else set()
             most = max(most, sum(sizes[name] for name in waiting))
         elif done := _DONE.search(line):
-            behind_hop = hops > waiting.pop(done[2])
-            beside_work = not behind_hop and largest[done[2]] >= sizes[done[2]]
+            name, free = done[2], done[2] not in blocked
+            behind_hop = free & (hops > waiting.pop(name))
+            beside_work = free & (not behind_hop) & (largest[name] >= sizes[name])
             hidden, beside = hidden + behind_hop, beside + beside_work
-            exposed += 0 if behind_hop or beside_work else sizes[done[2]]
+            if not (behind_hop or beside_work):
+                exposed, exposed_bytes = exposed + 1, exposed_bytes + sizes[name]
         elif work := _WORK.match(instruction[2]):
             size = max((array.bytes for array in _arrays(work[1])), default=0)
             largest |= {name: max(largest[name], size) for name in waiting}
@@ -174,7 +176,8 @@ def schedule_of(text: str) -> Schedule:
         hidden=hidden,
         beside_other_work=beside,
         synchronous=synchronous,
-        exposed_bytes=exposed,
+        exposed=exposed,
+        exposed_bytes=exposed_bytes,
         bytes_in_flight=most,
     )
 

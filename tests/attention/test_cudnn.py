@@ -101,7 +101,7 @@ def test_other_strategies_use_it_too(strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [{}, dict(causal=False)])
+@pytest.mark.parametrize("arguments", [{}, dict(causal=False), dict(sinks=np.full(H, -200, np.float32))], ids=str)
 def test_lengths_that_do_not_divide_are_padded(arguments):
     qkv = random_qkv(0, 1, T - 19, H, K, D, dtype="bfloat16")
     assert Bound(qkv, **arguments).too_large(_run(qkv, "zigzag", arguments)) == {}
@@ -168,7 +168,7 @@ def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
         ra.blockwise_attention(*[q.astype("float32")] * 3, impl="cudnn")
     with pytest.raises(ValueError, match="head dims that are multiples of 8, at most 128, got 12"):
         ra.blockwise_attention(*[q[..., :12]] * 3, impl="cudnn")
-    with pytest.raises(ValueError, match="needs to know how queries and keys are spaced"):
+    with pytest.raises(ValueError, match="needs queries and keys that are evenly spaced in a few runs"):
         ra.blockwise_attention(q, q, q, impl="cudnn", q_positions=jnp.arange(64))
     monkeypatch.setattr(jax, "__version__", "0.12.1")
     with pytest.raises(ValueError, match='impl="cudnn" was read in jax 0.10, 0.11, this is 0.12; use impl="xla"'):

@@ -62,6 +62,12 @@ def test_is_as_exact_as_dense_attention_in_the_same_dtype(layout, P, K, packed, 
     _check(layout, P, K, packed, causal, dtype, quickly)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+def test_a_device_may_hold_a_single_token(layout):
+    qkv = random_qkv(1, B, 3, H, 2, D)
+    assert_exact(results(sharded(ring_mesh(3), layout), qkv), qkv, floor=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "P", "K", "packed", "causal", "dtype"), TRAINED)
 def test_what_people_train_with_is_as_exact_compiled_by_default(layout, P, K, packed, causal, dtype):

@@ -190,7 +190,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
         hidden=2,
         beside_other_work=1,
         synchronous=2,
+        exposed=4,
         exposed_bytes=4 * 32,
         bytes_in_flight=32 + 16 + 12,
     )
-    assert schedule.exposed == 4

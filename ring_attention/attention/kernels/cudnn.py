@@ -3,13 +3,14 @@
 JAX's own front differentiates one attention from that attention's out and lse. In a ring the backward pass of a hop
 needs those of the whole sequence, so this adapter binds the primitives beneath it. It makes a call for each rectangle
 of scores that is full or causal (see `rectangles`). What cuDNN does not mask, which is where a segment's border or the
-end of a window crosses a rectangle, is computed by the tiles of `xla`. Partial results are in the dtype of q, and
-merged in float32.
+end of a window crosses a rectangle, is computed by the tiles of `xla`. What a hop gives is in the dtype of q, and is
+merged with the other hops in float32.
 
 What it binds is private to JAX and was read in the versions below; another is refused until somebody has looked.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -68,16 +69,19 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes) -> Running
         return jnp.zeros_like(rows), jnp.full_like(rows[..., 0], -jnp.inf, jnp.float32)
 
     def follow(rectangles):
-        out, lse = jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
-        for number, part in enumerate(rectangles):
-            found = _choose(part, hop, fused, tiled, none)
-            if any(part.shares_queries(other) for other in rectangles[:number]):
-                statistics = Running.empty(part.of_queries(q).shape)
-                for known, more in ((part.of_queries(out), part.of_queries(lse)), found):
-                    statistics = online_softmax.absorb(statistics, known.astype(jnp.float32), more)
-                found = online_softmax.finish(statistics)
-            out, lse = (part.into_queries(x, y.astype(x.dtype)) for x, y in zip((out, lse), found, strict=True))
-        return out, lse
+        found = [(part, *_choose(part, hop, fused, tiled, none)) for part in rectangles]
+        if not any(x.shares_queries(y) for x, y in itertools.combinations(rectangles, 2)):
+            result = jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
+            for part, *new in found:
+                result = tuple(map(part.into_queries, result, new))
+            return result
+        statistics = vary_together(Running.empty(q.shape), q)[0]
+        for part, out, lse in found:
+            here = Running(*map(part.of_queries, statistics))
+            here = online_softmax.absorb(here, out.astype(jnp.float32), lse)
+            statistics = Running(*map(part.into_queries, statistics, here))
+        out, lse = online_softmax.finish(statistics)
+        return out.astype(q.dtype), lse
 
     out, lse = _plan_that_holds(hop, follow)
     if hop.rule.seq_len is not None:  # padding sees nothing
@@ -88,7 +92,10 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes) -> Running
 def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes):
     """Gradients of one hop, given the statistics of the whole sequence; see `contract`."""
     q, k, v, hop, whole, dq = vary_together(q, k, v, hop, whole, dq)
-    lse = jnp.where(whole.lse == -jnp.inf, UNSEEING, whole.lse)
+    unseeing = whole.lse == -jnp.inf
+    if hop.rule.seq_len is not None:  # the lse of padding is that of sinks, where there are any
+        unseeing |= hop.queries.positions[:, None] >= hop.rule.seq_len
+    lse = jnp.where(unseeing, UNSEEING, whole.lse)
 
     def fused(part: Rectangle):
         of_queries = [part.of_queries(x) for x in (q, whole.out, lse, whole.dout)]

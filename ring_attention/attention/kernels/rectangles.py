@@ -82,15 +82,16 @@ def plan(hop: Hop) -> tuple[list[list[Rectangle]], jax.Array | None]:
       ValueError: where nobody says how the tokens are spaced, or for more than MOST_RECTANGLES.
     """
     queries, keys, rule = hop.queries, hop.keys, hop.rule
-    known = queries.runs is not None and keys.runs is not None and rule.beyond == 0
+    require(rule.beyond == 0, 'this kernel cannot leave out the keys that are near; use impl="xla"')
+    known = queries.runs is not None and keys.runs is not None
     require(
         known and queries.runs.step == keys.runs.step,
-        "this kernel needs to know how queries and keys are spaced, and here they are dealt in a way it does not know; "
+        "this kernel needs queries and keys that are evenly spaced in a few runs, and here nobody says that they are; "
         'use impl="xla"',
     )
     q, kv, step = _Spans.of(queries.runs), _Spans.of(keys.runs), queries.runs.step
-    pairs = itertools.product(range(len(q.starts)), range(len(kv.starts)))
-    i, j = np.array([(i, j) for i, j in pairs if i == j or not hop.own]).T
+    i, j = np.indices((len(q.starts), len(kv.starts))).reshape(2, -1)
+    i, j = (x[i == j] if hop.own else x for x in (i, j))
     bands = np.unique(_bands(rule, q.starts[i], kv.starts[j], q, kv, step), axis=0)
     plans = [_rectangles(rule, meeting, q, kv) for meeting in bands]
     number = sum(map(len, plans))

@@ -160,7 +160,7 @@ def _each_sequence(fn: Callable, hop: Hop, *arrays):
     return jax.lax.map(one, (queries, keys, arrays))
 
 
-def _launch(kernel: Callable, arrays: dict, cost):
+def _launch(kernel: Callable, arrays: dict, call: _Call, products: int):
     """The results of a library's kernel.
 
     They are typed as varying like its arrays, which the library's own types leave open. And the compiler is told what
@@ -170,28 +170,31 @@ def _launch(kernel: Callable, arrays: dict, cost):
     Args:
       kernel: function of the arrays.
       arrays: by name of argument.
-      cost: `pallas.CostEstimate`.
+      call: what it computes.
+      products: of matrices, for each of the call's pairs of queries and keys.
     """
     from jax._src.config import _check_vma
+    from jax.experimental.pallas import CostEstimate
 
     def priced(eqn):
         return eqn.replace(params=eqn.params | dict(cost_estimate=cost)) if "cost_estimate" in eqn.params else eqn
 
     with _check_vma(False):
         jaxpr, shapes = jax.make_jaxpr(lambda arrays: kernel(**arrays), return_shape=True)(arrays)
+        cost = CostEstimate(
+            flops=2 * products * _pairs(arrays["q"], call) * arrays["q"].shape[-1],
+            transcendentals=_pairs(arrays["q"], call),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, shapes))),
+        )
         jaxpr = jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(eqns=[*map(priced, jaxpr.eqns)]))
         results = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *jax.tree.leaves(arrays))
     return vary_together(jax.tree.unflatten(jax.tree.structure(shapes), results), arrays)[0]
 
 
-def _cost(q, call: _Call, products: int):
-    """What so many matrix products over a call's pairs cost, as if a causal mask showed half of them."""
-    from jax.experimental import pallas
-
-    (H, t, D), s = q.shape, call.hop.keys.positions.shape[1]
-    pairs = H * t * s // (2 if call.hop.rule.causal else 1)
-    moved = (q.size + H * s * D) * q.dtype.itemsize * products // 2
-    return pallas.CostEstimate(flops=2 * products * pairs * D, transcendentals=pairs, bytes_accessed=moved)
+def _pairs(q, call: _Call) -> int:
+    """Of queries and keys that a call computes, as if a causal mask showed half of them and a window all."""
+    (H, t, _), s = q.shape, call.hop.keys.positions.shape[1]
+    return H * t * s // (2 if call.hop.rule.causal else 1)
 
 
 def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret: bool = False) -> Running:
@@ -216,7 +219,7 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret:
             run = functools.partial(
                 library._splash_attention_forward, block_sizes=sizes, mask_function=within, **settings
             )
-            out, (lse,) = _launch(run, arrays, _cost(q, call, products=2))
+            out, (lse,) = _launch(run, arrays, call, products=2)
             empty = ~(lse > HIDDEN / 2)  # nothing seen, in a tile that was visited, or in none
             found.append((jnp.where(empty[..., None], 0, out).astype(jnp.float32), jnp.where(empty, -jnp.inf, lse)))
         return found
@@ -250,9 +253,9 @@ def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes, interpret
             run_dkv = functools.partial(
                 library._splash_attention_bwd_dkv, bkv_compute=call.tile_kv, use_fused_bwd_kernel=False, **same
             )
-            here = _launch(run_dq, arrays | dict(mask_info=by_queries), _cost(q, call, products=3))
+            here = _launch(run_dq, arrays | dict(mask_info=by_queries), call, products=3)
             of_queries.append(here.astype(jnp.float32))
-            _, dk, dv = _launch(run_dkv, arrays | dict(mask_info=by_keys), _cost(q, call, products=4))
+            _, dk, dv = _launch(run_dkv, arrays | dict(mask_info=by_keys), call, products=4)
             of_keys.append([x[:, : call.length].astype(jnp.float32) for x in (dk, dv)])
         dk, dv = (jnp.concatenate(parts, 1) for parts in zip(*of_keys, strict=True))
         return sum(of_queries) * hop.rule.scale, dk, dv
