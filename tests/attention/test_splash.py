@@ -97,6 +97,26 @@ def test_the_bound_sees_tiles_that_are_left_out(monkeypatch):
     assert set(Bound(qkv).too_large(_results(qkv, "contiguous", {}))) == set(NAMES)
 
 
+def _kernels(jaxpr):
+    """Equations of a traced program that call kernels."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn
+        else:
+            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+                yield from _kernels(inner) if hasattr(inner, "eqns") else ()
+
+
+def test_the_compiler_is_told_what_each_kernel_costs():
+    q = jax.ShapeDtypeStruct((1, T, H, D), "bfloat16")
+    attend = functools.partial(ra.ring_attention, mesh=ring_mesh(P), layout="zigzag", impl="interpreted")
+    traced = jax.make_jaxpr(lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0]))(q, q, q)
+    costs = [eqn.params["cost_estimate"] for eqn in _kernels(traced)]
+    t, chunk = T // P, T // P // 2
+    forward, dq, dkv = (2 * products * D * H * t * chunk // 2 for products in (2, 3, 4))
+    assert sorted(cost.flops for cost in costs) == sorted(4 * [forward] + 4 * [dq] + 4 * [dkv])
+
+
 def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
     q = jnp.zeros((1, 512, 4, 16))
     mesh = ring_mesh(2)

@@ -186,8 +186,8 @@ def _launch(kernel: Callable, arrays: dict, call: _Call, products: int):
             transcendentals=_pairs(arrays["q"], call),
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, shapes))),
         )
-        jaxpr = jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(eqns=[*map(priced, jaxpr.eqns)]))
-        results = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *jax.tree.leaves(arrays))
+        jaxpr_with_prices = jaxpr.jaxpr.replace(eqns=[*map(priced, jaxpr.eqns)])
+        results = jax.core.eval_jaxpr(jaxpr_with_prices, jaxpr.consts, *jax.tree.leaves(arrays))
     return vary_together(jax.tree.unflatten(jax.tree.structure(shapes), results), arrays)[0]
 
 
