@@ -1,5 +1,7 @@
 """Pods that are not there: devices to compile for, from a laptop."""
 
+import os
+
 import jax
 from jax.experimental import topologies
 
@@ -33,6 +35,8 @@ def pod_devices(topology: str) -> list[jax.Device]:
     """
     chip, _, shape = topology.partition(":")
     gpu = chip == "h100"
+    # The TPU compiler is held for one process at a time, as if it opened chips; to compile it opens none.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         if gpu:
             import jax_plugins.xla_cuda12  # noqa: F401  registers the compiler; opens no GPU
