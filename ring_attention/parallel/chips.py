@@ -1,0 +1,173 @@
+"""What the accelerators can do: published figures of one JAX device, each with its source."""
+
+import dataclasses
+import types
+
+GB, GiB = 1e9, 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One JAX device: a TPU chip (of v3, a core: half a chip) or a GPU.
+
+    Attributes:
+      name: as a topology begins, such as "v5e".
+      kinds: words of JAX's `device_kind` that tell it.
+      flops: dense bfloat16 operations a second, the published peak.
+      memory: bytes of its HBM.
+      memory_bandwidth: bytes a second between it and its HBM.
+      link: bytes a second that one link carries one way; a GPU has one, into its host's switch.
+      links: of a device, to its neighbours; as many as sides of the grid times two.
+      network: bytes a second that a device has of its host's network one way, to other hosts (GPU) or slices (TPU).
+      host_memory: bytes of its host's memory that are there for one device.
+      sources: field -> where its figure comes from; every figure has one.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    link: float
+    links: int
+    network: float
+    host_memory: float
+    sources: dict[str, str]
+
+    @property
+    def platform(self) -> str:
+        """As JAX names it."""
+        return "tpu" if self.name.startswith("v") else "gpu"
+
+
+_BOOK = "jax-ml.github.io/scaling-book/tpus: one way, one link"
+_BOOK_NETWORK = "jax-ml.github.io/scaling-book/tpus: data-centre network of a chip"
+
+
+def _tpu(name: str, page: str, **fields) -> Chip:
+    docs = f"cloud.google.com/tpu/docs/{page}"
+    sources = dict.fromkeys(("flops", "memory", "memory_bandwidth", "links"), docs)
+    sources |= {"link": _BOOK, "network": _BOOK_NETWORK, "host_memory": f"{docs}, a machine's memory over its chips"}
+    return Chip(name=name, sources=sources, **fields)
+
+
+def _gpu(name: str, sheet: str, machine: str, **fields) -> Chip:
+    sources = dict.fromkeys(("flops", "memory", "memory_bandwidth"), f"NVIDIA {sheet} datasheet, SXM, without sparsity")
+    sources |= {
+        "link": f"NVIDIA {sheet} datasheet: NVLink, half of what it states for both ways",
+        "links": "one, into the NVSwitch",
+        "network": f"NVIDIA {machine} user guide: one InfiniBand adapter for each GPU",
+        "host_memory": f"NVIDIA {machine} user guide: the system's memory over its GPUs",
+    }
+    return Chip(name=name, links=1, sources=sources, **fields)
+
+
+CHIPS = types.MappingProxyType(
+    {
+        chip.name: chip
+        for chip in (
+            _tpu(
+                "v3",
+                "v3",  # 123 TFLOP/s, 32 GiB, 900 GB/s and four links a chip, of which a device is one of two cores
+                kinds=("TPU v3",),
+                flops=61.5e12,
+                memory=16 * GiB,
+                memory_bandwidth=450 * GB,
+                link=100 * GB,
+                links=4,
+                network=1.56 * GB,
+                host_memory=42 * GB,
+            ),
+            _tpu(
+                "v4",
+                "v4",
+                kinds=("TPU v4",),
+                flops=275e12,
+                memory=32 * GiB,
+                memory_bandwidth=1228 * GB,
+                link=45 * GB,
+                links=6,
+                network=3.1 * GB,
+                host_memory=100 * GB,
+            ),
+            _tpu(
+                "v5e",
+                "v5e",
+                kinds=("TPU v5 lite", "TPU v5e"),
+                flops=197e12,
+                memory=16 * GiB,
+                memory_bandwidth=819 * GB,
+                link=45 * GB,
+                links=4,
+                network=3.1 * GB,
+                host_memory=64 * GiB,
+            ),
+            _tpu(
+                "v5p",
+                "v5p",
+                kinds=("TPU v5",),  # JAX names it without the p, newer libtpus with it; after v5e in this table
+                flops=459e12,
+                memory=95 * GB,
+                memory_bandwidth=2765 * GB,
+                link=90 * GB,
+                links=6,
+                network=6.25 * GB,
+                host_memory=112 * GB,
+            ),
+            _tpu(
+                "v6e",
+                "v6e",
+                kinds=("TPU v6 lite", "TPU v6e"),
+                flops=918e12,
+                memory=32 * GB,
+                memory_bandwidth=1638 * GB,
+                link=90 * GB,
+                links=4,
+                network=12.5 * GB,
+                host_memory=192 * GiB,
+            ),
+            _gpu(
+                "a100",
+                "A100 80GB",
+                "DGX A100",
+                kinds=("A100",),
+                flops=312e12,
+                memory=80 * GiB,
+                memory_bandwidth=2039 * GB,
+                link=300 * GB,
+                network=25 * GB,
+                host_memory=250 * GB,
+            ),
+            _gpu(
+                "h100",
+                "H100",
+                "DGX H100",
+                kinds=("H100 80GB HBM3",),
+                flops=989.4e12,
+                memory=80 * GiB,
+                memory_bandwidth=3352 * GB,
+                link=450 * GB,
+                network=50 * GB,
+                host_memory=250 * GB,
+            ),
+            _gpu(
+                "h200",
+                "H200",
+                "DGX H200",
+                kinds=("H200",),
+                flops=989.4e12,
+                memory=141 * GB,
+                memory_bandwidth=4800 * GB,
+                link=450 * GB,
+                network=50 * GB,
+                host_memory=250 * GB,
+            ),
+        )
+    }
+)
+"""Name -> Chip."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a JAX device's `device_kind`; None if it is not in the table."""
+    return next((chip for chip in CHIPS.values() if any(kind in device_kind for kind in chip.kinds)), None)
