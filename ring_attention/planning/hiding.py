@@ -1,0 +1,84 @@
+"""How many tokens a device must hold for a ring to compute longer than it sends.
+
+Table 2 of the Ring Attention paper (Liu, Zaharia & Abbeel 2023), and the same with what it leaves out: grouped queries
+send less, a causal mask computes less, and the backward pass sends gradients in float32 too.
+"""
+
+import dataclasses
+
+from ring_attention.parallel.chips import GB
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaperRow:
+    """A row of Table 2.
+
+    Attributes:
+      hardware: as the paper calls it.
+      flops: operations a second of a device.
+      memory: bytes of its HBM.
+      bandwidth: bytes a second between two devices.
+      block: thousands of tokens, as printed.
+      tokens: thousands of tokens of a device, as printed.
+    """
+
+    hardware: str
+    flops: float
+    memory: float
+    bandwidth: float
+    block: float
+    tokens: float
+
+    @property
+    def reckoned(self) -> tuple[float, float]:
+        """Block and tokens in thousands by the paper's formula: flops over bandwidth, and six such blocks."""
+        block = tokens_to_hide(self.flops, self.bandwidth) / 1e3
+        return block, 6 * block
+
+
+def _row(hardware, teraflops, gigabytes, gigabytes_a_second, block, tokens) -> PaperRow:
+    return PaperRow(
+        hardware=hardware,
+        flops=teraflops * 1e12,
+        memory=gigabytes * GB,
+        bandwidth=gigabytes_a_second * GB,
+        block=block,
+        tokens=tokens,
+    )
+
+
+PAPER_TABLE_2 = (
+    _row("A100 NVLink", 312, 80, 300, 1.0, 6.2),
+    _row("A100 InfiniBand", 312, 80, 12.5, 24.5, 149.5),
+    _row("TPU v3", 123, 16, 112, 1.1, 6.6),
+    _row("TPU v4", 275, 32, 268, 1.0, 6.2),
+    _row("TPU v5e", 196, 16, 186, 1.1, 6.3),
+)
+"""As printed. The bandwidths of TPUs are those of all links of a chip together; a ring uses one of them each way."""
+
+
+def tokens_to_hide(
+    flops: float,
+    bandwidth: float,
+    *,
+    queries_per_key: float = 1,
+    causal: bool = False,
+    backward: bool = False,
+    itemsize: int = 2,
+) -> float:
+    """Tokens t of a device from which computing a hop takes as long as sending the next block.
+
+    A hop of t queries and t keys takes 4 t^2 H D operations and 2 t K D elements; a causal mask in a balanced layout
+    leaves half of the operations; backward there are 2.5 times as many, and dK and dV travel beside K and V in float32.
+
+    Args:
+      flops: operations a second of a device.
+      bandwidth: bytes a second from a device to the next.
+      queries_per_key: H/K, query heads to a key/value head.
+      causal: whether half of the pairs are masked.
+      backward: of the backward pass.
+      itemsize: bytes of an element of K and V.
+    """
+    sent = itemsize + 4 * backward
+    operations = 2 * (2.5 if backward else 1) / (2 if causal else 1)
+    return flops / bandwidth * sent / operations / queries_per_key

@@ -1,0 +1,114 @@
+"""Bytes of one device that a training step needs, part by part, without compiling it.
+
+The parts follow from the shapes of what `training.step` and `models.transformer` keep. What the compilers add to that
+(copies in another layout, prefetched weights, gaps between buffers) was read off compiled programs: docs/planner.md
+shows prediction and compiler side by side.
+"""
+
+import dataclasses
+
+from ring_attention.parallel.mesh import TENSOR
+from ring_attention.parallel.strategy import Strategy
+from ring_attention.planning.shares import Share
+
+F32 = 4
+
+GAPS = 0.09
+"""Part of what is kept for the backward pass that a TPU's memory loses between buffers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Of one device, in bytes.
+
+    Attributes:
+      parts: name -> bytes, in the order in which they are stacked: parameters; optimizer (AdamW's two moments);
+        gradients; activations kept from the forward pass for the backward pass; the layer at work (its gathered
+        weights, their gradients, and its activations); keys and values in flight, with what the strategy holds beside
+        them; vocabulary (embedding and unembedding gathered); loss (the logits of a chunk).
+      host: bytes of the host's memory, for what is kept there.
+    """
+
+    parts: dict[str, int]
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+def memory_of(share: Share, strategy: Strategy) -> Memory:
+    """What a step needs on one device of the pod."""
+    own = F32 * share.own_parameters
+    kept, host = _kept(share)
+    kept *= 1 + GAPS * share.topology.tpu
+    parts = {
+        "parameters": own,
+        "optimizer": 2 * own,
+        "gradients": own,
+        "activations": kept,
+        "layer": _layer(share),
+        "keys and values": _exchange(share, strategy),
+        "vocabulary": _vocabulary(share),
+    }
+    parts["loss"] = _loss(share, parts["layer"] + parts["keys and values"])
+    return Memory(parts={name: int(size) for name, size in parts.items()}, host=int(host))
+
+
+def _stream(share: Share) -> int:
+    """The residual stream of this device's tokens."""
+    return share.batch * share.tokens * share.model.model_dim * share.itemsize
+
+
+def _heads(share: Share, heads: int) -> int:
+    """An array of so many heads of this device's tokens."""
+    return share.batch * share.tokens * heads * share.model.head_dim * share.itemsize
+
+
+def _kept(share: Share) -> tuple[int, int]:
+    """(on the device, on the host): what all layers keep for the backward pass (see `ModelConfig.remat`)."""
+    layers, statistics = share.model.num_layers, F32 * share.batch * share.tokens * share.heads
+    inputs, out = layers * _stream(share), layers * (_heads(share, share.heads) + statistics)
+    if share.model.remat == "full":
+        return inputs, 0
+    if share.model.remat == "attention":
+        return inputs + out, 0
+    if share.model.remat == "offload":
+        return 0, inputs + out
+    norms = 2 * 2 * layers * _stream(share)  # both norms, in float32 and in the compute dtype
+    qkv = layers * _heads(share, share.heads + 2 * share.kv_heads)
+    return inputs + out + norms + qkv + layers * _stream(share), 0
+
+
+def _layer(share: Share) -> int:
+    """A layer's backward pass: its weights, the feed-forward's a second time in another layout, their gradients for
+    the sum over devices in float32, and the arrays of its tokens.
+    """
+    weights = share.attention_weights + share.ffn_weights
+    of_weights = (weights + 2 * share.ffn_weights) * share.itemsize + F32 * weights
+    stream, queries, keys = _stream(share), _heads(share, share.heads), _heads(share, share.kv_heads)
+    feedforward = 15 * stream + 8 * queries
+    attention = 10 * stream + 4 * queries + 36 * keys
+    return of_weights + max(feedforward, attention)
+
+
+def _exchange(share: Share, strategy: Strategy) -> int:
+    """Keys and values at hand and on their way, and their gradients in float32."""
+    work = share.work()
+    statistics = work.bytes_of(work.shard, work.heads, F32)
+    arriving = max(strategy.memory_bytes(work) - statistics, 2 * work.bytes_of(work.shard, work.kv_heads))
+    return arriving + arriving * F32 // share.itemsize
+
+
+def _vocabulary(share: Share) -> int:
+    return 2 * share.vocab_weights * share.itemsize
+
+
+def _loss(share: Share, later: int) -> int:
+    """Logits of a chunk and what becomes of them, as far as that is more than a layer's backward pass needs later."""
+    tokens = min(share.model.loss_chunk, share.tokens) * share.batch
+    vocab = share.model.vocab_size // share.mesh[TENSOR]
+    logits = 1.5 * F32 * tokens * vocab
+    gradients = share.vocab_weights * (share.itemsize + F32)
+    return max(logits + gradients - later, 0)

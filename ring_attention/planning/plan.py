@@ -1,0 +1,232 @@
+"""A plan for a config on a pod: what it needs, how long a step takes by each strategy, and which one to take."""
+
+import dataclasses
+
+from ring_attention.checks import ConfigError
+from ring_attention.parallel.strategies import find_strategy
+from ring_attention.parallel.strategy import Strategy
+from ring_attention.planning.attention_times import usp_sizes
+from ring_attention.planning.hiding import tokens_to_hide
+from ring_attention.planning.memory import Memory, memory_of
+from ring_attention.planning.rates import EFFICIENCY, wires_of
+from ring_attention.planning.shares import Share
+from ring_attention.planning.step_times import StepTime, pace_of, step_time
+from ring_attention.planning.topology import Topology
+from ring_attention.training.config import TrainConfig
+
+EQUAL = 0.02
+"""Steps whose predicted times differ by no more than this part count as equally fast."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A strategy for the same step.
+
+    Attributes:
+      label: its name and options.
+      flags: how to choose it on the command line of train.py.
+      time: of a step.
+      memory: of a device.
+      fits: whether the memory is there.
+    """
+
+    label: str
+    flags: tuple[str, ...]
+    time: StepTime
+    memory: Memory
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hiding:
+    """Tokens that a device must hold so that the ring's wires are not waited for; see `hiding.tokens_to_hide`.
+
+    Attributes:
+      name: of what.
+      at_peak: if the device computed at its published peak.
+      at_pace: at the rate that its attention kernel reaches.
+    """
+
+    name: str
+    at_peak: float
+    at_pace: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be expected of a config on a pod.
+
+    Attributes:
+      share: of one device.
+      memory: of one device.
+      own: the config's own strategy.
+      candidates: all strategies that can do the same, the fastest first.
+      recommended: the one to take; None if none fits.
+      reason: why, in words.
+      hiding: tokens that a device must hold.
+      longest: the longest context that fits by the prediction, tokens; 0 if none does.
+    """
+
+    share: Share
+    memory: Memory
+    own: Candidate
+    candidates: tuple[Candidate, ...]
+    recommended: Candidate | None
+    reason: str
+    hiding: tuple[Hiding, ...]
+    longest: int
+
+    @property
+    def model_flops(self) -> float:
+        """Operations of a step of the whole pod, without repetitions."""
+        return step_flops(self.share)
+
+    def mfu(self, candidate: Candidate) -> float:
+        """Model FLOPs utilisation: the step's operations over what the pod could do in that time at its peak."""
+        share = self.share
+        return self.model_flops / candidate.time.total / share.devices / share.topology.chip.flops
+
+
+def step_flops(share: Share) -> float:
+    """Model FLOPs of a step; see `ModelConfig.training_flops`."""
+    config = share.config
+    T, window = config.seq_len, config.attention.window or config.seq_len
+    reach = min(window, T)
+    pairs = T * reach - reach * (reach - 1) // 2
+    return share.model.training_flops(config.batch_size * T, config.batch_size * pairs)
+
+
+def make_plan(config: TrainConfig, topology: Topology) -> Plan:
+    """Plan without compiling anything; raises ConfigError if the pod cannot run the config, whatever its memory."""
+    share = Share.of(config, topology)
+    candidates = candidates_of(share)
+    own = _candidate(share, config.attention.make_strategy())
+    if own.label not in [candidate.label for candidate in candidates]:
+        candidates = sorted([*candidates, own], key=lambda candidate: candidate.time.total)
+    recommended, reason = recommend(share, candidates)
+    return Plan(
+        share=share,
+        memory=own.memory,
+        own=own,
+        candidates=tuple(candidates),
+        recommended=recommended,
+        reason=reason,
+        hiding=hiding_of(share),
+        longest=longest_context(config, topology),
+    )
+
+
+def recommend(share: Share, candidates: list[Candidate]) -> tuple[Candidate | None, str]:
+    """Of those that fit the fastest; of equally fast ones the one that needs the least memory. And why."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        least = min(candidates, key=lambda candidate: candidate.memory.total)
+        return None, f"no strategy fits: the least, {least.label}, needs {least.memory.total / 2**30:.1f} GiB"
+    fastest = min(candidate.time.total for candidate in fitting)
+    equal = [candidate for candidate in fitting if candidate.time.total <= fastest * (1 + EQUAL)]
+    best = min(equal, key=lambda candidate: (candidate.memory.total, candidate.label))
+    return best, _reason(share, best, candidates, equal)
+
+
+def _reason(share: Share, best: Candidate, candidates: list[Candidate], equal: list[Candidate]) -> str:
+    words = []
+    waits = best.time.attention_waits
+    if waits < 0.01 * best.time.total:
+        words.append(f"its transfers cost {waits / best.time.total:.1%} of the step")
+    else:
+        words.append(f"it waits {waits / best.time.total:.0%} of the step for its transfers, the others more or longer")
+    others = [candidate.label for candidate in equal if candidate is not best]
+    if others:
+        words.append(f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} as fast and need more memory")
+    slower = [c for c in candidates if c.fits and c not in equal]
+    if slower:
+        factor = slower[0].time.total / best.time.total
+        words.append(f"the next, {slower[0].label}, takes {factor:.2f} times as long")
+    too_large = [candidate.label for candidate in candidates if not candidate.fits]
+    if too_large:
+        words.append(f"{', '.join(too_large)} would not fit")
+    return "; ".join(words)
+
+
+def candidates_of(share: Share) -> list[Candidate]:
+    """Every exact strategy that can do this attention, the fastest first."""
+    if share.ring == 1:
+        return [_candidate(share, find_strategy("single_device"))]
+    work = share.work()
+    strategies = [find_strategy("ring"), find_strategy("all_gather")]
+    if share.topology.tpu:  # a GPU's one link carries no more if it sends both ways
+        strategies.append(find_strategy("ring", {"duplex": True}))
+    strategies += [find_strategy("usp", {"ulysses_size": size}) for size in usp_sizes(work)]
+    if work.heads % work.devices == 0:
+        strategies.append(find_strategy("ulysses"))
+    candidates = [_candidate(share, strategy) for strategy in strategies]
+    return sorted(candidates, key=lambda candidate: candidate.time.total)
+
+
+def _candidate(share: Share, strategy: Strategy) -> Candidate:
+    options = {
+        field.name: getattr(strategy, field.name)
+        for field in dataclasses.fields(strategy)
+        if field.init and getattr(strategy, field.name) != field.default
+    }
+    label = " ".join([strategy.name, *(f"{name}={value}" for name, value in options.items())])
+    flags = [f"--config.attention.strategy={strategy.name}"]
+    flags += [f"--config.attention.{name}={value}" for name, value in options.items()]
+    memory = memory_of(share, strategy)
+    return Candidate(
+        label=label,
+        flags=tuple(flags),
+        time=step_time(share, strategy),
+        memory=memory,
+        fits=memory.total <= share.topology.chip.memory and memory.host <= share.topology.chip.host_memory,
+    )
+
+
+def hiding_of(share: Share) -> tuple[Hiding, ...]:
+    """Tokens a device must hold: as the paper reckons, and with grouped queries and a causal mask, both passes."""
+    chip, pace = share.topology.chip, pace_of(share)
+    hop = wires_of(share.topology, share.ring, share.mesh["tp"]).hop
+    groups = share.model.num_heads / share.model.num_kv_heads
+    forms = [
+        ("no mask, one key/value head for each query head", {}),
+        (f"grouped queries, {groups:g} to a key/value head", dict(queries_per_key=groups)),
+        ("and a causal mask", dict(queries_per_key=groups, causal=True)),
+        ("and the backward pass", dict(queries_per_key=groups, causal=True, backward=True)),
+    ]
+    return tuple(
+        Hiding(
+            name=name,
+            at_peak=tokens_to_hide(chip.flops, hop, itemsize=share.itemsize, **form),
+            at_pace=tokens_to_hide(
+                pace.backward if form.get("backward") else pace.forward, hop, itemsize=share.itemsize, **form
+            ),
+        )
+        for name, form in forms
+    )
+
+
+def longest_context(config: TrainConfig, topology: Topology) -> int:
+    """The longest context, in tokens, whose predicted memory is there, to within 1/64; 0 if not even the shortest."""
+    ring = Share.of(config, topology).ring
+    step = 2 * ring  # what every layout can share out
+
+    def fits(tokens: int) -> bool:
+        try:
+            longer = dataclasses.replace(config, seq_len=tokens)
+            share = Share.of(longer, topology)
+        except ConfigError:
+            return False
+        return _candidate(share, config.attention.make_strategy()).fits
+
+    low, high = 0, step
+    while fits(high) and high < 2**40:
+        low, high = high, 2 * high
+    while high - low > max(step, low // 64):
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def efficiency_of(share: Share) -> str:
+    """Where the attainable rates come from."""
+    return EFFICIENCY[share.topology.chip.platform].source

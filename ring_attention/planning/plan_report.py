@@ -1,0 +1,184 @@
+"""A plan as a person reads it: tables for the terminal, and the same as JSON."""
+
+import dataclasses
+
+from rich.table import Table
+
+from ring_attention.parallel.chips import GiB
+from ring_attention.planning.hiding import PAPER_TABLE_2, tokens_to_hide
+from ring_attention.planning.plan import Plan
+from ring_attention.planning.rates import EFFICIENCY, wires_of
+from ring_attention.planning.step_times import sent_bytes
+
+FIGURES = {
+    "flops": ("{:.1f} TFLOP/s bfloat16", 1e12),
+    "memory": ("{:.1f} GiB HBM", GiB),
+    "memory_bandwidth": ("{:.0f} GB/s to its HBM", 1e9),
+    "link": ("{:.0f} GB/s a link one way", 1e9),
+    "links": ("{:.0f} links", 1),
+    "network": ("{:.1f} GB/s to other hosts or slices", 1e9),
+    "host_memory": ("{:.0f} GiB of its host's memory", GiB),
+}
+
+
+def hardware_table(plan: Plan) -> Table:
+    """Every hardware figure that the plan rests on, and where it comes from."""
+    chip, topology = plan.share.topology.chip, plan.share.topology
+    efficiency = EFFICIENCY[chip.platform]
+    table = Table(title=f"{topology.name}: {topology.devices} devices", show_header=True)
+    table.add_column("a device")
+    table.add_column("source", overflow="fold")
+    for name, (words, unit) in FIGURES.items():
+        table.add_row(words.format(getattr(chip, name) / unit), chip.sources[name])
+    rates = f"{efficiency.matmul:.0%} of it in dense layers, {efficiency.attention:.0%} and "
+    table.add_row(rates + f"{efficiency.attention_backward:.0%} in attention, forward and backward", efficiency.source)
+    return table
+
+
+def memory_table(plan: Plan, measured: int | None = None) -> Table:
+    """Memory of a device by part; beside the sum what the compiler says, if it was asked."""
+    chip = plan.share.topology.chip
+    table = Table(title="Memory of a device")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    table.add_column("of its memory", justify="right")
+    for name, size in plan.memory.parts.items():
+        table.add_row(name, f"{size / GiB:.2f}", f"{size / chip.memory:.0%}")
+    table.add_section()
+    style = "" if plan.memory.total <= chip.memory else "red"
+    table.add_row("predicted", f"{plan.memory.total / GiB:.2f}", f"{plan.memory.total / chip.memory:.0%}", style=style)
+    if measured is not None:
+        style = "bold" if measured <= chip.memory else "bold red"
+        table.add_row("compiler", f"{measured / GiB:.2f}", f"{measured / chip.memory:.0%}", style=style)
+        table.caption = f"prediction over compiler: {plan.memory.total / measured:.2f}"
+    if plan.memory.host:
+        table.add_row(
+            "on the host", f"{plan.memory.host / GiB:.2f}", f"{plan.memory.host / chip.host_memory:.0%} of the host's"
+        )
+    return table
+
+
+def wire_table(plan: Plan) -> Table:
+    """What a device sends in a step, and how long its wires take for that."""
+    share = plan.share
+    table = Table(title="Sent by a device in a step")
+    for name in ("what (mesh axes)", "over"):
+        table.add_column(name)
+    for name in ("GB", "alone, ms"):
+        table.add_column(name, justify="right")
+    groups = [(share.ring, share.mesh["tp"], "hop"), (share.owners, share.mesh["tp"], "gather")]
+    groups += [(share.mesh["tp"], 1, "gather"), (share.mesh["dp"], share.devices // share.mesh["dp"], "gather")]
+    for (name, size), (group, stride, way) in zip(sent_bytes(share).items(), groups, strict=True):
+        if size:
+            wires = wires_of(share.topology, group, stride)
+            if way == "hop" and share.config.attention.strategy in ("all_gather", "ulysses", "usp"):
+                way = "gather" if share.config.attention.strategy == "all_gather" else "swap"
+            table.add_row(name, wires.kind, f"{size / 1e9:.2f}", f"{size / getattr(wires, way) * 1e3:.0f}")
+    return table
+
+
+def hiding_table(plan: Plan) -> Table:
+    """Tokens that a device must hold so that nobody waits for the ring, beside those that it holds."""
+    t = plan.share.tokens
+    table = Table(
+        title="Tokens of a device from which a ring waits for nothing",
+        caption=f"here {t:,} tokens; a hop's computation beside the link's time for what travels meanwhile",
+    )
+    table.add_column("attention")
+    table.add_column("at the peak", justify="right")
+    table.add_column("at the kernel's rate", justify="right")
+    for row in plan.hiding:
+        cells = [
+            f"[red]{tokens:,.0f}[/red]" if tokens > t else f"{tokens:,.0f}" for tokens in (row.at_peak, row.at_pace)
+        ]
+        table.add_row(row.name, *cells)
+    return table
+
+
+def strategy_table(plan: Plan) -> Table:
+    """The step by every strategy, the fastest first."""
+    table = Table(
+        title="A step by each strategy",
+        caption="seconds predicted; waits: for attention's transfers; other waits: for weights, sums and the optimizer",
+    )
+    table.add_column("strategy", no_wrap=True)
+    for name in ("step s", "MFU", "dense", "attention", "waits", "other waits", "GiB", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for candidate in plan.candidates:
+        time = candidate.time
+        others = time.weights_wait + time.sums_wait + time.memory_bound
+        marks = ["fits" if candidate.fits else "too large"]
+        marks += ["config"] * (candidate.label == plan.own.label)
+        style = "" if candidate.fits else "red"
+        if plan.recommended and candidate.label == plan.recommended.label:
+            style = "bold green"
+        cells = [f"{x:.2f}" for x in (time.dense, time.attention, time.attention_waits, others)]
+        gib = f"{candidate.memory.total / GiB:.1f}"
+        table.add_row(
+            candidate.label,
+            f"{time.total:.2f}",
+            f"{plan.mfu(candidate):.0%}",
+            *cells,
+            gib,
+            ", ".join(marks),
+            style=style,
+        )
+    return table
+
+
+def paper_table() -> Table:
+    """Table 2 of the Ring Attention paper: printed, and by its own formula."""
+    table = Table(title="Ring Attention paper, Table 2", caption="thousands of tokens: printed | by its formula")
+    for name in ("hardware", "TFLOP/s", "GB/s", "block", "tokens of a device", "causal", "causal, 4 queries a key"):
+        table.add_column(name, justify="left" if name == "hardware" else "right")
+    for row in PAPER_TABLE_2:
+        block, tokens = row.reckoned
+        forms = [
+            tokens_to_hide(row.flops, row.bandwidth, causal=True, queries_per_key=groups) * 6 / 1e3 for groups in (1, 4)
+        ]
+        table.add_row(
+            row.hardware,
+            f"{row.flops / 1e12:.0f}",
+            f"{row.bandwidth / 1e9:g}",
+            f"{row.block} | {block:.1f}",
+            f"{row.tokens} | {tokens:.1f}",
+            *(f"{tokens:.1f}" for tokens in forms),
+        )
+    return table
+
+
+def as_json(plan: Plan) -> dict:
+    """All of it, for a file."""
+    share = plan.share
+    candidate = lambda c: {  # noqa: E731
+        "strategy": c.label,
+        "flags": c.flags,
+        "fits": c.fits,
+        "step_seconds": c.time.total,
+        "mfu": plan.mfu(c),
+        "memory_bytes": c.memory.total,
+        "time": dataclasses.asdict(c.time),
+    }
+    return {
+        "config": share.config.name,
+        "topology": share.topology.name,
+        "devices": share.devices,
+        "mesh": share.mesh,
+        "seq_len": share.config.seq_len,
+        "tokens_per_device": share.tokens,
+        "parameters": share.model.num_parameters,
+        "model_flops": plan.model_flops,
+        "hardware": {k: v for k, v in dataclasses.asdict(share.topology.chip).items() if k != "kinds"},
+        "memory": {
+            "parts": plan.memory.parts,
+            "total": plan.memory.total,
+            "host": plan.memory.host,
+            "available": share.topology.chip.memory,
+        },
+        "sent_bytes": sent_bytes(share),
+        "tokens_to_hide": [dataclasses.asdict(row) for row in plan.hiding],
+        "strategies": [candidate(c) for c in plan.candidates],
+        "recommended": plan.recommended and plan.recommended.label,
+        "reason": plan.reason,
+        "longest_context": plan.longest,
+    }

@@ -1,0 +1,97 @@
+"""How fast a pod's devices compute and send: rates that programs reach, and where the figures are from."""
+
+import dataclasses
+import math
+
+from ring_attention.planning.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Fractions of the published peak that programs reach.
+
+    Attributes:
+      matmul: dense layers.
+      attention: a fused attention kernel forward, counting the pairs that the mask shows.
+      attention_backward: the same backward, at 2.5 times the operations.
+      source: where they come from.
+    """
+
+    matmul: float
+    attention: float
+    attention_backward: float
+    source: str
+
+
+EFFICIENCY = {
+    "gpu": Efficiency(
+        matmul=0.7,
+        attention=0.59,
+        attention_backward=0.52,
+        source="attention: cuDNN on H100, 567-608 and 488-534 of 989 TFLOP/s (FlashAttention-3 paper); "
+        "dense layers: assumed",
+    ),
+    "tpu": Efficiency(
+        matmul=0.7,
+        attention=0.59,
+        attention_backward=0.52,
+        source="assumed to be as on H100; MaxText reports 52-53% of the peak for whole steps on v5p",
+    ),
+}
+"""Platform -> Efficiency."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wires:
+    """Bytes a second of one device, for each way of sending, within a group of neighbours.
+
+    Attributes:
+      hop: to the next of a ring.
+      hop_both: the same if half goes each way round.
+      gather: that arrive in an all-gather, or leave in a reduce-scatter.
+      swap: that leave in an all-to-all.
+      kind: which wires they are.
+    """
+
+    hop: float
+    hop_both: float
+    gather: float
+    swap: float
+    kind: str
+
+
+def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
+    """The wires among `group` devices of a mesh axis, which stand `stride` apart in the order of the mesh.
+
+    TPU: a ring runs along a cycle of single links. An all-gather uses the links of all sides of the group's box, both
+    ways where a side closes to a circle. In an all-to-all the middle of the longest side is the narrowest place.
+
+    GPU: all of a host are one switch apart. Across hosts a ring of consecutive devices waits for the one that sends to
+    the next host over its own adapter; an all-gather and an all-to-all use all adapters of the host, each device for
+    the part that it shares out inside.
+    """
+    chip = topology.chip
+    if topology.tpu:
+        sides = [side for side in topology.box(group) if side > 1] or [1]
+        ways = sum(2 if topology.wraps(side) else 1 for side in sides)
+        narrow = max(side / (8 if topology.wraps(side) else 4) for side in sides)
+        return Wires(
+            hop=chip.link,
+            hop_both=2 * chip.link,
+            gather=ways * chip.link,
+            swap=chip.link / max(narrow, 0.5),
+            kind="ICI",
+        )
+    if not topology.crosses_hosts(group * stride):
+        return Wires(hop=chip.link, hop_both=chip.link, gather=chip.link, swap=chip.link, kind="NVLink")
+    inside = max(topology.sides[-1] // stride, 1)  # members of the group on one host
+    hosts = math.ceil(group / inside)
+    outside = (hosts - 1) / hosts  # part of all bytes that comes from other hosts
+    shared = min(chip.link, inside * chip.network / outside)
+    return Wires(
+        hop=chip.network,
+        hop_both=chip.network,
+        gather=shared,
+        swap=min(chip.link, chip.network / outside),
+        kind="InfiniBand",
+    )

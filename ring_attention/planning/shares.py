@@ -1,0 +1,125 @@
+"""What one device of a mesh has of a training step: its share of tokens, heads and weights."""
+
+import dataclasses
+
+from ring_attention.checks import ConfigError
+from ring_attention.models.config import ModelConfig
+from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_mesh_shape
+from ring_attention.parallel.strategy import Workload
+from ring_attention.planning.topology import Topology
+from ring_attention.training.config import TrainConfig
+from ring_attention.training.feasible import check_feasible
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """One device's part of a step.
+
+    Attributes:
+      config: of the run.
+      topology: of the pod.
+      mesh: sizes of the axes dp, fsdp, sp and tp.
+    """
+
+    config: TrainConfig
+    topology: Topology
+    mesh: dict[str, int]
+
+    @staticmethod
+    def of(config: TrainConfig, topology: Topology) -> "Share":
+        """A device's part of this config on this pod; raises ConfigError if the pod cannot run it."""
+        mesh = resolve_config_mesh(config, topology)
+        check_feasible(config, mesh, topology.chip.platform)
+        return Share(config=config, topology=topology, mesh=mesh)
+
+    @property
+    def model(self) -> ModelConfig:
+        """Of the config."""
+        return self.config.model
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.model.compute_dtype == "bfloat16" else 4
+
+    @property
+    def devices(self) -> int:
+        """Of the whole mesh."""
+        return self.topology.devices
+
+    @property
+    def owners(self) -> int:
+        """Devices that a weight is sharded over, beside tp."""
+        return self.mesh[FSDP] * self.mesh[SEQUENCE]
+
+    @property
+    def ring(self) -> int:
+        """P, devices that share a sequence."""
+        return self.mesh[SEQUENCE]
+
+    @property
+    def batch(self) -> int:
+        """b, sequences of which this device has a part at once."""
+        return self.config.micro_batch_size // (self.mesh[DATA] * self.mesh[FSDP])
+
+    @property
+    def tokens(self) -> int:
+        """t, tokens of a sequence on this device."""
+        return self.config.seq_len // self.ring
+
+    @property
+    def heads(self) -> int:
+        """h, query heads."""
+        return self.model.num_heads // self.mesh[TENSOR]
+
+    @property
+    def kv_heads(self) -> int:
+        """k, key/value heads."""
+        return self.model.num_kv_heads // self.mesh[TENSOR]
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer, gathered: query, key, value and out."""
+        return 2 * self.model.model_dim * self.model.head_dim * (self.heads + self.kv_heads)
+
+    @property
+    def ffn_weights(self) -> int:
+        """Of one layer, gathered: gate, up and down."""
+        return 3 * self.model.model_dim * self.model.ffn_dim // self.mesh[TENSOR]
+
+    @property
+    def vocab_weights(self) -> int:
+        """Of the embedding, or the unembedding, gathered."""
+        return self.model.vocab_size * self.model.model_dim // self.mesh[TENSOR]
+
+    @property
+    def own_parameters(self) -> int:
+        """That this device keeps: its share of the matrices, and all norms."""
+        layers = self.model.num_layers
+        matrices = layers * (self.attention_weights + self.ffn_weights) + 2 * self.vocab_weights
+        return matrices // self.owners + (2 * layers + 1) * self.model.model_dim
+
+    def work(self, **changes) -> Workload:
+        """One layer's attention, for the strategies' own figures."""
+        attention = self.config.attention
+        fields = dict(
+            seq_len=self.config.seq_len,
+            devices=self.ring,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.model.head_dim,
+            batch=self.batch,
+            itemsize=self.itemsize,
+            layout=attention.layout,
+            window=attention.window or None,
+            segments=True,
+        )
+        return Workload(**(fields | changes))
+
+
+def resolve_config_mesh(config: TrainConfig, topology: Topology) -> dict[str, int]:
+    """Sizes of the mesh axes on this pod; raises ConfigError if they do not multiply to its devices."""
+    try:
+        return resolve_mesh_shape(dataclasses.asdict(config.mesh), topology.devices)
+    except ValueError as error:
+        raise ConfigError(f"mesh: {error}; {topology.name} has {topology.devices}") from error

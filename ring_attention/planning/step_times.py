@@ -1,0 +1,170 @@
+"""How long a training step takes by each strategy, and what it sends on which wires."""
+
+import dataclasses
+
+from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
+from ring_attention.parallel.strategies import find_strategy
+from ring_attention.parallel.strategy import Strategy
+from ring_attention.planning.attention_times import (
+    Pace,
+    Step,
+    Times,
+    all_gather_times,
+    ring_steps,
+    ring_times,
+    single_times,
+    usp_times,
+)
+from ring_attention.planning.rates import EFFICIENCY, Wires, wires_of
+from ring_attention.planning.shares import Share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Predicted seconds of one training step; the sum is the step.
+
+    Attributes:
+      dense: matrix products of layers and unembedding, with those that rematerialisation repeats.
+      attention: computing attention, all layers, both passes.
+      attention_waits: waiting for the strategy's transfers.
+      weights_wait: waiting for weights and their gradients, as far as attention does not hide them.
+      sums_wait: waiting for the sums of tensor and data parallelism.
+      memory_bound: the optimizer's update, which reads and writes all that it keeps.
+      forward, backward: of one layer's attention.
+    """
+
+    dense: float
+    attention: float
+    attention_waits: float
+    weights_wait: float
+    sums_wait: float
+    memory_bound: float
+    forward: Times
+    backward: Times
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        parts = ["dense", "attention", "attention_waits", "weights_wait", "sums_wait", "memory_bound"]
+        return sum(getattr(self, part) for part in parts)
+
+
+def pace_of(share: Share) -> Pace:
+    """How fast one device of the pod computes attention."""
+    chip = share.topology.chip
+    efficiency = EFFICIENCY[chip.platform]
+    attention = share.config.attention
+    return Pace(
+        forward=chip.flops * efficiency.attention,
+        backward=chip.flops * efficiency.attention_backward,
+        memory=chip.memory_bandwidth,
+        tile=min(attention.block_q, attention.block_kv),
+    )
+
+
+def attention_times(share: Share, strategy: Strategy, backward: bool) -> Times:
+    """One layer's attention of one micro-batch."""
+    work, pace, tp = share.work(), pace_of(share), share.mesh[TENSOR]
+    wires = wires_of(share.topology, work.devices, tp)
+    if work.devices == 1:
+        return single_times(work, pace, backward)
+    if strategy.name == "all_gather":
+        return all_gather_times(work, pace, wires, backward, strategy.head_groups)
+    if strategy.name in ("usp", "ulysses"):
+        size = strategy.size(work.devices, work.heads, work.kv_heads)
+        inner = wires_of(share.topology, size, tp)
+        return usp_times(work, pace, inner, wires_across(share, size), backward, size)
+    return ring_times(work, pace, wires, backward, getattr(strategy, "duplex", False))
+
+
+def layer_steps(share: Share, backward: bool) -> list[Step]:
+    """The steps of one layer's ring."""
+    wires = wires_of(share.topology, share.ring, share.mesh[TENSOR])
+    duplex = share.config.attention.duplex
+    return ring_steps(share.work(), pace_of(share), wires, backward, duplex)
+
+
+def wires_across(share: Share, size: int) -> Wires:
+    """The wires of the rings that usp's places form, each of one member of every group of `size` neighbours.
+
+    Across hosts each member has its own adapter. On a TPU `size` such rings share the links between two places, and the
+    way to the next place is `size` hops of the cycle, so that each link carries every member's block.
+    """
+    wires = wires_of(share.topology, share.ring, share.mesh[TENSOR])
+    return dataclasses.replace(wires, hop=wires.hop / size) if share.topology.tpu else wires
+
+
+def step_time(share: Share, strategy: Strategy) -> StepTime:
+    """Predict the whole step; the share's own strategy is not used."""
+    config, model, chip = share.config, share.model, share.topology.chip
+    layers, repeats = model.num_layers, config.optimizer.accumulation_steps
+    forward, backward = (attention_times(share, strategy, back) for back in (False, True))
+    again = int(model.remat == "full")  # whole layers run once more, attention too
+    tokens = share.batch * share.tokens
+    rerun = 0 if model.remat == "none" else 2
+    products = tokens * layers * (share.attention_weights + share.ffn_weights) * (6 + rerun)
+    products += tokens * share.vocab_weights * 8  # chunks of the loss run again backward
+    dense = products / (chip.flops * EFFICIENCY[chip.platform].matmul)
+    attention = layers * ((1 + again) * forward.compute + backward.compute)
+    waits = layers * ((1 + again) * forward.exposed + backward.exposed)
+    weights = weights_seconds(share)
+    return StepTime(
+        dense=repeats * dense,
+        attention=repeats * attention,
+        attention_waits=repeats * waits,
+        weights_wait=repeats * max(weights - attention, 0.0),
+        sums_wait=repeats * sums_seconds(share),
+        memory_bound=7 * 4 * share.own_parameters / chip.memory_bandwidth,
+        forward=forward,
+        backward=backward,
+    )
+
+
+def weights_bytes(share: Share) -> int:
+    """That arrive at a device: weights in the compute dtype before each pass, gradients in float32 after it."""
+    layers = share.model.num_layers * (share.attention_weights + share.ffn_weights)
+    gathers = layers * (1 if share.model.remat == "none" else 2) + 2 * share.vocab_weights
+    sums = layers + 2 * share.vocab_weights
+    return (gathers * share.itemsize + 4 * sums) * (share.owners - 1) // share.owners
+
+
+def weights_seconds(share: Share) -> float:
+    """Of gathering weights and of summing their gradients, if nothing else is sent."""
+    wires = wires_of(share.topology, share.owners, share.mesh[TENSOR])
+    return weights_bytes(share) / wires.gather
+
+
+def sums_bytes(share: Share) -> dict[str, int]:
+    """Mesh axis -> bytes that a device sends in its sums: activations over tp, gradients over dp."""
+    tp, dp = share.mesh[TENSOR], share.mesh[DATA]
+    activations = share.batch * share.tokens * share.model.model_dim * share.itemsize
+    passes = 4 + 2 * (share.model.remat != "none")
+    return {
+        TENSOR: 2 * activations * share.model.num_layers * passes * (tp - 1) // tp,
+        DATA: 2 * 4 * share.own_parameters * (dp - 1) // dp,
+    }
+
+
+def sums_seconds(share: Share) -> float:
+    """Of the sums over tp and dp; nothing hides them."""
+    sums = sums_bytes(share)
+    tensor = sums[TENSOR] / wires_of(share.topology, share.mesh[TENSOR]).gather if sums[TENSOR] else 0.0
+    beside = share.devices // share.mesh[DATA]
+    data = sums[DATA] / wires_of(share.topology, share.mesh[DATA], beside).gather if sums[DATA] else 0.0
+    return tensor + data
+
+
+def sent_bytes(share: Share) -> dict[str, int]:
+    """What one device sends in a step, by purpose."""
+    strategy = find_strategy(share.config.attention.make_strategy())
+    passes = share.model.num_layers * share.config.optimizer.accumulation_steps
+    forward = strategy.sent_bytes(share.work()) * (1 + (share.model.remat == "full"))
+    attention = passes * (forward + strategy.sent_bytes(share.work(), backward=True))
+    sums = sums_bytes(share)
+    return {
+        f"attention ({SEQUENCE})": attention,
+        f"weights and their gradients ({FSDP}, {SEQUENCE})": weights_bytes(share)
+        * share.config.optimizer.accumulation_steps,
+        f"activations ({TENSOR})": sums[TENSOR] * share.config.optimizer.accumulation_steps,
+        f"gradients ({DATA})": sums[DATA],
+    }

@@ -1,0 +1,81 @@
+"""Pods by name: how many devices, of which chip, wired how. Nothing is compiled or asked for."""
+
+import dataclasses
+import math
+import re
+
+from ring_attention.checks import ConfigError, require_field
+from ring_attention.parallel.chips import CHIPS, Chip
+
+_SHAPE = re.compile(r"\d+(x\d+)*")
+_SIDES = {"v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+_EXAMPLES = {2: "16x16", 3: "8x8x8"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+    """A pod, or a slice of one.
+
+    Attributes:
+      name: "v5e:16x16", or "h100:4x8" for 4 hosts with 8 GPUs each.
+      chip: what its devices are.
+      sides: of the grid of TPU devices (the last of v3: the two cores of a chip); of GPUs, hosts and how many each has.
+    """
+
+    name: str
+    chip: Chip
+    sides: tuple[int, ...]
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return math.prod(self.sides)
+
+    @property
+    def tpu(self) -> bool:
+        """Whether they are TPUs, in a grid."""
+        return self.chip.platform == "tpu"
+
+    def box(self, devices: int) -> tuple[int, ...]:
+        """Sides of the most cubic box of the grid that so many devices fill; all in a line if there is none."""
+        boxes = [sides for sides in _divisions(self.sides, devices)]
+        return min(boxes, key=lambda sides: (max(sides), sides), default=(devices,))
+
+    def crosses_hosts(self, neighbours: int) -> bool:
+        """Whether a group of so many consecutive GPUs has members on several hosts; TPUs do not care."""
+        return not self.tpu and neighbours > self.sides[-1]
+
+    def wraps(self, side: int) -> bool:
+        """Whether a line of so many TPUs along the grid closes to a circle: a whole side of 16 on v5e and v6e, or
+        one of a multiple of 4 on the others (Google's pages of each).
+        """
+        return side in self.sides and (side % 16 == 0 if self.chip.name in ("v5e", "v6e") else side % 4 == 0)
+
+
+def find_topology(name: str) -> Topology:
+    """The pod called so.
+
+    Raises:
+      ConfigError: for a chip that is not known, or a shape that such pods do not have.
+    """
+    word, _, shape = name.partition(":")
+    known = ", ".join(CHIPS)
+    require_field(word in CHIPS, "topology", name, f"{word!r} is no chip that is known here", f"choose one of {known}")
+    sides = _SIDES.get(word, 2)
+    example = f"{word}:{_EXAMPLES[sides]}" if word in _SIDES else f"{word}:4x8 for 4 hosts of 8 GPUs"
+    numbers = tuple(int(side) for side in shape.split("x")) if _SHAPE.fullmatch(shape) else ()
+    if len(numbers) != sides or 0 in numbers:
+        raise ConfigError(f"topology={name!r}: needs {sides} positive sides; write it like {example}")
+    return Topology(name=name, chip=CHIPS[word], sides=(*numbers, 2) if word == "v3" else numbers)
+
+
+def _divisions(sides: tuple[int, ...], devices: int):
+    """Sides that divide these and multiply to so many devices."""
+    if not sides:
+        if devices == 1:
+            yield ()
+        return
+    for side in range(1, min(sides[0], devices) + 1):
+        if sides[0] % side == 0 and devices % side == 0:
+            for rest in _divisions(sides[1:], devices // side):
+                yield (side, *rest)

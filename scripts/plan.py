@@ -1,0 +1,106 @@
+"""Does a config fit a pod, what will it wait for, and which strategy should it take? Before anything is rented.
+
+  python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16
+  python scripts/plan.py --config=configs/gpu_8xh100_7b.py --topology=h100:1x8 --out=plans/h100
+  python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --compile
+  python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --max-context
+  python scripts/plan.py --table2
+
+Any field can be overridden as for train.py, for example --config.seq_len=4194304. The first form takes two seconds and
+compiles nothing. --compile has the real training step compiled for the pod (pip install -e '.[compile-tpu]' or
+'.[compile-gpu]') and prints what the compiler says beside what was predicted. --max-context has the longest context
+found that compiles within the chip's memory. --out writes plan.json and the pictures memory.png, timeline.png and
+map.png. docs/planner.md explains every column.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ring_attention.checks import ConfigError
+from ring_attention.parallel.chips import CHIPS, GiB
+from ring_attention.planning import plan_report
+from ring_attention.planning.plan import Plan, make_plan
+from ring_attention.planning.topology import find_topology
+from ring_attention.training.flags import parse_config
+
+DEFAULT_CONFIG = "configs/tpu_v5e_256_7b.py"
+
+
+def main(argv: list[str]) -> int:
+    """Plan, print, and write; returns the exit status: 1 if the config does not fit."""
+    args, flags = parse(argv)
+    console = Console(width=110, highlight=False)
+    if args.table2:
+        console.print(plan_report.paper_table())
+        return 0
+    topology = find_topology(args.topology)
+    plan = make_plan(parse_config(flags, DEFAULT_CONFIG), topology)
+    describe(plan, console)
+    if args.out:
+        write(plan, args.out, console)
+    return 0 if plan.own.fits else 1
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own flags, and those that are the config's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--topology", default="v5e:16x16", help=f"such as v5e:16x16 or h100:4x8; {', '.join(CHIPS)}")
+    parser.add_argument("--compile", action="store_true", help="ask the pod's own compiler as well")
+    parser.add_argument("--max-context", action="store_true", help="find the longest context that compiles in memory")
+    parser.add_argument("--table2", action="store_true", help="the Ring Attention paper's Table 2, and end")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write plan.json and pictures there")
+    return parser.parse_known_args(argv)
+
+
+def describe(plan: Plan, console: Console) -> None:
+    """Print the tables and the advice."""
+    share = plan.share
+    mesh = " ".join(f"{name}={size}" for name, size in share.mesh.items() if size > 1)
+    console.print(
+        f"{share.config.name}: {share.model.num_parameters:,} parameters, {share.config.seq_len:,} tokens of context, "
+        f"{share.tokens:,} on each device; mesh {mesh or 'of one device'}"
+    )
+    console.print(f"model FLOPs of a step: {plan.model_flops:.3g}")
+    for table in ("hardware", "memory", "wire", "hiding", "strategy"):
+        console.print(getattr(plan_report, f"{table}_table")(plan))
+    if plan.recommended is None:
+        console.print(f"[red]Nothing fits[/red]: {plan.reason}.")
+    else:
+        console.print(f"Take [bold green]{plan.recommended.label}[/bold green]: {plan.reason}.")
+        console.print(f"  train.py {' '.join(plan.recommended.flags)}")
+    if not plan.own.fits:
+        chip = share.topology.chip
+        console.print(
+            f"[red]This config does not fit[/red]: {plan.memory.total / GiB:.1f} GiB of {chip.memory / GiB:.1f} GiB. "
+            + (
+                f"A context of {plan.longest:,} tokens would."
+                if plan.longest
+                else "No context would; use more devices."
+            )
+        )
+    else:
+        console.print(f"Longest context that fits, predicted: {plan.longest:,} tokens")
+
+
+def write(plan: Plan, folder: Path, console: Console) -> None:
+    """The JSON and the pictures."""
+    from ring_attention.planning import plan_plots  # slow to import
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan_report.as_json(plan), indent=2) + "\n", encoding="utf-8")
+    plan_plots.draw_all(plan, folder)
+    console.print(f"Written: {folder}/plan.json, memory.png, timeline.png, map.png")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        print(f"plan.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,124 @@
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from ring_attention.checks import ConfigError
+from ring_attention.planning.plan import Plan, longest_context, make_plan
+from ring_attention.planning.plan_report import as_json
+from ring_attention.planning.published import COMPARISONS
+from ring_attention.planning.shares import Share
+from ring_attention.planning.strategy_map import map_strategies
+from ring_attention.planning.topology import find_topology
+from ring_attention.training.config import MeshConfig
+from ring_attention.training.flags import load_config
+from ring_attention.training.step import abstract_state, state_shardings
+
+GPU, TPU = "configs/gpu_8xh100_7b.py", "configs/tpu_v5e_256_7b.py"
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan(load_config(TPU), find_topology("v5e:16x16"))
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=2, sp=2, tp=2), dict(dp=2, sp=4, tp=1), dict(sp=8)])
+def test_a_device_keeps_as_many_parameters_as_the_training_state_puts_there(mesh):
+    config = dataclasses.replace(load_config("configs/tiny.py"), mesh=MeshConfig(**mesh))
+    sizes = Share.of(config, find_topology("v5e:2x4")).mesh
+    devices = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+    shapes, shardings = abstract_state(config).params, state_shardings(config, devices).params
+    kept = jax.tree.map(lambda x, sharding: math.prod(sharding.shard_shape(x.shape)), shapes, shardings)
+    assert Share.of(config, find_topology("v5e:2x4")).own_parameters == sum(jax.tree.leaves(kept))
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda comparison: comparison.name)
+def test_the_predicted_order_is_the_one_that_was_published(comparison):
+    assert comparison.order_agrees()
+
+
+def test_the_control_an_order_upside_down_is_not_the_published_one():
+    first = COMPARISONS[0]
+    upside_down = {name: 1 / figure for name, figure in first.predict().items()}
+    assert not dataclasses.replace(first, predict=lambda: upside_down).order_agrees()
+
+
+def test_the_recommended_strategy_fits_and_none_that_fits_is_much_faster(plan):
+    assert plan.recommended.fits
+    fitting = [candidate.time.total for candidate in plan.candidates if candidate.fits]
+    assert plan.recommended.time.total <= 1.02 * min(fitting)
+    assert plan.reason
+
+
+def test_what_does_not_fit_is_not_recommended():
+    config = dataclasses.replace(load_config(TPU), seq_len=2**22)
+    plan = make_plan(config, find_topology("v5e:16x16"))
+    too_large = [candidate.label for candidate in plan.candidates if not candidate.fits]
+    assert "all_gather" in too_large
+    assert plan.recommended.label not in too_large
+
+
+def test_where_nothing_fits_the_plan_says_so_and_which_context_would():
+    config = dataclasses.replace(load_config(TPU), seq_len=2**25)
+    plan = make_plan(config, find_topology("v5e:16x16"))
+    assert plan.recommended is None
+    assert not plan.own.fits
+    assert 2**20 < plan.longest < 2**25
+
+
+def test_the_longest_context_fits_and_a_longer_one_does_not():
+    config, topology = load_config(GPU), find_topology("h100:1x8")
+    longest = longest_context(config, topology)
+    assert make_plan(dataclasses.replace(config, seq_len=longest), topology).own.fits
+    assert not make_plan(dataclasses.replace(config, seq_len=longest + longest // 32), topology).own.fits
+
+
+def test_the_parts_of_the_time_and_of_the_memory_add_up(plan):
+    for candidate in plan.candidates:
+        assert 0 < plan.mfu(candidate) < 1
+        assert candidate.time.total == pytest.approx(
+            sum(value for value in vars(candidate.time).values() if isinstance(value, float))
+        )
+    assert plan.memory.total == sum(plan.memory.parts.values())
+
+
+def test_twice_the_context_takes_twice_the_activations_and_more_than_twice_the_time(plan):
+    config = dataclasses.replace(load_config(TPU), seq_len=2 * 2_097_152)
+    longer = make_plan(config, find_topology("v5e:16x16"))
+    assert longer.memory.parts["activations"] == pytest.approx(2 * plan.memory.parts["activations"], rel=1e-6)
+    assert longer.own.time.attention > 3 * plan.own.time.attention
+    assert longer.own.time.dense == pytest.approx(2 * plan.own.time.dense)
+
+
+def test_memory_of_a_device_does_not_grow_with_the_pod_at_fixed_tokens_per_device():
+    config = load_config(TPU)
+    totals = []
+    for name in ("v4:2x2x4", "v4:4x4x8", "v4:8x8x8"):
+        topology = find_topology(name)
+        sized = dataclasses.replace(config, mesh=MeshConfig(), seq_len=8192 * topology.devices)
+        memory = make_plan(sized, topology).memory
+        state = sum(memory.parts[part] for part in ("parameters", "optimizer", "gradients"))
+        totals.append(memory.total - state)
+    assert max(totals) < 1.01 * min(totals)
+
+
+def test_the_json_is_plain(plan):
+    read = json.loads(json.dumps(as_json(plan)))
+    assert read["memory"]["total"] == plan.memory.total
+    assert {"ring", "all_gather"} < {row["strategy"] for row in read["strategies"]}
+
+
+def test_a_mesh_that_is_not_the_pods_size_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"v5e:4x4 has 16") as error:
+        make_plan(load_config(TPU), find_topology("v5e:4x4"))
+    assert "\n" not in str(error.value)
+
+
+def test_the_map_gives_slow_links_to_all_gather_before_fast_ones(plan):
+    found = map_strategies(plan.share, columns=5, rows=4)
+    gather = found.families.index("all_gather")
+    per_row = (found.best == gather).sum(1)
+    assert per_row[0] >= per_row[-1]
+    assert (found.best == found.families.index("none fits"))[:, -1].all() or found.tokens[-1] < 65_536
