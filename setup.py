@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "chex>=0.1.92", "ruff>=0.15"],
-        # Compilers for hardware that is not there, for scripts/compile_step.py and check_pods.py.
+        # Compilers for hardware that is not there, for scripts/plan.py, check_pods.py and reproduce_table3.py.
         "compile-tpu": ["libtpu==0.0.42.1"],
         "compile-gpu": ["jax-cuda12-plugin>=0.10.2", "jax-cuda12-pjrt>=0.10.2"],
         # The paper's own code, for scripts/benchmark_attention.py to measure ours against.

@@ -5,7 +5,8 @@
 
 Cost: 34.2 GiB of each GPU's 80, as the compiler for H100 says without a GPU:
 
-    pip install -e '.[compile-gpu]' && python scripts/compile_step.py h100:1x8 --config=configs/gpu_8xh100_7b.py
+    pip install -e '.[compile-gpu]' && python scripts/plan.py --config=configs/gpu_8xh100_7b.py --topology=h100:1x8 \
+        --compile
 
 Result: not trained yet; attention runs in plain XLA tiles, the fused kernels are still to come.
 """

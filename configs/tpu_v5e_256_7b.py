@@ -5,7 +5,8 @@
 
 Cost: 8.2 GiB of each chip's 16, as the compiler for the pod says without the pod:
 
-    pip install -e '.[compile-tpu]' && python scripts/compile_step.py v5e:16x16 --config=configs/tpu_v5e_256_7b.py
+    pip install -e '.[compile-tpu]' && python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 \
+        --compile
 
 Result: not trained yet. train.py runs the devices of one process; joining the hosts of a pod is still to come. Until
 then this config is for compiling and planning.

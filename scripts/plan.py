@@ -18,12 +18,14 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from ring_attention.checks import ConfigError
 from ring_attention.parallel.chips import CHIPS, GiB
-from ring_attention.planning import plan_report
+from ring_attention.planning import plan_report, proof_report
 from ring_attention.planning.plan import Plan, make_plan
+from ring_attention.planning.proof import Proof, longest_compiled, prove
 from ring_attention.planning.topology import find_topology
 from ring_attention.training.flags import parse_config
 
@@ -39,10 +41,14 @@ def main(argv: list[str]) -> int:
         return 0
     topology = find_topology(args.topology)
     plan = make_plan(parse_config(flags, DEFAULT_CONFIG), topology)
-    describe(plan, console)
+    proof = compile_plan(plan, console) if args.compile else None
+    describe(plan, proof, console)
+    if args.max_context:
+        find_longest(plan, console)
     if args.out:
-        write(plan, args.out, console)
-    return 0 if plan.own.fits else 1
+        write(plan, proof, args.out, console)
+    enough = proof.memory.total <= topology.chip.memory if proof else plan.own.fits
+    return 0 if enough else 1
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -58,7 +64,27 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def describe(plan: Plan, console: Console) -> None:
+def compile_plan(plan: Plan, console: Console) -> Proof:
+    """Ask the pod's compiler."""
+    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
+    with console.status(f"compiling the training step for {plan.share.topology.name}"):
+        return prove(plan)
+
+
+def find_longest(plan: Plan, console: Console) -> None:
+    """Compile ever closer to the chip's memory."""
+    jax.config.update("jax_platforms", "cpu")
+
+    def report(tokens: int, needed: float, fits: bool) -> None:
+        console.print(f"  {tokens:,} tokens: {needed / GiB:.2f} GiB, {'fits' if fits else 'does not fit'}")
+
+    console.print("Longest context, compiled:")
+    with console.status("compiling"):
+        longest = longest_compiled(plan, report)
+    console.print(f"Longest context that compiles within the memory: [bold]{longest:,}[/bold] tokens")
+
+
+def describe(plan: Plan, proof: Proof | None, console: Console) -> None:
     """Print the tables and the advice."""
     share = plan.share
     mesh = " ".join(f"{name}={size}" for name, size in share.mesh.items() if size > 1)
@@ -67,8 +93,12 @@ def describe(plan: Plan, console: Console) -> None:
         f"{share.tokens:,} on each device; mesh {mesh or 'of one device'}"
     )
     console.print(f"model FLOPs of a step: {plan.model_flops:.3g}")
-    for table in ("hardware", "memory", "wire", "hiding", "strategy"):
+    console.print(plan_report.hardware_table(plan))
+    console.print(plan_report.memory_table(plan, proof and proof.memory.total))
+    for table in ("wire", "hiding", "strategy"):
         console.print(getattr(plan_report, f"{table}_table")(plan))
+    if proof:
+        describe_proof(proof, console)
     if plan.recommended is None:
         console.print(f"[red]Nothing fits[/red]: {plan.reason}.")
     else:
@@ -88,13 +118,25 @@ def describe(plan: Plan, console: Console) -> None:
         console.print(f"Longest context that fits, predicted: {plan.longest:,} tokens")
 
 
-def write(plan: Plan, folder: Path, console: Console) -> None:
+def describe_proof(proof: Proof, console: Console) -> None:
+    """Print what the compiler said."""
+    names = ", ".join(f"{name} {version}" for name, version in proof.versions.items())
+    console.print(f"Compiled in {proof.seconds:.0f} s by {names}")
+    console.print(proof_report.collectives_table(proof))
+    console.print(proof_report.transfers_table(proof))
+    console.print(proof_report.verdict(proof))
+    for warning in proof.warnings:
+        console.print(f"[red]warning[/red]: {warning}")
+
+
+def write(plan: Plan, proof: Proof | None, folder: Path, console: Console) -> None:
     """The JSON and the pictures."""
     from ring_attention.planning import plan_plots  # slow to import
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(plan_report.as_json(plan), indent=2) + "\n", encoding="utf-8")
-    plan_plots.draw_all(plan, folder)
+    written = plan_report.as_json(plan) | ({"compiled": proof_report.as_json(proof)} if proof else {})
+    (folder / "plan.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    plan_plots.draw_all(plan, folder, proof and proof.memory.total)
     console.print(f"Written: {folder}/plan.json, memory.png, timeline.png, map.png")
 
 

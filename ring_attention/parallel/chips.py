@@ -14,12 +14,13 @@ class Chip:
       name: as a topology begins, such as "v5e".
       kinds: words of JAX's `device_kind` that tell it.
       flops: dense bfloat16 operations a second, the published peak.
-      memory: bytes of its HBM.
+      memory: bytes of its HBM that a program can have.
       memory_bandwidth: bytes a second between it and its HBM.
       link: bytes a second that one link carries one way; a GPU has one, into its host's switch.
       links: of a device, to its neighbours; as many as sides of the grid times two.
       network: bytes a second that a device has of its host's network one way, to other hosts (GPU) or slices (TPU).
       host_memory: bytes of its host's memory that are there for one device.
+      host_link: bytes a second between the device and its host's memory, one way.
       sources: field -> where its figure comes from; every figure has one.
     """
 
@@ -32,6 +33,7 @@ class Chip:
     links: int
     network: float
     host_memory: float
+    host_link: float
     sources: dict[str, str]
 
     @property
@@ -41,22 +43,31 @@ class Chip:
 
 
 _BOOK = "jax-ml.github.io/scaling-book/tpus: one way, one link"
+_BOOK_HOST = "jax-ml.github.io/scaling-book/tpus: PCIe of a chip"
 _BOOK_NETWORK = "jax-ml.github.io/scaling-book/tpus: data-centre network of a chip"
 
 
 def _tpu(name: str, page: str, **fields) -> Chip:
     docs = f"cloud.google.com/tpu/docs/{page}"
-    sources = dict.fromkeys(("flops", "memory", "memory_bandwidth", "links"), docs)
-    sources |= {"link": _BOOK, "network": _BOOK_NETWORK, "host_memory": f"{docs}, a machine's memory over its chips"}
+    sources = dict.fromkeys(("flops", "memory_bandwidth", "links"), docs)
+    sources |= {
+        "memory": "what the compiler of libtpu 0.0.42 lets a program have",
+        "link": _BOOK,
+        "network": _BOOK_NETWORK,
+        "host_link": _BOOK_HOST,
+        "host_memory": f"{docs}, a machine's memory over its chips",
+    }
     return Chip(name=name, sources=sources, **fields)
 
 
 def _gpu(name: str, sheet: str, machine: str, **fields) -> Chip:
-    sources = dict.fromkeys(("flops", "memory", "memory_bandwidth"), f"NVIDIA {sheet} datasheet, SXM, without sparsity")
+    sources = dict.fromkeys(("flops", "memory_bandwidth"), f"NVIDIA {sheet} datasheet, SXM, without sparsity")
     sources |= {
+        "memory": f"NVIDIA {sheet}: what its driver leaves to programs, with XLA_PYTHON_CLIENT_MEM_FRACTION=1",
         "link": f"NVIDIA {sheet} datasheet: NVLink, half of what it states for both ways",
         "links": "one, into the NVSwitch",
         "network": f"NVIDIA {machine} user guide: one InfiniBand adapter for each GPU",
+        "host_link": f"NVIDIA {sheet} datasheet: PCIe, half of what it states for both ways",
         "host_memory": f"NVIDIA {machine} user guide: the system's memory over its GPUs",
     }
     return Chip(name=name, links=1, sources=sources, **fields)
@@ -71,60 +82,65 @@ CHIPS = types.MappingProxyType(
                 "v3",  # 123 TFLOP/s, 32 GiB, 900 GB/s and four links a chip, of which a device is one of two cores
                 kinds=("TPU v3",),
                 flops=61.5e12,
-                memory=16 * GiB,
+                memory=15.48 * GiB,
                 memory_bandwidth=450 * GB,
                 link=100 * GB,
                 links=4,
                 network=1.56 * GB,
                 host_memory=42 * GB,
+                host_link=16 * GB,
             ),
             _tpu(
                 "v4",
                 "v4",
                 kinds=("TPU v4",),
                 flops=275e12,
-                memory=32 * GiB,
+                memory=30.75 * GiB,
                 memory_bandwidth=1228 * GB,
                 link=45 * GB,
                 links=6,
                 network=3.1 * GB,
                 host_memory=100 * GB,
+                host_link=16 * GB,
             ),
             _tpu(
                 "v5e",
                 "v5e",
                 kinds=("TPU v5 lite", "TPU v5e"),
                 flops=197e12,
-                memory=16 * GiB,
+                memory=15.75 * GiB,
                 memory_bandwidth=819 * GB,
                 link=45 * GB,
                 links=4,
                 network=3.1 * GB,
                 host_memory=64 * GiB,
+                host_link=16 * GB,
             ),
             _tpu(
                 "v5p",
                 "v5p",
                 kinds=("TPU v5",),  # JAX names it without the p, newer libtpus with it; after v5e in this table
                 flops=459e12,
-                memory=95 * GB,
+                memory=95.74 * GiB,
                 memory_bandwidth=2765 * GB,
                 link=90 * GB,
                 links=6,
                 network=6.25 * GB,
                 host_memory=112 * GB,
+                host_link=16 * GB,
             ),
             _tpu(
                 "v6e",
                 "v6e",
                 kinds=("TPU v6 lite", "TPU v6e"),
                 flops=918e12,
-                memory=32 * GB,
+                memory=31.25 * GiB,
                 memory_bandwidth=1638 * GB,
                 link=90 * GB,
                 links=4,
                 network=12.5 * GB,
                 host_memory=192 * GiB,
+                host_link=16 * GB,
             ),
             _gpu(
                 "a100",
@@ -132,11 +148,12 @@ CHIPS = types.MappingProxyType(
                 "DGX A100",
                 kinds=("A100",),
                 flops=312e12,
-                memory=80 * GiB,
+                memory=79.1 * GiB,
                 memory_bandwidth=2039 * GB,
                 link=300 * GB,
                 network=25 * GB,
                 host_memory=250 * GB,
+                host_link=32 * GB,
             ),
             _gpu(
                 "h100",
@@ -144,11 +161,12 @@ CHIPS = types.MappingProxyType(
                 "DGX H100",
                 kinds=("H100 80GB HBM3",),
                 flops=989.4e12,
-                memory=80 * GiB,
+                memory=79.1 * GiB,
                 memory_bandwidth=3352 * GB,
                 link=450 * GB,
                 network=50 * GB,
                 host_memory=250 * GB,
+                host_link=64 * GB,
             ),
             _gpu(
                 "h200",
@@ -156,11 +174,12 @@ CHIPS = types.MappingProxyType(
                 "DGX H200",
                 kinds=("H200",),
                 flops=989.4e12,
-                memory=141 * GB,
+                memory=139.7 * GiB,
                 memory_bandwidth=4800 * GB,
                 link=450 * GB,
                 network=50 * GB,
                 host_memory=250 * GB,
+                host_link=64 * GB,
             ),
         )
     }

@@ -7,41 +7,25 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+import numpy as np
+
+from ring_attention.planning.hlo import COMPUTATION, INSTRUCTION, Array, Instruction, Program, placed_arrays
+from ring_attention.planning.loops import runs_of
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
 
-_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
-_ITEM_BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
-_ARRAY = re.compile(r"\b(" + "|".join(_ITEM_BYTES) + r")\[([\d,]*)\]")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(?:-start)?\(")
-_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)")
 _DEVICES = re.compile(r"(?:num_partitions|replica_count)=(\d+)")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*)")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_OF_MESH = re.compile(
+    r"replica_groups=mesh\[('[^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}"
+)
 _DONE = re.compile(r"(.*) collective-permute-done\((?:\S+ )?(%[\w.\-]+)\)")
 _WORK = re.compile(r"(.*?) (?:fusion|convolution|dot)\(%")  # of something, so not the filling of an array
 _HOP = re.compile(
     r' (?:while|conditional)\(|custom_call_target="(?:tpu_custom_call|__cudnn\$fmha|[^"]*triton|[^"]*mosaic)'
 )
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-
-
-class Array(NamedTuple):
-    """dtype (as HLO names it) and shape of one array of the program, on one device."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Size in bytes."""
-        return self.size * _ITEM_BYTES[self.dtype]
 
 
 class Collective(NamedTuple):
@@ -50,19 +34,25 @@ class Collective(NamedTuple):
     Attributes:
       kind: one of KINDS.
       arrays: what it gives one device each time it runs.
-      runs: how often it runs each time the program does, loops multiplied out.
+      runs: how often it runs each time the program does, loops multiplied out; None in a loop of unknown length, and
+        its bytes are then those of one run.
       group: how many devices take part together; for a permute, how many there are.
+      name: of its instruction.
+      groups: the devices of each group; of a permute, the pairs of sender and receiver. Empty where the program states
+        them in a form that is not known here.
     """
 
     kind: str
     arrays: tuple[Array, ...]
-    runs: int
+    runs: int | None
     group: int = 1
+    name: str = ""
+    groups: tuple[tuple[int, ...], ...] = ()
 
     @property
     def bytes(self) -> int:
         """Bytes that it gives one device, over all its runs."""
-        return self.runs * sum(array.bytes for array in self.arrays)
+        return (1 if self.runs is None else self.runs) * sum(array.bytes for array in self.arrays)
 
     @property
     def sent(self) -> int:
@@ -102,25 +92,80 @@ class Schedule:
     bytes_in_flight: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that a program takes on one device, as its compiler states them.
+
+    Attributes:
+      arguments, outputs: of the program.
+      aliased: of the outputs that lie in an argument's place, as donated ones do.
+      temporaries: everything between.
+      code: the program itself.
+      host: arguments, outputs and temporaries that lie in the host's memory.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """What a device's HBM must hold while the program runs."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+def memory_of(program: jax.stages.Compiled) -> Memory:
+    """The memory that a compiled program takes."""
+    found = program.memory_analysis()
+    on_host = found.host_argument_size_in_bytes + found.host_output_size_in_bytes + found.host_temp_size_in_bytes
+    return Memory(
+        arguments=found.argument_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        aliased=found.alias_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        host=on_host - found.host_alias_size_in_bytes,
+    )
+
+
 def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program, given its `as_text()`.
 
     Raises:
-      ValueError: if one stands in a loop whose number of turns the compiler does not state, or `text` is no HLO.
+      ValueError: if one stands in a loop whose number of turns cannot be told, or `text` is no HLO.
     """
-    bodies = _computations(text)
-    runs, devices = _runs(bodies), math.prod(int(n) for n in _DEVICES.findall(text[: text.find("\n")]))
+    found = collectives_in(Program.parse(text))
+    for item in found:
+        if item.runs is None:
+            raise ValueError(f"a collective runs in a loop of unknown length: {item.kind} {item.name}")
+    return found
+
+
+def collectives_in(program: Program) -> list[Collective]:
+    """The collectives of a program, those in loops of unknown length too.
+
+    A TPU's compiler runs an all-gather in pieces beside several fusions, each of which names it; it counts where it
+    starts. What it calls all-reduce-scatter is a fusion of an all-reduce and the slice that is kept of its result.
+    """
+    runs, devices = runs_of(program), math.prod(int(n) for n in _DEVICES.findall(program.header))
     found = []
-    for name, lines in bodies.items():
-        for line in lines:
-            if match := _COLLECTIVE.search(line):
-                if runs[name] is None:
-                    raise ValueError(f"a collective runs in a loop of unknown length: {line.strip()[:120]}")
-                arrays, kind = tuple(_arrays(match[1])), match[2]
-                if "-start(" in line and kind != "all-reduce":  # (operands, results, contexts): keep the results
-                    operands = line[match.end() :].split("), ")[0].count("%")
-                    arrays = arrays[operands : 2 * operands] or arrays
-                found.append(Collective(kind, arrays, runs[name], _group(line) or devices))
+    for name, body in program.computations.items():
+        for instruction in body.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in KINDS or not _starts(instruction, body):
+                continue
+            arrays = instruction.arrays
+            if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, contexts)
+                operands = len(instruction.operands)
+                arrays = arrays[operands : 2 * operands] or arrays
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind, arrays = "reduce-scatter", program.root(name).arrays
+            groups = _groups(instruction.attributes, devices)
+            group = devices if kind == "collective-permute" or not groups else len(groups[0])
+            found.append(Collective(kind, arrays, runs[name], group, instruction.name, groups))
     return found
 
 
@@ -150,15 +195,15 @@ def schedule_of(text: str) -> Schedule:
     largest: dict[str, int] = {}  # name of a start -> bytes of the largest array computed since
     blocked: set[str] = set()  # names of starts that block
     for line in text.splitlines():
-        if _COMPUTATION.match(line):
+        if COMPUTATION.match(line):
             waiting, hops = {}, 0
-        elif (instruction := _INSTRUCTION.match(line)) is None:
+        elif (instruction := INSTRUCTION.match(line)) is None:
             continue  # a kernel's own text may take several lines
         elif " collective-permute-start(" in line:
-            waiting[instruction[1]], largest[instruction[1]] = hops, 0
+            waiting[instruction[2]], largest[instruction[2]] = hops, 0
             at_once = '"is_sync":true' in line
             synchronous, asynchronous = synchronous + at_once, asynchronous + (not at_once)
-            blocked |= {instruction[1]} if at_once else set()
+            blocked |= {instruction[2]} if at_once else set()
             most = max(most, sum(sizes[name] for name in waiting))
         elif done := _DONE.search(line):
             name, free = done[2], done[2] not in blocked
@@ -167,7 +212,7 @@ def schedule_of(text: str) -> Schedule:
             hidden, beside = hidden + behind_hop, beside + beside_work
             if not (behind_hop or beside_work):
                 exposed, exposed_bytes = exposed + 1, exposed_bytes + sizes[name]
-        elif work := _WORK.match(instruction[2]):
+        elif work := _WORK.match(instruction[3]):
             size = max((array.bytes for array in _arrays(work[1])), default=0)
             largest |= {name: max(largest[name], size) for name in waiting}
         hops += _HOP.search(line) is not None
@@ -187,50 +232,40 @@ def arrays(text: str) -> set[Array]:
     return set(_arrays(text))
 
 
-def _group(line: str) -> int | None:
-    """Devices of the first of a collective's groups; None where it names none, which means all."""
-    if match := _GROUPS.search(line):
-        return match[1].count(",") + 1 if match[1] else int(match[2])
-    return None
-
-
 def _arrays(text: str) -> Iterator[Array]:
-    for dtype, dims in _ARRAY.findall(text):
-        yield Array(dtype, tuple(int(d) for d in dims.split(",") if d))
+    return (array for array, _ in placed_arrays(text))
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """Name -> lines of each computation; the entry is called "ENTRY"."""
-    bodies, current = {}, None
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            current = "ENTRY" if match[1] else match[2]
-            bodies[current] = []
-        elif current is not None:
-            bodies[current].append(line)
-    if "ENTRY" not in bodies:
-        raise ValueError("this is not a compiled program in HLO; pass jax.jit(f).lower(...).compile().as_text()")
-    return bodies
+def _starts(instruction: Instruction, body: dict[str, Instruction]) -> bool:
+    """Whether this is the whole of a collective or its first piece."""
+    if instruction.attribute(r'chain_id="(\d+)"') is None:
+        return True
+    return any("AsyncCollectiveStart" in x.attributes and instruction.name in x.operands for x in body.values())
 
 
-def _runs(bodies: dict[str, list[str]]) -> dict[str, int | None]:
-    """How often each computation runs in one run of the program; None where a loop's length is unknown.
+def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The groups of a collective, or the pairs of a permute."""
+    if listed := _LISTED.search(attributes):
+        return tuple(tuple(map(int, group.split(","))) for group in listed[1].strip("{}").split("},{"))
+    if iota := _IOTA.search(attributes):
+        return _split(_numbered(iota[2], iota[3]), int(iota[1]))
+    if mesh := _OF_MESH.search(attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        over = re.findall(r"'([^']+)'", mesh[4])
+        order = [i for part in (False, True) for i, name in enumerate(sizes) if (name in over) == part]
+        numbers = _numbered(mesh[2] or ",".join(map(str, sizes.values())), mesh[3]).reshape([*sizes.values()])
+        return _split(numbers.transpose(order), math.prod(sizes[name] for name in over))
+    if "replica_groups={}" in attributes or "replica_groups=" not in attributes:
+        return (tuple(range(devices)),)
+    return ()
 
-    A branch of a conditional counts as run. Called computations stand before their callers in the text.
-    """
-    runs: dict[str, int | None] = dict.fromkeys(bodies, 0)
-    runs["ENTRY"] = 1
-    for name in reversed(bodies):
-        for line in bodies[name]:
-            names = _CALLED.findall(line)
-            for branches in _BRANCHES.findall(line):
-                names += [branch.strip().lstrip("%") for branch in branches.split(",")]
-            times = 1
-            if " while(" in line:
-                trips = _TRIPS.search(line)
-                times = int(trips[1]) if trips else None
-            for called in names:
-                here, before = runs[name], runs[called]
-                unknown = here is None or times is None or before is None
-                runs[called] = None if unknown else before + here * times
-    return runs
+
+def _numbered(dims: str, order: str | None) -> np.ndarray:
+    """Devices in an order that a program states as the shape of their numbers and the axes it is transposed by."""
+    shape = [int(d) for d in dims.split(",")]
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose([int(d) for d in order.split(",")]) if order else numbers
+
+
+def _split(devices: np.ndarray, size: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, group)) for group in devices.reshape(-1, size))

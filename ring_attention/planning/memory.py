@@ -6,6 +6,7 @@ shows prediction and compiler side by side.
 """
 
 import dataclasses
+import operator
 
 from ring_attention.parallel.mesh import TENSOR
 from ring_attention.parallel.strategy import Strategy
@@ -13,8 +14,29 @@ from ring_attention.planning.shares import Share
 
 F32 = 4
 
-GAPS = 0.09
-"""Part of what is kept for the backward pass that a TPU's memory loses between buffers."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """How much a compiler holds at once, read off compiled programs (docs/planner.md).
+
+    Attributes:
+      feedforward: (streams, queries, keys) at the peak of a feed-forward's backward pass: arrays as large as this
+        device's residual stream, its queries, and its keys, all in the compute dtype.
+      attention: the same of attention's backward pass; the larger counts.
+      gaps: part of what is kept for the backward pass that is lost between buffers.
+    """
+
+    feedforward: tuple[int, int, int]
+    attention: tuple[int, int, int]
+    gaps: float
+
+
+_TPU = Buffers(feedforward=(15, 8, 0), attention=(10, 4, 12), gaps=0.09)
+_OLDER_TPU = dataclasses.replace(_TPU, attention=(10, 4, 34))
+_GPU = Buffers(feedforward=(4, 8, 0), attention=(4, 8, 0), gaps=0.0)
+BUFFERS = {"v3": _OLDER_TPU, "v4": _OLDER_TPU, "v5e": _TPU, "v5p": _TPU, "v6e": _TPU}
+BUFFERS |= dict.fromkeys(("a100", "h100", "h200"), _GPU)
+"""Chip -> Buffers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +63,8 @@ class Memory:
 def memory_of(share: Share, strategy: Strategy) -> Memory:
     """What a step needs on one device of the pod."""
     own = F32 * share.own_parameters
-    kept, host = _kept(share)
-    kept *= 1 + GAPS * share.topology.tpu
+    kept, host = kept_for_backward(share)
+    kept *= 1 + BUFFERS[share.topology.chip.name].gaps
     parts = {
         "parameters": own,
         "optimizer": 2 * own,
@@ -66,7 +88,7 @@ def _heads(share: Share, heads: int) -> int:
     return share.batch * share.tokens * heads * share.model.head_dim * share.itemsize
 
 
-def _kept(share: Share) -> tuple[int, int]:
+def kept_for_backward(share: Share) -> tuple[int, int]:
     """(on the device, on the host): what all layers keep for the backward pass (see `ModelConfig.remat`)."""
     layers, statistics = share.model.num_layers, F32 * share.batch * share.tokens * share.heads
     inputs, out = layers * _stream(share), layers * (_heads(share, share.heads) + statistics)
@@ -76,6 +98,8 @@ def _kept(share: Share) -> tuple[int, int]:
         return inputs + out, 0
     if share.model.remat == "offload":
         return 0, inputs + out
+    if share.model.remat == "offload_input":
+        return 0, inputs
     norms = 2 * 2 * layers * _stream(share)  # both norms, in float32 and in the compute dtype
     qkv = layers * _heads(share, share.heads + 2 * share.kv_heads)
     return inputs + out + norms + qkv + layers * _stream(share), 0
@@ -87,10 +111,10 @@ def _layer(share: Share) -> int:
     """
     weights = share.attention_weights + share.ffn_weights
     of_weights = (weights + 2 * share.ffn_weights) * share.itemsize + F32 * weights
-    stream, queries, keys = _stream(share), _heads(share, share.heads), _heads(share, share.kv_heads)
-    feedforward = 15 * stream + 8 * queries
-    attention = 10 * stream + 4 * queries + 36 * keys
-    return of_weights + max(feedforward, attention)
+    arrays = _stream(share), _heads(share, share.heads), _heads(share, share.kv_heads)
+    buffers = BUFFERS[share.topology.chip.name]
+    peaks = (sum(map(operator.mul, counts, arrays)) for counts in (buffers.feedforward, buffers.attention))
+    return of_weights + max(peaks)
 
 
 def _exchange(share: Share, strategy: Strategy) -> int:

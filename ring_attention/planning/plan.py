@@ -2,13 +2,12 @@
 
 import dataclasses
 
-from ring_attention.checks import ConfigError
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.planning.attention_times import usp_sizes
 from ring_attention.planning.hiding import tokens_to_hide
 from ring_attention.planning.memory import Memory, memory_of
-from ring_attention.planning.rates import EFFICIENCY, wires_of
+from ring_attention.planning.rates import wires_of
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import StepTime, pace_of, step_time
 from ring_attention.planning.topology import Topology
@@ -16,6 +15,9 @@ from ring_attention.training.config import TrainConfig
 
 EQUAL = 0.02
 """Steps whose predicted times differ by no more than this part count as equally fast."""
+
+GRAIN = 256
+"""Tokens of a device of which a context that is proposed is a multiple: what every layout and kernel can share out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,16 +209,12 @@ def hiding_of(share: Share) -> tuple[Hiding, ...]:
 
 def longest_context(config: TrainConfig, topology: Topology) -> int:
     """The longest context, in tokens, whose predicted memory is there, to within 1/64; 0 if not even the shortest."""
-    ring = Share.of(config, topology).ring
-    step = 2 * ring  # what every layout can share out
+    share = Share.of(config, topology)
+    step = GRAIN * share.ring
 
     def fits(tokens: int) -> bool:
-        try:
-            longer = dataclasses.replace(config, seq_len=tokens)
-            share = Share.of(longer, topology)
-        except ConfigError:
-            return False
-        return _candidate(share, config.attention.make_strategy()).fits
+        longer = dataclasses.replace(share, config=dataclasses.replace(config, seq_len=tokens))
+        return _candidate(longer, config.attention.make_strategy()).fits
 
     low, high = 0, step
     while fits(high) and high < 2**40:
@@ -225,8 +223,3 @@ def longest_context(config: TrainConfig, topology: Topology) -> int:
         middle = (low + high) // 2 // step * step
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def efficiency_of(share: Share) -> str:
-    """Where the attainable rates come from."""
-    return EFFICIENCY[share.topology.chip.platform].source

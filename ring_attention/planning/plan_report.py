@@ -18,6 +18,7 @@ FIGURES = {
     "links": ("{:.0f} links", 1),
     "network": ("{:.1f} GB/s to other hosts or slices", 1e9),
     "host_memory": ("{:.0f} GiB of its host's memory", GiB),
+    "host_link": ("{:.0f} GB/s to that, one way", 1e9),
 }
 
 
@@ -99,14 +100,15 @@ def strategy_table(plan: Plan) -> Table:
     """The step by every strategy, the fastest first."""
     table = Table(
         title="A step by each strategy",
-        caption="seconds predicted; waits: for attention's transfers; other waits: for weights, sums and the optimizer",
+        caption="seconds predicted; waits: for attention's transfers; other waits: for weights, sums, the host "
+        "and the optimizer",
     )
     table.add_column("strategy", no_wrap=True)
     for name in ("step s", "MFU", "dense", "attention", "waits", "other waits", "GiB", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for candidate in plan.candidates:
         time = candidate.time
-        others = time.weights_wait + time.sums_wait + time.memory_bound
+        others = time.weights_wait + time.sums_wait + time.host_wait + time.memory_bound
         marks = ["fits" if candidate.fits else "too large"]
         marks += ["config"] * (candidate.label == plan.own.label)
         style = "" if candidate.fits else "red"

@@ -15,8 +15,12 @@ from ring_attention.planning.attention_times import (
     single_times,
     usp_times,
 )
+from ring_attention.planning.memory import kept_for_backward
 from ring_attention.planning.rates import EFFICIENCY, Wires, wires_of
 from ring_attention.planning.shares import Share
+
+RERUN = ("full", "offload_input")
+"""Policies under which the backward pass of a layer runs its attention once more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,7 @@ class StepTime:
       attention_waits: waiting for the strategy's transfers.
       weights_wait: waiting for weights and their gradients, as far as attention does not hide them.
       sums_wait: waiting for the sums of tensor and data parallelism.
+      host_wait: waiting for activations that the host keeps, as far as computing does not hide them.
       memory_bound: the optimizer's update, which reads and writes all that it keeps.
       forward, backward: of one layer's attention.
     """
@@ -38,6 +43,7 @@ class StepTime:
     attention_waits: float
     weights_wait: float
     sums_wait: float
+    host_wait: float
     memory_bound: float
     forward: Times
     backward: Times
@@ -99,7 +105,7 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
     config, model, chip = share.config, share.model, share.topology.chip
     layers, repeats = model.num_layers, config.optimizer.accumulation_steps
     forward, backward = (attention_times(share, strategy, back) for back in (False, True))
-    again = int(model.remat == "full")  # whole layers run once more, attention too
+    again = int(model.remat in RERUN)  # whole layers run once more, attention too
     tokens = share.batch * share.tokens
     rerun = 0 if model.remat == "none" else 2
     products = tokens * layers * (share.attention_weights + share.ffn_weights) * (6 + rerun)
@@ -114,6 +120,7 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
         attention_waits=repeats * waits,
         weights_wait=repeats * max(weights - attention, 0.0),
         sums_wait=repeats * sums_seconds(share),
+        host_wait=repeats * max(2 * kept_for_backward(share)[1] / chip.host_link - dense - attention, 0.0),
         memory_bound=7 * 4 * share.own_parameters / chip.memory_bandwidth,
         forward=forward,
         backward=backward,
@@ -158,7 +165,7 @@ def sent_bytes(share: Share) -> dict[str, int]:
     """What one device sends in a step, by purpose."""
     strategy = find_strategy(share.config.attention.make_strategy())
     passes = share.model.num_layers * share.config.optimizer.accumulation_steps
-    forward = strategy.sent_bytes(share.work()) * (1 + (share.model.remat == "full"))
+    forward = strategy.sent_bytes(share.work()) * (1 + (share.model.remat in RERUN))
     attention = passes * (forward + strategy.sent_bytes(share.work(), backward=True))
     sums = sums_bytes(share)
     return {

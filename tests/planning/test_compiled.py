@@ -194,3 +194,37 @@ ENTRY %main (x: f32[8]) -> f32[8] {
         exposed_bytes=4 * 32,
         bytes_in_flight=32 + 16 + 12,
     )
+
+
+def test_memory_is_that_of_arguments_outputs_and_what_lies_in_their_place():
+    shape = jax.ShapeDtypeStruct((24, 5), "float32")
+    added = jax.jit(lambda x, y: (x + y, x.sum(1)), donate_argnums=0).lower(shape, shape).compile()
+    memory = compiled.memory_of(added)
+    assert (memory.arguments, memory.aliased, memory.host) == (2 * 480, 480, 0)
+    assert memory.outputs >= 480 + 96
+    assert memory.total == memory.outputs + 480 + memory.temporaries + memory.code
+
+
+def test_a_collective_in_the_condition_of_a_loop_runs_once_more_than_its_body():
+    program = """HloModule loop, num_partitions=8
+
+%body (x: f32[4]) -> f32[4] {
+  %x = f32[4] parameter(0)
+  ROOT %b = f32[4] collective-permute(%x), source_target_pairs={{0,1}}
+}
+
+%condition (y: f32[4]) -> pred[] {
+  %y = f32[4] parameter(0)
+  %c = f32[4] all-reduce(%y), replica_groups={}, to_apply=%add
+  ROOT %less = pred[] custom-call(%c), custom_call_target="less"
+}
+
+ENTRY %main (z: f32[4]) -> f32[4] {
+  %z = f32[4] parameter(0)
+  ROOT %w = f32[4] while(%z), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    assert {item.kind: item.runs for item in compiled.collectives(program)} == {
+        "collective-permute": 5,
+        "all-reduce": 6,
+    }

@@ -1,0 +1,175 @@
+"""Reads a program compiled for a pod: what goes along which mesh axis, and how long each device waits for its ring."""
+
+import collections
+import dataclasses
+
+from ring_attention.parallel.chips import Chip
+from ring_attention.planning.axes import PERMUTE, axes_of
+from ring_attention.planning.compiled import collectives_in
+from ring_attention.planning.findings import kept_masks, whole_sequences
+from ring_attention.planning.hlo import Instruction, Program
+from ring_attention.planning.peak_times import PeakTimes
+from ring_attention.planning.shares import Share
+from ring_attention.planning.waits import Flight, follow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxisTraffic:
+    """All collectives of a program that are of one kind and go along the same mesh axes.
+
+    Attributes:
+      kind: one of `compiled.KINDS`.
+      axes: such as "sp" or "fsdp+sp"; "?" where the devices are those of no axes of the mesh.
+      instructions: how many of them the program has.
+      runs: how often they run in one run of the program, in all; None for those in loops of unknown length, which are
+        reported apart and whose bytes are those of one run of each.
+      bytes: given to one device.
+      sent: by one device; see `Collective.sent`.
+    """
+
+    kind: str
+    axes: str
+    instructions: int
+    runs: int | None
+    bytes: int
+    sent: int
+
+    def __str__(self) -> str:
+        """One line for a reader."""
+        runs = "runs unknown, in one" if self.runs is None else f"{self.runs} runs"
+        return f"{self.kind} along {self.axes}: {runs}, {self.bytes} bytes received, {self.sent} sent"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """A collective-permute of a program's text. Bytes and seconds are those of one run.
+
+    Attributes:
+      name: of its instruction.
+      phase: the pass it belongs to, "forward" or "backward"; "?" where the program does not say.
+      axes: of the mesh that it goes along.
+      bytes: that a device receives.
+      runs: how often it runs in one run of the program; None in a loop of unknown length.
+      asynchronous: whether it is started in one place and awaited in another.
+      compute_seconds: the least that what stands between its start and its end takes; see `peak_times`.
+      unknown_loops: loops of unknown length between the two, each of which counts as one turn.
+      link_seconds: that its bytes take the link, alone.
+      exposed_seconds: of these, those that a device spends waiting.
+    """
+
+    name: str
+    phase: str
+    axes: str
+    bytes: int
+    runs: int | None
+    asynchronous: bool
+    compute_seconds: float
+    unknown_loops: int
+    link_seconds: float
+    exposed_seconds: float
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Of `link_seconds`, those in which the device does not wait for it."""
+        return self.link_seconds - self.exposed_seconds
+
+
+def collectives_by_axis(text: str, mesh_shape: dict[str, int]) -> list[AxisTraffic]:
+    """What a compiled program sends along which axes, the most bytes first.
+
+    Args:
+      text: its `as_text()`.
+      mesh_shape: axis -> size, in the order of the mesh: devices are numbered with the last one varying fastest.
+
+    Raises:
+      ValueError: if `text` is no compiled program, or one for another number of devices.
+    """
+    grouped = collections.defaultdict(list)
+    for item in collectives_in(Program.parse(text)):
+        grouped[item.kind, axes_of(item, mesh_shape), item.runs is None].append(item)
+    rows = [
+        AxisTraffic(
+            kind=kind,
+            axes=axes,
+            instructions=len(items),
+            runs=None if unknown else sum(item.runs for item in items),
+            bytes=sum(item.bytes for item in items),
+            sent=sum(item.sent for item in items),
+        )
+        for (kind, axes, unknown), items in grouped.items()
+    ]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def transfers(text: str, chip: Chip, mesh_shape: dict[str, int], *, bandwidth: float | None = None) -> list[Transfer]:
+    """The permutes of a compiled program, and what of each a device waits for.
+
+    Every computation of the program is followed in the order of its text, on a clock. Instructions move it by the
+    least that they can take (see `peak_times`), which is the hardest case for hiding. What is on a link at the same
+    time shares its bandwidth evenly. Where a transfer is awaited that is not there yet, the clock moves to its arrival,
+    and those seconds of the link's time are the exposed ones of all that share it; other links go on meanwhile. So
+    `exposed_seconds` of all transfers of a computation add up to what a device waits in it: for K and V that start and
+    end together, to what both take beyond the computation between.
+
+    Transfers share a link if they go the same way along the same axes (TPU), or leave a device at all (GPU, which has
+    one link, into the switch). On a TPU one that goes to the n-th neighbour takes n links, and each link carries n of
+    them. Links are taken to be free where a computation begins, and other collectives to take no time.
+
+    Args:
+      text: its `as_text()`.
+      chip: that it was compiled for.
+      mesh_shape: as in `collectives_by_axis`.
+      bandwidth: bytes a second of a hop one way; `chip.link` if None. A ring that crosses hosts or slices goes at the
+        pace of its slowest hop.
+    """
+    program = Program.parse(text)
+    times, speed = PeakTimes(program, chip), chip.link if bandwidth is None else bandwidth
+    where = {value: name for name in program.scheduled for value in program.computations[name]}
+    permutes = {x.name: x for x in collectives_in(program) if x.kind == PERMUTE and x.name in where}
+    flights = {name: Flight.of(item, chip, mesh_shape, speed) for name, item in permutes.items()}
+    for computation in sorted({where[name] for name in permutes}):
+        follow(times, computation, {name: x for name, x in flights.items() if where[name] == computation})
+    return [
+        Transfer(
+            name=name,
+            phase=_phase(program.computations[where[name]][name]),
+            axes=flights[name].axes,
+            bytes=sum(array.bytes for array in item.arrays),
+            runs=item.runs,
+            asynchronous=flights[name].asynchronous,
+            compute_seconds=flights[name].between.seconds,
+            unknown_loops=flights[name].between.unknown_loops,
+            link_seconds=flights[name].seconds,
+            exposed_seconds=flights[name].exposed,
+        )
+        for name, item in permutes.items()
+    ]
+
+
+def warnings_of(text: str, share: Share) -> list[str]:
+    """What ought not to be in a compiled training step, a line each: what, how large, and the remedy.
+
+    - Synchronous permutes, which nothing hides.
+    - Activations that a collective gives a device for the whole sequence; see `findings.whole_sequences`.
+    - Masks that are kept in memory outside of kernels; see `findings.kept_masks`.
+
+    Args:
+      text: the program's `as_text()`.
+      share: a device's part of the step that it was compiled from.
+    """
+    program, lines = Program.parse(text), []
+    for x in transfers(text, share.topology.chip, share.mesh):
+        if not x.asynchronous:
+            runs = "an unknown number of times" if x.runs is None else f"{x.runs} times"
+            lines.append(
+                f"{x.name} ({x.phase}, {x.bytes / 2**20:.3g} MiB, {runs}) is synchronous, nothing hides it; give the "
+                "compiler work between its start and its use that does not need it, or send it with another transfer"
+            )
+    return lines + whole_sequences(program, share) + kept_masks(program, share)
+
+
+def _phase(instruction: Instruction) -> str:
+    name = instruction.attribute(r'op_name="([^"]*)"')
+    if name is None:
+        return "?"
+    return "backward" if "transpose(jvp" in name else "forward"

@@ -1,0 +1,67 @@
+"""The planner as a person calls it."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _plan(*flags):
+    command = [sys.executable, "scripts/plan.py", *flags]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_a_plan_has_every_table_a_recommendation_and_pictures(tmp_path):
+    done = _plan("--config=configs/gpu_8xh100_7b.py", "--topology=h100:1x8", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    for title in ("Memory of a device", "Sent by a device", "waits for nothing", "A step by each strategy", "source"):
+        assert title in done.stdout
+    assert "Take " in done.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["recommended"]
+    for picture in ("memory.png", "timeline.png", "map.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_config_that_does_not_fit_is_said_with_the_context_that_would():
+    done = _plan("--topology=v5e:16x16", "--config.seq_len=33554432")
+    assert done.returncode == 1
+    assert "This config does not fit" in done.stdout
+    assert "tokens would" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--topology=v9:4x4"], "choose one of v3"),
+        (["--topology=v5e:4x4x4"], "write it like v5e:16x16"),
+        (["--topology=v5e:4x4"], "v5e:4x4 has 16"),
+        (["--topologie=v5e:4x4"], "there is no such flag"),
+        (["--config=configs/nothing.py"], "there is no such file"),
+        (["--config.seq_len=1000"], "seq_len"),
+        (["--config.model.num_heads=33"], "num_heads"),
+        (["--config.attention.impl=cudnn"], "runs on gpu devices"),
+    ],
+)
+def test_a_mistake_costs_one_line(flags, words):
+    done = _plan(*flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is installed")
+def test_without_the_compiler_the_extra_that_brings_it_is_named():
+    done = _plan("--config=configs/tiny.py", "--topology=v5e:2x4", "--compile")
+    assert done.returncode == 2
+    assert "pip install -e '.[compile-tpu]'" in done.stderr.splitlines()[-1]
+
+
+def test_table_2_is_printed():
+    done = _plan("--table2")
+    assert done.returncode == 0
+    assert "149.5 | 149.8" in done.stdout
