@@ -53,6 +53,7 @@ class Rotation:
         def advance(carry, step, active, going_on):
             running, blocks = carry
             following = {i: self.pass_on(i, blocks[i]) for i in going_on}
+            running, following = self.after(running, following)
             for i in active:
                 hop = self.hop(me, rule, segments, length, blocks[i][2], self.routes[i], step)
                 running = take(running, blocks[i], hop)
@@ -60,7 +61,8 @@ class Rotation:
 
         arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
         hop = self.hop_at_home(me, rule, segments, length, 0, length)
-        running = take(vary_over(Running.empty(q.shape), axes_of(q)), (k, v), hop)
+        running, arriving = self.after(vary_over(Running.empty(q.shape), axes_of(q)), arriving)
+        running = take(running, (k, v), hop)
         running, _ = self.run(advance, (running, arriving), first=1)
         return running
 
@@ -86,6 +88,7 @@ class Rotation:
         def advance(carry, step, active, going_on):
             dq, blocks, dblocks, returned = carry
             following = {i: self.pass_on(i, blocks[i]) for i in going_on}
+            dq, following = self.after(dq, following)
             arriving = {i: lax.optimization_barrier(self.pass_on(i, dblocks[i])) for i in active if i in dblocks}
             gathered = {}
             for i in active:
@@ -106,12 +109,18 @@ class Rotation:
         carry = (dq, arriving, {}, {})  # nothing has been gathered yet that could be on its way
         carry = advance(carry, 1, range(len(self.routes)), self.beyond_first)
         dq, _, _, returned = self.run(advance, carry, first=2)
-        dq, earlier = at_home(*lax.optimization_barrier((dq, (k, v))), 0, cut)
+        dq, kv = lax.optimization_barrier((dq, (k, v)))
+        dq, returned = self.after(dq, returned)
+        dq, earlier = at_home(dq, kv, 0, cut)
         dk, dv = (jnp.concatenate(halves, 2) for halves in zip(earlier, later, strict=True))
         for i, (dk_part, dv_part) in returned.items():
             here = slice(self.routes[i].start, self.routes[i].stop)
             dk, dv = dk.at[:, :, here].add(dk_part), dv.at[:, :, here].add(dv_part)
         return dq, dk, dv
+
+    def after(self, results, arriving):
+        """Both, the results of hops so far not before what is on its way is there, if the kernel does without them."""
+        return lax.optimization_barrier((results, arriving)) if self.kernel.apart else (results, arriving)
 
     def send(self, tree, shift: int):
         """Pass every array on to the device `shift` places further, all of them as one.

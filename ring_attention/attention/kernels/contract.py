@@ -36,6 +36,8 @@ class Kernel(NamedTuple):
       forward, backward: as above.
       check: (rule, q), of which it reads the shape [B,H,t,D] and the dtype; raises ValueError for what it cannot do.
       platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
+      apart: whether it computes a hop by itself, and only then takes in `running` or dq. A ring then lets these wait for
+        what is on its way: with merging alone to spare, a compiler would start the transfer after the hop.
       differentiates_lse: whether its backward uses `Whole.delta`, in which the cotangent of lse is, rather than out.
     """
 
@@ -44,6 +46,7 @@ class Kernel(NamedTuple):
     backward: Callable
     check: Callable = no_check
     platform: str | None = None
+    apart: bool = False
     differentiates_lse: bool = True
 
 
