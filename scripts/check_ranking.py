@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from ring_attention.planning.published import COMPARISONS
+from ring_attention.planning.prediction.published import COMPARISONS
 
 
 def main() -> int:

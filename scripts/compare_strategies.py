@@ -27,7 +27,7 @@ from ring_attention.evaluation import exactness, rivals, timing
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.ulysses import even_size
-from ring_attention.planning import compiled
+from ring_attention.planning.hlo import compiled
 
 CHECKED_TOKENS = 1024
 """Length at which results are compared with the float64 oracle, which holds all scores."""

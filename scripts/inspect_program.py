@@ -32,7 +32,7 @@ from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.mesh import compiler_options
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.wires import hops_of
-from ring_attention.planning import compiled
+from ring_attention.planning.hlo import compiled
 from ring_attention.planning.pods import pod_devices
 
 PROGRAMS = ("forward", "backward", "forward+backward")

@@ -23,10 +23,10 @@ from rich.console import Console
 
 from ring_attention.checks import ConfigError
 from ring_attention.parallel.chips import CHIPS, GiB
-from ring_attention.planning import plan_report, proof_report
-from ring_attention.planning.plan import Plan, make_plan
+from ring_attention.planning import proof_report, report
+from ring_attention.planning.prediction.plan import Plan, make_plan
+from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.planning.proof import Proof, longest_compiled, prove
-from ring_attention.planning.topology import find_topology
 from ring_attention.training.flags import parse_config
 
 DEFAULT_CONFIG = "configs/tpu_v5e_256_7b.py"
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     args, flags = parse(argv)
     console = Console(width=110, highlight=False)
     if args.table2:
-        console.print(plan_report.paper_table())
+        console.print(report.paper_table())
         return 0
     topology = find_topology(args.topology)
     plan = make_plan(parse_config(flags, DEFAULT_CONFIG), topology)
@@ -75,12 +75,12 @@ def find_longest(plan: Plan, console: Console) -> None:
     """Compile ever closer to the chip's memory."""
     jax.config.update("jax_platforms", "cpu")
 
-    def report(tokens: int, needed: float, fits: bool) -> None:
+    def show(tokens: int, needed: float, fits: bool) -> None:
         console.print(f"  {tokens:,} tokens: {needed / GiB:.2f} GiB, {'fits' if fits else 'does not fit'}")
 
     console.print("Longest context, compiled:")
     with console.status("compiling"):
-        longest = longest_compiled(plan, report)
+        longest = longest_compiled(plan, show)
     console.print(f"Longest context that compiles within the memory: [bold]{longest:,}[/bold] tokens")
 
 
@@ -93,10 +93,10 @@ def describe(plan: Plan, proof: Proof | None, console: Console) -> None:
         f"{share.tokens:,} on each device; mesh {mesh or 'of one device'}"
     )
     console.print(f"model FLOPs of a step: {plan.model_flops:.3g}")
-    console.print(plan_report.hardware_table(plan))
-    console.print(plan_report.memory_table(plan, proof and proof.memory.total))
-    for table in ("wire", "hiding", "strategy"):
-        console.print(getattr(plan_report, f"{table}_table")(plan))
+    console.print(report.hardware_table(plan))
+    console.print(report.memory_table(plan, proof and proof.memory.total))
+    for table in (report.wire_table, report.hiding_table, report.strategy_table):
+        console.print(table(plan))
     if proof:
         describe_proof(proof, console)
     if plan.recommended is None:
@@ -131,12 +131,12 @@ def describe_proof(proof: Proof, console: Console) -> None:
 
 def write(plan: Plan, proof: Proof | None, folder: Path, console: Console) -> None:
     """The JSON and the pictures."""
-    from ring_attention.planning import plan_plots  # slow to import
+    from ring_attention.planning import plots  # slow to import
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = plan_report.as_json(plan) | ({"compiled": proof_report.as_json(proof)} if proof else {})
+    written = report.as_json(plan) | ({"compiled": proof_report.as_json(proof)} if proof else {})
     (folder / "plan.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    plan_plots.draw_all(plan, folder, proof and proof.memory.total)
+    plots.draw_all(plan, folder, proof and proof.memory.total)
     console.print(f"Written: {folder}/plan.json, memory.png, timeline.png, map.png")
 
 

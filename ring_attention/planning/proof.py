@@ -10,13 +10,13 @@ import jax
 from ring_attention.checks import ConfigError
 from ring_attention.parallel.chips import GiB
 from ring_attention.parallel.mesh import TENSOR
-from ring_attention.planning import compiled
-from ring_attention.planning.plan import GRAIN, Plan
+from ring_attention.planning.hlo import compiled
+from ring_attention.planning.hlo.transfers import AxisTraffic, Transfer, collectives_by_axis, transfers, warnings_of
 from ring_attention.planning.pods import pod_devices
+from ring_attention.planning.prediction.plan import GRAIN, Plan
+from ring_attention.planning.prediction.rates import wires_of
+from ring_attention.planning.prediction.topology import Topology
 from ring_attention.planning.programs import compile_step
-from ring_attention.planning.rates import wires_of
-from ring_attention.planning.topology import Topology
-from ring_attention.planning.transfers import AxisTraffic, Transfer, collectives_by_axis, transfers, warnings_of
 from ring_attention.training.config import TrainConfig
 
 _NEEDED = re.compile(r"required for HLO temporaries \(([\d.]+)([MGT])\)")

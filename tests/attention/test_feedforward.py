@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ring_attention as ra
-from ring_attention.planning import compiled
+from ring_attention.planning.hlo import compiled
 
 
 def _problem(T=26, M=6, F=64):

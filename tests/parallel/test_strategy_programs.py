@@ -10,7 +10,7 @@ import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy, Workload
-from ring_attention.planning import compiled
+from ring_attention.planning.hlo import compiled
 
 P, B, T, H, K, D = 4, 2, 96, 8, 4, 6
 STRIDE = 4

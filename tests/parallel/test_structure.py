@@ -20,7 +20,7 @@ from ring_attention.attention import kernels
 from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.layouts import LAYOUT_KINDS
-from ring_attention.planning import compiled
+from ring_attention.planning.hlo import compiled
 from ring_attention.training.config import MeshConfig, TrainConfig
 from ring_attention.training.step import abstract_state, make_train_step
 

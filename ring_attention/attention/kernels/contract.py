@@ -36,8 +36,8 @@ class Kernel(NamedTuple):
       forward, backward: as above.
       check: (rule, q), of which it reads the shape [B,H,t,D] and the dtype; raises ValueError for what it cannot do.
       platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
-      apart: whether it computes a hop by itself, and only then takes in `running` or dq. A ring then lets these wait for
-        what is on its way: with merging alone to spare, a compiler would start the transfer after the hop.
+      apart: whether it computes a hop by itself, and only then takes in `running` or dq. A ring then lets these wait
+        for what is on its way: with merging to put beside it, a compiler would start the transfer after the hop.
       differentiates_lse: whether its backward uses `Whole.delta`, in which the cotangent of lse is, rather than out.
     """
 

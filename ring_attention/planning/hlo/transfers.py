@@ -4,13 +4,13 @@ import collections
 import dataclasses
 
 from ring_attention.parallel.chips import Chip
-from ring_attention.planning.axes import PERMUTE, axes_of
-from ring_attention.planning.compiled import collectives_in
-from ring_attention.planning.findings import kept_masks, whole_sequences
-from ring_attention.planning.hlo import Instruction, Program
-from ring_attention.planning.peak_times import PeakTimes
-from ring_attention.planning.shares import Share
-from ring_attention.planning.waits import Flight, follow
+from ring_attention.planning.hlo.axes import PERMUTE, axes_of
+from ring_attention.planning.hlo.compiled import collectives_in
+from ring_attention.planning.hlo.findings import kept_masks, whole_sequences
+from ring_attention.planning.hlo.peak_times import PeakTimes
+from ring_attention.planning.hlo.program import Instruction, Program
+from ring_attention.planning.hlo.waits import Flight, follow
+from ring_attention.planning.prediction.shares import Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.routes import plan_routes, token_hops
 from ring_attention.parallel.strategy import Workload
 from ring_attention.parallel.ulysses import kv_copies
-from ring_attention.planning.rates import Wires
+from ring_attention.planning.prediction.rates import Wires
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

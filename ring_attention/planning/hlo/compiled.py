@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ring_attention.planning.hlo import COMPUTATION, INSTRUCTION, Array, Instruction, Program, placed_arrays
-from ring_attention.planning.loops import runs_of
+from ring_attention.planning.hlo.loops import runs_of
+from ring_attention.planning.hlo.program import COMPUTATION, INSTRUCTION, Array, Instruction, Program, placed_arrays
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
 

@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.planning.plan import Plan, longest_context, make_plan
-from ring_attention.planning.plan_report import as_json
-from ring_attention.planning.published import COMPARISONS
-from ring_attention.planning.shares import Share
-from ring_attention.planning.strategy_map import map_strategies
-from ring_attention.planning.topology import find_topology
+from ring_attention.planning.prediction.plan import Plan, longest_context, make_plan
+from ring_attention.planning.prediction.published import COMPARISONS
+from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.prediction.strategy_map import map_strategies
+from ring_attention.planning.prediction.topology import find_topology
+from ring_attention.planning.report import as_json
 from ring_attention.training.config import MeshConfig
 from ring_attention.training.flags import load_config
 from ring_attention.training.step import abstract_state, state_shardings

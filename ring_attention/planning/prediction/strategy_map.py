@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 
 from ring_attention.parallel.chips import GB
-from ring_attention.planning.plan import Candidate, candidates_of, recommend
-from ring_attention.planning.shares import Share
+from ring_attention.planning.prediction.plan import Candidate, candidates_of, recommend
+from ring_attention.planning.prediction.shares import Share
 
 FAMILIES = ("ring", "all_gather", "usp", "none fits")
 

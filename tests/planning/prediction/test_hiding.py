@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 
 from ring_attention.parallel.strategy import Workload
-from ring_attention.planning.attention_times import Pace, ring_steps
-from ring_attention.planning.hiding import PAPER_TABLE_2, tokens_to_hide
-from ring_attention.planning.rates import Wires
+from ring_attention.planning.prediction.attention_times import Pace, ring_steps
+from ring_attention.planning.prediction.hiding import PAPER_TABLE_2, tokens_to_hide
+from ring_attention.planning.prediction.rates import Wires
 
 FLOPS, BANDWIDTH = 275e12, 45e9
 

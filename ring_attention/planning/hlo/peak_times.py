@@ -14,9 +14,9 @@ import re
 import numpy as np
 
 from ring_attention.parallel.chips import Chip
-from ring_attention.planning.compiled import KINDS
-from ring_attention.planning.hlo import Array, Instruction, Program, placed_arrays
-from ring_attention.planning.loops import trips_of
+from ring_attention.planning.hlo.compiled import KINDS
+from ring_attention.planning.hlo.loops import trips_of
+from ring_attention.planning.hlo.program import Array, Instruction, Program, placed_arrays
 
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 _SLICES = ("slice", "dynamic-slice", "gather")

@@ -5,7 +5,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as Spec
 
 import ring_attention as ra
-from ring_attention.planning import compiled
+from ring_attention.planning.hlo import compiled
 
 SHARDED = Spec("sp")
 RING = [(i, (i + 1) % 8) for i in range(8)]

@@ -5,10 +5,10 @@ import dataclasses
 from rich.table import Table
 
 from ring_attention.parallel.chips import GiB
-from ring_attention.planning.hiding import PAPER_TABLE_2, tokens_to_hide
-from ring_attention.planning.plan import Plan
-from ring_attention.planning.rates import EFFICIENCY, wires_of
-from ring_attention.planning.step_times import sent_bytes
+from ring_attention.planning.prediction.hiding import PAPER_TABLE_2, tokens_to_hide
+from ring_attention.planning.prediction.plan import Plan
+from ring_attention.planning.prediction.rates import EFFICIENCY, wires_of
+from ring_attention.planning.prediction.step_times import sent_bytes
 
 FIGURES = {
     "flops": ("{:.1f} TFLOP/s bfloat16", 1e12),

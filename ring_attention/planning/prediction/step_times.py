@@ -5,7 +5,7 @@ import dataclasses
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy
-from ring_attention.planning.attention_times import (
+from ring_attention.planning.prediction.attention_times import (
     Pace,
     Step,
     Times,
@@ -15,9 +15,9 @@ from ring_attention.planning.attention_times import (
     single_times,
     usp_times,
 )
-from ring_attention.planning.memory import kept_for_backward
-from ring_attention.planning.rates import EFFICIENCY, Wires, wires_of
-from ring_attention.planning.shares import Share
+from ring_attention.planning.prediction.memory import kept_for_backward
+from ring_attention.planning.prediction.rates import EFFICIENCY, Wires, wires_of
+from ring_attention.planning.prediction.shares import Share
 
 RERUN = ("full", "offload_input")
 """Policies under which the backward pass of a layer runs its attention once more."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from ring_attention.planning.topology import Topology
+from ring_attention.planning.prediction.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

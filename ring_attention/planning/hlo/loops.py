@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from ring_attention.planning.hlo import ENTRY, Instruction, Program
+from ring_attention.planning.hlo.program import ENTRY, Instruction, Program
 
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SAME = ("copy", "bitcast", "copy-start", "copy-done", "optimization-barrier")

@@ -3,7 +3,7 @@
 import math
 
 from ring_attention.checks import require
-from ring_attention.planning.compiled import Collective
+from ring_attention.planning.hlo.compiled import Collective
 
 PERMUTE = "collective-permute"
 

@@ -11,13 +11,13 @@ from jax.sharding import PartitionSpec as Spec
 import ring_attention as ra
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.chips import CHIPS
-from ring_attention.planning import compiled
-from ring_attention.planning.hlo import Program
-from ring_attention.planning.loops import trips_of
-from ring_attention.planning.peak_times import PeakTimes, flops_of
-from ring_attention.planning.shares import Share
-from ring_attention.planning.topology import find_topology
-from ring_attention.planning.transfers import collectives_by_axis, transfers, warnings_of
+from ring_attention.planning.hlo import compiled
+from ring_attention.planning.hlo.loops import trips_of
+from ring_attention.planning.hlo.peak_times import PeakTimes, flops_of
+from ring_attention.planning.hlo.program import Program
+from ring_attention.planning.hlo.transfers import collectives_by_axis, transfers, warnings_of
+from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
 
 MESH = dict(dp=1, fsdp=2, sp=4, tp=1)

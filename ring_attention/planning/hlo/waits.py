@@ -4,10 +4,10 @@ import collections
 import dataclasses
 
 from ring_attention.parallel.chips import Chip
-from ring_attention.planning.axes import PERMUTE, axes_of, place_of
-from ring_attention.planning.compiled import Collective
-from ring_attention.planning.hlo import Instruction
-from ring_attention.planning.peak_times import Estimate, PeakTimes
+from ring_attention.planning.hlo.axes import PERMUTE, axes_of, place_of
+from ring_attention.planning.hlo.compiled import Collective
+from ring_attention.planning.hlo.peak_times import Estimate, PeakTimes
+from ring_attention.planning.hlo.program import Instruction
 
 _INSTANT = 1e-12
 
