@@ -104,6 +104,7 @@ class Rotation:
             return dq, dk, dv
         cut = length // 2 or 1  # a single token is all in the earlier part
         arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
+        dq, arriving = self.after(dq, arriving)
         dq, later = at_home(dq, (k, v), cut, length)  # in most layouts the half that fewer queries see
         dq, later, arriving = lax.optimization_barrier((dq, later, arriving))
         carry = (dq, arriving, {}, {})  # nothing has been gathered yet that could be on its way
@@ -119,8 +120,8 @@ class Rotation:
         return dq, dk, dv
 
     def after(self, results, arriving):
-        """Both, the results of hops so far not before what is on its way is there, if the kernel does without them."""
-        return lax.optimization_barrier((results, arriving)) if self.kernel.apart else (results, arriving)
+        """Both; the results of hops so far not before what is on its way is there, if the kernel asks for that."""
+        return lax.optimization_barrier((results, arriving)) if self.kernel.merge_waits else (results, arriving)
 
     def send(self, tree, shift: int):
         """Pass every array on to the device `shift` places further, all of them as one.

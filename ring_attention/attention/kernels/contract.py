@@ -36,8 +36,9 @@ class Kernel(NamedTuple):
       forward, backward: as above.
       check: (rule, q), of which it reads the shape [B,H,t,D] and the dtype; raises ValueError for what it cannot do.
       platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
-      apart: whether it computes a hop by itself, and only then takes in `running` or dq. A ring then lets these wait
-        for what is on its way: with merging to put beside it, a compiler would start the transfer after the hop.
+      merge_waits: whether a ring lets `running` and dq wait for what is on its way. For a kernel that computes a hop by
+        itself and only then takes these in, on TPU: with merging to put beside it, that compiler starts a transfer
+        after the hop that was to hide it.
       differentiates_lse: whether its backward uses `Whole.delta`, in which the cotangent of lse is, rather than out.
     """
 
@@ -46,7 +47,7 @@ class Kernel(NamedTuple):
     backward: Callable
     check: Callable = no_check
     platform: str | None = None
-    apart: bool = False
+    merge_waits: bool = False
     differentiates_lse: bool = True
 
 

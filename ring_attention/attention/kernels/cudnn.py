@@ -121,7 +121,7 @@ def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes):
     return dq + here.astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
 
 
-CUDNN = Kernel("cudnn", _forward, _backward, check=check, platform="gpu", apart=True, differentiates_lse=False)
+CUDNN = Kernel("cudnn", _forward, _backward, check=check, platform="gpu", differentiates_lse=False)
 
 
 def _plan_that_holds(hop: Hop, follow: Callable):

@@ -271,4 +271,4 @@ def _scaled(q, rule: Rule):
     return (q.astype(jnp.float32) * rule.scale).astype(q.dtype)
 
 
-SPLASH = Kernel("splash", _forward, _backward, check=check, platform="tpu", apart=True)
+SPLASH = Kernel("splash", _forward, _backward, check=check, platform="tpu", merge_waits=True)
