@@ -6,7 +6,8 @@
 Cost: 8.4 GiB of each chip's 15.75, as the compiler for the pod says without the pod:
 
     pip install -e '.[compile-tpu]'
-    python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --config.attention.impl=splash --compile
+    python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --compile \
+        --config.attention.impl=splash
 
 Result: not trained yet. train.py runs the devices of one process; joining the hosts of a pod is still to come. Until
 then this config is for compiling and planning.

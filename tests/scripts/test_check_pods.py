@@ -33,3 +33,23 @@ def test_every_transfer_of_a_ring_and_of_a_training_step_is_one_link_long_and_ha
         assert row["schedule"]["synchronous"] == 0
         assert row["schedule"]["asynchronous"] >= 14  # K and V in 2 + 2 places, dK and dV in 3
         assert row["schedule"]["hidden"] + row["schedule"]["beside_other_work"] == row["schedule"]["asynchronous"]
+
+
+def test_the_planner_and_the_compiler_agree_on_memory_and_computing_covers_the_ring(tmp_path):
+    config = ["--config.attention.impl=splash", "--config.mesh.sp=16", "--config.seq_len=131072"]
+    flags = ["--topology=v5e:4x4", "--compile", f"--out={tmp_path}", "--config.model.num_layers=8", *config]
+    command = [sys.executable, REPOSITORY / "scripts" / "plan.py", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["memory"]["total"] == pytest.approx(plan["compiled"]["memory_total"], rel=0.15)
+    assert plan["compiled"]["warnings"] == []
+    transfers = plan["compiled"]["transfers"]
+    assert len(transfers) >= 14
+    assert all(transfer["asynchronous"] for transfer in transfers)
+    in_loops = [transfer for transfer in transfers if transfer["runs"] > 8]  # once for each layer is 8
+    assert len(in_loops) >= 6
+    assert max(transfer["exposed_seconds"] for transfer in in_loops) == 0
+    waiting = sum(transfer["exposed_seconds"] * transfer["runs"] for transfer in transfers)
+    own = next(row for row in plan["strategies"] if row["strategy"] == "ring")
+    assert waiting < 0.01 * own["step_seconds"]
