@@ -92,6 +92,7 @@ IMPOSSIBLE = {
     "--config.seq_len=250": "seq_len=250 is not divisible by 2*sp (zigzag)=4; pad to 252",
     "--config.model.model_dim=30": "model.model_dim=30 is not divisible by fsdp*sp=4; use 32 or fewer devices",
     "--config.model.num_kv_heads=1": "model.num_kv_heads=1 is not divisible by tp=2; use 2 or fewer devices",
+    "--config.model.head_groups=3": "is not divisible by mesh.tp * model.head_groups=6; use fewer groups",
     "--config.batch_size=3": "eval_sequences=4: is not divisible by the 3 sequences that run at once; use",
     "--config.model.vocab_size=200": "model.vocab_size=200: the tokenizer 'bytes' has 257 tokens; use at least 257",
     "--config.eval_sequences=100000": "eval_sequences=100000: the ",

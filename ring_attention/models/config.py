@@ -4,7 +4,7 @@ import dataclasses
 
 from ring_attention.checks import require_field
 
-REMAT_POLICIES = ("none", "attention", "full")
+REMAT_POLICIES = ("none", "attention", "full", "offload", "offload_input")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,13 @@ class ModelConfig:
       compute_dtype: dtype of activations and matrix products, "float32" or "bfloat16". Parameters are float32.
       remat: what a layer keeps for its backward pass. "attention" keeps the layer's input and attention's out and lse,
         so that no ring runs twice (only ring self-attention does); "full" keeps the input alone; "none" keeps
-        everything.
+        everything. "offload" keeps what "attention" does, and "offload_input" what "full" does, in the memory of the
+        host (lse stays, 4 bytes of each head), so that a device holds the activations of one layer however many there
+        are. Each token and layer then costs the host H * D + M numbers, or M, in the compute dtype, which cross to the
+        host and back.
+      head_groups: parts of a device's heads whose attention is computed one after the other, each in a ring of its own,
+        so that queries, keys, values and their gradients exist for one part at a time. The gradient of attention's
+        input is then summed over the parts in the compute dtype. Not with "offload" on TPU.
       ffn_chunk: tokens per device that the feed-forward works on at once.
       loss_chunk: tokens per device whose logits exist at once.
       start_local: begin with attention to nearby tokens, by equal query and key weights and a direction that all
@@ -43,12 +49,15 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     compute_dtype: str = "float32"
     remat: str = "attention"
+    head_groups: int = 1
     ffn_chunk: int = 1024
     loss_chunk: int = 1024
     start_local: bool = False
 
     def __post_init__(self):
-        sizes = "vocab_size num_layers model_dim num_heads num_kv_heads head_dim ffn_dim ffn_chunk loss_chunk"
+        sizes = (
+            "vocab_size num_layers model_dim num_heads num_kv_heads head_dim ffn_dim head_groups ffn_chunk loss_chunk"
+        )
         for name in sizes.split():
             value = getattr(self, name)
             require_field(value > 0, f"model.{name}", value, "must be positive", "give at least 1")

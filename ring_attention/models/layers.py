@@ -9,6 +9,7 @@ from jax import lax
 
 from ring_attention.attention.feedforward import blockwise_feedforward
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.remat import rematerialised
 from ring_attention.models.rope import apply_rotary
 from ring_attention.parallel.mesh import TENSOR
 from ring_attention.parallel.sharding import gather_weight
@@ -49,6 +50,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         M, H, K, D = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.groups, self.remat = config.head_groups, config.remat
         self.query = normal_weight(rngs, ("model", "heads", "head_dim"), (M, H, D), M)
         self.key = normal_weight(rngs, ("model", "kv_heads", "head_dim"), (M, K, D), M)
         if config.start_local:
@@ -59,11 +61,23 @@ class Attention(nnx.Module):
     def __call__(self, x_btM: jax.Array, rotary, segment_ids: jax.Array | None, attend: Attend) -> jax.Array:
         """What attention adds to the residual stream, [b,t,M]; `rotary` holds the tables of this device's positions."""
         dtype = x_btM.dtype
-        q = apply_rotary(jnp.einsum("btm,mhd->bthd", x_btM, self.query.gathered(dtype)), *rotary)
-        k = apply_rotary(jnp.einsum("btm,mkd->btkd", x_btM, self.key.gathered(dtype)), *rotary)
-        v = jnp.einsum("btm,mkd->btkd", x_btM, self.value.gathered(dtype))
-        out = attend(q, k, v, segment_ids=segment_ids)
-        return lax.psum(jnp.einsum("bthd,hdm->btm", out, self.out.gathered(dtype)), TENSOR)
+        weights = [w.gathered(dtype) for w in (self.query, self.key, self.value)]
+        out_weight = self.out.gathered(dtype)
+
+        def some_heads(weights):
+            query, key, value = weights
+            q = apply_rotary(jnp.einsum("btm,mhd->bthd", x_btM, query), *rotary)
+            k = apply_rotary(jnp.einsum("btm,mkd->btkd", x_btM, key), *rotary)
+            v = jnp.einsum("btm,mkd->btkd", x_btM, value)
+            return attend(q, k, v, segment_ids=segment_ids)
+
+        if self.groups == 1:
+            out = jnp.einsum("bthd,hdm->btm", some_heads(weights), out_weight)
+        else:
+            grouped = [jnp.stack(jnp.split(w, self.groups, axis=1)) for w in weights]
+            out = lax.map(rematerialised(some_heads, self.remat), grouped)
+            out = jnp.einsum("gbthd,ghdm->btm", out, jnp.stack(jnp.split(out_weight, self.groups)))
+        return lax.psum(out, TENSOR)
 
 
 class FeedForward(nnx.Module):

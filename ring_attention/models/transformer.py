@@ -8,8 +8,8 @@ from jax import lax
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.layers import Attend, Layer, RMSNorm, normal_weight
 from ring_attention.models.loss import chunked_cross_entropy
+from ring_attention.models.remat import name_input, rematerialised
 from ring_attention.models.rope import rotary_tables
-from ring_attention.parallel.exchange import SAVED_NAMES
 from ring_attention.parallel.mesh import TENSOR
 from ring_attention.parallel.sharding import spec_of
 
@@ -64,9 +64,9 @@ class Transformer(nnx.Module):
         layer_def, layers = nnx.split(self.layers)
 
         def run_layer(x_btM, layer):
-            return nnx.merge(layer_def, layer)(x_btM, rotary, segment_ids, attend), None
+            return nnx.merge(layer_def, layer)(name_input(x_btM), rotary, segment_ids, attend), None
 
-        x_btM, _ = lax.scan(_rematerialised(run_layer, config.remat), x_btM, layers)
+        x_btM, _ = lax.scan(rematerialised(run_layer, config.remat), x_btM, layers)
         return self.norm(x_btM)
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
@@ -77,15 +77,6 @@ class Transformer(nnx.Module):
         mine = (here_bt >= 0) & (here_bt < v)
         rows_btM = table_vM[jnp.clip(here_bt, 0, v - 1)]
         return lax.psum(jnp.where(mine[..., None], rows_btM, 0), TENSOR)
-
-
-def _rematerialised(run_layer, remat: str):
-    """`run_layer` keeping for its backward pass what the policy says (`ModelConfig.remat`)."""
-    if remat == "none":
-        return run_layer
-    names = SAVED_NAMES if remat == "attention" else ()
-    policy = jax.checkpoint_policies.save_only_these_names(*names)
-    return jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
 
 
 def parameter_specs(config: ModelConfig):

@@ -5,7 +5,7 @@ import jax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.rule import Rule
-from ring_attention.checks import ConfigError, require_field
+from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
@@ -30,22 +30,34 @@ def check_feasible(config: TrainConfig, mesh_shape: dict[str, int], platform: st
         check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", mesh_shape)
         check_fits("model.ffn_dim", model.ffn_dim, "ffn", mesh_shape)
         check_fits("model.vocab_size", model.vocab_size, "vocab", mesh_shape)
-        _check_attention(config, layout, mesh_shape[TENSOR])
+        require_divisible(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            "mesh.tp * model.head_groups",
+            mesh_shape[TENSOR] * model.head_groups,
+            "use fewer groups",
+        )
+        _check_attention(config, layout, mesh_shape[TENSOR] * model.head_groups)
         if platform is not None:
             require_platform(find_kernel(config.attention.impl), platform)
+        require(
+            platform != "tpu" or model.remat != "offload" or model.head_groups == 1,
+            f'model.head_groups={model.head_groups} with model.remat="offload": the TPU compiler cannot take one '
+            'layer\'s group from the host; use remat="offload_input", or head_groups=1',
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _check_attention(config: TrainConfig, layout: SequenceLayout, tensor_shards: int) -> None:
+def _check_attention(config: TrainConfig, layout: SequenceLayout, head_parts: int) -> None:
     """Raise ValueError unless the strategy can do what is asked of it on each device."""
     attention, model = config.attention, config.model
-    shard = (1, config.seq_len // layout.ring_size, model.num_heads // tensor_shards, model.head_dim)
+    shard = (1, config.seq_len // layout.ring_size, model.num_heads // head_parts, model.head_dim)
     setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=find_kernel(attention.impl), blocks=BlockSizes())
     rule = Rule(scale=1.0, window=attention.window or None)
     queries = (shard[0], shard[2], shard[1], shard[3])
     setting.kernel.check(rule, jax.ShapeDtypeStruct(queries, model.compute_dtype))
-    attention.make_strategy().check(setting, shard, model.num_kv_heads // tensor_shards, rule)
+    attention.make_strategy().check(setting, shard, model.num_kv_heads // head_parts, rule)
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ from oracle import relative_error
 
 import ring_attention as ra
 from ring_attention.models.loss import chunked_cross_entropy
-from ring_attention.planning import compiled
+from ring_attention.planning.hlo import compiled
 
 B, T, M, V = 2, 26, 6, 20
 

@@ -16,6 +16,7 @@ from ring_attention.models.transformer import Transformer, parameter_specs
 TINY = ModelConfig(
     vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24, ffn_chunk=5
 )
+HEADS = dict(num_kv_heads=4, head_groups=2)
 METHODS = dict(hidden=jnp.bfloat16, logits=jnp.float32)
 LENGTH = 32
 DOCUMENTS = np.repeat(np.array([[1, 2, 3]], np.int32), [13, 5, 14], axis=1)
@@ -107,12 +108,22 @@ def kept():
     return _gradients(dataclasses.replace(TINY, remat="none"))
 
 
-@pytest.mark.parametrize("remat", ["attention", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "remat", ["attention", "offload", *(pytest.param(x, marks=pytest.mark.slow) for x in ("full", "offload_input"))]
+)
 def test_what_is_kept_for_the_backward_pass_changes_no_gradient(remat, kept):
     got = _gradients(dataclasses.replace(TINY, remat=remat))
     jax.tree.map(lambda g, w: np.testing.assert_array_less(relative_error(g, w), 1e-5), got, kept)
     smallest = min(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(kept))
     assert smallest > 1e-3  # the control: no gradient is zero, so that zeros would not pass
+
+
+@pytest.mark.parametrize("remat", ["offload", pytest.param("none", marks=pytest.mark.slow)])
+def test_attention_of_some_heads_at_a_time_is_that_of_all(remat, kept):
+    got = _gradients(dataclasses.replace(TINY, remat=remat, **HEADS))
+    want = _gradients(dataclasses.replace(TINY, remat="none", **{**HEADS, "head_groups": 1}))
+    jax.tree.map(lambda g, w: np.testing.assert_array_less(relative_error(g, w), 1e-5), got, want)
+    assert relative_error(got[0], kept[0]) > 1e-4  # the control: another model has other losses
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_and_gradients_in_float32(kept):

@@ -1,18 +1,105 @@
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+
 import pytest
 from jax.experimental import topologies
 
 from ring_attention.checks import ConfigError
 from ring_attention.planning.pods import pod_devices
 
+needs_tpu_compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra compile-tpu")
+needs_gpu_compiler = pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs the extra compile-gpu"
+)
 
-@pytest.mark.parametrize(("topology", "extra"), [("v5e:16x16", "compile-tpu"), ("h100:1x8", "compile-gpu")])
+
+def _refusal(topology):
+    with pytest.raises(ConfigError) as error:
+        pod_devices(topology)
+    assert f"topology='{topology}': " in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("topology", "extra"), [("v5e:16x16", "compile-tpu"), ("h100:1x8", "compile-gpu"), ("a100:4x8", "compile-gpu")]
+)
 def test_a_compiler_that_is_not_there_is_named_with_the_extra_that_brings_it(monkeypatch, topology, extra):
     def missing(**_):
         raise RuntimeError("no compiler here\nand a long story")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(ConfigError) as error:
-        pod_devices(topology)
-    assert f"topology='{topology}': " in str(error.value)
-    assert f"pip install -e '.[{extra}]'" in str(error.value)
-    assert "\n" not in str(error.value)
+    assert f"pip install -e '.[{extra}]'" in _refusal(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "remedy"),
+    [
+        ("v9:4x4", "choose one of v3, v4, v5e"),
+        ("banana", "choose one of v3, v4, v5e"),
+        ("", "choose one of v3, v4, v5e"),
+        ("v5e", "write it like v5e:16x16"),
+        ("v5e:4x4x4", "write it like v5e:16x16"),
+        ("v3:8x8x8", "write it like v3:16x16"),
+        ("v4:4x4", "write it like v4:8x8x8"),
+        ("v5p:eight", "write it like v5p:8x8x8"),
+        ("v6e:0x4", "write it like v6e:16x16"),
+        ("a100:8", "write it like a100:4x8"),
+        ("h100:1x8x2", "write it like h100:4x8"),
+        ("h200:1x8", "choose one of h100, a100"),
+    ],
+)
+def test_what_is_no_topology_is_refused_with_the_form_to_write_and_not_with_something_to_install(topology, remedy):
+    message = _refusal(topology)
+    assert remedy in message
+    assert "install" not in message
+
+
+def test_a_slice_that_the_compiler_does_not_know_is_not_taken_for_a_missing_compiler(monkeypatch):
+    def unknown(**_):
+        raise RuntimeError("INVALID_ARGUMENT: not divisible by the hosts\nand a long story")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", unknown)
+    message = _refusal("v5e:3x5")
+    assert "install" not in message
+    assert "choose a slice that is sold" in message
+
+
+def test_a_gpu_compiler_that_found_no_gpu_is_told_not_to_look_for_one(monkeypatch):
+    def none_found(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setitem(sys.modules, "jax_plugins", types.ModuleType("jax_plugins"))
+    monkeypatch.setitem(sys.modules, "jax_plugins.xla_cuda12", types.ModuleType("xla_cuda12"))
+    monkeypatch.setattr(topologies, "get_topology_desc", none_found)
+    message = _refusal("h100:1x8")
+    assert "JAX_PLATFORMS=cpu" in message
+    assert "install" not in message
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize(("topology", "kind"), [("a100:4x8", "A100-SXM4-80GB"), ("h100:4x8", "H100 80GB HBM3")])
+def test_gpus_are_those_of_the_chip(topology, kind):
+    code = f"""from ring_attention.planning.pods import pod_devices
+print([device.device_kind for device in pod_devices({topology!r})])"""
+    run = [sys.executable, "-c", code]
+    found = subprocess.run(run, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str([f"NVIDIA {kind}"] * 32)
+
+
+@pytest.mark.pod
+@needs_tpu_compiler
+@pytest.mark.parametrize(("topology", "devices", "kind"), [("v3:16x16", 512, "TPU v3"), ("v4:8x8x8", 512, "TPU v4")])
+def test_a_v3_device_is_a_core_and_a_v4_device_a_chip(topology, devices, kind):
+    found = pod_devices(topology)
+    assert len(found) == devices
+    assert found[0].device_kind == kind
+
+
+@pytest.mark.pod
+@needs_tpu_compiler
+def test_the_compiler_itself_refuses_a_slice_that_no_hosts_make_up():
+    assert "choose a slice that is sold" in _refusal("v5e:3x5")

@@ -123,3 +123,13 @@ def test_a_kernel_for_other_devices_is_refused_before_anything_compiles():
     check_feasible(config, dict(dp=2, fsdp=1, sp=4, tp=1), "tpu")
     with pytest.raises(ConfigError, match="impl='splash' runs on tpu devices, but these are cpu; use impl="):
         check_feasible(config, dict(dp=2, fsdp=1, sp=4, tp=1), "cpu")
+
+
+def test_groups_of_heads_that_a_tpu_cannot_fetch_from_its_host_are_refused_there_alone():
+    model = dataclasses.replace(MODEL, remat="offload", head_groups=2)
+    config = dataclasses.replace(_config(), model=model)
+    shape = dict(dp=2, fsdp=1, sp=4, tp=1)
+    check_feasible(config, shape, "gpu")
+    check_feasible(dataclasses.replace(config, model=dataclasses.replace(model, remat="offload_input")), shape, "tpu")
+    with pytest.raises(ConfigError, match='head_groups=2 with model.remat="offload": .* use remat="offload_input"'):
+        check_feasible(config, shape, "tpu")

@@ -23,20 +23,25 @@ class Buffers:
       feedforward: (streams, queries, keys) at the peak of a feed-forward's backward pass: arrays as large as this
         device's residual stream, its queries, and its keys, all in the compute dtype.
       attention: the same of attention's backward pass; the larger counts.
+      offloaded: in place of the last number of `attention`, where the host keeps what the backward pass needs: beside
+        large arrays on the device a TPU's compiler packs the small ones less closely.
+      groups: arrays as large as all queries that are held where heads are computed in groups: out and its cotangent,
+        and copies of them.
       gaps: part of what is kept for the backward pass that is lost between buffers.
     """
 
     feedforward: tuple[int, int, int]
     attention: tuple[int, int, int]
+    offloaded: int
+    groups: int
     gaps: float
 
 
-_TPU = Buffers(feedforward=(15, 8, 0), attention=(10, 4, 12), gaps=0.09)
-_OLDER_TPU = dataclasses.replace(_TPU, attention=(10, 4, 34))
-_GPU = Buffers(feedforward=(4, 8, 0), attention=(4, 8, 0), gaps=0.0)
-BUFFERS = {"v3": _OLDER_TPU, "v4": _OLDER_TPU, "v5e": _TPU, "v5p": _TPU, "v6e": _TPU}
-BUFFERS |= dict.fromkeys(("a100", "h100", "h200"), _GPU)
-"""Chip -> Buffers."""
+BUFFERS = {
+    "tpu": Buffers(feedforward=(15, 8, 0), attention=(10, 4, 34), offloaded=12, groups=0, gaps=0.09),
+    "gpu": Buffers(feedforward=(4, 8, 0), attention=(4, 8, 4), offloaded=4, groups=5, gaps=0.0),
+}
+"""Platform -> Buffers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ def memory_of(share: Share, strategy: Strategy) -> Memory:
     """What a step needs on one device of the pod."""
     own = F32 * share.own_parameters
     kept, host = kept_for_backward(share)
-    kept *= 1 + BUFFERS[share.topology.chip.name].gaps
+    kept *= 1 + BUFFERS[share.topology.chip.platform].gaps
     parts = {
         "parameters": own,
         "optimizer": 2 * own,
@@ -88,6 +93,11 @@ def _heads(share: Share, heads: int) -> int:
     return share.batch * share.tokens * heads * share.model.head_dim * share.itemsize
 
 
+def on_host(share: Share) -> bool:
+    """Whether the host keeps what the backward pass needs."""
+    return share.model.remat.startswith("offload")
+
+
 def kept_for_backward(share: Share) -> tuple[int, int]:
     """(on the device, on the host): what all layers keep for the backward pass (see `ModelConfig.remat`)."""
     layers, statistics = share.model.num_layers, F32 * share.batch * share.tokens * share.heads
@@ -96,13 +106,14 @@ def kept_for_backward(share: Share) -> tuple[int, int]:
         return inputs, 0
     if share.model.remat == "attention":
         return inputs + out, 0
-    if share.model.remat == "offload":
-        return 0, inputs + out
+    if share.model.remat == "offload":  # lse stays
+        return layers * statistics, inputs + out - layers * statistics
     if share.model.remat == "offload_input":
         return 0, inputs
-    norms = 2 * 2 * layers * _stream(share)  # both norms, in float32 and in the compute dtype
-    qkv = layers * _heads(share, share.heads + 2 * share.kv_heads)
-    return inputs + out + norms + qkv + layers * _stream(share), 0
+    norms = 2 * 5 * _stream(share)  # each in float32, scaled in float32, and in the compute dtype
+    qkv, between = _heads(share, share.heads + 2 * share.kv_heads), 2 * _stream(share)
+    weights = (share.attention_weights + share.ffn_weights) * share.itemsize  # as they were gathered
+    return inputs + out + layers * (norms + qkv + between + weights), 0
 
 
 def _layer(share: Share) -> int:
@@ -111,10 +122,13 @@ def _layer(share: Share) -> int:
     """
     weights = share.attention_weights + share.ffn_weights
     of_weights = (weights + 2 * share.ffn_weights) * share.itemsize + F32 * weights
-    arrays = _stream(share), _heads(share, share.heads), _heads(share, share.kv_heads)
-    buffers = BUFFERS[share.topology.chip.name]
-    peaks = (sum(map(operator.mul, counts, arrays)) for counts in (buffers.feedforward, buffers.attention))
-    return of_weights + max(peaks)
+    groups = share.model.head_groups
+    arrays = _stream(share), _heads(share, share.heads) // groups, _heads(share, share.kv_heads) // groups
+    buffers = BUFFERS[share.topology.chip.platform]
+    attention = (*buffers.attention[:2], buffers.offloaded) if on_host(share) else buffers.attention
+    peaks = (sum(map(operator.mul, counts, arrays)) for counts in (buffers.feedforward, attention))
+    of_all_groups = buffers.groups * _heads(share, share.heads) if groups > 1 else 0
+    return of_weights + max(peaks) + of_all_groups
 
 
 def _exchange(share: Share, strategy: Strategy) -> int:
@@ -122,7 +136,7 @@ def _exchange(share: Share, strategy: Strategy) -> int:
     work = share.work()
     statistics = work.bytes_of(work.shard, work.heads, F32)
     arriving = max(strategy.memory_bytes(work) - statistics, 2 * work.bytes_of(work.shard, work.kv_heads))
-    return arriving + arriving * F32 // share.itemsize
+    return (arriving + arriving * F32 // share.itemsize) // share.model.head_groups
 
 
 def _vocabulary(share: Share) -> int:

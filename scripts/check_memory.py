@@ -1,0 +1,130 @@
+"""Compiles a 7B step for rings of 16 to 512 devices with as many tokens on each, and compares the memory of a device.
+
+  pip install -e '.[compile-tpu]'
+  python scripts/check_memory.py --out memory.json
+
+The pods are of TPU v4. What is kept for the update (parameters, optimizer, and among the temporaries the gradients of
+this device's parameters) is divided by the devices and shrinks. The other temporaries, activations and the weights of
+the layer at hand, must not differ by more than 5% between the smallest ring and any other; the exit status is 1 if they
+do. docs/table3.md shows the table.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from ring_attention.checks import ConfigError
+from ring_attention.models.config import ModelConfig
+from ring_attention.planning.pods import pod_devices
+from ring_attention.planning.programs import compile_step
+from ring_attention.training.config import AttentionConfig, TrainConfig
+
+PODS = ("v4:2x2x4", "v4:2x4x4", "v4:4x4x4", "v4:4x4x8", "v4:4x8x8", "v4:8x8x8")
+TOLERANCE = 0.05
+GiB = 2**30
+
+LLAMA_7B = ModelConfig(
+    vocab_size=32_000,
+    num_layers=32,
+    model_dim=4096,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    ffn_dim=11_008,
+    compute_dtype="bfloat16",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One compiled step; bytes are of one device.
+
+    Attributes:
+      pod: what it was compiled for.
+      devices: of the ring.
+      tokens: of the sequence.
+      state: parameters, optimizer and batch.
+      gradients: of the device's parameters, float32.
+      temporaries: all, gradients too.
+      seconds: that compilation took.
+    """
+
+    pod: str
+    devices: int
+    tokens: int
+    state: int
+    gradients: int
+    temporaries: int
+    seconds: float
+
+    @property
+    def activations(self) -> int:
+        """Temporaries other than gradients."""
+        return self.temporaries - self.gradients
+
+
+def compile_row(pod: str, shard: int) -> Row:
+    """Compile the step for one pod."""
+    devices, start = pod_devices(pod), time.monotonic()
+    attention = AttentionConfig(layout="zigzag", impl="splash")
+    tokens = len(devices) * shard
+    config = TrainConfig(name="7B", model=LLAMA_7B, attention=attention, seq_len=tokens, num_steps=10_000)
+    memory = compile_step(config, devices).memory_analysis()
+    return Row(
+        pod=pod,
+        devices=len(devices),
+        tokens=tokens,
+        state=memory.argument_size_in_bytes,
+        gradients=4 * LLAMA_7B.num_parameters // len(devices),
+        temporaries=memory.temp_size_in_bytes,
+        seconds=round(time.monotonic() - start, 1),
+    )
+
+
+def table_of(rows: list[Row], shard: int) -> Table:
+    """The rows for a reader."""
+    table = Table(title=f"7B training step, {shard} tokens on each device, GiB of a device")
+    for name in ("pod", "devices", "tokens", "state", "gradients", "other temporaries", "of the first", "compile"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "pod" else "right")
+    for row in rows:
+        share = row.activations / rows[0].activations
+        sizes = [f"{size / GiB:.2f}" for size in (row.state, row.gradients, row.activations)]
+        table.add_row(row.pod, str(row.devices), f"{row.tokens:,}", *sizes, f"{share:.1%}", f"{row.seconds:.0f} s")
+    return table
+
+
+def main() -> None:
+    """Compile, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
+    parser.add_argument("--shard", type=int, default=4096, metavar="t", help="tokens of one device")
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON to this file")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
+    console, rows = Console(width=110), []
+    for pod in args.pods:
+        with console.status(f"compiling for {pod}"):
+            rows.append(compile_row(pod, args.shard))
+        if args.out:
+            flat = [dataclasses.asdict(row) for row in rows]
+            args.out.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
+    console.print(table_of(rows, args.shard))
+    first = rows[0].activations
+    off = [f"{row.devices} devices" for row in rows if abs(row.activations / first - 1) > TOLERANCE]
+    print(f"more than {TOLERANCE:.0%} off the first: {', '.join(off)}" if off else f"the same within {TOLERANCE:.0%}")
+    sys.exit(1 if off else 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        print(f"check_memory.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,75 @@
+"""Bisecting for the longest context, with a compiler that takes no time."""
+
+import types
+
+import jax
+import pytest
+
+from ring_attention.planning import proof
+from ring_attention.planning.prediction.plan import make_plan
+from ring_attention.planning.prediction.topology import find_topology
+from ring_attention.training.flags import load_config
+
+
+@pytest.fixture
+def plan():
+    return make_plan(load_config("configs/gpu_8xh100_7b.py"), find_topology("h100:1x8"))
+
+
+def _pretend(monkeypatch, limit: int, refuse: bool = False):
+    """A compiler whose programs take as much memory as they have tokens, scaled so that `limit` tokens just fit."""
+
+    def memory(program):
+        return types.SimpleNamespace(total=program, host=0)
+
+    def compile_for(config, topology):
+        needed = config.seq_len / limit * topology.chip.memory
+        if refuse and config.seq_len > limit:
+            raise proof.DoesNotFitError("too much", needed)
+        return needed, 1.0
+
+    monkeypatch.setattr(proof, "compile_for", compile_for)
+    monkeypatch.setattr(proof.compiled, "memory_of", memory)
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.9, 1.0, 1.4, 3.0])
+@pytest.mark.parametrize("refuse", [False, True])
+def test_the_longest_context_is_found_to_a_sixteenth_wherever_the_prediction_lies(monkeypatch, plan, factor, refuse):
+    limit = int(plan.longest * factor)
+    _pretend(monkeypatch, limit, refuse)
+    tried = []
+    found = proof.longest_compiled(plan, lambda tokens, needed, fits: tried.append((tokens, fits)))
+    assert 15 / 16 * limit - 4096 <= found <= limit
+    assert all(fits == (tokens <= limit) for tokens, fits in tried)
+    assert len(tried) == len(set(tried)) < 20
+
+
+def test_where_no_context_fits_it_is_none(monkeypatch, plan):
+    _pretend(monkeypatch, 1)
+    assert proof.longest_compiled(plan, lambda *_: None) == 0
+
+
+def test_a_refusal_for_want_of_memory_says_how_much_and_what_to_do(monkeypatch, plan):
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (23.72G) exceeds"
+    )
+
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(proof, "compile_step", refuse)
+    monkeypatch.setattr(proof, "pod_devices", lambda name: [])
+    with pytest.raises(proof.DoesNotFitError, match=r"23\.7 GiB") as error:
+        proof.compile_for(plan.share.config, plan.share.topology)
+    assert error.value.needed == 23.72 * 2**30
+    assert "\n" not in str(error.value)
+
+
+def test_other_failures_of_a_compiler_are_not_taken_for_that(monkeypatch, plan):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed")
+
+    monkeypatch.setattr(proof, "compile_step", fail)
+    monkeypatch.setattr(proof, "pod_devices", lambda name: [])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
+        proof.compile_for(plan.share.config, plan.share.topology)

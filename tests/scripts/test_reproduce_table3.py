@@ -1,0 +1,80 @@
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from scripts import reproduce_table3 as table3
+
+MESSAGE = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (23.72G) exceeds "
+    "available HBM (15.75G)."
+)
+NAME = "7B/v5e:16x16"
+
+
+def _row(name, times, fits=True):
+    return table3.Row(
+        cell=name,
+        times=times,
+        tokens=times * table3.CELLS[name].paper * 1024,
+        fits=fits,
+        needed=2**30,
+        memory=2**34,
+        state=2**20,
+        host=0,
+        host_memory=2**36,
+        bound="one layer's activations",
+        settings=dataclasses.asdict(table3.CELLS[name]),
+        seconds=1.0,
+        versions=table3.versions_of(name),
+    )
+
+
+def _run(monkeypatch, rows, *arguments):
+    """(exit status, cells compiled) of the script, where compiling gives `rows`."""
+    compiled = []
+
+    def compile_row(name, times):
+        compiled.append((name, times))
+        return rows[name, times]
+
+    monkeypatch.setattr(table3, "compile_row", compile_row)
+    monkeypatch.setattr(sys, "argv", ["reproduce_table3.py", "--cells", NAME, *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        table3.main()
+    return end.value.code, compiled
+
+
+@pytest.mark.parametrize("name", table3.CELLS)
+def test_every_cell_is_a_config_of_the_papers_context_with_a_key_head_for_each_query_head(name):
+    once, four_times = (table3.config_of(name, times) for times in (1, 4))
+    assert once.seq_len == table3.CELLS[name].paper * 1024
+    assert four_times.seq_len == 4 * once.seq_len
+    assert once.model.num_kv_heads == once.model.num_heads
+    billions = float(name.partition("B/")[0])
+    assert once.model.num_parameters == pytest.approx(billions * 1e9, rel=0.15)
+
+
+def test_what_a_compiler_would_have_needed_is_read_from_its_refusal():
+    assert table3.needed_of(MESSAGE) == int(23.72 * 2**30)
+    assert table3.needed_of("RESOURCE_EXHAUSTED: Used 1.50M of 15.75G hbm") == int(1.5 * 2**20)
+    assert table3.needed_of("RESOURCE_EXHAUSTED: Used 1.00M of 1.00M smem") == 0  # not the memory that is meant
+    assert table3.needed_of("INTERNAL: another reason") == 0
+
+
+def test_a_row_that_is_there_is_not_compiled_again_unless_other_versions_made_it(monkeypatch, tmp_path):
+    out, rows = tmp_path / "rows.json", {(NAME, times): _row(NAME, times) for times in (1, 4)}
+    assert _run(monkeypatch, rows, "--out", out, "--times", 1) == (0, [(NAME, 1)])
+    assert _run(monkeypatch, rows, "--out", out) == (0, [(NAME, 4)])
+    assert _run(monkeypatch, rows, "--out", out) == (0, [])
+    older = [row | {"versions": {"jax": "0.1"}} for row in json.loads(out.read_text())]
+    out.write_text(json.dumps(older))
+    assert _run(monkeypatch, rows, "--out", out) == (0, [(NAME, 1), (NAME, 4)])
+
+
+def test_only_a_context_of_the_paper_that_does_not_fit_fails_the_run(monkeypatch):
+    rows = {(NAME, 1): _row(NAME, 1), (NAME, 4): _row(NAME, 4, fits=False)}
+    assert _run(monkeypatch, rows)[0] == 0
+    rows[NAME, 1] = _row(NAME, 1, fits=False)
+    assert _run(monkeypatch, rows)[0] == 1
