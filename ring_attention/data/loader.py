@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+import math
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
-from ring_attention.checks import require, require_divisible, require_field
+from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.packing import Example, PackedRows, encode_document, segments
 from ring_attention.data.sources import DocumentSource
 from ring_attention.data.tokenizers import Tokenizer
@@ -21,15 +23,19 @@ READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 class TrainLoader:
-    """An endless iterator of batches from the training documents.
+    """An endless iterator of batches, or of one process's rows of them, from the training documents.
 
-    A batch is a dict of int32 [batch_size, seq_len] arrays named tokens, targets, positions, segment_ids and loss_mask
+    A batch is a dict of int32 [rows, seq_len] arrays named tokens, targets, positions, segment_ids and loss_mask
     (`PackedRows` says what each holds), reordered along axis 1 from natural order to the layout's. Documents are
     shuffled by `seed`, differently in each epoch, and dealt to `streams` that are packed side by side; rows are taken
     from the streams in turn, so that a long document does not fill many rows in a row. Streams, rows and batches run
     on across epochs.
 
-    Raises ValueError for sizes that are not positive and lengths that cannot be dealt.
+    `rows` are the numbers, ascending from 0 to batch_size - 1, of a batch's rows that are wanted; None wants all. The
+    others may be other processes': the rows of all are the same whoever loads them. Documents of streams that give no
+    wanted row are never read, so processes share the reading out where batch_size and streams have a common divisor.
+
+    Raises ValueError for sizes that are not positive, rows that are not in a batch and lengths that cannot be dealt.
     """
 
     def __init__(
@@ -42,37 +48,87 @@ class TrainLoader:
         seq_len: int,
         batch_size: int,
         layout: SequenceLayout,
+        rows: Sequence[int] | None = None,
     ):
         _require_sizes(layout, seq_len=seq_len, batch_size=batch_size, streams=streams)
+        self._rows = range(batch_size) if rows is None else _require_rows(rows, batch_size)
+        self._batch_size, self._layout = batch_size, layout
         self._corpus = {"documents": len(documents), "digest": documents.digest(), "seed": seed, "streams": streams}
         shuffled = grain.MapDataset.source(documents).shuffle(seed).repeat()
-        dealt = [_packed_rows(shuffled[stream::streams], tokenizer, seq_len) for stream in range(streams)]
-        rows = grain.experimental.InterleaveIterDataset(dealt, cycle_length=streams)
-        self._batches = iter(rows.batch(batch_size, batch_fn=functools.partial(_deal, layout=layout)))
+        self._dealt = [_packed_rows(shuffled[stream::streams], tokenizer, seq_len) for stream in range(streams)]
+        self._next_row = 0  # counted over the whole run: row n comes from stream n % streams
+        self._streams = self._open_streams(self._next_row)
 
     def __iter__(self) -> "TrainLoader":
         return self
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        wanted = []
+        for row in range(self._batch_size):
+            stream = (self._next_row + row) % len(self._dealt)
+            if stream in self._streams:
+                example = next(self._streams[stream])
+                wanted += [example] if row in self._rows else []
+        self._next_row += self._batch_size
+        return _deal(wanted, self._layout)
 
     def get_state(self) -> dict:
-        """Return where the stream of documents stands: a few numbers and strings, fit for JSON."""
-        return {"corpus": dict(self._corpus), "position": self._batches.get_state()}
+        """Return where the documents stand in the streams that this loader reads; it is small and fit for JSON."""
+        streams = {str(stream): rows.get_state() for stream, rows in self._streams.items()}
+        return {"corpus": dict(self._corpus), "next_row": self._next_row, "streams": streams}
 
     def set_state(self, state: dict) -> None:
         """Go where `get_state` was called: the batches that follow are the same, bit by bit.
 
-        Costs reading a document for each stream. The batch size, seq_len and layout may differ from those of the run
-        that saved the state; the documents go on where they were. Raises ValueError if the documents or their order
-        are others.
+        Costs reading a document for each stream that is needed. The batch size, rows, seq_len and layout may differ
+        from those of the run that saved the state; the documents go on where they were. Other rows may need other
+        streams: `merge_states` unites the states of the processes that read them.
+
+        Raises ConfigError if the documents or their order are others, or a document changed that was being read, and
+        ValueError if the state lacks a stream.
         """
+        if state["corpus"] != self._corpus:
+            raise ConfigError(
+                f"the saved position is in {_describe(state['corpus'])}, but this run reads "
+                f"{_describe(self._corpus)}; restore the data section of the config, or start afresh"
+            )
+        streams = self._open_streams(state["next_row"])
+        missing = [stream for stream in streams if str(stream) not in state["streams"]]
         require(
-            state["corpus"] == self._corpus,
-            f"the saved position is in {_describe(state['corpus'])}, but this run reads {_describe(self._corpus)}; "
-            "restore the data section of the config, or start afresh",
+            not missing,
+            f"the saved position lacks the streams {missing}, which rows {list(self._rows)} of batch_size="
+            f"{self._batch_size} need; merge the states of all processes",
         )
-        self._batches.set_state(state["position"])
+        for stream, rows in streams.items():
+            rows.set_state(state["streams"][str(stream)])
+        self._next_row, self._streams = state["next_row"], streams
+
+    def _open_streams(self, first_row: int) -> dict[int, grain.DatasetIterator]:
+        """Return, at their beginnings, the streams that give wanted rows to any batch from row `first_row` on.
+
+        Batches begin at first_row, first_row + batch_size ...; modulo the streams, that is every g-th stream.
+        """
+        g = math.gcd(self._batch_size, len(self._dealt))
+        remainders = {(first_row + row) % g for row in self._rows}
+        return {stream: iter(rows) for stream, rows in enumerate(self._dealt) if stream % g in remainders}
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """Unite what the loaders of a run's processes returned from `get_state` after the same batch.
+
+    Raises ValueError if they are not of one run after the same batch.
+    """
+    merged = {"corpus": states[0]["corpus"], "next_row": states[0]["next_row"], "streams": {}}
+    remedy = "save the positions of all processes of one run after the same step"
+    for process, state in enumerate(states):
+        for name in ("corpus", "next_row"):
+            got, need = state[name], merged[name]
+            require(got == need, f"process {process} has {name}={got}, but process 0 has {need}; {remedy}")
+        for stream, got in state["streams"].items():
+            need = merged["streams"].setdefault(stream, got)
+            place = f"process {process} is at {got} in stream {stream}"
+            require(got == need, f"{place}, but another that reads it is at {need}; {remedy}")
+    return merged
 
 
 def held_out_rows(
@@ -131,6 +187,13 @@ def _deal(rows: list[Example], layout: SequenceLayout) -> Batch:
 
 def _counted_targets(segment: Example) -> np.ndarray:
     return segment["targets"][segment["loss_mask"] == 1]
+
+
+def _require_rows(rows: Sequence[int], batch_size: int) -> list[int]:
+    rows = [int(row) for row in rows]
+    ascending = bool(rows) and all(a < b for a, b in zip([-1, *rows], [*rows, batch_size], strict=True))
+    require(ascending, f"rows={rows} must be some of 0 to {batch_size - 1}, each once and ascending; correct them")
+    return rows
 
 
 def _require_sizes(layout: SequenceLayout, **sizes: int) -> None:

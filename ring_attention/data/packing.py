@@ -9,12 +9,13 @@ Grain's own ConcatThenSplitIterDataset restarts positions in every row and cuts 
 that the first token of a row would never be learned; hence this module.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from ring_attention.checks import require
+from ring_attention.checks import ConfigError, require
 from ring_attention.data.sources import Document
 from ring_attention.data.tokenizers import Tokenizer
 
@@ -23,9 +24,21 @@ FIELDS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 """Names of the arrays of an Example, and of a batch."""
 
 
-def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """Encode a document as int32 [tokens + 1]: `document_start`, then its tokens."""
-    return np.concatenate([np.array([tokenizer.document_start], np.int32), tokenizer.encode(document.text)])
+@dataclasses.dataclass(frozen=True)
+class EncodedDocument:
+    """What a document is called, and int32 [tokens + 1]: `document_start`, then its tokens."""
+
+    name: str
+    tokens: np.ndarray
+
+
+def encode_document(document: Document, tokenizer: Tokenizer) -> EncodedDocument:
+    """Encode a document's text, opened by `document_start`."""
+    start = np.array([tokenizer.document_start], np.int32)
+    return EncodedDocument(document.name, np.concatenate([start, tokenizer.encode(document.text)]))
+
+
+NO_DOCUMENT = EncodedDocument("", np.empty(0, np.int32))
 
 
 class PackedRows(grain.IterDataset):
@@ -39,8 +52,8 @@ class PackedRows(grain.IterDataset):
       loss_mask    1 where the target belongs to the same document as its token, else 0.
 
     If the documents end, the row that they leave incomplete is dropped. An iterator's state is the state of the
-    documents' iterator before the current document and an offset into it, whatever the length of the rows, so restoring
-    reads one document.
+    documents' iterator before the current document, an offset into it and its length, whatever the length of the rows,
+    so restoring reads one document. Going on in a document of another length raises ConfigError.
     """
 
     def __init__(self, documents: grain.IterDataset, *, seq_len: int):
@@ -56,37 +69,53 @@ class _PackedRowsIterator(grain.DatasetIterator):
     def __init__(self, documents: grain.DatasetIterator, seq_len: int):
         super().__init__(documents)
         self._documents, self._seq_len = documents, seq_len
-        self._open_no_document()
+        self._open(NO_DOCUMENT)
 
     def __next__(self) -> Example:
         pieces, room = [], self._seq_len
         while room:
-            if self._offset == len(self._document):
-                self._open_next_document()
-            end = min(self._offset + room, len(self._document))
-            pieces.append((self._document, self._offset, end))
+            if self._at_end:
+                self._open_next()
+            tokens = self._document.tokens
+            end = min(self._offset + room, len(tokens))
+            pieces.append((tokens, self._offset, end))
             room -= end - self._offset
             self._offset = end
         return _example(pieces)
 
     def get_state(self) -> dict:
-        if self._offset == len(self._document):
-            return {"documents": self._documents.get_state(), "offset": 0}
-        return {"documents": self._state_before_document, "offset": self._offset}
+        if self._at_end:
+            return {"documents": self._documents.get_state(), "offset": 0, "length": 0}
+        length = len(self._document.tokens)
+        return {"documents": self._state_before_document, "offset": self._offset, "length": length}
 
     def set_state(self, state: dict) -> None:
         self._documents.set_state(state["documents"])
-        self._open_no_document()
-        if state["offset"]:
-            self._open_next_document()
-            self._offset = state["offset"]
+        self._open(NO_DOCUMENT)
+        if state["length"]:
+            self._open_next()
+            self._go_to(state["offset"], state["length"])
 
-    def _open_no_document(self) -> None:
-        self._document, self._offset = np.empty(0, np.int32), 0
+    @property
+    def _at_end(self) -> bool:
+        return self._offset == len(self._document.tokens)
 
-    def _open_next_document(self) -> None:
+    def _open(self, document: EncodedDocument) -> None:
+        self._document, self._offset = document, 0
+
+    def _open_next(self) -> None:
         self._state_before_document = self._documents.get_state()
-        self._document, self._offset = next(self._documents), 0
+        self._open(next(self._documents))
+
+    def _go_to(self, offset: int, length: int) -> None:
+        """Go on at `offset` of the open document, which had `length` tokens; what changed since would be garbage."""
+        tokens_now = len(self._document.tokens)
+        if not 0 <= offset < length == tokens_now:
+            raise ConfigError(
+                f"the saved position is token {offset} of the {length} in document {self._document.name!r}, which has "
+                f"{tokens_now} now; restore the document as it was, or start afresh"
+            )
+        self._offset = offset
 
 
 def _example(pieces: list[tuple[np.ndarray, int, int]]) -> Example:

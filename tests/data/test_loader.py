@@ -37,8 +37,7 @@ def train_loader(config, *, seq_len=32, batch_size=3, layout=NATURAL, streams=1)
 
 def offset(state):
     """Tokens of its document that a loader of one stream has read."""
-    (stream,) = state["position"]["iterators_in_use_states"]
-    return stream["offset"] if stream else 0
+    return state["streams"]["0"]["offset"]
 
 
 def split(config):
@@ -163,7 +162,7 @@ def test_restoring_reads_one_document_not_the_stream(config, monkeypatch):
     monkeypatch.setattr(JsonLinesFile, "text", lambda file, index: read.append(index) or text_of(file, index))
     restored.set_state(state)
     assert same([next(restored)], [expected])
-    assert state["position"]["iterators_in_use_states"][0]["documents"]["next_index"] > 30
+    assert state["streams"]["0"]["documents"]["next_index"] > 30
     assert len(read) <= 1 + READ_OPTIONS.prefetch_buffer_size  # what is read ahead
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ring_attention.checks import ConfigError
 from ring_attention.data.packing import PackedRows, encode_document, segments
 from ring_attention.data.sources import Document
 from ring_attention.data.tokenizers import load_tokenizer
@@ -128,7 +129,25 @@ def test_the_state_is_small_in_the_middle_of_a_long_document():
     rows = iter(packed([b"x" * 100_000], 100))
     for _ in range(500):
         next(rows)
-    assert rows.get_state() == {"documents": {"next_index": 0}, "offset": 50_000}
+    assert rows.get_state() == {"documents": {"next_index": 0}, "offset": 50_000, "length": 100_001}
+
+
+@pytest.mark.parametrize("now", [b"x" * 8, b"x" * 11, b"x"])
+def test_going_on_in_a_document_of_another_length_is_refused(now):
+    saved = iter(packed([b"x" * 10], 6))
+    next(saved)
+    message = r"^the saved position is token 6 of the 11 in document '0', which has \d+ now; restore the document"
+    with pytest.raises(ConfigError, match=message):
+        iter(packed([now], 6)).set_state(saved.get_state())
+    iter(packed([b"y" * 10], 6)).set_state(saved.get_state())  # what stands in it is not looked at
+
+
+def test_a_document_of_another_length_does_no_harm_between_documents():
+    saved = iter(packed([b"abc", b"de"], 4))
+    next(saved)
+    changed = iter(packed([b"ab", b"def"], 4))
+    changed.set_state(saved.get_state())
+    assert next(changed)["tokens"].tolist() == [START, *b"def"]
 
 
 def test_segments_cut_every_field_at_the_same_places():
