@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 
 from jax.sharding import Mesh
 
@@ -20,61 +21,83 @@ from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.training.config import MeshConfig, TrainConfig
 from ring_attention.training.corpus import Corpus
 from ring_attention.training.feasible import check_feasible, check_vocabulary
-from ring_attention.training.flags import parse_config
+from ring_attention.training.flags import parse_config, parse_processes
 from ring_attention.training.loop import train
 from ring_attention.training.run_folder import open_run_folder
+from ring_attention.training.survival.errors import FINISHED, Preempted, is_expected, last_words
+from ring_attention.training.survival.peers import Peers, leave
+from ring_attention.training.survival.processes import is_first, join_processes
 
 DEFAULT_CONFIG = "configs/cpu_demo.py"
 SIMULATED_DEVICES = 8
 
 
 def main(argv: list[str]) -> None:
-    """Read the config, check it, train, report."""
+    """Read the config, join the other processes, check everything, train, report."""
+    process_flags, argv = parse_processes(argv)
     config = parse_config(argv, DEFAULT_CONFIG)
-    mesh = open_mesh(config.mesh)
-    check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
-    corpus = Corpus.open(config.data)
-    check_vocabulary(config, corpus.tokenizer)
-    folder = open_run_folder(config)
-    describe(config, mesh, corpus)
-    report(config, folder, corpus, train(config, mesh, folder, corpus))
+    num_processes = join_processes(process_flags)
+    mesh = open_mesh(config.mesh, num_processes)
+    say = print if is_first() else lambda line: None
+    with Peers():
+        check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
+        corpus = Corpus.open(config.data)
+        check_vocabulary(config, corpus.tokenizer)
+        with open_run_folder(config, say=say) as folder:
+            say(describe(config, mesh, corpus))
+            result = train(config, mesh, folder, corpus)
+            if is_first():
+                report(config, folder, corpus, result)
 
 
-def open_mesh(config: MeshConfig) -> Mesh:
+def open_mesh(config: MeshConfig, num_processes: int) -> Mesh:
     """The mesh over all accelerators or, where there are none, over as many simulated devices as it needs."""
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    simulate_devices(fixed if -1 not in sizes.values() else fixed * max(1, SIMULATED_DEVICES // fixed))
+    count = fixed
+    if -1 in sizes.values():
+        least = math.lcm(fixed, num_processes)
+        count = least * max(1, SIMULATED_DEVICES // least)
+    simulate_devices(max(1, count // num_processes))
     try:
         return make_mesh(**sizes)
     except ValueError as error:
         raise ConfigError(f"{error} (--config.mesh.sp=-1 takes all that are left)") from error
 
 
-def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> None:
+def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> str:
     """Say what will run, and on what."""
     devices = mesh.devices.flatten()
     if devices[0].platform == "cpu":
-        print(f"No accelerator found: simulating {devices.size} devices on {os.cpu_count()} CPU cores.")
+        hardware = f"No accelerator found: simulating {devices.size} devices on {os.cpu_count()} CPU cores"
     else:
-        print(f"Running on {devices.size} x {devices[0].device_kind}.")
+        hardware = f"Running on {devices.size} x {devices[0].device_kind}"
+    processes = len({device.process_index for device in devices})
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    print(
+    return (
+        f"{hardware}{f', in {processes} processes' if processes > 1 else ''}.\n"
         f"{config.name}: {config.model.num_parameters:,} parameters, {config.seq_len:,} tokens of context, "
         f"mesh {shape}, {config.attention.in_words}.\n"
         f"{len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out. "
-        f"The first step compiles; give it a minute.",
-        flush=True,
+        f"The first step compiles; give it a minute."
     )
+
+
+def run(argv: list[str]) -> int:
+    """Run `main`; return the exit status, and say in a line on stderr why it is not 0."""
+    try:
+        main(argv)
+        return FINISHED
+    except (Exception, KeyboardInterrupt) as error:
+        if not is_expected(error):
+            traceback.print_exc()
+        status, line = last_words(error)
+        print(line, file=sys.stderr)
+        if not isinstance(error, Preempted):  # the others may never come to the end where JAX would wait for them
+            leave(status)
+        return status
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from the newest checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run(sys.argv[1:]))

@@ -9,6 +9,7 @@ import train
 from ring_attention.checks import ConfigError
 from ring_attention.training import loop
 from ring_attention.training.metrics import read_metrics
+from ring_attention.training.train_log import TrainLog
 
 ROOT = Path(train.__file__).parent
 TINY = "--config=configs/tiny.py"
@@ -53,17 +54,17 @@ def finished(corpus, tmp_path_factory):
 def test_an_interrupted_run_goes_on_and_its_losses_are_bitwise_those_of_one_that_was_not(
     corpus, finished, tmp_path, monkeypatch
 ):
-    def lose_power_at_step_7(log, step, numbers, batch):
+    def lose_power_at_step_7(log, step, *numbers):
         if step == 7:
             raise KeyboardInterrupt
-        add(log, step, numbers, batch)
+        add(log, step, *numbers)
 
-    add = loop._Log.add
-    monkeypatch.setattr(loop._Log, "add", lose_power_at_step_7)
+    add = TrainLog.add
+    monkeypatch.setattr(TrainLog, "add", lose_power_at_step_7)
     with pytest.raises(KeyboardInterrupt):
         run(corpus, tmp_path)
     assert losses(tmp_path)[-1]["step"] < 12
-    monkeypatch.setattr(loop._Log, "add", add)
+    monkeypatch.setattr(TrainLog, "add", add)
     assert run(corpus, tmp_path) == finished[1]
     assert [line["step"] for line in finished[1] if "loss" in line] == list(range(1, 13))
 

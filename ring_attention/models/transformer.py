@@ -58,16 +58,28 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
         """Hidden states after the last norm, [b,t,M] in the compute dtype."""
+        x_btM, _ = self._run_layers(tokens, positions, segment_ids, attend, observe=lambda x_btM: None)
+        return self.norm(x_btM)
+
+    def finite_layers(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
+        """Bool [L]: whether this device's slice of the residual stream is finite after each layer."""
+        _, finite_L = self._run_layers(
+            tokens, positions, segment_ids, attend, observe=lambda x_btM: jnp.isfinite(x_btM).all()
+        )
+        return finite_L
+
+    def _run_layers(self, tokens, positions, segment_ids, attend: Attend, observe):
+        """The residual stream after the last layer, and what `observe` returns of it after each, stacked."""
         config = self.config
         x_btM = self._embed(tokens)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
         layer_def, layers = nnx.split(self.layers)
 
         def run_layer(x_btM, layer):
-            return nnx.merge(layer_def, layer)(name_input(x_btM), rotary, segment_ids, attend), None
+            x_btM = nnx.merge(layer_def, layer)(name_input(x_btM), rotary, segment_ids, attend)
+            return x_btM, observe(x_btM)
 
-        x_btM, _ = lax.scan(rematerialised(run_layer, config.remat), x_btM, layers)
-        return self.norm(x_btM)
+        return lax.scan(rematerialised(run_layer, config.remat), x_btM, layers)
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         """Rows of the embedding, whose vocabulary is sharded over tp: each device adds those that it holds."""

@@ -1,22 +1,56 @@
 """Checkpoints: the newest few states of a run and where its data had got to, written while training goes on."""
 
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ring_attention.checks import ConfigError, require
+from ring_attention.training.config_values import one_line
+from ring_attention.training.survival.disk import require_room
+from ring_attention.training.survival.errors import RunError
+from ring_attention.training.survival.fingerprint import fingerprints
 
-KEEP = 3  # a checkpoint holds parameters and two moments: 12 bytes a parameter
+KEEP = 3
+"""Checkpoints that stay; each holds parameters and two moments, 12 bytes a parameter."""
+
+DAMAGED = "damaged"
+"""Folder beside the checkpoints for those that could not be read."""
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was saved: its path and what is wrong with it."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gives back.
+
+    Attributes:
+      step: of the checkpoint.
+      state: as it was saved, on the devices that were asked for.
+      data: the position in the data.
+    """
+
+    step: int
+    state: Any
+    data: dict[str, Any]
 
 
 class Checkpoints:
     """The checkpoints in a folder, as a context manager.
 
-    Every process of a run makes one and calls it alike. A checkpoint that was not written to its end does not count.
+    Every process of a run makes one and calls it alike. A checkpoint that was not written to its end does not count,
+    and one that was damaged since is noticed: each array is stored with its fingerprint.
     """
 
     def __init__(self, path: Path):
@@ -38,39 +72,96 @@ class Checkpoints:
           data: what JSON can hold: the position in the data.
 
         Raises:
-          ValueError: if `step` is not newer than the latest. An earlier save that failed raises here, too.
+          ValueError: if `step` is not newer than the latest.
+          RunError: if this save, or the one before, could not be written.
         """
         latest = self.latest_step()
         require(
             latest is None or step > latest,
             f"step={step} is not newer than the latest checkpoint, {latest}; save each step once",
         )
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-        )
+        contents = {"data": data, "fingerprints": fingerprints(state)}
+        contents["digest"] = _digest(contents)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(contents))
+        self._writing(lambda: self._manager.save(step, args=args))
+
+    def require_room(self, abstract_state: Any) -> None:
+        """Raise ConfigError unless the disk has room for KEEP checkpoints and the one that is being written."""
+        num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+        require_room(self._path.parent, num_bytes, max(0, KEEP + 1 - len(self._manager.all_steps())))
 
     def latest_step(self) -> int | None:
         """Return the step of the newest checkpoint, saved or being saved, or None."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the state and the data position of `step`.
+    def restore_newest(self, abstract_state: Any, warn: Callable[[str], None]) -> Restored | None:
+        """Return the newest checkpoint that is whole, or None where there is no checkpoint.
+
+        Damaged ones that are newer are named to `warn` and moved to the folder DAMAGED beside this one, so that nothing
+        is lost. Where several processes read together, the others may find nothing wrong in their parts, so there the
+        run ends, and the next start takes the one before.
 
         Args:
-          step: one that is there, such as `latest_step()`.
           abstract_state: the state as jax.ShapeDtypeStructs with shardings, on any mesh: that is how it comes back.
+          warn: takes a line.
+
+        Raises:
+          ConfigError: if the checkpoints' arrays have other names, shapes or dtypes.
+          RunError: if there are checkpoints and none is whole, or several processes found the newest damaged.
+        """
+        self.wait()
+        steps, failures = sorted(self._manager.all_steps(), reverse=True), {}
+        for step in steps:
+            try:
+                restored = self.restore(step, abstract_state)
+            except (DamagedError, ConfigError) as error:
+                failures[step] = error
+                if jax.process_count() > 1 and isinstance(error, DamagedError):
+                    remedy = "start the run again, it goes on from the checkpoint before"
+                    raise RunError(f"{error}; moved to {self._set_aside(step)}; {remedy}") from error
+            else:
+                for other, error in failures.items():
+                    warn(f"{error}; moved to {self._set_aside(other)}, going on from step {step}")
+                self._manager.reload()
+                return restored
+        if not failures:
+            return None
+        if all(isinstance(error, ConfigError) for error in failures.values()):
+            raise failures[steps[0]]
+        remedy = "put a copy in their place, or start another run with --config.run_dir=PATH"
+        raise RunError(f"{failures[steps[0]]}, and none of the checkpoints {sorted(steps)} is whole; {remedy}")
+
+    def restore(self, step: int, abstract_state: Any) -> Restored:
+        """Return the checkpoint of `step`, one that is there.
 
         Raises:
           ConfigError: if the checkpoint's arrays have other names, shapes or dtypes.
+          DamagedError: if it cannot be read, or not as it was written.
           ValueError: if there is no such step.
         """
         self.wait()
         steps = self._manager.all_steps()
         require(step in steps, f"step={step} has no checkpoint in {self._path}; choose one of {sorted(steps)}")
-        self._require_fit(step, abstract_state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        return restored["state"], restored["data"]
+        path = self._path / str(step)
+        try:
+            self._require_fit(step, abstract_state)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+            restored = self._manager.restore(step, args=args)
+        except ConfigError:
+            raise
+        except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
+            raise DamagedError(f"{path} is damaged: {_shorten(one_line(error))}") from error
+        contents, state = restored["data"], restored["state"]
+        digest = contents.pop("digest", None) if isinstance(contents, dict) else None
+        if digest is None or digest != _digest(contents):
+            raise DamagedError(f"{path} is damaged: the position in the data is not as it was written")
+        kinds = jax.tree.map(lambda x, need: (x.dtype, x.shape) == (need.dtype, need.shape), state, abstract_state)
+        found = fingerprints(state) if jax.tree.all(kinds) else {}
+        wrong = [name for name, word in contents["fingerprints"].items() if found.get(name) != word]
+        if wrong:
+            rest = f" and {len(wrong) - 1} more arrays" if wrong[1:] else ""
+            raise DamagedError(f"{path} is damaged: {wrong[0]}{rest} changed since it was written")
+        return Restored(step, state, contents["data"])
 
     def _require_fit(self, step: int, abstract_state: Any) -> None:
         """Raise ConfigError unless the checkpoint holds just the arrays of `abstract_state`.
@@ -85,9 +176,39 @@ class Checkpoints:
                 remedy = "go on with the model and optimizer that wrote it, or start another run"
                 raise ConfigError(f"{self._path / str(step)}: {name} is {got}, this run needs {need}; {remedy}")
 
+    def _set_aside(self, step: int) -> Path:
+        """Move a checkpoint out of the way, once for all processes, and return where it lies now."""
+        folder = self._path.parent / DAMAGED
+        folder.mkdir(exist_ok=True)
+        target = folder / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            os.rename(self._path / str(step), target)
+        except FileNotFoundError:  # another process was faster
+            return folder
+        return target
+
+    def _writing(self, write: Callable[[], Any]) -> None:
+        """Call `write`; where the disk refuses, clean up and raise RunError."""
+        try:
+            write()
+        except (ConfigError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # OSError, or tensorstore's ValueError that holds one, from this thread or another
+            reason = one_line(error)
+            if os.strerror(errno.ENOSPC) in reason:
+                free = shutil.disk_usage(self._path).free
+                reason, remedy = f"the disk is full ({free / 2**20:.0f} MiB free)", "make room"
+            else:
+                reason, remedy = _shorten(reason), "mend it"
+            kept = _committed(self._path)
+            last = f"the last good one is {self._path / str(kept[-1])}" if kept else "there is none yet"
+            raise RunError(
+                f"{self._path}: a checkpoint could not be written: {reason}; {last}; {remedy}, and start the run again"
+            ) from error
+
     def wait(self) -> None:
-        """Return when every save that was started lies on disk; raise if one failed."""
-        self._manager.wait_until_finished()
+        """Return when every save that was started lies on disk; raise RunError if one failed."""
+        self._writing(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Wait, then let go of the folder."""
@@ -98,12 +219,26 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        if error is None:
+            self.close()
 
 
 def abstract_like(state: Any) -> Any:
     """Return `state`'s shapes, dtypes and shardings as jax.ShapeDtypeStructs, without its values."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _committed(path: Path) -> list[int]:
+    """Steps whose checkpoints were written to their end: orbax gives a folder its name when it is complete."""
+    return sorted(int(file.name) for file in path.iterdir() if file.name.isdecimal())
+
+
+def _digest(contents: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _shorten(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else text[:length].rstrip() + "..."
 
 
 def _describe(tree: Any) -> dict[str, str]:

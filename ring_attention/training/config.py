@@ -151,6 +151,8 @@ class OptimizerConfig:
       weight_decay: on matrices; norms are not decayed.
       clip_norm: global gradient norm above which gradients are scaled down.
       accumulation_steps: micro-batches whose gradients make one update.
+      max_skipped_updates: a step whose loss or gradient is not finite leaves the parameters as they are; so many of
+        them in a row end the run.
     """
 
     learning_rate: float = 1e-3
@@ -162,9 +164,10 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     accumulation_steps: int = 1
+    max_skipped_updates: int = 10
 
     def __post_init__(self):
-        for name in ("learning_rate", "clip_norm", "accumulation_steps", "epsilon"):
+        for name in ("learning_rate", "clip_norm", "accumulation_steps", "max_skipped_updates", "epsilon"):
             value = getattr(self, name)
             require_field(value > 0, f"optimizer.{name}", value, "must be positive", "leave it out to take the default")
         for name in ("warmup_steps", "weight_decay"):

@@ -34,6 +34,7 @@ from ring_attention.training.config_values import (
     one_line,
     unknown_field,
 )
+from ring_attention.training.survival.processes import ProcessFlags
 
 _PROGRAM = "train.py"  # absl takes the first argument for the program's name
 
@@ -57,6 +58,20 @@ def parse_config(argv: list[str], default: str) -> TrainConfig:
     for field, text in _override_texts(rest).items():
         values[field] = _read_text(field, text, example=values[field])
     return config_from_dict(unflatten_dict(values, sep="."))
+
+
+def parse_processes(argv: list[str]) -> tuple[ProcessFlags, list[str]]:
+    """Return what a command line says of processes, and the arguments that remain for `parse_config`.
+
+    Raises:
+      ConfigError: in one line, for values that are none.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
+    rest = _parse(values, argv, known_only=True)
+    return ProcessFlags(**{field.name: values[field.name].value for field in dataclasses.fields(ProcessFlags)}), rest
 
 
 def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainConfig:
@@ -92,6 +107,9 @@ def usage(default: str) -> str:
         f"  python {_PROGRAM}   (the same as --config={default})",
         f"  python {_PROGRAM} --config=configs/NAME.py",
         f"  python {_PROGRAM} --config=configs/NAME.py --config.model.num_layers=4 --config.mesh.sp=8",
+        "",
+        "On several processes, where no cluster says which is which (see docs/pods.md):",
+        *_describe(ProcessFlags, prefix="--"),
         "",
         "Config files:",
         *files,
@@ -188,5 +206,6 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
         if dataclasses.is_dataclass(kinds[name]):
             yield from ["", *_describe(kinds[name], f"{prefix}{name}.")]
         else:
-            yield f"  {prefix}{name}  {kinds[name].__name__}"
+            kind, *_ = typing.get_args(kinds[name]) or [kinds[name]]  # int of int | None
+            yield f"  {prefix}{name}  {kind.__name__}"
             yield from textwrap.wrap(words.get(name, ""), 112, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -2,13 +2,13 @@
 
 import math
 
-import jax
 from jax.sharding import Mesh, NamedSharding
 
 from ring_attention.data.loader import deal_batches, held_out_rows, spell_rows
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.corpus import Corpus
+from ring_attention.training.feed import place
 from ring_attention.training.step import BATCH_SPEC, make_eval_step
 
 
@@ -27,7 +27,8 @@ class HeldOut:
         )
         layout = config.attention.make_layout(mesh.shape[SEQUENCE])
         batches = deal_batches(rows, batch_size=config.micro_batch_size, layout=layout)
-        self._batches = jax.device_put(batches, NamedSharding(mesh, BATCH_SPEC))
+        sharding, every = NamedSharding(mesh, BATCH_SPEC), list(range(config.micro_batch_size))
+        self._batches = [place(batch, every, config.micro_batch_size, sharding) for batch in batches]
         self._evaluate = make_eval_step(config, mesh)
         self.segments = spell_rows(rows, corpus.tokenizer)
         self.num_bytes = sum(len(predicted) for _, predicted in self.segments)

@@ -1,20 +1,40 @@
 """The folder of a run: what is in it, and whether a config may go on with it."""
 
+import contextlib
 import dataclasses
 import json
-import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, require_field
+from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict, field_kinds
+from ring_attention.training.survival.folder_lock import FolderLock
 
-# Fields that say when to look at a run and where to keep it; every other field changes what comes out.
-FREE_FIELDS = ("name", "run_dir", "log_every", "eval_every", "checkpoint_every")
+VERSION = 1
+"""Of the folder's layout and of config.json; raised when an older train.py would misread them."""
+
+FREE_FIELDS = ("name", "run_dir", "log_every", "eval_every", "checkpoint_every", "optimizer.max_skipped_updates")
+"""Fields that say when to look at a run, where to keep it and when to give up."""
+
+PLACEMENT_FIELDS = (
+    *("mesh.dp", "mesh.fsdp", "mesh.sp", "mesh.tp"),
+    *("attention.strategy", "attention.duplex", "attention.head_groups", "attention.ulysses_size"),
+    *("attention.layout", "attention.speeds", "attention.impl"),
+    *("attention.block_q", "attention.block_kv", "attention.block_heads"),
+    *("model.remat", "model.head_groups", "model.ffn_chunk", "model.loss_chunk"),
+    "optimizer.accumulation_steps",
+)
+"""Fields that say where and in which order the same numbers are computed: a run may go on with others, and its losses
+are then the same but for rounding. Every other field changes what comes out."""
 
 _ABSENT = "(absent)"
+_OTHER_FOLDER = "start another run with --config.run_dir=PATH"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,39 +69,81 @@ class RunFolder:
         return self.path / "loss.png"
 
 
-def open_run_folder(config: TrainConfig) -> RunFolder:
-    """Create the folder of `config`'s run, or check that `config` goes on with the run that is there.
+@contextlib.contextmanager
+def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) -> Iterator[RunFolder]:
+    """Create the folder of `config`'s run, or check that `config` goes on with the run that is there; hold it.
 
-    The folder is `config.run_dir`, or `runs/<name>` when that is empty. Its config.json is (re)written in one move, so
-    that processes that share a file system may all call this.
+    The folder is `config.run_dir`, or `runs/<name>` when that is empty. Of the processes of a run the first one locks
+    it and (re)writes its config.json, in one move; all of them need to see the folder.
+
+    Args:
+      config: of the run.
+      say: told, in a line each, of the PLACEMENT_FIELDS that changed since the run's last start.
 
     Raises:
-      ConfigError: if the folder holds a run of another config (FREE_FIELDS aside), or cannot be written.
+      ConfigError: if the folder holds a run of another config or of a newer version, is in use by another run, or
+        cannot be written.
     """
     folder = RunFolder(Path(config.run_dir or Path("runs", config.name)))
+    first = jax.process_index() == 0
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        if folder.config.exists():
-            _require_same(folder, config)
-        partial = folder.path / f".config.json.{os.getpid()}"
-        partial.write_text(json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder.config)
+        lock = FolderLock(folder.path) if first else contextlib.nullcontext()
     except OSError as error:
-        remedy = "give a folder that you may write with --config.run_dir=PATH"
-        raise ConfigError(f"run_dir={str(folder.path)!r}: cannot be written ({error.strerror}); {remedy}") from error
-    return folder
+        raise _unwritable(folder, error) from error
+    with lock:
+        try:
+            if folder.config.exists():
+                for change in _require_same(folder, config):
+                    say(change)
+            if first:
+                partial = folder.path / ".config.json.partial"
+                values = {"version": VERSION} | config_to_dict(config)
+                partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+                partial.replace(folder.config)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        yield folder
 
 
-def _require_same(folder: RunFolder, config: TrainConfig) -> None:
-    """Raise ConfigError unless config.json and `config` agree on every field that changes what comes out."""
-    other_folder = "start another run with --config.run_dir=PATH"
+def _unwritable(folder: RunFolder, error: OSError) -> ConfigError:
+    remedy = "give a folder that you may write with --config.run_dir=PATH"
+    return ConfigError(f"run_dir={str(folder.path)!r}: cannot be written ({error.strerror}); {remedy}")
+
+
+def _require_same(folder: RunFolder, config: TrainConfig) -> list[str]:
+    """Raise ConfigError unless `config` may go on with the run of config.json; return what changed, in lines."""
+    stored, current = _stored(folder), flatten_dict(config_to_dict(config), sep=".")
+    changes = []
+    for field in [*current, *stored]:
+        before, now = stored.get(field, _ABSENT), current.get(field, _ABSENT)
+        if before == now or field in FREE_FIELDS:
+            continue
+        same_function = field != "attention.strategy" or (_is_exact(before) and _is_exact(now))
+        if field not in PLACEMENT_FIELDS or not same_function:
+            undo = f"go back with --config.{field}={before} or " if field in field_kinds() and before != _ABSENT else ""
+            raise ConfigError(f"{field}={now!r}: {folder.path} holds a run with {before!r}; {undo}{_OTHER_FOLDER}")
+        if field in current:
+            changes.append(f"{field} was {before!r} and is {now!r}: the losses agree but for rounding.")
+    return changes
+
+
+def _stored(folder: RunFolder) -> dict[str, Any]:
+    """The fields of config.json; ConfigError where it is none, or of a newer version."""
     try:
         stored = flatten_dict(json.loads(folder.config.read_text(encoding="utf-8")), sep=".")
     except (ValueError, AssertionError) as error:  # flatten_dict asserts that it got a dict
-        raise ConfigError(f"{folder.config} is not a config in JSON; mend it or {other_folder}") from error
-    current = flatten_dict(config_to_dict(config), sep=".")
-    for field in [*current, *stored]:
-        before, now = stored.get(field, _ABSENT), current.get(field, _ABSENT)
-        if before != now and field not in FREE_FIELDS:
-            undo = f"go back with --config.{field}={before} or " if field in field_kinds() and before != _ABSENT else ""
-            raise ConfigError(f"{field}={now!r}: {folder.path} holds a run with {before!r}; {undo}{other_folder}")
+        raise ConfigError(f"{folder.config} is not a config in JSON; mend it or {_OTHER_FOLDER}") from error
+    version = stored.pop("version", VERSION)
+    require_field(
+        isinstance(version, int) and version <= VERSION,
+        "version",
+        version,
+        f"{folder.config} was written by a newer train.py, this one knows versions up to {VERSION}",
+        f"update ring_attention or {_OTHER_FOLDER}",
+    )
+    return stored
+
+
+def _is_exact(strategy: Any) -> bool:
+    return strategy in STRATEGIES and STRATEGIES[strategy].exact

@@ -33,11 +33,13 @@ class TrainState(NamedTuple):
       step: int32, updates done.
       params: nested dict of float32 arrays.
       opt_state: the optimizer's.
+      skipped: int32, how many of the updates were left out because the loss or a gradient was not finite.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    skipped: jax.Array
 
 
 def attention_of(config: AttentionConfig, ring_size: int) -> Attend:
@@ -72,7 +74,7 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, params, opt_state)
+    return TrainState(replicated, params, opt_state, replicated)
 
 
 def abstract_state(config: TrainConfig) -> TrainState:
@@ -80,11 +82,21 @@ def abstract_state(config: TrainConfig) -> TrainState:
     return jax.eval_shape(functools.partial(_initial_state, config))
 
 
+def sharded_abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, as jax.ShapeDtypeStructs."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract_state(config),
+        state_shardings(config, mesh),
+    )
+
+
 def make_train_step(config: TrainConfig, mesh: Mesh):
     """step(state, batch) -> (state, metrics), compiled for `mesh`; the state's buffers are reused.
 
     Metrics are float32 scalars: loss (nats per target, the mean over all targets of the batch), grad_norm (before
-    clipping), targets (number of them).
+    clipping), targets (number of them), skipped (1 if the update was left out, else 0). An update is left out where the
+    loss or the gradients' norm is not finite: parameters and moments stay as they were.
     """
     optimizer = make_optimizer(config)
     gradients = make_gradients(config, mesh)
@@ -94,8 +106,14 @@ def make_train_step(config: TrainConfig, mesh: Mesh):
         grads, loss, targets = gradients(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "targets": targets}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+        )
+        skipped = 1 - finite.astype(jnp.int32)
+        metrics = {"loss": loss, "grad_norm": norm, "targets": targets, "skipped": skipped.astype(jnp.float32)}
+        return TrainState(state.step + 1, params, opt_state, state.skipped + skipped), metrics
 
     batch = NamedSharding(mesh, BATCH_SPEC)
     return jax.jit(
@@ -140,13 +158,18 @@ def make_eval_step(config: TrainConfig, mesh: Mesh):
     return jax.jit(on_device)
 
 
+def model_builder(config: TrainConfig):
+    """build(params) -> the Transformer with these parameters."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
+    return lambda params: nnx.merge(graph, params)
+
+
 def _sum_of_losses(config: TrainConfig, mesh: Mesh):
     """fn(params, batch) -> (nats, targets): sums over all devices, for a mean over targets and not over devices."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
-    attend = attention_of(config.attention, mesh.shape[SEQUENCE])
+    build, attend = model_builder(config), attention_of(config.attention, mesh.shape[SEQUENCE])
 
     def sum_of_losses(params, batch):
-        nats_bt = nnx.merge(graph, params).token_losses(
+        nats_bt = build(params).token_losses(
             batch["tokens"],
             batch["targets"],
             positions=batch["positions"],
@@ -162,7 +185,7 @@ def _sum_of_losses(config: TrainConfig, mesh: Mesh):
 def _initial_state(config: TrainConfig) -> TrainState:
     model = Transformer(config.model, nnx.Rngs(config.seed))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params))
+    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), jnp.int32(0))
 
 
 def _zeros_varying_like(tree):

@@ -1,13 +1,20 @@
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
-from ring_attention.training.config import TrainConfig
+from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
 from ring_attention.training.config_values import config_from_dict
-from ring_attention.training.run_folder import open_run_folder
+from ring_attention.training.run_folder import VERSION
+from ring_attention.training.run_folder import open_run_folder as hold_run_folder
+from ring_attention.training.survival.folder_lock import FolderLock
 
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64)
 CONFIG = TrainConfig(name="tiny", model=MODEL, seq_len=512, num_steps=200)
@@ -16,6 +23,12 @@ CONFIG = TrainConfig(name="tiny", model=MODEL, seq_len=512, num_steps=200)
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def open_run_folder(config, say=lambda line: None):
+    """Hold the folder for a moment."""
+    with hold_run_folder(config, say=say) as folder:
+        return folder
 
 
 def refusal(config):
@@ -27,8 +40,10 @@ def refusal(config):
 
 def test_config_json_holds_the_resolved_config_and_nothing_else_is_left():
     folder = open_run_folder(CONFIG)
-    assert config_from_dict(json.loads(folder.config.read_text())) == CONFIG
-    assert [file.name for file in folder.path.iterdir()] == ["config.json"]
+    values = json.loads(folder.config.read_text())
+    assert values.pop("version") == VERSION
+    assert config_from_dict(values) == CONFIG
+    assert sorted(file.name for file in folder.path.iterdir()) == [".lock", "config.json"]
 
 
 def test_the_folder_is_run_dir_or_runs_and_the_name(tmp_path):
@@ -87,3 +102,59 @@ def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path):
         message = refusal(dataclasses.replace(CONFIG, run_dir=run_dir))
         assert f"run_dir='{run_dir}'" in message
         assert "--config.run_dir=PATH" in message
+
+
+def test_a_folder_in_use_is_refused_with_who_has_it_and_free_again_afterwards():
+    with hold_run_folder(CONFIG) as folder:
+        message = refusal(CONFIG)
+        assert f"run_dir='{folder.path}': is in use by process {os.getpid()} on {socket.gethostname()} since" in message
+        assert "--config.run_dir=PATH" in message
+        open_run_folder(dataclasses.replace(CONFIG, run_dir="another"))
+    open_run_folder(CONFIG)
+
+
+def test_the_folder_of_a_killed_process_is_free():
+    program = (
+        "import os; from pathlib import Path\n"
+        "from ring_attention.training.survival.folder_lock import FolderLock\n"
+        "FolderLock(Path('.')); print('held', flush=True); os.kill(os.getpid(), 9)"
+    )
+    path = {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", program], env=path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("held\n", -9)
+    FolderLock(Path()).release()
+
+
+def test_a_config_of_a_newer_version_is_refused():
+    folder = open_run_folder(CONFIG)
+    values = json.loads(folder.config.read_text())
+    folder.config.write_text(json.dumps(values | {"version": VERSION + 1}))
+    message = refusal(CONFIG)
+    assert f"version={VERSION + 1}: runs/tiny/config.json was written by a newer train.py" in message
+    assert "update ring_attention or" in message
+
+
+PLACEMENTS = [
+    {"mesh": MeshConfig(fsdp=2, sp=4)},
+    {"attention": AttentionConfig(layout="striped", block_q=64)},
+    {"attention": AttentionConfig(strategy="ulysses")},
+    {"model": dataclasses.replace(MODEL, loss_chunk=32)},
+]
+
+
+@pytest.mark.parametrize("change", PLACEMENTS, ids=["mesh", "layout", "strategy", "chunk"])
+def test_where_a_run_is_computed_may_change_and_is_said(change):
+    open_run_folder(CONFIG)
+    lines = []
+    open_run_folder(dataclasses.replace(CONFIG, **change), say=lines.append)
+    assert lines
+    assert all(line.endswith("the losses agree but for rounding.") for line in lines)
+    assert next(iter(change)) in lines[0]
+
+
+def test_a_strategy_that_computes_something_else_is_refused():
+    open_run_folder(CONFIG)
+    sparse = dataclasses.replace(CONFIG, attention=AttentionConfig(strategy="sparse"))
+    assert "attention.strategy='sparse'" in refusal(sparse)
+    window = dataclasses.replace(CONFIG, attention=AttentionConfig(window=64))
+    assert "attention.window=64" in refusal(window)

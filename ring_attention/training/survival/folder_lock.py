@@ -1,0 +1,68 @@
+"""One run, one folder: a lock that the system lets go of when its process ends, however it ends."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from ring_attention.checks import ConfigError
+
+
+class FolderLock:
+    """Holds a folder for this process, as a context manager.
+
+    The lock is the system's (`flock`), so a killed run leaves nothing behind that would keep the next one out. The file
+    says who holds it. On a shared file system it holds between machines as far as that file system keeps locks: NFS 4,
+    Lustre (mounted with flock) and local disks do.
+    """
+
+    def __init__(self, folder: Path):
+        """Take the lock of `folder`, which exists.
+
+        Raises:
+          ConfigError: if another process has it, or the file system keeps no locks.
+        """
+        self._path = folder / ".lock"
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _owner(self._path)
+            os.close(self._file)
+            raise ConfigError(
+                f"run_dir={str(folder)!r}: is in use by {owner}; wait for it to end, stop it, or give this run another "
+                "folder with --config.run_dir=PATH"
+            ) from None
+        except OSError as error:
+            os.close(self._file)
+            raise ConfigError(
+                f"run_dir={str(folder)!r}: its file system keeps no locks ({error.strerror}), so two runs could "
+                "spoil each other there; give a folder elsewhere with --config.run_dir=PATH"
+            ) from error
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(self._file, 0)
+        os.pwrite(
+            self._file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0
+        )
+
+    def release(self) -> None:
+        """Let go of the folder; the empty file stays, for a lock must not be deleted under those who wait for it."""
+        os.ftruncate(self._file, 0)
+        os.close(self._file)
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.release()
+
+
+def _owner(path: Path) -> str:
+    """Who holds the lock, in words."""
+    try:
+        return "process {pid} on {host} since {since}".format(**json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError):
+        return "another process"

@@ -1,0 +1,136 @@
+"""Processes that look after each other, so that none waits for one that is gone.
+
+A collective does not return when a process that takes part in it is gone, and on TPU and GPU not even an error comes.
+So each process tells the others that it is alive, through the key-value store of JAX's coordination service, and reads
+what they tell. One that ends with an error says so with its last words; one that falls silent (killed, out of memory,
+its machine gone) is noticed after PATIENCE. The others then end, too, and say why: a scheduler can start all of them
+again, and the run goes on from its newest checkpoint.
+
+The service lives in process 0. When that one is gone, JAX ends the others at once with an abort; what they print before
+is JAX's, and a line of ours.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from types import TracebackType
+
+import jax
+from jax._src import distributed  # the store has no public name; orbax takes it from here, too
+
+from ring_attention.training.survival.errors import FAILED, Preempted, last_words
+
+BEAT = 2.0
+"""Seconds between signs of life."""
+
+PATIENCE = 30.0
+"""Seconds of silence after which a process counts as gone."""
+
+_FOLDER = "ring_attention/alive"
+
+
+class Peers:
+    """Watches the other processes of a run, as a context manager; does nothing where there are none.
+
+    When an exception leaves the block, the others get to hear its `last_words`, and end as well.
+    """
+
+    def __init__(self):
+        self._client = distributed.global_state.client if jax.process_count() > 1 else None
+        self._me, self._count = jax.process_index(), jax.process_count()
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._done = threading.Event()
+
+    def __enter__(self) -> "Peers":
+        if self._client:
+            _explain_aborts(distributed.global_state.coordinator_address)
+            self._tell({"beat": 0})
+            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._done.set()
+        if not self._client:
+            return
+        if error is None or isinstance(error, Preempted):  # the others are stopping by themselves
+            self._tell({"finished": True})
+            return
+        status, line = last_words(error)
+        self._tell({"status": status, "line": line})
+        if self._me == 0:
+            time.sleep(3 * BEAT)  # the store goes with this process
+
+    def _tell(self, words: dict) -> None:
+        self._client.key_value_set(f"{_FOLDER}/{self._me}", json.dumps(words), allow_overwrite=True)
+
+    def _watch(self) -> None:
+        """Say that this process is alive and listen to the others, until one of them is gone."""
+        beat, start = 0, time.monotonic()
+        while not self._done.wait(BEAT):
+            beat += 1
+            try:
+                self._tell({"beat": beat})
+                told = dict(self._client.key_value_dir_get(_FOLDER))
+            except jax.errors.JaxRuntimeError:
+                continue  # process 0 is gone; JAX will end this process
+            now = time.monotonic()
+            for peer in range(self._count):
+                words = told.get(f"{_FOLDER}/{peer}", '{"beat": -1}')
+                if words != self._seen.get(peer, ("", start))[0]:
+                    self._seen[peer] = words, now
+                self._judge(peer, json.loads(words), now - self._seen[peer][1])
+
+    def _judge(self, peer: int, words: dict, silent: float) -> None:
+        """End this process if `peer` has ended with an error or has been silent for too long."""
+        if peer == self._me or "finished" in words or self._done.is_set():
+            return
+        if "line" in words:
+            line = words["line"].removeprefix("train.py: error: ")
+            _end(words["status"], f"process {peer} of {self._count} has stopped: {line}")
+        if silent > PATIENCE:
+            _end(
+                FAILED,
+                f"process {peer} of {self._count} has not been heard of for {silent:.0f} s and counts as gone, so this "
+                "one stops; start all of them again, the run goes on from its newest checkpoint",
+            )
+
+
+def leave(status: int) -> None:
+    """End this process without waiting for the others, as the end of the interpreter would where there are any."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _end(status: int, line: str) -> None:
+    print(f"train.py: error: {line}", file=sys.stderr)
+    leave(status)
+
+
+def _explain_aborts(coordinator_address: str) -> None:
+    """Before JAX aborts this process because process 0 is gone, print a line and exit with FAILED instead.
+
+    JAX has no hook for it in Python, and a handler of `signal` would not run any more, hence one in C.
+    """
+    host, _, port = coordinator_address.rpartition(":")
+
+    def on_abort(_signal: int) -> None:
+        try:
+            socket.create_connection((host, int(port)), timeout=2).close()
+        except OSError:
+            _end(
+                FAILED,
+                "process 0, which coordinates the others, is gone, so this one stops; start all of them again, the run "
+                "goes on from its newest checkpoint",
+            )
+
+    global _on_abort  # C keeps no reference to it
+    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(_on_abort, ctypes.c_void_p))

@@ -1,0 +1,101 @@
+"""One run on many processes: JAX's multi-controller runtime, found in the cluster's environment or told by flags."""
+
+import dataclasses
+import os
+
+import jax
+from jax._src import distributed
+
+from ring_attention.checks import require_field
+from ring_attention.training.survival.errors import RunError
+
+HEARTBEAT_SECONDS = 45
+"""After so long without a heartbeat JAX's own coordination service ends a run; `peers.py` is quicker and says more."""
+
+_ALONE = {"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"}
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessFlags:
+    """Which process this is, where no cluster says it; None where the flag was not given.
+
+    Attributes:
+      coordinator_address: host:port at which process 0 listens.
+      num_processes: of the run.
+      process_id: of this process, from 0.
+    """
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self):
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if not given:
+            return
+        missing = [f"--{name}" for name in dataclasses.asdict(self) if name not in given]
+        name = next(iter(given))
+        together = "the three flags go together, or none where the cluster says who is who"
+        require_field(not missing, f"--{name}", given[name], f"{' and '.join(missing)} missing", together)
+        host, _, port = self.coordinator_address.rpartition(":")
+        require_field(
+            bool(host) and port.isdecimal() and 0 < int(port) < 2**16,
+            "--coordinator_address",
+            self.coordinator_address,
+            "must be host:port",
+            "write it like --coordinator_address=10.0.0.1:8476, the same on every process",
+        )
+        require_field(
+            self.num_processes > 0, "--num_processes", self.num_processes, "must be positive", "give 1 or more"
+        )
+        require_field(
+            0 <= self.process_id < self.num_processes,
+            "--process_id",
+            self.process_id,
+            f"must lie in [0, {self.num_processes})",
+            "number the processes from 0",
+        )
+
+
+def join_processes(flags: ProcessFlags) -> int:
+    """Join the other processes of this run, if there are any, and return how many they are with this one.
+
+    Call it before anything that touches a device.
+
+    With flags, those decide. Without, the environment does: SLURM (srun), Open MPI, GKE and Cloud TPU are recognised by
+    JAX. Waits up to five minutes for the others.
+
+    Raises:
+      ConfigError: if JAX has started already.
+      RunError: if the others cannot be reached.
+    """
+    if flags.num_processes == 1 or any(os.environ.get(name) == size for name, size in _ALONE.items()):
+        return 1
+    try:
+        if flags.num_processes is None:
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        else:
+            loopback = flags.coordinator_address.rpartition(":")[0] in _LOOPBACK
+            jax.distributed.initialize(
+                **dataclasses.asdict(flags),
+                cluster_detection_method="deactivate",
+                coordinator_bind_address=flags.coordinator_address if loopback else None,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+    except ValueError:
+        if flags.num_processes is not None:
+            raise
+        return 1  # JAX found no cluster
+    except jax.errors.JaxRuntimeError as error:
+        where = flags.coordinator_address or "the first process of the cluster"
+        raise RunError(
+            f"cannot join the other processes at {where} ({str(error).splitlines()[0][:200]}); see that all of them "
+            "were started, with the same --coordinator_address and --num_processes, and that its port is free"
+        ) from error
+    return distributed.global_state.num_processes  # jax.process_count() would start the devices
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints for all."""
+    return jax.process_index() == 0
