@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 import jax
-from jax._src import distributed
+from jax._src import clusters, distributed  # neither what it found nor whether it would has a public name
 
 from ring_attention.checks import require_field
 from ring_attention.training.survival.errors import RunError
@@ -70,7 +70,7 @@ def join_processes(flags: ProcessFlags) -> int:
       ConfigError: if JAX has started already.
       RunError: if the others cannot be reached.
     """
-    if flags.num_processes == 1 or any(os.environ.get(name) == size for name, size in _ALONE.items()):
+    if flags.num_processes == 1 or (flags.num_processes is None and not _in_cluster()):
         return 1
     try:
         if flags.num_processes is None:
@@ -83,10 +83,6 @@ def join_processes(flags: ProcessFlags) -> int:
                 coordinator_bind_address=flags.coordinator_address if loopback else None,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
-    except ValueError:
-        if flags.num_processes is not None:
-            raise
-        return 1  # JAX found no cluster
     except jax.errors.JaxRuntimeError as error:
         where = flags.coordinator_address or "the first process of the cluster"
         raise RunError(
@@ -94,6 +90,13 @@ def join_processes(flags: ProcessFlags) -> int:
             "were started, with the same --coordinator_address and --num_processes, and that its port is free"
         ) from error
     return distributed.global_state.num_processes  # jax.process_count() would start the devices
+
+
+def _in_cluster() -> bool:
+    """Whether `jax.distributed.initialize` would find out by itself who the others are, and there are others."""
+    alone = any(os.environ.get(name) == size for name, size in _ALONE.items())
+    automatic = [env for env in clusters.ClusterEnv._cluster_types if not env.opt_in_only_method]
+    return not alone and any(env.is_env_present() for env in automatic)
 
 
 def is_first() -> bool:
