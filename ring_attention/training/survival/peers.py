@@ -6,8 +6,8 @@ what they tell. One that ends with an error says so with its last words; one tha
 its machine gone) is noticed after PATIENCE. The others then end, too, and say why: a scheduler can start all of them
 again, and the run goes on from its newest checkpoint.
 
-The service lives in process 0. When that one is gone, JAX ends the others at once with an abort; what they print before
-is JAX's, and a line of ours.
+The service lives in process 0. When that one is gone, JAX aborts the others at once; the last line that they print is
+ours.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from ring_attention.training.survival.errors import FAILED, Preempted, last_word
 BEAT = 2.0
 """Seconds between signs of life."""
 
-PATIENCE = 30.0
+PATIENCE = 20.0
 """Seconds of silence after which a process counts as gone."""
 
 _FOLDER = "ring_attention/alive"
@@ -48,12 +48,15 @@ class Peers:
 
     def __enter__(self) -> "Peers":
         if self._client:
-            _explain_aborts(distributed.global_state.coordinator_address)
+            self._explain_aborts(distributed.global_state.coordinator_address)
             self._tell({"beat": 0})
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._client and isinstance(error, jax.errors.JaxRuntimeError):
+            # A collective failed: most likely because a peer is gone, so let `_watch` find out which, and end this.
+            self._done.wait(PATIENCE + 3 * BEAT)
         self._done.set()
         if not self._client:
             return
@@ -93,11 +96,35 @@ class Peers:
             line = words["line"].removeprefix("train.py: error: ")
             _end(words["status"], f"process {peer} of {self._count} has stopped: {line}")
         if silent > PATIENCE:
-            _end(
-                FAILED,
-                f"process {peer} of {self._count} has not been heard of for {silent:.0f} s and counts as gone, so this "
-                "one stops; start all of them again, the run goes on from its newest checkpoint",
-            )
+            _end(FAILED, self._gone(peer, silent))
+
+    def _gone(self, peer: int, silent: float) -> str:
+        return (
+            f"process {peer} of {self._count} has not been heard of for {silent:.0f} s and counts as gone, so this one "
+            "stops; start all of them again, the run goes on from its newest checkpoint"
+        )
+
+    def _explain_aborts(self, coordinator_address: str) -> None:
+        """Before JAX aborts this process because another is gone, print a line and exit with FAILED instead.
+
+        JAX has no hook for it in Python, and a handler of `signal` would not run any more, hence one in C.
+        """
+        host, _, port = coordinator_address.rpartition(":")
+
+        def on_abort(_signal: int) -> None:
+            now = time.monotonic()
+            for peer, (words, since) in self._seen.items():
+                if peer != self._me and "finished" not in words and now - since > 3 * BEAT:
+                    _end(FAILED, self._gone(peer, now - since))
+            try:
+                socket.create_connection((host, int(port)), timeout=2).close()
+            except OSError:
+                _end(FAILED, self._gone(0, now - self._seen.get(0, ("", now))[1]))
+
+        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)  # kept, for C does not
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        libc.signal(signal.SIGABRT, ctypes.cast(self._on_abort, ctypes.c_void_p))
 
 
 def leave(status: int) -> None:
@@ -110,27 +137,3 @@ def leave(status: int) -> None:
 def _end(status: int, line: str) -> None:
     print(f"train.py: error: {line}", file=sys.stderr)
     leave(status)
-
-
-def _explain_aborts(coordinator_address: str) -> None:
-    """Before JAX aborts this process because process 0 is gone, print a line and exit with FAILED instead.
-
-    JAX has no hook for it in Python, and a handler of `signal` would not run any more, hence one in C.
-    """
-    host, _, port = coordinator_address.rpartition(":")
-
-    def on_abort(_signal: int) -> None:
-        try:
-            socket.create_connection((host, int(port)), timeout=2).close()
-        except OSError:
-            _end(
-                FAILED,
-                "process 0, which coordinates the others, is gone, so this one stops; start all of them again, the run "
-                "goes on from its newest checkpoint",
-            )
-
-    global _on_abort  # C keeps no reference to it
-    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(_on_abort, ctypes.c_void_p))

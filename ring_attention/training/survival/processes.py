@@ -9,7 +9,7 @@ from jax._src import clusters, distributed  # neither what it found nor whether 
 from ring_attention.checks import require_field
 from ring_attention.training.survival.errors import RunError
 
-HEARTBEAT_SECONDS = 45
+HEARTBEAT_SECONDS = 60
 """After so long without a heartbeat JAX's own coordination service ends a run; `peers.py` is quicker and says more."""
 
 _ALONE = {"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"}
