@@ -3,11 +3,36 @@
 Every check runs on static facts (shapes, dtypes, names, config values), so that a mistake costs no compilation.
 """
 
+import reprlib
 from collections.abc import Iterable
+
+_LONGEST = 500  # characters of a value that a message shows
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 20
 
 
 class ConfigError(ValueError):
     """A config field or flag that cannot work. Its message is one line: field, value, need, remedy."""
+
+
+def shown(value: object) -> str:
+    """`value` as a message shows it: its repr in one line, shortened where it is long or deep."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        return f"a {type(value).__name__} of more than 4300 digits"
+    return text if text.isprintable() else one_line(text)
+
+
+def printable(name: str) -> str:
+    """The name of a file or field as it can stand in a message: escaped if it holds line breaks or the like."""
+    return name if name.isprintable() else ascii(name)
+
+
+def one_line(error: object) -> str:
+    """What `error` says, without line breaks."""
+    return " ".join(str(error).split())
 
 
 def require(condition: bool, message: str) -> None:
@@ -19,7 +44,7 @@ def require(condition: bool, message: str) -> None:
 def require_field(condition: bool, field: str, value: object, need: str, remedy: str) -> None:
     """Raise ConfigError naming `field` and `value` unless `condition`."""
     if not condition:
-        raise ConfigError(f"{field}={value!r}: {need}; {remedy}")
+        raise ConfigError(f"{field}={shown(value)}: {need}; {remedy}")
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -5,6 +5,9 @@ import dataclasses
 from ring_attention.checks import require_field
 
 PYTHON_STDLIB = "python-stdlib"
+REFUSE, SKIP = "refuse", "skip"
+MOST_BYTES = 2**31 - 1  # positions in a document are int32
+MOST_STREAMS = 65_536
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +19,10 @@ class DataConfig:
         globs separated by commas. `*.jsonl` holds one document a line, any other file is one UTF-8 document; either may
         be gzipped (`.gz`).
       text_field: the field of a JSONL object that holds the text.
+      bad_documents: what to do about a document that cannot be used: "refuse" to run, naming the first, or "skip" it
+        and say how many were left out, and why.
+      max_document_bytes: the longest document that is read: bytes of a text file, or of a line of a JSONL file, after
+        decompression. No more of a longer one is ever in memory. 256 MiB by default.
       tokenizer: "bytes", or the path of a Hugging Face `tokenizer.json`.
       holdout_fraction: share of the documents, chosen by a hash of their name, that is never trained on.
       seed: of the order in which documents are read.
@@ -24,6 +31,8 @@ class DataConfig:
 
     paths: str = PYTHON_STDLIB
     text_field: str = "text"
+    bad_documents: str = REFUSE
+    max_document_bytes: int = 256 * 2**20
     tokenizer: str = "bytes"
     holdout_fraction: float = 0.05
     seed: int = 0
@@ -38,6 +47,20 @@ class DataConfig:
             "give globs such as 'corpus/**/*.txt'",
         )
         require_field(
+            self.bad_documents in (REFUSE, SKIP),
+            "data.bad_documents",
+            self.bad_documents,
+            "is not known",
+            f"choose {REFUSE!r} or {SKIP!r}",
+        )
+        require_field(
+            0 < self.max_document_bytes <= MOST_BYTES,
+            "data.max_document_bytes",
+            self.max_document_bytes,
+            f"must lie in [1, {MOST_BYTES}]",
+            "leave it out to take the default, 268435456",
+        )
+        require_field(
             0 < self.holdout_fraction < 1,
             "data.holdout_fraction",
             self.holdout_fraction,
@@ -45,4 +68,10 @@ class DataConfig:
             "0.05 holds back one document in twenty",
         )
         require_field(0 <= self.seed < 2**32, "data.seed", self.seed, "must lie in [0, 2**32)", "choose another")
-        require_field(self.streams > 0, "data.streams", self.streams, "must be positive", "use 1 to read in one order")
+        require_field(
+            0 < self.streams <= MOST_STREAMS,
+            "data.streams",
+            self.streams,
+            f"must lie in [1, {MOST_STREAMS}], since each holds a document in memory",
+            "use 1 to read in one order",
+        )

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ring_attention.checks import require_field
-from ring_attention.data.config import PYTHON_STDLIB, DataConfig
-from ring_attention.data.files import DocumentFile, NotUtf8Error, UnusableFileError, open_document_file
+from ring_attention.checks import ConfigError, printable, require_field
+from ring_attention.data.bad import BadDocumentError, DataReport, Reason
+from ring_attention.data.config import PYTHON_STDLIB, SKIP, DataConfig
+from ring_attention.data.files import DocumentFile, open_document_file
 
 # Third-party code differs from machine to machine; the standard library is the same for one Python version.
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -27,18 +28,26 @@ class Document:
 
 
 class DocumentSource:
-    """A sequence of documents, read on access; fits `grain.MapDataset.source`."""
+    """A sequence of documents, read on access; fits `grain.MapDataset.source`.
 
-    def __init__(self, files: Sequence[DocumentFile], places: np.ndarray):
+    Attributes:
+      report: what was left out when the files were opened.
+    """
+
+    def __init__(self, files: Sequence[DocumentFile], places: np.ndarray, report: DataReport):
         """`places`, int64 [documents, 2]: the number of a document's file, and of the document in that file."""
-        self._files, self._places = files, places
+        self._files, self._places, self.report = files, places, report
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Document:
+        """Read a document; raises ConfigError if its file is not what it was when it was opened."""
         file, place = self._places[operator.index(index)]
-        return Document(self._files[file].name(place), self._files[file].text(place))
+        try:
+            return Document(self._files[file].name(place), self._files[file].text(place))
+        except BadDocumentError as error:
+            raise ConfigError(f"data.{error.field}: {error}") from error
 
     def names(self) -> list[str]:
         """Name each document, without reading any."""
@@ -46,7 +55,7 @@ class DocumentSource:
 
     def where(self, chosen: np.ndarray) -> "DocumentSource":
         """Keep the documents for which `chosen`, bool [documents], holds, in the same order."""
-        return DocumentSource(self._files, self._places[chosen])
+        return DocumentSource(self._files, self._places[chosen], self.report)
 
     def digest(self) -> str:
         """Hash the documents' names in their order: a saved position is good where the digest is the same."""
@@ -54,30 +63,48 @@ class DocumentSource:
 
 
 def open_documents(config: DataConfig) -> DocumentSource:
-    """Open the documents that `config.paths` names, sorted by name; empty ones are left out.
+    """Open the documents that `config.paths` names, sorted by name.
 
     A document's name is its path below the fixed part of its glob ("/data/**/*.txt" names /data/a/b.txt "a/b.txt"), so
     that it survives a move to another machine, followed by ":line" in a JSONL file. A file that several globs match
     counts once. Every file is read and checked here, once; `files.py` says what stays in memory.
 
-    Raises ConfigError if a glob matches no file, or a file cannot be read, is not UTF-8, or is JSONL with a line that
-    is not a JSON object with text in `config.text_field`. Of the standard library, files that are deliberately not
-    UTF-8 (test data for the parser) are left out instead.
+    Empty documents are left out, and of the standard library files that are deliberately no UTF-8 (test data for the
+    parser). Others that cannot be used, for the reasons in `bad.Reason`, are left out if `config.bad_documents` is
+    "skip"; the source's `report` has counted all of them. An archive that is damaged is left out whole, since its
+    checksum stands at its end. A document that is left out changes neither the names of others nor their side of
+    `split_documents`.
+
+    Raises ConfigError if a glob matches no file, for the first document that can neither be used nor left out, and if
+    no document remains.
     """
     is_stdlib = config.paths.strip() == PYTHON_STDLIB
     found = _stdlib_files() if is_stdlib else _matching_files(config.paths)
+    expected = {Reason.EMPTY, Reason.NOT_UTF8, Reason.BINARY} if is_stdlib else {Reason.EMPTY}
+    report = DataReport()
+
+    def leave_out(bad: BadDocumentError) -> None:
+        may = config.bad_documents == SKIP or bad.reason in expected
+        require_field(may, f"data.{bad.field}", getattr(config, bad.field), bad.problem, bad.remedy)
+        report.add(bad)
+
     files = []
     for name, path in sorted(found):
         try:
-            files.append(open_document_file(path, name, config.text_field))
-        except UnusableFileError as error:
-            skip = is_stdlib and isinstance(error, NotUtf8Error)
-            value = getattr(config, error.field)
-            require_field(skip, f"data.{error.field}", value, error.problem, error.remedy)
+            files.append(open_document_file(path, name, config, leave_out))
+        except BadDocumentError as bad:
+            leave_out(bad)
     counts = [len(documents) for documents in files]
-    require_field(sum(counts) > 0, "data.paths", config.paths, "every file is empty", "name files that hold text")
+    _require_any(sum(counts), config, report)
     file_numbers, numbers_in_file = np.repeat(np.arange(len(files)), counts), np.concatenate([*map(np.arange, counts)])
-    return DocumentSource(files, np.stack([file_numbers, numbers_in_file], axis=1))
+    return DocumentSource(files, np.stack([file_numbers, numbers_in_file], axis=1), report)
+
+
+def _require_any(documents: int, config: DataConfig, report: DataReport) -> None:
+    """Raise ConfigError unless a document remains."""
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in report.counts.items())
+    problem = f"holds no document to read ({left_out or 'blank lines alone'})"
+    require_field(documents > 0, "data.paths", config.paths, problem, "name files that hold text")
 
 
 def split_documents(source: DocumentSource, holdout_fraction: float) -> tuple[DocumentSource, DocumentSource]:
@@ -116,9 +143,9 @@ def _matching_files(paths: str) -> list[tuple[str, str]]:
     found = {}
     for pattern in filter(None, (pattern.strip() for pattern in paths.split(","))):
         matches = _matches(pattern)
-        remedy = f"looked from {os.getcwd()}, check the spelling"
+        remedy = f"looked from {printable(os.getcwd())}, check the spelling"
         if os.path.isdir(os.path.expanduser(pattern)):
-            remedy = f"it is a directory, write '{pattern.rstrip(os.sep)}/**/*.txt'"
+            remedy = f"it is a directory, write {pattern.rstrip(os.sep) + '/**/*.txt'!r}"
         require_field(bool(matches), "data.paths", paths, f"no file matches {pattern!r}", remedy)
         for name, path in matches:
             found.setdefault(os.path.realpath(path), (name, path))
@@ -128,7 +155,10 @@ def _matching_files(paths: str) -> list[tuple[str, str]]:
 def _matches(pattern: str) -> list[tuple[str, str]]:
     """List (name, path) of the files that match one glob, sorted."""
     root, relative = _fixed_part(os.path.expanduser(pattern))
-    names = sorted(glob.glob(relative, root_dir=root or None, recursive=True))
+    try:
+        names = sorted(glob.glob(relative, root_dir=root or None, recursive=True))
+    except ValueError:  # a NUL byte, or half a surrogate pair: no file is called that
+        return []
     return [(name, os.path.join(root, name)) for name in names if os.path.isfile(os.path.join(root, name))]
 
 

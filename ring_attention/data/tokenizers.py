@@ -8,10 +8,12 @@ import numpy as np
 import tokenizers
 from numpy.typing import ArrayLike
 
-from ring_attention.checks import ConfigError, require, require_field
+from ring_attention.checks import ConfigError, one_line, require, require_field, shown
 
 BYTES = "bytes"
 DOCUMENT_START_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]")
+MOST_TOKENS = 2**24
+"""Of a vocabulary: sixty times the largest in use. A table of them is held in memory."""
 
 
 class Tokenizer(Protocol):
@@ -61,7 +63,8 @@ class HuggingFaceTokenizer:
     """A Hugging Face `tokenizer.json`.
 
     document_start is the file's own special token for it (the first of DOCUMENT_START_NAMES that it has), or else one
-    new id past the vocabulary. Special tokens that are spelled out in a text are encoded as that text.
+    new id past the vocabulary. Special tokens that are spelled out in a text are encoded as that text. Truncation and
+    padding that the file asks for are switched off: every text is encoded whole, and nothing else.
 
     The bytes of byte-level vocabularies (GPT-2, Llama 3, Qwen) are exact, token by token. Others (SentencePiece) can
     only be decoded together: their bytes are exact but for what the file's normalizer and decoder change, such as a
@@ -69,11 +72,15 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: str):
-        self._tokenizer = _read_tokenizer(path)
+        self._path, self._tokenizer = path, _read_tokenizer(path)
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         require_field(bool(vocabulary), "data.tokenizer", path, "has an empty vocabulary", "train it first")
         self.vocab_size = 1 + max(vocabulary.values())  # not their number: some vocabularies have holes
+        problem = f"has ids up to {self.vocab_size - 1:,}, need less than {MOST_TOKENS:,}"
+        require_field(self.vocab_size < MOST_TOKENS, "data.tokenizer", path, problem, "number its tokens from 0 on")
         special = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         starts = [special[name] for name in DOCUMENT_START_NAMES if name in special]
         if not starts:
@@ -83,8 +90,13 @@ class HuggingFaceTokenizer:
         self._bytes_of_id = self._byte_level_table(vocabulary) if _is_byte_level(self._tokenizer) else None
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Encode a text in UTF-8 as int32 [tokens]."""
-        return np.array(self._tokenizer.encode(text.decode(), add_special_tokens=False).ids, np.int32)
+        """Encode a text in UTF-8 as int32 [tokens]; raises ConfigError for one that the tokenizer has no tokens for."""
+        try:
+            return np.array(self._tokenizer.encode(text.decode(), add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # the library raises Exception itself
+            problem = f"cannot encode a document that begins {shown(text[:40])} ({one_line(error)})"
+            remedy = "give the tokenizer a token for what it does not know, or bytes to fall back on"
+            raise ConfigError(f"data.tokenizer={shown(self._path)}: {problem}; {remedy}") from error
 
     def token_bytes(self, ids: ArrayLike) -> bytes:
         """Return the bytes that the tokens stand for."""
@@ -112,7 +124,8 @@ def _read_tokenizer(path: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library raises Exception itself
-        raise ConfigError(f"data.tokenizer={path!r}: is no Hugging Face tokenizer ({error}); {remedy}") from error
+        problem = f"is no Hugging Face tokenizer ({one_line(error)})"
+        raise ConfigError(f"data.tokenizer={shown(path)}: {problem}; {remedy}") from error
 
 
 def _require_known(ids: np.ndarray, vocab_size: int) -> None:

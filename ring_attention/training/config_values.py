@@ -8,10 +8,12 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, one_line, printable, shown
 from ring_attention.training.config import TrainConfig
 
 KIND_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+MOST = 2**63
+"""Whole numbers lie below, and not below -MOST: JSON's readers and arrays hold no others."""
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -36,15 +38,16 @@ def field_kinds() -> dict[str, type]:
 
 def unknown_field(field: str, value: Any) -> ConfigError:
     """Return the error for a dotted name that is no field: what it may have meant, and what its section holds."""
+    got = f"{printable(field)}={shown(value)}"
     section = field.rpartition(".")[0]
     while section and not _members(section):
         section = section.rpartition(".")[0]
     if _members(field):
         inside = ", ".join(_members(field))
-        return ConfigError(f"{field}={value!r}: is a section; set one of its fields: {inside}")
+        return ConfigError(f"{got}: is a section; set one of its fields: {inside}")
     members = f"{section or 'the config'} has {', '.join(_members(section))}"
     hint = did_you_mean(field, field_kinds())
-    return ConfigError(f"{field}={value!r}: there is no such field; {hint}{members}")
+    return ConfigError(f"{got}: there is no such field; {hint}{members}")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -55,15 +58,10 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {found[0]}? " if found else ""
 
 
-def one_line(error: Exception) -> str:
-    """Return what `error` says, without line breaks."""
-    return " ".join(str(error).split())
-
-
 def _build(cls: type, values: Any, *, section: str) -> Any:
     """Return an instance of the dataclass `cls`; `section` is its dotted name, empty for TrainConfig."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{section or 'config'}={values!r}: is a section; give an object with its fields")
+        raise ConfigError(f"{section or 'config'}={shown(values)}: is a section; give an object with its fields")
     kinds = typing.get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
@@ -87,10 +85,12 @@ def _build(cls: type, values: Any, *, section: str) -> Any:
 def _typed(field: str, value: Any) -> Any:
     """Return `value` as the type that `field` declares, or ConfigError."""
     kind = field_kinds()[field]
+    if type(value) is int and not -MOST <= value < MOST:
+        raise ConfigError(f"{field}={shown(value)}: needs more than 64 bits; give {KIND_WORDS[kind]} that is smaller")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{field}={value!r}: is {type(value).__name__}; give {KIND_WORDS[kind]}")
+        raise ConfigError(f"{field}={shown(value)}: is {type(value).__name__}; give {KIND_WORDS[kind]}")
     return value
 
 

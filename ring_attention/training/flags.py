@@ -23,7 +23,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, one_line, printable, shown
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import (
     KIND_WORDS,
@@ -31,7 +31,6 @@ from ring_attention.training.config_values import (
     config_to_dict,
     did_you_mean,
     field_kinds,
-    one_line,
     unknown_field,
 )
 from ring_attention.training.survival.processes import ProcessFlags
@@ -80,7 +79,7 @@ def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainCon
     Raises:
       ConfigError: if the file is missing, fails, or does not give a TrainConfig.
     """
-    flag = f"--config={path}"
+    flag = printable(f"--config={path}")
     if not Path(path).is_file():
         files = _config_files(folder)
         hint = did_you_mean(Path(path).stem, [file.stem for file in files])
@@ -145,7 +144,8 @@ def _override_texts(argv: list[str]) -> dict[str, str]:
     config_flags.DEFINE_config_dict("config", fields, flag_values=values, sys_argv=[_PROGRAM, *argv])
     strays = _parse(values, argv)
     if strays:
-        raise ConfigError(f"{strays[0]!r} is not a flag; write --config=PATH or --config.FIELD=VALUE, or see --help")
+        stray = shown(strays[0])
+        raise ConfigError(f"{stray} is not a flag; write --config=PATH or --config.FIELD=VALUE, or see --help")
     return config_flags.get_override_values(values["config"])
 
 
@@ -167,7 +167,7 @@ def _flag_name(arg: str) -> str:
 def _unknown_flag(arg: str) -> ConfigError:
     hint = did_you_mean(_flag_name(arg), ["--config", *(f"--config.{field}" for field in field_kinds())])
     return ConfigError(
-        f"{arg}: there is no such flag; {hint}write --config=PATH or --config.FIELD=VALUE, or see --help"
+        f"{printable(arg)}: there is no such flag; {hint}write --config=PATH or --config.FIELD=VALUE, or see --help"
     )
 
 
@@ -180,7 +180,8 @@ def _read_text(field: str, text: str, *, example: Any) -> Any:
     except ValueError:
         value = None
     if value is None or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{field}={text!r}: must be {KIND_WORDS[kind]}; write it like --config.{field}={example}")
+        remedy = f"write it like --config.{field}={example}"
+        raise ConfigError(f"{field}={shown(text)}: must be {KIND_WORDS[kind]}; {remedy}")
     return value
 
 

@@ -113,14 +113,18 @@ def test_a_directory_is_told_how_to_become_a_glob(tmp_path):
 
 def test_files_without_any_text_are_an_error(tmp_path):
     write(tmp_path / "a.txt", "")
-    assert "every file is empty; name files that hold text" in error_of(tmp_path / "*")
+    assert "holds no document to read (1 empty); name files that hold text" in error_of(tmp_path / "*")
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("a.txt", ""), ("a.jsonl", '{"text": "one"}\n'), ("a.txt.gz", "")])
-def test_invalid_utf8_names_file_and_byte_offset(tmp_path, name, prefix):
+@pytest.mark.parametrize(
+    ("name", "prefix", "line"),
+    [("a.txt", "", ""), ("a.jsonl", '{"text": "one"}\n', ":2"), ("a.txt.gz", "", ""), ("b.txt", "世" * 699_051, "")],
+)
+def test_invalid_utf8_names_file_line_and_byte_offset(tmp_path, name, prefix, line):
     write(tmp_path / name, prefix.encode() + b"caf\xe9 creme")
     message = error_of(tmp_path / name)
-    assert f"{tmp_path / name} is not valid UTF-8 at byte offset {len(prefix) + 3}; convert it (iconv" in message
+    prefix = prefix.encode()
+    assert f"{tmp_path / name}{line} is not valid UTF-8 at byte offset {len(prefix) + 3}; convert it (iconv" in message
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])

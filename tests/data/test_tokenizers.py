@@ -125,3 +125,38 @@ def test_a_file_that_is_no_tokenizer_is_an_error(tmp_path):
     (tmp_path / "t.json").write_text('{"model": 3}')
     with pytest.raises(ConfigError, match=r"^data.tokenizer='.*t.json': is no Hugging Face tokenizer \(.*\); give the"):
         load_tokenizer(str(tmp_path / "t.json"))
+
+
+def test_the_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
+    byte_level_bpe(tmp_path / "t.json")
+    fields = json.loads((tmp_path / "t.json").read_text())
+    cut = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    cut.enable_truncation(8)
+    cut.enable_padding(length=40)
+    cut.save(str(tmp_path / "cut.json"))
+    assert json.loads((tmp_path / "cut.json").read_text())["truncation"] != fields["truncation"]
+    assert len(cut.encode(TEXT).ids) == 40
+    whole, tokenizer = load_tokenizer(str(tmp_path / "t.json")), load_tokenizer(str(tmp_path / "cut.json"))
+    for text in (TEXT.encode(), b"short"):
+        assert tokenizer.encode(text).tolist() == whole.encode(text).tolist()
+        assert tokenizer.token_bytes(tokenizer.encode(text)) == text
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for_is_an_error(tmp_path):
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"known": 0}, "[UNK]")).save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    assert tokenizer.encode(b"known").tolist() == [0]
+    message = (
+        r"^data.tokenizer='.*t.json': cannot encode a document that begins b'other\\n' \(.*\[UNK\].*\); give the tok"
+    )
+    with pytest.raises(ConfigError, match=message):
+        tokenizer.encode(b"other\n")
+
+
+def test_ids_too_large_for_a_table_are_an_error_and_cost_no_memory(tmp_path):
+    byte_level_bpe(tmp_path / "t.json")
+    fields = json.loads((tmp_path / "t.json").read_text())
+    fields["model"]["vocab"]["!"] = 2**32 - 1
+    (tmp_path / "t.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"has ids up to 4,294,967,295, need less than 16,777,216; number its tokens"):
+        load_tokenizer(str(tmp_path / "t.json"))

@@ -1,0 +1,94 @@
+"""Files in pieces of bounded size: neither a line without an end nor an archive that swells fills the memory."""
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ring_attention.checks import printable
+from ring_attention.data.bad import BadDocumentError, Reason
+
+PIECE = 2**20
+"""Bytes read at once."""
+
+READ_ERRORS = (OSError, EOFError, zlib.error)
+"""What reading a file can raise, gzipped or not."""
+
+
+class Line(NamedTuple):
+    """A line of a file.
+
+    Attributes:
+      number: from 1.
+      begin: byte offset of its first byte, after decompression.
+      content: its bytes, line break included; None if they are more than the limit.
+    """
+
+    number: int
+    begin: int
+    content: bytes | None
+
+
+def read_pieces(path: str) -> Iterator[bytes]:
+    """Yield the file's bytes, decompressed if its name ends in ".gz", PIECE at a time.
+
+    Raises BadDocumentError if it cannot be read to its end.
+    """
+    try:
+        with _open(path) as file:
+            while piece := file.read(PIECE):
+                yield piece
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def read_lines(path: str, limit: int) -> Iterator[Line]:
+    """Yield each line that is not blank; of one that is longer than `limit` bytes only so many are read at once.
+
+    Raises BadDocumentError if the file cannot be read to its end.
+    """
+    number, begin = 0, 0
+    try:
+        with _open(path) as file:
+            while content := file.readline(limit + 1):
+                number, length = number + 1, len(content)
+                if length > limit and not content.endswith(b"\n"):
+                    yield Line(number, begin, None)
+                    length += _skip_line(file)
+                elif content.strip():
+                    yield Line(number, begin, content)
+                begin += length
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def read_span(path: str, begin: int, end: int) -> bytes:
+    """Read the bytes from `begin` to `end` of a file that is not compressed, fewer where it ends before."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: Exception) -> BadDocumentError:
+    """Say that a file cannot be read, and what the system or the decompressor has against it."""
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    problem = f"{printable(path)} cannot be read ({reason})"
+    return BadDocumentError(Reason.UNREADABLE, problem, "repair it or leave it out of the globs")
+
+
+def _open(path: str):
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
+def _skip_line(file) -> int:
+    """Read to the next line break, or to the end, and return the number of bytes."""
+    skipped = 0
+    while piece := file.readline(PIECE):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
