@@ -3,8 +3,11 @@
 Every check runs on static facts (shapes, dtypes, names, config values), so that a mistake costs no compilation.
 """
 
+import numbers
 import reprlib
 from collections.abc import Iterable
+
+import numpy as np
 
 _LONGEST = 500  # characters of a value that a message shows
 _SHORT = reprlib.Repr()
@@ -53,6 +56,20 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     require(value in choices, f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
 
 
+def is_whole(value: object, least: int) -> bool:
+    """Whether `value` is a whole number, which True is not, and no smaller than `least`."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is one real number that is known now: no text, and nothing that JAX is still tracing."""
+    try:
+        float(value)
+    except (TypeError, ValueError):  # of tracers too
+        return False
+    return not isinstance(value, str | bytes)
+
+
 def require_divisible(name: str, value: int, by_name: str, by: int, remedy: str) -> None:
     """Raise ValueError unless `by` divides `value`."""
     require(value % by == 0, f"{name}={value} is not divisible by {by_name}={by}; {remedy}")
@@ -65,14 +82,43 @@ def require_shape(name: str, got: tuple[int, ...], need: tuple[int | None, ...],
     require(matches, f"{name} has shape {tuple(got)}, need [{wanted}]; reshape or transpose it before the call")
 
 
+def require_array(name: str, x: object) -> None:
+    """Raise ValueError unless `x` is an array."""
+    is_array = hasattr(x, "shape") and hasattr(x, "dtype")
+    require(is_array, f"{name} is {shown(x)}, need an array; wrap it in jnp.asarray")
+
+
+def require_integers(
+    name: str, x, need: tuple[int | None, ...], letters: str, *, least: int = -(2**31), most: int = 2**31 - 1
+) -> None:
+    """Raise ValueError unless `x` is an array of integers of this shape, from `least` to `most`.
+
+    Values are looked at only where that costs nothing: in NumPy arrays, which are also those that may hold more bits
+    than a device does.
+    """
+    require_array(name, x)
+    require_shape(name, x.shape, need, letters)
+    dtype = x.dtype
+    require(getattr(dtype, "kind", "") in "iu", f"{name} has dtype {dtype}, need integers; cast it to int32")
+    if isinstance(x, np.ndarray) and x.size:
+        low, high = int(x.min()), int(x.max())
+        got = f"{name} holds {low if low < least else high}"
+        require(least <= low and high <= most, f"{got}, need {least} to {most}; count from 0 in each sequence")
+
+
 def require_attention_shapes(q, k, v) -> None:
     """Raise ValueError unless q is [B,T,H,D], k and v are [B,S,K,D] with the same B and D, and K divides H."""
-    require(q.ndim == 4, f"q has {q.ndim} axes with shape {q.shape}, need 4: [batch, tokens, heads, head_dim]")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require_array(name, x)
+    axes = "need 4: [batch, tokens, heads, head_dim]; reshape it before the call"
+    require(q.ndim == 4, f"q has {q.ndim} axes with shape {q.shape}, {axes}")
     B, _, H, D = q.shape
     require_shape("k", k.shape, (B, None, None, D), "BSKD")
     require_shape("v", v.shape, k.shape, "BSKD")
-    K = k.shape[2]
-    require(K > 0 and H % K == 0, f"q has H={H} heads and k has K={K}; K must divide H (grouped queries)")
+    for name, x in (("q", q), ("k", k)):
+        require(0 not in x.shape, f"{name} has shape {x.shape}, need at least 1 of everything; leave out empty batches")
+    K, remedy = k.shape[2], "repeat heads of k and v, or use others"
+    require(H % K == 0, f"q has H={H} heads and k has K={K}; K must divide H (grouped queries); {remedy}")
 
 
 def require_attention_dtypes(q, k, v) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ring_attention.checks import require
+from ring_attention.checks import is_whole, require, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,5 +24,15 @@ class BlockSizes:
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
-        wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
-        require(not wrong, f"block sizes must be positive, got {', '.join(wrong)}; leave them out to take the defaults")
+        wrong = [f"{name}={shown(size)}" for name, size in sizes.items() if not is_whole(size, 1)]
+        require(
+            not wrong,
+            f"block sizes must be whole and positive, got {', '.join(wrong)}; leave them out for the defaults",
+        )
+
+
+def as_blocks(block_sizes: BlockSizes | None) -> BlockSizes:
+    """The sizes that were asked for, or the defaults."""
+    fits = block_sizes is None or isinstance(block_sizes, BlockSizes)
+    require(fits, f"block_sizes={shown(block_sizes)} must be a BlockSizes; write BlockSizes(q=128, kv=128)")
+    return block_sizes or BlockSizes()

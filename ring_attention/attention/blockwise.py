@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from ring_attention.attention import sinks as attention_sinks
-from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
 from ring_attention.attention.masks import Hop, Runs, Tokens
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import as_sinks, make_rule
 from ring_attention.attention.varying import vary_together
-from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_shape
+from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_integers
+
+FARTHEST = 2**30
+"""Positions lie closer to 0 than this, so that the distance of two fits 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def blockwise_attention(
       window: a query sees itself and the window-1 positions before it, and after it where causal is False.
       segment_ids: integers [B,T]; a query sees the keys of its own segment only.
       kv_segment_ids: integers [B,S], those of the keys; `segment_ids` where T = S.
-      q_positions: integers [T] or [B,T], for masks, ALiBi and dropout; 0, 1, 2, ... by default.
+      q_positions: integers [T] or [B,T], nearer to 0 than 2**30, for masks, ALiBi and dropout; 0, 1, 2, ... by default.
       kv_positions: integers [S] or [B,S].
       softcap: scores x become softcap * tanh(x / softcap).
       scale: of the products of queries and keys; D**-0.5 by default.
@@ -82,7 +85,12 @@ def blockwise_attention(
         )
         kv_segment_ids = segment_ids
     require(segment_ids is not None or kv_segment_ids is None, "kv_segment_ids needs segment_ids; give both or neither")
-    rule = make_rule(
+    _check_tokens("q", q_positions, segment_ids, B, T)
+    _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
+    static = _Static(kernel=find_kernel(impl), blocks=as_blocks(block_sizes))
+    kernel = static.kernel
+    rule_of = functools.partial(
+        make_rule,
         q,
         causal=causal,
         window=window,
@@ -92,15 +100,14 @@ def blockwise_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
     )
-    kernel = find_kernel(impl)
-    kernel.check(rule, jax.ShapeDtypeStruct((B, H, T, q.shape[3]), q.dtype))
+    kernel.check(jax.eval_shape(rule_of), jax.ShapeDtypeStruct((B, H, T, q.shape[3]), q.dtype))
     require(
         kernel.differentiates_lse or not return_lse,
         f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
     )
-    hop = Hop(_tokens("q", q_positions, segment_ids, B, T), _tokens("kv", kv_positions, kv_segment_ids, B, S), rule)
-    static = _Static(kernel=kernel, blocks=block_sizes or BlockSizes())
-    q, k, v, hop, sinks = vary_together(q, k, v, hop, as_sinks(sinks, H))
+    sinks = as_sinks(sinks, H)
+    hop = Hop(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), rule_of())
+    q, k, v, hop, sinks = vary_together(q, k, v, hop, sinks)
     out, lse = _attend(static, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), hop, sinks)
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     return (out, lse) if return_lse else out
@@ -131,14 +138,21 @@ def _attend_backward(static: _Static, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _tokens(side: str, positions, segments, batch: int, length: int) -> Tokens:
+def _check_tokens(side: str, positions, segments, batch: int, length: int) -> None:
+    """Raise ValueError unless positions are integers [length] or [1 or B, length], and segments [B, length]."""
+    if positions is not None:
+        ndim = getattr(positions, "ndim", 1)
+        shape = (length,) if ndim == 1 else (None if positions.shape[0] == 1 else batch, length)
+        letters, most = ("T" if ndim == 1 else "BT"), FARTHEST - 1
+        require_integers(f"{side}_positions", positions, shape, letters, least=-most, most=most)
+    if segments is not None:
+        require_integers(f"segment ids of {side}", segments, (batch, length), "BT")
+
+
+def _tokens(positions, segments, length: int) -> Tokens:
     """Positions as [1 or B, length] and segments as [B, length], both int32."""
     runs = Runs((length,), 1, ((0,),)) if positions is None else None
     positions = jnp.arange(length) if positions is None else positions
     positions = positions[None] if positions.ndim == 1 else positions
-    rows = None if positions.shape[0] == 1 else batch
-    require_shape(f"{side}_positions", positions.shape, (rows, length), "BT")
-    if segments is not None:
-        require_shape(f"segment ids of {side}", segments.shape, (batch, length), "BT")
-        segments = segments.astype(jnp.int32)
+    segments = None if segments is None else segments.astype(jnp.int32)
     return Tokens(positions.astype(jnp.int32), segments, runs)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_attention.checks import require
+from ring_attention.checks import is_whole, require, require_array, shown
 
 
 def blockwise_feedforward(fn: Callable[[jax.Array], jax.Array], x: jax.Array, *, chunk_size: int) -> jax.Array:
@@ -19,7 +19,17 @@ def blockwise_feedforward(fn: Callable[[jax.Array], jax.Array], x: jax.Array, *,
 
     Returns:
       [..., T, N], equal to fn(x).
+
+    Raises:
+      ValueError: for a chunk size that is not positive, and for what is no function or no such array.
     """
+    require(
+        callable(fn), f"fn is {shown(fn)}, need a function of [..., tokens, features]; pass jax.nn.silu or your own"
+    )
+    require_array("x", x)
+    require(
+        x.ndim >= 2, f"x has shape {x.shape}, need [..., tokens, features]; give it an axis of tokens before the last"
+    )
     return map_chunks(fn, x, axis=x.ndim - 2, chunk_size=chunk_size)
 
 
@@ -29,7 +39,8 @@ def map_chunks(fn: Callable, tree, *, axis: int, chunk_size: int):
     `fn` is rematerialised: the backward pass keeps `tree` and runs `fn` again for one chunk after the other.
     """
     tokens = jax.tree.leaves(tree)[0].shape[axis]
-    require(chunk_size > 0, f"chunk_size={chunk_size} must be positive; use {tokens} for a single chunk")
+    whole = is_whole(chunk_size, 1)
+    require(whole, f"chunk_size={shown(chunk_size)} must be positive and whole; use {tokens} for a single chunk")
     fn = jax.checkpoint(fn)
     count, rest = divmod(tokens, chunk_size)
     if count + (rest > 0) <= 1:

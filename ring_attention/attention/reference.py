@@ -136,9 +136,7 @@ def _sum_groups(grad_BSHD, x_BSKD) -> np.ndarray:
 def _weigh(q, k, v, a: _Arguments) -> _Weights:
     """Scores, then mask, then softmax, then dropout."""
     require_attention_shapes(q, k, v)
-    check_rule(
-        window=a.window, softcap=a.softcap, scale=a.scale, dropout_rate=a.dropout_rate, dropout_key=a.dropout_key
-    )
+    check_rule(a.causal, a.window, a.softcap, a.scale, a.dropout_rate, a.dropout_key)
     q_positions_BT, k_positions_BS = _positions(a.q_positions, q), _positions(a.kv_positions, k)
     ahead_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     s_BHTS, slope = _scores(q, k, ahead_BTS, a)

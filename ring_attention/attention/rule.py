@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
 
 from ring_attention.attention.dropout import Dropout, seeds_of
-from ring_attention.checks import require, require_shape
+from ring_attention.checks import is_number, is_whole, require, require_shape, shown
 
 
 def _static(**kwargs):
@@ -70,7 +69,9 @@ def make_rule(
       ValueError: for values out of range and shapes that do not fit.
     """
     B, _, H, D = q.shape
-    check_rule(window=window, softcap=softcap, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
+    check_rule(causal, window, softcap, scale, dropout_rate, dropout_key)
+    if alibi_slopes is not None:
+        require_shape("alibi_slopes", jnp.shape(alibi_slopes), (H,), "H")
     dropout = None
     if dropout_rate > 0:
         batch, heads = batch_offset + jnp.arange(B), head_offset + jnp.arange(H)
@@ -82,7 +83,6 @@ def make_rule(
         )
     slopes = None
     if alibi_slopes is not None:
-        require_shape("alibi_slopes", jnp.shape(alibi_slopes), (H,), "H")
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
     return Rule(
         scale=D**-0.5 if scale is None else float(scale),
@@ -103,23 +103,34 @@ def as_sinks(sinks, heads: int) -> jax.Array | None:
     return jnp.asarray(sinks, jnp.float32)
 
 
-def check_rule(*, window, softcap, scale, dropout_rate, dropout_key) -> None:
+def check_rule(causal, window, softcap, scale, dropout_rate, dropout_key) -> None:
     """Raise ValueError for values that mean nothing."""
+    fits = is_number(causal) and causal in (True, False)
+    require(fits, f"causal={shown(causal)} must be True or False; leave it out to take True")
     check_window("window", window)
     for name, value in {"softcap": softcap, "scale": scale}.items():
-        fits = value is None or (math.isfinite(value) and (value > 0 or name == "scale"))
-        require(
-            fits, f"{name}={value!r} must be a finite{' positive' * (name == 'softcap')} number; None leaves it out"
-        )
-    fits = dropout_rate >= 0 and round(dropout_rate * 2**32) < 2**32  # dropout counts in 32 bits
-    require(fits, f"dropout_rate={dropout_rate!r} must be at least 0 and less than 1; 0 leaves dropout out")
-    require(
-        dropout_rate == 0 or dropout_key is not None,
-        f"dropout_rate={dropout_rate!r} needs dropout_key; pass jax.random.key(seed), another one at each step",
-    )
+        fits = value is None or (is_number(value) and math.isfinite(value) and (value > 0 or name == "scale"))
+        kind = "a finite positive number" if name == "softcap" else "a finite number"
+        require(fits, f"{name}={shown(value)} must be {kind}; None leaves it out")
+    fits = is_number(dropout_rate) and dropout_rate >= 0
+    fits = fits and round(dropout_rate * 2**32) < 2**32  # dropout counts in 32 bits
+    require(fits, f"dropout_rate={shown(dropout_rate)} must be at least 0 and less than 1; 0 leaves dropout out")
+    remedy = "pass jax.random.key(seed), another one at each step"
+    require(dropout_rate == 0 or dropout_key is not None, f"dropout_rate={dropout_rate!r} needs dropout_key; {remedy}")
+    fits = dropout_key is None or _is_key(dropout_key)
+    require(fits, f"dropout_key={shown(dropout_key)} must be one random key; {remedy}")
+
+
+def _is_key(key) -> bool:
+    """Whether this is a `jax.random` key, new style or old, and not many of them."""
+    if not hasattr(key, "dtype"):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape == ()
+    return key.dtype == jnp.uint32 and key.ndim == 1
 
 
 def check_window(name: str, window: int | None) -> None:
     """Raise ValueError unless `window` is None or a number of tokens."""
-    whole = window is None or (isinstance(window, numbers.Integral) and window >= 1)
-    require(whole, f"{name}={window!r} must be a whole number of tokens, 1 (itself alone) or more; None sees all")
+    whole = window is None or is_whole(window, 1)
+    require(whole, f"{name}={shown(window)} must be a whole number of tokens, 1 (itself alone) or more; None sees all")

@@ -11,11 +11,18 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.kernels import find_kernel, require_platform
-from ring_attention.attention.rule import as_sinks, check_window, make_rule
+from ring_attention.attention.rule import as_sinks, check_rule, check_window, make_rule
 from ring_attention.attention.varying import vary_together
-from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_shape
+from ring_attention.checks import (
+    require,
+    require_attention_dtypes,
+    require_attention_shapes,
+    require_integers,
+    require_shape,
+    shown,
+)
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec
@@ -82,10 +89,10 @@ def context_attention_shard(
     require_attention_dtypes(q, k, v)
     B, t, H, D = q.shape
     require_shape("k", k.shape, (B, t, None, D), "BtKD")
-    layout = as_layout(layout, lax.axis_size(axis_name))
+    layout = as_layout(layout, _axis_size(axis_name))
     layout.check_length(t * layout.ring_size)
     if segment_ids is not None:
-        require_shape("segment_ids", segment_ids.shape, (B, t), "Bt")
+        require_integers("segment_ids", segment_ids, (B, t), "Bt")
         segment_ids = segment_ids.astype(jnp.int32)
     rule = make_rule(
         q,
@@ -102,13 +109,22 @@ def context_attention_shard(
     )
     kernel = find_kernel(impl)
     kernel.check(rule, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
-    setting = Setting(axis_name=axis_name, layout=layout, kernel=kernel, blocks=block_sizes or BlockSizes())
+    setting = Setting(axis_name=axis_name, layout=layout, kernel=kernel, blocks=as_blocks(block_sizes))
     strategy = find_strategy(strategy, options)
     strategy.check(setting, (B, t, H, D), k.shape[2], rule)
     arrays = (q, k, v, segment_ids, rule, as_sinks(sinks, H), lax.axis_index(axis_name))
     q, k, v, segment_ids, rule, sinks, _ = vary_together(*arrays)
     out = strategy.attend(setting, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segment_ids, rule, sinks)
     return jnp.swapaxes(out, 1, 2)
+
+
+def _axis_size(axis_name: str) -> int:
+    """Devices along an axis of the shard_map, or vmap, that this is called in."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError:
+        where = f"axis_name={axis_name!r} has no meaning here, need the name of an axis that jax.shard_map goes over"
+        raise ValueError(f"{where}; call it inside a shard_map, or give it whole arrays as context_attention") from None
 
 
 def _shorter(window: int | None, max_segment_len: int | None, segment_ids) -> int | None:
@@ -188,16 +204,18 @@ def context_attention(
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
-    require(
-        axis_name in mesh.shape, f"axis_name={axis_name!r} is not an axis of the mesh, which has {dict(mesh.shape)}"
-    )
+    require(isinstance(mesh, Mesh), f"mesh={shown(mesh)} is no jax.sharding.Mesh; make one with make_mesh(sp=...)")
+    has = f"is not an axis of the mesh, which has {dict(mesh.shape)}"
+    require(axis_name in mesh.shape, f"axis_name={axis_name!r} {has}; name one of these")
     require_shape("k", k.shape, (q.shape[0], q.shape[1], None, q.shape[3]), "BTKD")
     layout = as_layout(layout, mesh.shape[axis_name])
     require_platform(find_kernel(impl), mesh.devices.flat[0].platform)
     spec = default_spec(mesh, axis_name) if spec is None else spec
     check_spec(spec, mesh, axis_name, q, k)
     if segment_ids is not None:
-        require_shape("segment_ids", segment_ids.shape, q.shape[:2], "BT")
+        require_integers("segment_ids", segment_ids, q.shape[:2], "BT")
+    check_rule(causal, window, softcap, scale, dropout_rate, dropout_key)
+    _shorter(window, max_segment_len, segment_ids)  # which checks both
     for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if array is not None:
             require_shape(name, jnp.shape(array), (q.shape[2],), "H")
@@ -210,11 +228,11 @@ def context_attention(
         causal=causal,
         window=window,
         max_segment_len=max_segment_len,
-        softcap=softcap,
-        scale=scale,
-        dropout_rate=dropout_rate,
+        softcap=None if softcap is None else float(softcap),
+        scale=None if scale is None else float(scale),
+        dropout_rate=float(dropout_rate),
         impl=impl,
-        block_sizes=block_sizes,
+        block_sizes=as_blocks(block_sizes),
     )
     return run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
 

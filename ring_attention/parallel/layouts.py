@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_attention.attention.masks import Runs
-from ring_attention.checks import require, require_choice, require_divisible
+from ring_attention.checks import is_number, is_whole, require, require_choice, require_divisible, shown
 
 LAYOUT_KINDS = ("contiguous", "zigzag", "striped")
+MOST_TOKENS = 2**31 - 1
+"""Of a sequence: positions are int32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,11 @@ class SequenceLayout:
 
     def __post_init__(self):
         require_choice("layout", self.kind, (*LAYOUT_KINDS, "dealt") if self.chunks else LAYOUT_KINDS)
-        require(self.ring_size > 0, f"ring_size={self.ring_size} must be positive")
+        ring_size = shown(self.ring_size)
+        require(is_whole(self.ring_size, 1), f"ring_size={ring_size} must be positive and whole; use mesh.shape['sp']")
         require(
-            self.stripe == 1 or (self.kind == "striped" and self.stripe > 1),
-            f"stripe={self.stripe} with layout={self.kind!r}; need 1 or more tokens, and more in striped layouts alone",
+            is_whole(self.stripe, 1) and (self.stripe == 1 or self.kind == "striped"),
+            f"stripe={shown(self.stripe)} with layout={self.kind!r}; need 1, or more in striped layouts alone",
         )
         dealt = sorted(chunk for shard in self.chunks for chunk in shard)
         require(
@@ -66,8 +69,11 @@ class SequenceLayout:
           ValueError: for a speed that is not positive, or no chunks.
         """
         P, n = len(speeds), chunks_per_shard
-        require(P > 0 and all(0 < s < math.inf for s in speeds), f"speeds={list(speeds)} must be positive numbers")
-        require(n > 0, f"chunks_per_shard={n} must be positive; leave it out to take the default")
+        require(
+            P > 0 and all(is_number(s) and 0 < s < math.inf for s in speeds),
+            f"speeds={shown(list(speeds))} must be positive numbers; give one to each device of the ring",
+        )
+        require(is_whole(n, 1), f"chunks_per_shard={shown(n)} must be positive; leave it out to take the default")
         need = [(P * n) ** 2 / 2 * speed / sum(speeds) for speed in speeds]
         shards = [[] for _ in speeds]
         for chunk in reversed(range(P * n)):
@@ -89,6 +95,9 @@ class SequenceLayout:
 
     def check_length(self, seq_len: int) -> None:
         """Raise ValueError unless `seq_len` tokens can be dealt in equal shards."""
+        fits = is_whole(seq_len, 1) and seq_len <= MOST_TOKENS
+        need = f"must be a whole number from 1 to {MOST_TOKENS}, since positions are int32"
+        require(fits, f"seq_len={shown(seq_len)} {need}; choose at least {self._pieces}")
         per_device = self._pieces // self.ring_size
         name = "the ring size sp" if per_device == 1 else f"{per_device}*sp ({self.kind})"
         other = ' or use layout="striped"' if self._pieces > self.ring_size and seq_len % self.ring_size == 0 else ""
@@ -208,6 +217,8 @@ def as_layout(layout: "str | SequenceLayout", ring_size: int) -> SequenceLayout:
     """A SequenceLayout from its name, or the one given if it fits the ring."""
     if isinstance(layout, str):
         return SequenceLayout(layout, ring_size)
+    if not isinstance(layout, SequenceLayout):
+        require_choice("layout", layout, LAYOUT_KINDS)
     remedy = f"SequenceLayout({layout.kind!r}, {ring_size})"
     if layout.kind == "dealt":
         remedy = f"SequenceLayout.for_speeds with {ring_size} speeds"

@@ -1,12 +1,12 @@
 """The device mesh and the names of its axes."""
 
+import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from ring_attention.checks import require
+from ring_attention.checks import is_whole, require, shown
 from ring_attention.parallel.wires import arrange
 
 DATA, FSDP, SEQUENCE, TENSOR = "dp", "fsdp", "sp", "tp"
@@ -49,12 +49,13 @@ def compiler_options(mesh: Mesh) -> dict[str, int]:
 
 def resolve_mesh_shape(shape: dict[str, int], num_devices: int) -> dict[str, int]:
     """`shape` with its -1, if any, replaced by what `num_devices` leaves for it."""
-    words = ", ".join(f"{name}={size}" for name, size in shape.items())
+    words = ", ".join(f"{name}={shown(size)}" for name, size in shape.items())
     require(
-        all(size > 0 or size == -1 for size in shape.values()) and list(shape.values()).count(-1) < 2,
-        f"mesh has {words}; sizes must be positive, and one of them may be -1",
+        all(is_whole(size, 1) or size == -1 for size in shape.values()) and list(shape.values()).count(-1) < 2,
+        f"mesh has {words}, need whole positive sizes, or -1 once; use 1 to leave an axis out",
     )
-    fixed = int(np.prod([size for size in shape.values() if size != -1]))
+    require(num_devices > 0, f"mesh {words} has got 0 devices, need at least 1; leave devices= out to take all")
+    fixed = math.prod(size for size in shape.values() if size != -1)
     free = -1 in shape.values()
     fits = num_devices % fixed == 0 if free else num_devices == fixed
     need = f"a multiple of {fixed}" if free else f"exactly {fixed}"

@@ -4,6 +4,11 @@ import os
 
 import jax
 
+from ring_attention.checks import is_whole, require, shown
+
+MOST_DEVICES = 4096
+"""That make sense: each has threads and buffers of its own."""
+
 _PATIENCE = {
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 600,
     "xla_cpu_collective_call_terminate_timeout_seconds": 7200,
@@ -18,8 +23,11 @@ def simulate_devices(count: int) -> None:
     accelerator is the default backend, `jax.devices()` is not affected.
 
     Raises:
+      ValueError: for a number of devices that no machine can simulate.
       RuntimeError: if the CPU backend has already started with fewer devices.
     """
+    fits = is_whole(count, 1) and count <= MOST_DEVICES
+    require(fits, f"cannot simulate {shown(count)} devices, need 1 to {MOST_DEVICES}; choose a smaller mesh")
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:

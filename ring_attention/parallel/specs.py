@@ -21,7 +21,10 @@ def default_spec(mesh: Mesh, axis_name: str) -> PartitionSpec:
 def check_spec(spec: PartitionSpec, mesh: Mesh, axis_name: str, q, k) -> None:
     """Raise ValueError unless q and k can be sharded so, and so that each device has whole heads of some tokens."""
     require(
-        len(spec) >= 2 and spec[1] == axis_name and (len(spec) < 4 or spec[3] is None),
+        isinstance(spec, PartitionSpec)
+        and len(spec) >= 2
+        and spec[1] == axis_name
+        and (len(spec) < 4 or spec[3] is None),
         f"spec={spec} must shard axis 1 (tokens) over {axis_name!r} alone and leave axis 3 (head_dim) whole; "
         f"for example {default_spec(mesh, axis_name)}",
     )

@@ -3,7 +3,7 @@
 import dataclasses
 from types import MappingProxyType
 
-from ring_attention.checks import require_choice
+from ring_attention.checks import is_whole, require, require_choice, shown
 from ring_attention.parallel.all_gather import AllGather
 from ring_attention.parallel.ring import Ring, SingleDevice, SlidingWindow
 from ring_attention.parallel.ring_self_attention import RingSelfAttention
@@ -33,10 +33,10 @@ def find_strategy(strategy: str | Strategy, options: dict | None = None) -> Stra
     """The strategy of this name with these options, or the one given.
 
     Raises:
-      ValueError: for a name that is not known.
+      ValueError: for a name that is not known, or an option of another kind.
       TypeError: for an option that the strategy does not have.
     """
-    if isinstance(strategy, str):
+    if not isinstance(strategy, Strategy):
         require_choice("strategy", strategy, STRATEGIES)
         strategy = STRATEGIES[strategy]
     known = [field.name for field in dataclasses.fields(strategy) if field.init]
@@ -44,4 +44,17 @@ def find_strategy(strategy: str | Strategy, options: dict | None = None) -> Stra
         if name not in known:
             takes = f"its options are {', '.join(known)}" if known else "it has no options"
             raise TypeError(f"got {name!r}, which is neither an argument nor an option of {strategy.name!r}; {takes}")
-    return dataclasses.replace(strategy, **options) if options else strategy
+    strategy = dataclasses.replace(strategy, **options) if options else strategy
+    for name in known:
+        _check_option(strategy, name)
+    return strategy
+
+
+def _check_option(strategy: Strategy, name: str) -> None:
+    """Raise ValueError unless an option is a switch where its default is one, and else None or a positive number."""
+    value, default = getattr(strategy, name), getattr(type(strategy), name)
+    if isinstance(default, bool):
+        fits, need = isinstance(value, bool), "True or False"
+    else:
+        fits, need = value is None or is_whole(value, 1), "a whole number, 1 or more"
+    require(fits, f"{name}={shown(value)} of strategy={strategy.name!r} must be {need}; leave it out for the default")

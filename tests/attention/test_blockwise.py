@@ -208,7 +208,7 @@ BAD_CALLS = {
         "segment_ids covers T=8 queries, but there are S=9 keys; give kv_segment_ids [B,S] as well",
     ),
     "segments of another shape": ({}, dict(segment_ids=jnp.zeros((2, 9), int)), "segment ids of q has shape (2, 9)"),
-    "positions of another length": ({}, dict(q_positions=jnp.arange(7)), "q_positions has shape (1, 7)"),
+    "positions of another length": ({}, dict(q_positions=jnp.arange(7)), "q_positions has shape (7,), need [T=8]"),
     "unknown kernel": ({}, dict(impl="magic"), "impl='magic' is not known; choose one of 'auto', "),
     "window of nothing": (
         {},

@@ -33,5 +33,5 @@ def test_hidden_activations_exist_for_one_chunk_only():
 
 def test_a_chunk_size_of_zero_is_refused():
     fn, x = _problem()
-    with pytest.raises(ValueError, match="chunk_size=0 must be positive; use 26"):
+    with pytest.raises(ValueError, match="chunk_size=0 must be positive and whole; use 26"):
         ra.blockwise_feedforward(fn, x, chunk_size=0)

@@ -61,15 +61,15 @@ def test_shapes_are_resolved_for_any_number_of_devices_without_having_them():
         ),
         (
             dict(dp=-1),
-            "mesh has dp=-1, fsdp=1, sp=-1, tp=1; sizes must be positive, and one of them may be -1",
+            "mesh has dp=-1, fsdp=1, sp=-1, tp=1, need whole positive sizes, or -1 once; use 1 to leave an axis out",
         ),
         (
             dict(sp=0),
-            "mesh has dp=1, fsdp=1, sp=0, tp=1; sizes must be positive, and one of them may be -1",
+            "mesh has dp=1, fsdp=1, sp=0, tp=1, need whole positive sizes, or -1 once; use 1 to leave an axis out",
         ),
         (
             dict(sp=-2),
-            "mesh has dp=1, fsdp=1, sp=-2, tp=1; sizes must be positive, and one of them may be -1",
+            "mesh has dp=1, fsdp=1, sp=-2, tp=1, need whole positive sizes, or -1 once; use 1 to leave an axis out",
         ),
     ],
     ids=str,

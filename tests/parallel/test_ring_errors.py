@@ -82,7 +82,7 @@ BAD_CALLS = {
     "heads that do not divide": (
         dict(H=4, K=3),
         {},
-        "q has H=4 heads and k has K=3; K must divide H (grouped queries)",
+        "q has H=4 heads and k has K=3; K must divide H (grouped queries); repeat heads of k and v, or use others",
     ),
     "keys of another length": (
         dict(S=56),
@@ -97,7 +97,7 @@ BAD_CALLS = {
     "axis name": (
         {},
         dict(axis_name="ring"),
-        "axis_name='ring' is not an axis of the mesh, which has {'dp': 1, 'fsdp': 1, 'sp': 4, 'tp': 2}",
+        f"axis_name='ring' is not an axis of the mesh, which has {dict(dp=1, fsdp=1, sp=4, tp=2)}; name one of these",
     ),
     "spec without the ring": (
         {},
