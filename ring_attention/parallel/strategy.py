@@ -119,5 +119,9 @@ class Strategy:
 
 def closest_divisor(number: int, wanted: float, multiple_of: int = 1) -> int | None:
     """The divisor of `number` nearest to `wanted` (in ratio) that is a multiple of `multiple_of`, or None."""
-    divisors = [n for n in range(multiple_of, number + 1, multiple_of) if number % n == 0]
-    return min(divisors, key=lambda n: abs(math.log(n / wanted)), default=None)
+    if number < 1 or number % multiple_of:
+        return None
+    rest = number // multiple_of
+    small = [n for n in range(1, math.isqrt(rest) + 1) if rest % n == 0]
+    divisors = sorted({n * multiple_of for n in small} | {rest // n * multiple_of for n in small})
+    return min(divisors, key=lambda n: abs(math.log(n / wanted)))

@@ -1,6 +1,7 @@
 """Whether a config can run on a mesh, decided before anything is opened or compiled."""
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel, require_platform
@@ -12,6 +13,10 @@ from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import check_fits
 from ring_attention.parallel.strategy import Setting
 from ring_attention.training.config import TrainConfig
+from ring_attention.training.config_values import config_to_dict
+
+MOST = 2**31 - 1
+"""Of anything that is counted: steps, tokens and positions are int32, and so are the axes of an array."""
 
 
 def check_feasible(config: TrainConfig, mesh_shape: dict[str, int], platform: str | None = None) -> None:
@@ -21,6 +26,7 @@ def check_feasible(config: TrainConfig, mesh_shape: dict[str, int], platform: st
     asked of them, and the kernel must run on devices of this platform, if it is given.
     """
     model = config.model
+    _check_sizes(config)
     try:
         layout = config.attention.make_layout(mesh_shape[SEQUENCE])
         layout.check_length(config.seq_len)
@@ -47,6 +53,15 @@ def check_feasible(config: TrainConfig, mesh_shape: dict[str, int], platform: st
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    """Raise ConfigError for a count that 32 bits do not hold; seeds are no counts."""
+    for field, value in flatten_dict(config_to_dict(config), sep=".").items():
+        is_count = type(value) is int and not field.endswith("seed")
+        require_field(
+            not is_count or value <= MOST, field, value, f"must be at most {MOST}, as 32 bits hold", "give less"
+        )
 
 
 def _check_attention(config: TrainConfig, layout: SequenceLayout, head_parts: int) -> None:

@@ -154,7 +154,8 @@ def _parse(values: flags.FlagValues, argv: list[str], *, known_only: bool = Fals
     try:
         return values([_PROGRAM, *argv], known_only=known_only)[1:]
     except flags.UnrecognizedFlagError as error:
-        raise _unknown_flag(next(arg for arg in argv if _flag_name(arg) == error.flagname)) from None
+        name = error.flagname
+        raise _unknown_flag(next((arg for arg in argv if _flag_name(arg) == name), f"--{name}")) from None
     except flags.Error as error:
         raise ConfigError(f"{one_line(error)}; write --config=PATH or --config.FIELD=VALUE") from None
 
@@ -180,7 +181,7 @@ def _read_text(field: str, text: str, *, example: Any) -> Any:
     except ValueError:
         value = None
     if value is None or (kind is float and not math.isfinite(value)):
-        remedy = f"write it like --config.{field}={example}"
+        remedy = f"write it like --config.{field}={str(example).lower() if kind is bool else example}"
         raise ConfigError(f"{field}={shown(text)}: must be {KIND_WORDS[kind]}; {remedy}")
     return value
 
