@@ -45,16 +45,17 @@ def find_strategy(strategy: str | Strategy, options: dict | None = None) -> Stra
             takes = f"its options are {', '.join(known)}" if known else "it has no options"
             raise TypeError(f"got {name!r}, which is neither an argument nor an option of {strategy.name!r}; {takes}")
     strategy = dataclasses.replace(strategy, **options) if options else strategy
-    for name in known:
-        _check_option(strategy, name)
+    _check_options(strategy)
     return strategy
 
 
-def _check_option(strategy: Strategy, name: str) -> None:
-    """Raise ValueError unless an option is a switch where its default is one, and else None or a positive number."""
-    value, default = getattr(strategy, name), getattr(type(strategy), name)
-    if isinstance(default, bool):
-        fits, need = isinstance(value, bool), "True or False"
-    else:
-        fits, need = value is None or is_whole(value, 1), "a whole number, 1 or more"
-    require(fits, f"{name}={shown(value)} of strategy={strategy.name!r} must be {need}; leave it out for the default")
+def _check_options(strategy: Strategy) -> None:
+    """Raise ValueError unless switches are True or False, and numbers None or positive."""
+    for field in dataclasses.fields(strategy):
+        value, fits, need = getattr(strategy, field.name), True, ""
+        if field.type is bool:
+            fits, need = isinstance(value, bool), "True or False"
+        elif field.type == int | None:
+            fits, need = value is None or is_whole(value, 1), "a whole number, 1 or more"
+        got = f"{field.name}={shown(value)} of strategy={strategy.name!r}"
+        require(fits, f"{got} must be {need}; leave it out for the default")
