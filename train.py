@@ -74,13 +74,15 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> str:
         hardware = f"Running on {devices.size} x {devices[0].device_kind}"
     processes = len({device.process_index for device in devices})
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    return (
-        f"{hardware}{f', in {processes} processes' if processes > 1 else ''}.\n"
+    lines = [
+        f"{hardware}{f', in {processes} processes' if processes > 1 else ''}.",
         f"{config.name}: {config.model.num_parameters:,} parameters, {config.seq_len:,} tokens of context, "
-        f"mesh {shape}, {config.attention.in_words}.\n"
-        f"{len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out. "
-        f"The first step compiles; give it a minute."
-    )
+        f"mesh {shape}, {config.attention.in_words}.",
+        f"{len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out.",
+        *corpus.report.lines(),
+        "The first step compiles; give it a minute.",
+    ]
+    return "\n".join(lines)
 
 
 def run(argv: list[str]) -> int:

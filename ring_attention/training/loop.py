@@ -45,11 +45,13 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) ->
     """
     feed, held_out = Feed(config, mesh, corpus), HeldOut(config, mesh, corpus)
     with Checkpoints(folder.checkpoints) as checkpoints:
-        state = _start_or_resume(config, mesh, checkpoints, feed)
+        state, evaluated = _start_or_resume(config, mesh, checkpoints, feed)
         start = int(state.step)
         train_step = make_train_step(config, mesh)
         guard = NonFiniteGuard(config, mesh, folder.path)
         with TrainLog(config, mesh, folder, held_out, start) as log, Preemption() as preemption:
+            if start and not evaluated and start % config.eval_every == 0:
+                log.add_heldout(start, held_out.loss(state.params))
             for step in range(start + 1, config.num_steps + 1):
                 rows, batch = next(feed)  # while the devices work on the step before
                 guard.settle(state.params)
@@ -65,7 +67,7 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) ->
                 if last or preempted or step % config.checkpoint_every == 0:
                     guard.settle(state.params)
                     log.flush()  # what a checkpoint has seen must be in the metrics when a run resumes from it
-                    checkpoints.save(step, state, feed.get_state())
+                    checkpoints.save(step, state, {"position": feed.get_state(), "evaluated": not preempted})
                 if preempted:
                     checkpoints.wait()
                     raise Preempted(
@@ -76,16 +78,17 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) ->
     return Result(loss * held_out.bits_per_byte_of, held_out)
 
 
-def _start_or_resume(config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints, feed: Feed) -> TrainState:
+def _start_or_resume(config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints, feed: Feed) -> tuple[TrainState, bool]:
+    """The state to go on from, and whether its step was evaluated, which one that was stopped by SIGTERM is not."""
     abstract = sharded_abstract_state(config, mesh)
     checkpoints.require_room(abstract)
     restored = checkpoints.restore_newest(abstract, warn=_warn)
     if restored is None:
-        return make_state(config, mesh)
-    feed.set_state(restored.data)
+        return make_state(config, mesh), False
+    feed.set_state(restored.data["position"])
     if is_first():
         print(f"Going on from step {restored.step}.", flush=True)
-    return restored.state
+    return restored.state, restored.data["evaluated"]
 
 
 def _warn(line: str) -> None:

@@ -1,0 +1,163 @@
+"""train.py on several processes of this machine, through JAX's own runtime and gloo."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ring_attention.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--config=configs/tiny.py",
+    *("--config.model.num_layers=1", "--config.model.ffn_chunk=64", "--config.model.loss_chunk=64"),
+    *("--config.seq_len=64", "--config.data.streams=6", "--config.data.holdout_fraction=0.3"),
+    *("--config.num_steps=8", "--config.eval_every=4", "--config.log_every=1"),
+]
+RING_OF_4 = ["--config.mesh.fsdp=1", "--config.mesh.sp=4", "--config.mesh.tp=1"]
+FSDP_AND_RING_OF_4 = ["--config.mesh.fsdp=2", "--config.mesh.sp=4", "--config.mesh.tp=1"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for file in sorted(ROOT.glob("ring_attention/data/*.py")):
+        (folder / file.name).write_bytes(file.read_bytes() + b"\n")
+    return f"--config.data.paths={folder}/*.py"
+
+
+def start(num_processes, *flags):
+    """The processes of one run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    env.pop("XLA_FLAGS", None)
+    processes = []
+    for number in range(num_processes):
+        who = [address, f"--num_processes={num_processes}", f"--process_id={number}"] if num_processes > 1 else []
+        command = [sys.executable, "train.py", *SMALL, *who, *flags]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+    return processes
+
+
+def finish(processes, timeout=400):
+    """(exit status, stdout, stderr) of each process, none of which outlives this call."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def losses(folder):
+    """{(step, name): number} of all that does not depend on the clock."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {(x["step"], name): x[name] for x in lines for name in ("loss", "heldout_loss", "grad_norm") if name in x}
+
+
+def wait_for_step(folder, step, processes, timeout=400):
+    end = time.monotonic() + timeout
+    while not any(line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")):
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """The losses of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    ((status, _, stderr),) = finish(start(1, corpus, *FSDP_AND_RING_OF_4, f"--config.run_dir={folder}"))
+    assert status == 0, stderr
+    return losses(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_compiled_once(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        yield
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_several_processes_have_the_losses_of_one_and_only_the_first_speaks(alone, corpus, tmp_path, num_processes):
+    ended = finish(start(num_processes, corpus, *FSDP_AND_RING_OF_4, f"--config.run_dir={tmp_path}"))
+    assert [status for status, _, _ in ended] == [0] * num_processes, ended
+    got = losses(tmp_path)
+    assert got.keys() == alone.keys()
+    assert len(got) == 18
+    assert got == pytest.approx(alone, rel=1e-5)
+    assert f"in {num_processes} processes" in ended[0][1]
+    assert "Run folder:" in ended[0][1]
+    assert not any("documents to train on" in stdout or "Run folder:" in stdout for _, stdout, _ in ended[1:])
+
+
+def test_a_signal_to_one_process_stops_all_after_a_checkpoint_and_fewer_processes_go_on(corpus, tmp_path):
+    flags = [corpus, *RING_OF_4, f"--config.run_dir={tmp_path}", "--config.num_steps=4000", "--config.eval_every=4000"]
+    processes = start(4, *flags)
+    wait_for_step(tmp_path, 3, processes)
+    begin = time.monotonic()
+    processes[2].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert time.monotonic() - begin < 30
+    assert [status for status, _, _ in ended] == [143] * 4, ended
+    (line,) = [line for line in ended[0][2].splitlines() if line.startswith("Stopped by SIGTERM after step ")]
+    step = int(line.split()[5])
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    processes = start(2, *flags)
+    wait_for_step(tmp_path, step + 2, processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [status for status, _, _ in ended] == [143] * 2, ended
+    assert f"Going on from step {step}." in ended[0][1]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_when_one_process_is_killed_the_others_say_which_and_stop_within_a_minute(corpus, tmp_path, victim):
+    flags = [*RING_OF_4, "--config.num_steps=100000", "--config.eval_every=100000", "--config.checkpoint_every=100000"]
+    processes = start(4, corpus, *flags, f"--config.run_dir={tmp_path}")
+    wait_for_step(tmp_path, 3, processes)
+    begin = time.monotonic()
+    processes[victim].kill()
+    ended = finish(processes, timeout=120)
+    assert time.monotonic() - begin < 60
+    del ended[victim]
+    assert [status for status, _, _ in ended] == [1] * 3, ended
+    for _, _, stderr in ended:
+        assert f"train.py: error: process {victim} of 4 has not been heard of for" in stderr.splitlines()[-1]
+
+
+def test_a_mistake_that_one_process_makes_ends_the_others_with_its_words(corpus, tmp_path):
+    flags = [*RING_OF_4, f"--config.run_dir={tmp_path}/run"]
+    processes = start(2, corpus, *flags)
+    processes[1].kill()
+    processes[1].communicate()
+    ids = [arg for arg in processes[0].args if arg.startswith(("--coordinator", "--num_processes"))]
+    wrong = [
+        sys.executable,
+        "train.py",
+        *SMALL,
+        *ids,
+        "--process_id=1",
+        *flags,
+        f"--config.data.paths={tmp_path}/*.txt",
+    ]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes[1] = subprocess.Popen(wrong, cwd=ROOT, env=env, **pipes)
+    (first, _, stderr), (second, _, words) = finish(processes)
+    assert (first, second) == (2, 2), (stderr, words)
+    assert "no file matches" in words.splitlines()[-1]
+    assert "process 1 of 2 has stopped: data.paths=" in stderr
