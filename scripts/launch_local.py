@@ -80,13 +80,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def start_all(args: argparse.Namespace, children: list[Child]) -> None:
     """Start the processes and append them to `children`, so that those are known if a later one cannot be started."""
     address = f"127.0.0.1:{free_port()}"
-    # By itself JAX's coordinator listens on every interface. A process with no terminal prints in blocks of 8 KiB.
-    loopback = {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_BIND_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}  # a pipe would get blocks of 8 KiB
     for index in range(args.processes):
         place = [f"--coordinator_address={address}", f"--num_processes={args.processes}", f"--process_id={index}"]
         child = subprocess.Popen(
             [sys.executable, args.program, *place, *args.program_args],
-            env=os.environ | loopback,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

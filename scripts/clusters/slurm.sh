@@ -25,8 +25,8 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit 2
 
-# A job that was restarted this often, for whatever reason, stops when a process crashes; SIGTERM always restarts it.
-max_restarts=${MAX_RESTARTS:-100}
+# A job that was started again this often, for whatever reason, stops at the next failure; SIGTERM is none.
+max_restarts=${MAX_RESTARTS:-50}
 
 # JAX gives a process under SLURM one GPU unless it is told otherwise.
 if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 ]]; then
@@ -42,21 +42,18 @@ srun --label --cpu-bind=none --kill-on-bad-exit=0 --wait=120 python train.py "$@
 status=$? # the highest of all processes'; 128 + N where signal N ended one
 
 restart() {
-  echo "slurm.sh: $1 (status $status): the job goes back to the queue and on from its newest checkpoint"
+  echo "slurm.sh: status $status: the job goes back to the queue, and on from its newest checkpoint"
   scontrol requeue "$SLURM_JOB_ID"
   exit
 }
 
-restarts=${SLURM_RESTART_COUNT:-0}
 case $status in
   0) exit 0 ;;
-  143) restart "stopped by SIGTERM" ;;
-  # 1: the run failed, 2: a mistake in what it was told, 130: interrupted, 253: SLURM's own, out of memory.
-  1 | 2 | 130 | 253) exit "$status" ;;
-  *)
-    if ((status > 128 && restarts < max_restarts)); then
-      restart "a process died"
-    fi
+  143) restart ;; # stopped by SIGTERM, everything is saved
+  # A mistake in flags, config or data; Ctrl-C; SLURM's own status for out of memory. The same would happen again.
+  2 | 130 | 253) exit "$status" ;;
+  *) # failed, or a process was killed
+    if ((${SLURM_RESTART_COUNT:-0} < max_restarts)); then restart; fi
     exit "$status"
     ;;
 esac

@@ -48,14 +48,15 @@ def test_bash_can_read_every_script(script):
     ("status", "restarts", "requeued"),
     [
         (0, 0, False),
-        (1, 0, False),
+        (1, 0, True),
+        (1, 50, False),
         (2, 0, False),
         (130, 0, False),
         (143, 0, True),
         (143, 5000, True),
         (137, 0, True),  # killed, or its node had no memory left for it
-        (139, 99, True),
-        (137, 100, False),
+        (139, 49, True),
+        (137, 50, False),
         (253, 0, False),
     ],
 )
