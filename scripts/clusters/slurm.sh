@@ -25,7 +25,7 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit 2
 
-# A job that was started again this often, for whatever reason, stops at the next failure; SIGTERM is none.
+# A job that was started again this often, for whatever reason, stops at its next failure. SIGTERM is not one.
 max_restarts=${MAX_RESTARTS:-50}
 
 # JAX gives a process under SLURM one GPU unless it is told otherwise.
