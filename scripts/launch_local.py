@@ -4,7 +4,8 @@
 
 starts `python train.py --coordinator_address=127.0.0.1:PORT --num_processes=4 --process_id=I` four times, each with the
 arguments after `--`. The processes run on CPU, and share out the simulated devices of the mesh. Each line that process
-I prints begins with [I]. SIGINT (Ctrl-C) and SIGTERM go to every process, once.
+I prints begins with [I]; those in which gloo counts its connections are left out. SIGINT (Ctrl-C) and SIGTERM go to
+every process, once.
 
 When a process fails, the others have --grace seconds to stop by themselves; those that do not are killed. The exit
 status is that of the process that failed first, 128 + N if signal N ended it. No process outlives the launcher; on
@@ -16,6 +17,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +32,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
+
+# What gloo says of connections among CPU devices: hundreds of lines, which nothing switches off.
+CHATTER = re.compile(rb"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected number[a-z ]* is : \d+\n?")
 
 Child = subprocess.Popen[bytes]
 
@@ -127,12 +132,14 @@ def relay(index: int, child: Child) -> list[threading.Thread]:
 
 
 def copy_lines(source: BinaryIO, sink: BinaryIO, prefix: bytes) -> None:
-    """Copy lines, whole even where several threads write to `sink`, until `source` ends."""
+    """Copy lines but CHATTER, whole even where several threads write to `sink`, until `source` ends."""
     # Closing `source` tells the child if nobody reads `sink` any more.
     with source, contextlib.suppress(BrokenPipeError):
         for line in source:
-            sink.write(prefix + line.rstrip(b"\n") + b"\n")
-            sink.flush()
+            kept = CHATTER.sub(b"", line)
+            if kept:
+                sink.write(prefix + kept.rstrip(b"\n") + b"\n")
+                sink.flush()
 
 
 def wait_for_all(children: list[Child], signals: list[int], grace: float) -> int:

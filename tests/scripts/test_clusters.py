@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ring_attention.training.flags import parse_config
+from ring_attention.training.survival import errors
 
 REPOSITORY = Path(__file__).parents[2]
 CLUSTERS = REPOSITORY / "scripts" / "clusters"
@@ -277,6 +278,21 @@ def test_cloud_tpu_says_which_variable_is_missing(tmp_path):
     assert done.returncode != 0
     assert "IMAGE" in done.stderr
     assert not called
+
+
+DOCS = (REPOSITORY / "docs" / "pods.md").read_text()
+
+
+def test_the_docs_list_every_exit_status_of_train_py():
+    listed = [int(status) for status in re.findall(r"^\| (\d+) \| .* \| .* \|$", DOCS, re.MULTILINE)]
+    assert listed == sorted([errors.FINISHED, errors.FAILED, errors.MISTAKE, errors.INTERRUPTED, errors.PREEMPTED])
+
+
+def test_every_file_that_the_docs_name_is_there():
+    named = re.findall(r"(?:scripts|tests|configs)/[\w./]+\w", DOCS) + re.findall(r"\]\((\w+\.md)\)", DOCS)
+    missing = [name for name in named if not (REPOSITORY / name).exists() and not (REPOSITORY / "docs" / name).exists()]
+    assert not missing
+    assert len(set(named)) > 8
 
 
 JOIN = """

@@ -122,6 +122,12 @@ def test_output_that_is_no_text_or_has_no_last_newline_comes_through(start):
     assert finish(launcher) == (0, b"[0] \xff\n[0] \n[0] end\n", b"")
 
 
+def test_gloos_counting_of_connections_is_left_out_and_nothing_else(start):
+    gloo = "[Gloo] Rank 3 is connected to 15 peer ranks. Expected number of connected peer ranks is : 15"
+    status, out, _ = finish(start(f"print('before\\n{gloo}\\n{gloo}after [Gloo] Rank\\n')", processes=1))
+    assert (status, out) == (0, "[0] before\n[0] after [Gloo] Rank\n[0] \n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_process_once_and_decides_the_status(start, tmp_path, number):
     launcher = start("stop_when_told(None)")
