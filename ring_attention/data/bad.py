@@ -50,6 +50,12 @@ class DataReport:
         self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
         self.examples.setdefault(bad.reason, bad.problem)
 
+    def merge(self, later: "DataReport") -> None:
+        """Count also what another report has counted."""
+        for reason, count in later.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.examples.setdefault(reason, later.examples[reason])
+
     @property
     def total(self) -> int:
         """Documents left out."""

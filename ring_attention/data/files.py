@@ -162,9 +162,9 @@ def _text_of_line(line: Line, where: str, text_field: str) -> bytes:
 def _parse(line: Line, where: str) -> dict:
     """The JSON object that a line holds; raises BadDocumentError for any other line."""
     try:
-        fields = json.loads(_decode(line.content, where, line.begin))
+        fields = json.loads(_decode(line.content, where, line.begin).rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        problem = f"is not JSON ({error.msg} at column {error.colno})"
+        problem = f"is not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     except RecursionError:
         problem = "is not JSON that can be read (nested too deeply)"
     except ValueError:  # Python reads no integer of more than 4300 digits

@@ -1,6 +1,7 @@
 """Documents with random access, and the split that keeps some of them away from training."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import operator
@@ -83,17 +84,19 @@ def open_documents(config: DataConfig) -> DocumentSource:
     expected = {Reason.EMPTY, Reason.NOT_UTF8, Reason.BINARY} if is_stdlib else {Reason.EMPTY}
     report = DataReport()
 
-    def leave_out(bad: BadDocumentError) -> None:
+    def leave_out(counted: DataReport, bad: BadDocumentError) -> None:
         may = config.bad_documents == SKIP or bad.reason in expected
         require_field(may, f"data.{bad.field}", getattr(config, bad.field), bad.problem, bad.remedy)
-        report.add(bad)
+        counted.add(bad)
 
     files = []
     for name, path in sorted(found):
+        lines = DataReport()  # those of a file that is left out do not count beside it
         try:
-            files.append(open_document_file(path, name, config, leave_out))
+            files.append(open_document_file(path, name, config, functools.partial(leave_out, lines)))
+            report.merge(lines)
         except BadDocumentError as bad:
-            leave_out(bad)
+            leave_out(report, bad)
     counts = [len(documents) for documents in files]
     _require_any(sum(counts), config, report)
     file_numbers, numbers_in_file = np.repeat(np.arange(len(files)), counts), np.concatenate([*map(np.arange, counts)])

@@ -48,7 +48,7 @@ BAD_FILES = {
 BAD_LINES = {
     "not UTF-8": (b'{"text": "caf\xe9"}', "data.paths", "a.jsonl:2 is not valid UTF-8 at byte offset 31"),
     "binary": (b'{"text": "a\0"}', "data.paths", "a.jsonl:2 holds a NUL byte at byte offset 29"),
-    "cut off": (b'{"text": "cut', "data.paths", "a.jsonl:2 is not JSON (Invalid control character at at column 14)"),
+    "cut off": (b'{"text": "cut', "data.paths", "a.jsonl:2 is not JSON (Unterminated string starting at column 10)"),
     "nested": (b"[" * 99_999, "data.paths", "a.jsonl:2 is not JSON that can be read (nested too deeply)"),
     "digits": (b'{"n": ' + b"9" * 4301 + b"}", "data.paths", "a.jsonl:2 is not JSON that can be read (a number has"),
     "a list": (b"[1]", "data.paths", "a.jsonl:2 holds a list, not an object"),
@@ -126,6 +126,14 @@ def test_the_report_counts_by_reason_and_shows_the_first_of_each(tmp_path):
         f"  3 no JSON object, the first: {tmp_path}/a.jsonl:3 holds a list, not an object",
         f"  1 no string in the text field, the first: {tmp_path}/a.jsonl:8 holds a int there, not a string",
     ]
+
+
+def test_lines_of_an_archive_that_is_left_out_do_not_count_beside_it(tmp_path):
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'[]\n{"text": "good"}\n' * 99)[:-12])
+    report = open_documents(config_of(tmp_path)).report
+    assert report.counts == {Reason.UNREADABLE: 1}
+    assert f"1 unreadable, the first: {tmp_path}/b.jsonl.gz cannot be read" in report.lines()[1]
 
 
 def test_data_without_fault_give_nothing_to_report(tmp_path):

@@ -5,6 +5,7 @@ import grain
 import pytest
 
 from ring_attention.checks import ConfigError
+from ring_attention.data.bad import Reason
 from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents, split_documents
 
@@ -149,7 +150,7 @@ def test_a_file_that_the_system_refuses_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"text": "cut', "is not JSON (Unterminated string starting at at column 10); repair that line"),
+        ('{"text": "cut', "is not JSON (Unterminated string starting at column 10); repair that line"),
         ("[1, 2]", "holds a list, not an object"),
         (r'{"text": "\ud800"}', "escapes half a surrogate pair at character 0 of its text"),
     ],
@@ -236,3 +237,4 @@ def test_the_standard_librarys_bad_encodings_are_left_out(tmp_path, monkeypatch)
     write(tmp_path / "site-packages" / "other.py", "y = 2")
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     assert documents("python-stdlib") == {"good.py": b"x = 1"}
+    assert open_documents(DataConfig()).report.counts == {Reason.NOT_UTF8: 1}
