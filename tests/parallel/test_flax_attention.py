@@ -233,7 +233,7 @@ def test_every_setting_reaches_the_attention(name, monkeypatch):
 
     monkeypatch.setattr(flax_attention, "context_attention", record)
     mesh, q = _mesh(2), jnp.zeros((B, T, H, D))
-    value = jnp.ones((B, T), jnp.int32) if name == "segment_ids" else object()
+    value = jnp.ones((B, T), jnp.int32) if name == "segment_ids" else True if name in OPTIONS else object()
     ra.flax_attention_fn(mesh=mesh, **{name: value})(q, q, q)
     np.testing.assert_array_equal(given[0].pop(name), value)
     others = dict(mesh=mesh) if name == "segment_ids" else dict(mesh=mesh, segment_ids=None)
