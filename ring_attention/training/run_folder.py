@@ -134,7 +134,14 @@ def _stored(folder: RunFolder) -> dict[str, Any]:
         stored = flatten_dict(json.loads(folder.config.read_text(encoding="utf-8")), sep=".")
     except (ValueError, AssertionError) as error:  # flatten_dict asserts that it got a dict
         raise ConfigError(f"{folder.config} is not a config in JSON; mend it or {_OTHER_FOLDER}") from error
-    version = stored.pop("version", VERSION)
+    version = stored.pop("version", None)
+    require_field(
+        version is not None,
+        "version",
+        version,
+        f"{folder.config} was written by an older train.py, whose checkpoints this one cannot check",
+        _OTHER_FOLDER,
+    )
     require_field(
         isinstance(version, int) and version <= VERSION,
         "version",

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from ring_attention.training.config import AttentionConfig, MeshConfig, TrainCon
 from ring_attention.training.config_values import config_from_dict
 from ring_attention.training.run_folder import VERSION
 from ring_attention.training.run_folder import open_run_folder as hold_run_folder
+from ring_attention.training.survival import folder_lock
 from ring_attention.training.survival.folder_lock import FolderLock
 
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64)
@@ -132,6 +135,31 @@ def test_a_config_of_a_newer_version_is_refused():
     message = refusal(CONFIG)
     assert f"version={VERSION + 1}: runs/tiny/config.json was written by a newer train.py" in message
     assert "update ring_attention or" in message
+
+
+def test_a_lock_of_another_machine_is_waited_for_as_long_as_its_lease_may_last(monkeypatch):
+    monkeypatch.setattr(folder_lock, "LEASE_SECONDS", 3)
+    with hold_run_folder(CONFIG) as folder:
+        lock = folder.path / ".lock"
+        lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "dead.example"}))
+        begin = time.monotonic()
+        assert "on dead.example since" in refusal(CONFIG)
+        assert time.monotonic() - begin >= 3
+        monkeypatch.setattr(folder_lock, "LEASE_SECONDS", 60)
+        waiting = threading.Thread(target=open_run_folder, args=(CONFIG,))
+        waiting.start()
+        time.sleep(1)
+        assert waiting.is_alive()
+    waiting.join(timeout=20)
+    assert not waiting.is_alive()
+
+
+def test_a_run_without_a_version_is_refused():
+    folder = open_run_folder(CONFIG)
+    values = json.loads(folder.config.read_text())
+    del values["version"]
+    folder.config.write_text(json.dumps(values))
+    assert "was written by an older train.py" in refusal(CONFIG)
 
 
 PLACEMENTS = [

@@ -10,6 +10,9 @@ from types import TracebackType
 
 from ring_attention.checks import ConfigError
 
+LEASE_SECONDS = 150
+"""An NFS server keeps the lock of a machine that died for about 90 s; a restart waits for that, and then some."""
+
 
 class FolderLock:
     """Holds a folder for this process, as a context manager.
@@ -28,13 +31,13 @@ class FolderLock:
         self._path = folder / ".lock"
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._acquire()
         except BlockingIOError:
-            owner = _owner(self._path)
+            pid, host, since = _owner(self._path)
             os.close(self._file)
             raise ConfigError(
-                f"run_dir={str(folder)!r}: is in use by {owner}; wait for it to end, stop it, or give this run another "
-                "folder with --config.run_dir=PATH"
+                f"run_dir={str(folder)!r}: is in use by process {pid} on {host} since {since}; wait "
+                "for it to end, stop it, or give this run another folder with --config.run_dir=PATH"
             ) from None
         except OSError as error:
             os.close(self._file)
@@ -48,6 +51,17 @@ class FolderLock:
             self._file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0
         )
 
+    def _acquire(self) -> None:
+        """Lock the file. One that another machine holds may be a dead machine's, whose lease has to run out first."""
+        end = time.monotonic() + LEASE_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if _owner(self._path)[1] == socket.gethostname() or time.monotonic() > end:
+                    raise
+            time.sleep(1)
+
     def release(self) -> None:
         """Let go of the folder; the empty file stays, for a lock must not be deleted under those who wait for it."""
         os.ftruncate(self._file, 0)
@@ -60,9 +74,10 @@ class FolderLock:
         self.release()
 
 
-def _owner(path: Path) -> str:
-    """Who holds the lock, in words."""
+def _owner(path: Path) -> tuple[str, str, str]:
+    """(process id, host, time) of who holds the lock, "?" where the file does not say."""
     try:
-        return "process {pid} on {host} since {since}".format(**json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError):
-        return "another process"
+        words = json.loads(path.read_text())
+        return str(words["pid"]), str(words["host"]), str(words["since"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "?", "?", "?"
