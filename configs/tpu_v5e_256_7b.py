@@ -9,8 +9,7 @@ Cost: 8.4 GiB of each chip's 15.75, as the compiler for the pod says without the
     python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --compile \
         --config.attention.impl=splash
 
-Result: not trained yet. train.py runs the devices of one process; joining the hosts of a pod is still to come. Until
-then this config is for compiling and planning.
+On the pod the same command runs on every host (docs/pods.md). Result: not trained yet; compiled and planned only.
 """
 
 from ring_attention.models.config import ModelConfig
