@@ -1,6 +1,7 @@
 """train.py on several processes of this machine, through JAX's own runtime and gloo."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,11 +76,11 @@ def wait_for_step(folder, step, processes, timeout=400):
 
 @pytest.fixture(scope="module")
 def alone(corpus, tmp_path_factory):
-    """The losses of one process."""
+    """(run folder, losses) of one process."""
     folder = tmp_path_factory.mktemp("alone")
     ((status, _, stderr),) = finish(start(1, corpus, *FSDP_AND_RING_OF_4, f"--config.run_dir={folder}"))
     assert status == 0, stderr
-    return losses(folder)
+    return folder, losses(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,13 +95,37 @@ def _programs_are_compiled_once(tmp_path_factory):
 def test_several_processes_have_the_losses_of_one_and_only_the_first_speaks(alone, corpus, tmp_path, num_processes):
     ended = finish(start(num_processes, corpus, *FSDP_AND_RING_OF_4, f"--config.run_dir={tmp_path}"))
     assert [status for status, _, _ in ended] == [0] * num_processes, ended
-    got = losses(tmp_path)
-    assert got.keys() == alone.keys()
+    got, (_, want) = losses(tmp_path), alone
+    assert got.keys() == want.keys()
     assert len(got) == 18
-    assert got == pytest.approx(alone, rel=1e-5)
+    assert got == pytest.approx(want, rel=1e-5)
     assert f"in {num_processes} processes" in ended[0][1]
     assert "Run folder:" in ended[0][1]
     assert not any("documents to train on" in stdout or "Run folder:" in stdout for _, stdout, _ in ended[1:])
+
+
+ELSEWHERE = {
+    "4 devices, striped": [*RING_OF_4, "--config.attention.layout=striped"],
+    "2x4 devices, contiguous": [
+        *("--config.mesh.dp=2", "--config.mesh.fsdp=1", "--config.mesh.sp=4", "--config.mesh.tp=1"),
+        "--config.attention.layout=contiguous",
+    ],
+}
+
+
+@pytest.mark.parametrize("placement", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_run_goes_on_elsewhere_and_its_losses_agree_but_for_rounding(alone, corpus, tmp_path, placement):
+    folder, want = alone
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    ((status, stdout, stderr),) = finish(start(1, corpus, *placement, f"--config.run_dir={tmp_path}/run"))
+    assert status == 0, stderr
+    assert "Going on from step 4." in stdout
+    assert "the losses agree but for rounding." in stdout
+    got = losses(tmp_path / "run")
+    assert got.keys() == want.keys()
+    assert got == pytest.approx(want, rel=1e-5)
+    assert got != want, "another order of sums rounds otherwise; if not, nothing moved"
 
 
 def test_a_signal_to_one_process_stops_all_after_a_checkpoint_and_fewer_processes_go_on(corpus, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints: the newest few states of a run and where its data had got to, written while training goes on."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -221,6 +222,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None:
             self.close()
+        elif jax.process_count() == 1:  # what is being written need not be lost; several processes might wait in vain
+            with contextlib.suppress(RunError):
+                self.wait()
 
 
 def abstract_like(state: Any) -> Any:
