@@ -37,16 +37,18 @@ def main(argv: list[str]) -> None:
     process_flags, argv = parse_processes(argv)
     config = parse_config(argv, DEFAULT_CONFIG)
     num_processes = join_processes(process_flags)
-    mesh = open_mesh(config.mesh, num_processes)
-    say = print if is_first() else lambda line: None
-    with Peers():
+    with Peers() as peers:
+        mesh = open_mesh(config.mesh, num_processes)
+        first = is_first()
+        say = print if first else lambda line: None
         check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
         corpus = Corpus.open(config.data)
         check_vocabulary(config, corpus.tokenizer)
         with open_run_folder(config, say=say) as folder:
             say(describe(config, mesh, corpus))
             result = train(config, mesh, folder, corpus)
-            if is_first():
+            peers.part()
+            if first:
                 report(config, folder, corpus, result)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from ring_attention.training.config_values import one_line
 from ring_attention.training.survival.disk import require_room
 from ring_attention.training.survival.errors import RunError
 from ring_attention.training.survival.fingerprint import fingerprints
+from ring_attention.training.survival.processes import is_first
 
 KEEP = 3
 """Checkpoints that stay; each holds parameters and two moments, 12 bytes a parameter."""
@@ -29,8 +30,22 @@ DAMAGED = "damaged"
 """Folder beside the checkpoints for those that could not be read."""
 
 
+_NONE_IS_WHOLE = "put a copy in their place, or start another run with --config.run_dir=PATH"
+_NOT_ITS_FAULT = [os.strerror(number) for number in (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES)]
+
+
 class DamagedError(Exception):
     """A checkpoint that is not what was saved: its path and what is wrong with it."""
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Orbax would ask JAX's preemption service, which counts how often it was asked (see `Preemption`)."""
+        return False
+
+    def has_failed(self) -> bool:
+        """Whether the thread that finishes a save has ended with an error; orbax tells it at the next save only."""
+        return self._finalize_thread.map(lambda thread: thread is not None and thread.exception is not None)
 
 
 class Restored(NamedTuple):
@@ -56,13 +71,11 @@ class Checkpoints:
 
     def __init__(self, path: Path):
         """Open `path`, a folder, made if there is none; the KEEP newest checkpoints stay in it."""
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(KEEP),
-            cleanup_tmp_directories=True,
-        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(KEEP))
         self._path = Path(path).absolute()
+        self._remove_unfinished()
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
+        self._manager = _Manager(self._path, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Start to save; returns once `state` is copied to the host, so that its buffers may be donated.
@@ -116,21 +129,37 @@ class Checkpoints:
             try:
                 restored = self.restore(step, abstract_state)
             except (DamagedError, ConfigError) as error:
-                failures[step] = error
-                if jax.process_count() > 1 and isinstance(error, DamagedError):
-                    remedy = "start the run again, it goes on from the checkpoint before"
-                    raise RunError(f"{error}; moved to {self._set_aside(step)}; {remedy}") from error
+                failures[step] = type(error)(str(error))  # its traceback would hold the arrays that were read
             else:
                 for other, error in failures.items():
                     warn(f"{error}; moved to {self._set_aside(other)}, going on from step {step}")
                 self._manager.reload()
                 return restored
+            if jax.process_count() > 1:
+                self._end_together(step, failures[step], is_last=step == steps[-1])
+        self._require_none_lost(steps, failures)
+        return None
+
+    def _end_together(self, step: int, error: Exception, *, is_last: bool) -> NoReturn:
+        """End a run of several processes whose newest checkpoint this process cannot use."""
+        if isinstance(error, ConfigError):
+            raise error
+        if is_last:
+            raise RunError(f"{error}, and there is no other; {_NONE_IS_WHOLE}")
+        remedy = "start the run again, it goes on from the checkpoint before"
+        raise RunError(f"{error}; moved to {self._set_aside(step)}; {remedy}")
+
+    def _require_none_lost(self, steps: list[int], failures: dict[int, Exception]) -> None:
+        """Raise unless there were no checkpoints to use, and none that were moved aside."""
+        aside = self._path.parent / DAMAGED
         if not failures:
-            return None
+            empty = not aside.exists() or not any(aside.iterdir())
+            if not empty:
+                raise RunError(f"{self._path} holds no checkpoint, but {aside} holds damaged ones; {_NONE_IS_WHOLE}")
+            return
         if all(isinstance(error, ConfigError) for error in failures.values()):
             raise failures[steps[0]]
-        remedy = "put a copy in their place, or start another run with --config.run_dir=PATH"
-        raise RunError(f"{failures[steps[0]]}, and none of the checkpoints {sorted(steps)} is whole; {remedy}")
+        raise RunError(f"{failures[steps[0]]}, and none of the checkpoints {sorted(steps)} is whole; {_NONE_IS_WHOLE}")
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
         """Return the checkpoint of `step`, one that is there.
@@ -138,6 +167,7 @@ class Checkpoints:
         Raises:
           ConfigError: if the checkpoint's arrays have other names, shapes or dtypes.
           DamagedError: if it cannot be read, or not as it was written.
+          RunError: if the file system cannot be read now.
           ValueError: if there is no such step.
         """
         self.wait()
@@ -148,9 +178,11 @@ class Checkpoints:
             self._require_fit(step, abstract_state)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=args)
-        except ConfigError:
+        except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
             raise
         except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
+            if any(reason in str(error) for reason in _NOT_ITS_FAULT):
+                raise RunError(f"{path} cannot be read: {_shorten(one_line(error))}; start the run again") from error
             raise DamagedError(f"{path} is damaged: {_shorten(one_line(error))}") from error
         contents, state = restored["data"], restored["state"]
         digest = contents.pop("digest", None) if isinstance(contents, dict) else None
@@ -192,7 +224,7 @@ class Checkpoints:
         """Call `write`; where the disk refuses, clean up and raise RunError."""
         try:
             write()
-        except (ConfigError, KeyboardInterrupt):
+        except (ConfigError, jax.errors.JaxRuntimeError):  # the latter of a collective: `Peers` knows more
             raise
         except Exception as error:  # OSError, or tensorstore's ValueError that holds one, from this thread or another
             reason = one_line(error)
@@ -201,11 +233,23 @@ class Checkpoints:
                 reason, remedy = f"the disk is full ({free / 2**20:.0f} MiB free)", "make room"
             else:
                 reason, remedy = _shorten(reason), "mend it"
+            self._remove_unfinished()
             kept = _committed(self._path)
             last = f"the last good one is {self._path / str(kept[-1])}" if kept else "there is none yet"
             raise RunError(
                 f"{self._path}: a checkpoint could not be written: {reason}; {last}; {remedy}, and start the run again"
             ) from error
+
+    def _remove_unfinished(self) -> None:
+        """Make room: what was not written to its end is of no use."""
+        if is_first():
+            for folder in self._path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def check(self) -> None:
+        """Raise RunError if a save that was started has failed meanwhile; costs nothing."""
+        if self._manager.has_failed():
+            self.wait()
 
     def wait(self) -> None:
         """Return when every save that was started lies on disk; raise RunError if one failed."""

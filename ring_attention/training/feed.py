@@ -7,15 +7,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from ring_attention.checks import ConfigError
 from ring_attention.data.loader import Batch, TrainLoader, merge_states
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.corpus import Corpus
 from ring_attention.training.step import BATCH_SPEC
+from ring_attention.training.survival.errors import RunError
 
 
 class Feed:
     """An endless iterator of (this process's rows as NumPy arrays, the whole batch as sharded jax arrays).
+
+    Raises RunError where a document can no longer be read as it was when the run began.
 
     Attributes:
       rows: the numbers of the batch's rows that this process loads, of `config.batch_size`.
@@ -37,7 +41,10 @@ class Feed:
         )
 
     def __next__(self) -> tuple[Batch, dict[str, jax.Array]]:
-        batch = next(self._loader)
+        try:
+            batch = next(self._loader)
+        except ConfigError as error:  # it was good when the run began: a file that changed, a file system that is away
+            raise RunError(str(error)) from error
         return batch, place(batch, self.rows, self._batch_size, self._sharding)
 
     def get_state(self) -> dict:

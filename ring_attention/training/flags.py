@@ -121,9 +121,6 @@ def usage(default: str) -> str:
 
 def _split_path(argv: list[str], default: str) -> tuple[str, list[str]]:
     """Return the path that `--config` names, or `default`, and the arguments that remain."""
-    for arg in argv:  # absl's own flags would bring in, or hide, flags that are not on the command line
-        if arg.startswith("-") and _flag_name(arg) in ("flagfile", "undefok"):
-            raise _unknown_flag(arg)
     values = flags.FlagValues()
     flags.DEFINE_string("config", default, "path of the config file", flag_values=values)
     rest = _parse(values, argv, known_only=True)
@@ -151,6 +148,9 @@ def _override_texts(argv: list[str]) -> dict[str, str]:
 
 def _parse(values: flags.FlagValues, argv: list[str], *, known_only: bool = False) -> list[str]:
     """Parse `argv` into `values` and return the words it leaves; absl's errors become ConfigError."""
+    for arg in argv:  # absl's own flags would bring in, or hide, flags that are not on the command line
+        if arg.startswith("-") and _flag_name(arg) in ("flagfile", "undefok"):
+            raise _unknown_flag(arg)
     try:
         return values([_PROGRAM, *argv], known_only=known_only)[1:]
     except flags.UnrecognizedFlagError as error:

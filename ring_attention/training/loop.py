@@ -44,29 +44,30 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) ->
       Preempted: after SIGTERM, when a checkpoint of the last step is on disk.
     """
     feed, held_out = Feed(config, mesh, corpus), HeldOut(config, mesh, corpus)
-    with Checkpoints(folder.checkpoints) as checkpoints:
+    with Preemption() as preemption, Checkpoints(folder.checkpoints) as checkpoints:
         state, evaluated = _start_or_resume(config, mesh, checkpoints, feed)
         start = int(state.step)
         train_step = make_train_step(config, mesh)
         guard = NonFiniteGuard(config, mesh, folder.path)
-        with TrainLog(config, mesh, folder, held_out, start) as log, Preemption() as preemption:
+        with TrainLog(config, mesh, folder, held_out, start, evaluated) as log:
             if start and not evaluated and start % config.eval_every == 0:
                 log.add_heldout(start, held_out.loss(state.params))
             for step in range(start + 1, config.num_steps + 1):
                 rows, batch = next(feed)  # while the devices work on the step before
                 guard.settle(state.params)
+                checkpoints.check()
                 state, numbers = train_step(state, batch)
                 guard.watch(step, numbers, batch, rows)
                 log.add(step, numbers, rows, config.batch_size)
                 last = step == config.num_steps
-                preempted = preemption.reached(step) and not last
+                preempted = preemption.reached() and not last
                 if last or step % config.log_every == 0:
                     log.flush()
                 if last or step % config.eval_every == 0 and not preempted:
                     log.add_heldout(step, held_out.loss(state.params))
                 if last or preempted or step % config.checkpoint_every == 0:
                     guard.settle(state.params)
-                    log.flush()  # what a checkpoint has seen must be in the metrics when a run resumes from it
+                    log.sync()  # what a checkpoint has seen must be in the metrics when a run resumes from it
                     checkpoints.save(step, state, {"position": feed.get_state(), "evaluated": not preempted})
                 if preempted:
                     checkpoints.wait()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +107,9 @@ def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) 
         yield folder
 
 
-def _unwritable(folder: RunFolder, error: OSError) -> ConfigError:
+def _unwritable(folder: RunFolder, error: OSError) -> Exception:
+    if error.errno == errno.ENOSPC:  # no mistake of the config's
+        return error
     remedy = "give a folder that you may write with --config.run_dir=PATH"
     return ConfigError(f"run_dir={str(folder.path)!r}: cannot be written ({error.strerror}); {remedy}")
 

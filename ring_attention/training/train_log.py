@@ -26,11 +26,13 @@ class TrainLog:
       heldout_loss: the newest, in nats per token; None before there is one.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, folder: RunFolder, held_out: HeldOut, start_step: int):
-        """Open the files of `folder` to go on after `start_step`, 0 for a new run."""
-        self._metrics = (
-            MetricsWriter(folder.metrics, folder.tensorboard, resume_step=start_step or None) if is_first() else None
-        )
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, folder: RunFolder, held_out: HeldOut, start_step: int, evaluated: bool
+    ):
+        """Open the files of `folder` to go on after `start_step`, 0 for a new run, `evaluated` or not."""
+        files = dict(metrics_path=folder.metrics, tensorboard_dir=folder.tensorboard)
+        resume = dict(resume_step=start_step or None, evaluated=evaluated)
+        self._metrics = MetricsWriter(**files, **resume) if is_first() else None
         self._progress = TrainProgress(
             num_steps=config.num_steps,
             start_step=start_step,
@@ -83,6 +85,12 @@ class TrainLog:
             peak_share=speed[1] if speed else None,
         )
         self._waiting.clear()
+
+    def sync(self) -> None:
+        """Flush, and return when all of it is on disk."""
+        self.flush()
+        if self._metrics:
+            self._metrics.sync()
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
         if self._metrics:

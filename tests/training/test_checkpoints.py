@@ -3,6 +3,7 @@ import gc
 import json
 import os
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,7 @@ def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path, ring):
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 1
+        assert [file.name for file in tmp_path.iterdir()] == ["1"], "its room is needed"
 
 
 def test_a_step_that_is_not_newer_is_refused(tmp_path, ring):
@@ -316,3 +318,63 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first(tmp
         ):
             checkpoints.require_room(abstract)
         checkpoints.require_room(abstract_like(make_state(ring)))
+
+
+def test_damaged_checkpoints_that_were_moved_aside_are_not_taken_for_a_run_that_has_not_begun(tmp_path, ring):
+    folder = tmp_path / "checkpoints"
+    (tmp_path / DAMAGED / "3").mkdir(parents=True)
+    with pytest.raises(
+        RunError, match=rf"{folder} holds no checkpoint, but {tmp_path}/{DAMAGED} holds damaged ones; put"
+    ):
+        restore_newest(folder, make_state(ring))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_file_system_that_is_away_is_not_taken_for_damage(tmp_path, ring, monkeypatch, number):
+    states = three_checkpoints(tmp_path / "checkpoints", ring)
+
+    def away(*_args, **_kwargs):
+        raise ValueError(f"FAILED_PRECONDITION: reading failed [OS error {number}: {os.strerror(number)}]")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", away)
+    with pytest.raises(RunError, match="3 cannot be read: .*; start the run again"):
+        restore_newest(tmp_path / "checkpoints", states[3])
+    assert not (tmp_path / DAMAGED).exists()
+
+
+def test_of_several_processes_each_start_goes_back_by_one_but_never_past_the_last(tmp_path, ring, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    states = three_checkpoints(folder, ring)
+
+    def broken(*_args, **_kwargs):
+        raise ValueError("DATA_LOSS")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", broken)
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for step in (3, 2):
+        with pytest.raises(RunError, match=rf"{folder}/{step} is damaged: DATA_LOSS; moved to .*; start the run again"):
+            checkpoints.restore_newest(abstract_like(states[3]), warn=print)
+        checkpoints._manager.reload()
+    for _ in range(2):
+        with pytest.raises(RunError, match=rf"{folder}/1 is damaged: DATA_LOSS, and there is no other; put a copy"):
+            checkpoints.restore_newest(abstract_like(states[3]), warn=print)
+    assert [file.name for file in folder.iterdir()] == ["1"]
+
+
+def test_a_save_that_fails_is_noticed_before_the_next_one(tmp_path, ring, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "_make_on_commit_callback", lambda *_args, **_kwargs: full)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.check()
+    checkpoints.save(1, make_state(ring), {})
+    with pytest.raises(RunError, match=r"the disk is full \(.* MiB free\); there is none yet; make room"):
+        until_noticed(checkpoints)
+
+
+def until_noticed(checkpoints):
+    for _ in range(200):
+        checkpoints.check()
+        time.sleep(0.1)

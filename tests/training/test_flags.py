@@ -6,7 +6,7 @@ import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds
-from ring_attention.training.flags import parse_config, usage
+from ring_attention.training.flags import parse_config, parse_processes, usage
 
 CONFIG = '''"""Tiny: `python train.py`, a minute on a laptop."""
 from ring_attention.models.config import ModelConfig
@@ -109,6 +109,42 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_field_value_and_re
     assert "\n" not in message
     missing = [word for word in words if word not in message]
     assert not missing, f"{missing} not in {message!r}"
+
+
+@pytest.mark.parametrize("flag", ["--flagfile=f", "--undefok=x", "-undefok=x"])
+def test_flags_of_absl_are_refused_before_those_of_processes_are_read_too(flag):
+    with pytest.raises(ConfigError, match="there is no such flag"):
+        parse_processes([flag, "--x=1"])
+
+
+def test_flags_of_processes_are_taken_out_of_the_command_line():
+    flags, rest = parse_processes(
+        ["--config.seed", "1", "--num_processes=2", "--process_id", "1", "--coordinator_address=a:1"]
+    )
+    assert (flags.coordinator_address, flags.num_processes, flags.process_id) == ("a:1", 2, 1)
+    assert rest == ["--config.seed", "1"]
+    assert parse_processes([])[0].num_processes is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--num_processes=2"], ["--num_processes=2", "--coordinator_address and --process_id missing"]),
+        (["--num_processes=2", "--process_id=2", "--coordinator_address=a:1"], ["--process_id=2", "[0, 2)"]),
+        (["--num_processes=0", "--process_id=0", "--coordinator_address=a:1"], ["--num_processes=0", "positive"]),
+        (
+            ["--num_processes=2", "--process_id=1", "--coordinator_address=a"],
+            ["--coordinator_address='a'", "host:port"],
+        ),
+        (["--num_processes=2", "--process_id=1", "--coordinator_address=a:x"], ["'a:x'", "host:port"]),
+        (["--num_processes=two", "--process_id=1", "--coordinator_address=a:1"], ["num_processes", "two"]),
+    ],
+)
+def test_flags_of_processes_that_do_not_fit_are_refused_in_one_line(argv, words):
+    with pytest.raises(ConfigError) as error:
+        parse_processes(argv)
+    assert "\n" not in str(error.value)
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
 
 
 def test_overrides_reach_their_fields_and_no_others():

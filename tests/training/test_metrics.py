@@ -1,6 +1,9 @@
+import errno
 import json
 import math
+import os
 import struct
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -100,3 +103,35 @@ def test_a_damaged_line_inside_is_refused_with_its_number(tmp_path, line):
     path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: .* remove the line"):
         read_metrics(path)
+
+
+def test_what_a_crash_of_the_machine_spoilt_is_dropped_when_the_run_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n\x00\x00\xff\x00\n\x00\x00')
+    write(tmp_path, [2], resume_step=1)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+def test_a_step_that_will_be_evaluated_again_counts_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 4, "loss": 2.0}\n{"step": 4, "heldout_loss": 2.5}\n')
+    for evaluated, kept in ((True, 2), (False, 1)):
+        MetricsWriter(path, tmp_path / "tensorboard", resume_step=4, evaluated=evaluated).close()
+        assert len(read_metrics(path)) == kept
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_tensorboard_is_an_error_and_not_a_wait(tmp_path):
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None)
+    file = writer._tensorboard._events._py_recordio_writer
+    with open("/dev/full", "wb", buffering=0) as full:
+        whole, file._writer = file._writer, full
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            fill(writer)
+        file._writer = whole
+    writer.close()
+
+
+def fill(writer):
+    for step in range(10_000):
+        writer.write(step, {"loss": 1.0})

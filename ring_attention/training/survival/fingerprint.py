@@ -18,16 +18,20 @@ GOLDEN = 0x9E3779B9  # 2**32 / golden ratio, odd: places get distinct words
 def fingerprints(tree: Any) -> dict[str, int]:
     """Return the fingerprint of each array of a pytree, by dotted name.
 
-    Computed on the devices, each its shards; every process of a run must call it. Costs a read of the arrays and no
-    copy of them.
+    Computed on the devices, each its shards; every process of a run must call it.
     """
-    words = jax.device_get(jax.jit(lambda leaves: [_fingerprint(x) for x in leaves])(jax.tree.leaves(tree)))
+    words = jax.device_get(_fingerprints(jax.tree.leaves(tree)))
     return {name: int(word) for name, word in zip(leaf_names(tree), words, strict=True)}
 
 
 def leaf_names(tree: Any) -> list[str]:
     """Name the leaves of a pytree by their paths, as in "params.layers.attention.query"."""
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+@jax.jit
+def _fingerprints(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [_fingerprint(x) for x in arrays]
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -53,13 +54,18 @@ class FolderLock:
 
     def _acquire(self) -> None:
         """Lock the file. One that another machine holds may be a dead machine's, whose lease has to run out first."""
-        end = time.monotonic() + LEASE_SECONDS
+        end, said = time.monotonic() + LEASE_SECONDS, False
         while True:
             try:
                 return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if _owner(self._path)[1] == socket.gethostname() or time.monotonic() > end:
+                _, host, _ = _owner(self._path)
+                if host == socket.gethostname() or time.monotonic() > end:
                     raise
+                if not said:
+                    words = f"{self._path} is locked from {host}, which may be gone; waiting {LEASE_SECONDS} s for that"
+                    print(words, file=sys.stderr, flush=True)
+                    said = True
             time.sleep(1)
 
     def release(self) -> None:

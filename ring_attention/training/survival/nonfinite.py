@@ -34,6 +34,8 @@ class NonFiniteGuard:
     def settle(self, params: Any) -> None:
         """Wait for the step that is watched, if any, and look at it; every process calls this alike.
 
+        The next step is sent to the devices after that, so they idle for as long as that takes, about a millisecond.
+
         Args:
           params: the parameters after the step: those before it, if its update was left out.
 
@@ -48,14 +50,24 @@ class NonFiniteGuard:
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if self._in_a_row < self._config.optimizer.max_skipped_updates:
             return
-        path = self._folder / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
-        np.savez_compressed(path, **rows)
-        origin = find_origin(self._config, self._mesh, params, batch)
+        try:
+            origin = find_origin(self._config, self._mesh, params, batch)
+        except jax.errors.JaxRuntimeError as error:  # looking takes memory of its own
+            origin = f"where it began could not be found ({str(error).splitlines()[0][:100]})"
         raise RunError(
             f"step {step}: the loss or its gradient was not finite {self._in_a_row} times in a row, and the updates "
-            f"were left out; {origin}; the batch is in {path}; look at it, or lower optimizer.learning_rate, and start "
-            "the run again: it goes on from its newest checkpoint"
+            f"were left out; {origin}; the batch {self._keep(step, rows)}; look at it, or lower "
+            "optimizer.learning_rate, and start the run again: it goes on from its newest checkpoint"
         )
+
+    def _keep(self, step: int, rows: dict[str, np.ndarray]) -> str:
+        """Write this process's rows of the batch to a file, and say where it is."""
+        path = self._folder / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
+        try:
+            np.savez_compressed(path, **rows)
+        except OSError as error:
+            return f"could not be written to {path} ({error.strerror})"
+        return f"is in {path}"
 
 
 def find_origin(config: TrainConfig, mesh: Mesh, params: Any, batch: dict[str, jax.Array]) -> str:

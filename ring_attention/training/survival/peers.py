@@ -41,8 +41,9 @@ class Peers:
     """
 
     def __init__(self):
-        self._client = distributed.global_state.client if jax.process_count() > 1 else None
-        self._me, self._count = jax.process_index(), jax.process_count()
+        runtime = distributed.global_state
+        self._client = runtime.client if runtime.num_processes > 1 else None
+        self._me, self._count = runtime.process_id, runtime.num_processes
         self._seen: dict[int, tuple[str, float]] = {}
         self._done = threading.Event()
 
@@ -50,11 +51,12 @@ class Peers:
         if self._client:
             self._explain_aborts(distributed.global_state.coordinator_address)
             self._tell({"beat": 0})
-            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._client and isinstance(error, jax.errors.JaxRuntimeError):
+        if self._client and _failed_together(error):
             # A collective failed: most likely because a peer is gone, so let `_watch` find out which, and end this.
             self._done.wait(PATIENCE + 3 * BEAT)
         self._done.set()
@@ -67,6 +69,18 @@ class Peers:
         self._tell({"status": status, "line": line})
         if self._me == 0:
             time.sleep(3 * BEAT)  # the store goes with this process
+
+    def part(self) -> None:
+        """Leave the others, for good, when all have done what they do together; what follows may take any time.
+
+        At the end of a process JAX waits five minutes for the others, and then ends all of them.
+        """
+        if self._client:
+            self._tell({"finished": True})
+            self._done.set()
+            self._thread.join()
+            self._client = None
+            jax.distributed.shutdown()
 
     def _tell(self, words: dict) -> None:
         self._client.key_value_set(f"{_FOLDER}/{self._me}", json.dumps(words), allow_overwrite=True)
@@ -125,6 +139,13 @@ class Peers:
         libc = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
         libc.signal(signal.SIGABRT, ctypes.cast(self._on_abort, ctypes.c_void_p))
+
+
+def _failed_together(error: BaseException | None) -> bool:
+    """Whether `error`, or one that led to it, comes from JAX's runtime."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def leave(status: int) -> None:

@@ -3,7 +3,7 @@
 import signal
 from types import FrameType, TracebackType
 
-import jax
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 
@@ -12,17 +12,21 @@ class Preemption:
 
     A process that is alone notices it itself, from its first step on; before, there is nothing to save, and the signal
     ends the process as it always does. Several processes must stop after the same step, however few of them got the
-    signal: JAX's preemption service, which listens from `jax.distributed.initialize` on, finds that step.
+    signal: JAX's preemption service, which listens from `jax.distributed.initialize` on, finds that step. It counts how
+    often it was asked, from 0: a signal that comes before the first step of a run ends it after that one.
     """
 
     def __init__(self):
+        self._has_service = distributed.global_state.preemption_sync_manager is not None
+        self._asked = 0
         self._signalled = False
         self._before = None
 
-    def reached(self, step: int) -> bool:
-        """Whether the run must stop now, after `step`; every process asks after every step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+    def reached(self) -> bool:
+        """Whether the run must stop now; every process asks after every step."""
+        if self._has_service:
+            self._asked += 1
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         if self._before is None:
             self._before = signal.signal(signal.SIGTERM, self._on_signal)
         return self._signalled

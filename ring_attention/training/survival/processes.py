@@ -6,7 +6,7 @@ import os
 import jax
 from jax._src import clusters, distributed  # neither what it found nor whether it would has a public name
 
-from ring_attention.checks import require_field
+from ring_attention.checks import ConfigError, require_field
 from ring_attention.training.survival.errors import RunError
 
 HEARTBEAT_SECONDS = 60
@@ -67,7 +67,7 @@ def join_processes(flags: ProcessFlags) -> int:
     JAX. Waits up to five minutes for the others.
 
     Raises:
-      ConfigError: if JAX has started already.
+      ConfigError: if JAX has started already, or the environment speaks of a cluster and not of this process's place.
       RunError: if the others cannot be reached.
     """
     if flags.num_processes == 1 or (flags.num_processes is None and not _in_cluster()):
@@ -89,6 +89,10 @@ def join_processes(flags: ProcessFlags) -> int:
             f"cannot join the other processes at {where} ({str(error).splitlines()[0][:200]}); see that all of them "
             "were started, with the same --coordinator_address and --num_processes, and that its port is free"
         ) from error
+    except (RuntimeError, ValueError, KeyError) as error:  # what the environment says of a cluster may not fit together
+        got = " ".join(str(error).split())[:300]
+        remedy = "mend the environment, or say who is who with --coordinator_address, --num_processes and --process_id"
+        raise ConfigError(f"cannot join the other processes: {got}; {remedy}") from error
     return distributed.global_state.num_processes  # jax.process_count() would start the devices
 
 
