@@ -51,13 +51,14 @@ def read_lines(path: str, limit: int) -> Iterator[Line]:
     number, begin = 0, 0
     try:
         with _open(path) as file:
-            while content := file.readline(limit + 1):
-                number, length = number + 1, len(content)
-                if length > limit and not content.endswith(b"\n"):
+            while pieces := _read_line(file, limit):
+                number, length = number + 1, sum(map(len, pieces))
+                if length > limit and not pieces[-1].endswith(b"\n"):
+                    pieces.clear()
                     yield Line(number, begin, None)
                     length += _skip_line(file)
-                elif content.strip():
-                    yield Line(number, begin, content)
+                elif any(piece.strip() for piece in pieces):
+                    yield Line(number, begin, b"".join(pieces))
                 begin += length
     except READ_ERRORS as error:
         raise unreadable(path, error) from error
@@ -82,6 +83,17 @@ def unreadable(path: str, error: Exception) -> BadDocumentError:
 
 def _open(path: str):
     return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
+def _read_line(file, limit: int) -> list[bytes]:
+    """Read to the next line break, or to the end, or a byte more than `limit`, in pieces; [] at the end."""
+    pieces, room = [], limit + 1
+    while room and (piece := file.readline(min(PIECE, room))):
+        pieces.append(piece)
+        room -= len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return pieces
 
 
 def _skip_line(file) -> int:
