@@ -142,7 +142,7 @@ def test_any_command_line_gives_a_config_or_one_line(words):
 
 
 @pytest.mark.slow
-@examples(4000)
+@examples(3000)
 @given(changes(), MESHES, PLATFORMS)
 def test_changed_fields_give_a_config_that_fits_or_not_or_one_line_at_length(changed, mesh, platform):
     config = outcome(config_from_dict, unflatten_dict(copy.copy(VALUES) | changed, sep="."))
