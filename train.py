@@ -60,10 +60,10 @@ def open_mesh(config: MeshConfig, num_processes: int) -> Mesh:
     if -1 in sizes.values():
         least = math.lcm(fixed, num_processes)
         count = least * max(1, SIMULATED_DEVICES // least)
-    simulate_devices(max(1, count // num_processes))
     try:
+        simulate_devices(max(1, count // num_processes))
         return make_mesh(**sizes)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{error} (--config.mesh.sp=-1 takes all that are left)") from error
 
 

@@ -222,6 +222,13 @@ class TrainConfig:
         ]:
             value = getattr(self, name)
             require_field(value > 0, name, value, "must be positive", "give at least 1")
+        require_field(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2**32)", "choose another")
+        for name in ("name", "run_dir"):
+            value = getattr(self, name)
+            fit = value.isprintable() and (value or name == "run_dir")
+            require_field(
+                bool(fit), name, value, "must be the name of a folder", "write it in letters that can be printed"
+            )
         accumulation = self.optimizer.accumulation_steps
         require_field(
             self.batch_size % accumulation == 0,
