@@ -70,7 +70,8 @@ def wait_for_step(folder, step, processes, timeout=400):
     end = time.monotonic() + timeout
     while not any(line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")):
         assert time.monotonic() < end
-        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        ended = [process for process in processes if process.poll() is not None]
+        assert not ended, [(process.returncode, process.stderr.read()[-2000:]) for process in ended]
         time.sleep(0.2)
 
 

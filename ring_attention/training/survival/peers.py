@@ -23,7 +23,7 @@ from types import TracebackType
 import jax
 from jax._src import distributed  # the store has no public name; orbax takes it from here, too
 
-from ring_attention.training.survival.errors import FAILED, Preempted, last_words
+from ring_attention.training.survival.errors import FAILED, Preempted, is_expected, last_words
 
 BEAT = 2.0
 """Seconds between signs of life."""
@@ -142,10 +142,14 @@ class Peers:
 
 
 def _failed_together(error: BaseException | None) -> bool:
-    """Whether `error`, or one that led to it, comes from JAX's runtime."""
-    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
-        error = error.__cause__ or error.__context__
-    return error is not None
+    """Whether `error` may come from what processes do together: from JAX's runtime, or from where we do not know."""
+    if error is None:
+        return False
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    from_runtime = any(isinstance(link, jax.errors.JaxRuntimeError) or "Gloo" in str(link) for link in chain)
+    return from_runtime or not is_expected(error)
 
 
 def leave(status: int) -> None:
