@@ -1,0 +1,97 @@
+"""Faults of one process: killed in every phase of its life, or asked to end."""
+
+import signal
+import time
+
+from .life import EndedError
+from .scene import SIGTERM_SECONDS, Scene
+from .trainer import has_trained
+from .verdicts import LOST
+
+MORE_TRIES = 50
+
+
+def kill(scene: Scene) -> None:
+    """SIGKILL at a random moment of training."""
+    scene.train_a_while()
+    scene.chain.kill(scene.outcome)
+    scene.chain.restart(scene.outcome)
+
+
+def kill_saving(scene: Scene) -> None:
+    """SIGKILL while a checkpoint lies half written."""
+    chain = scene.chain
+    scene.train_a_while(0, 6)
+    for _ in range(MORE_TRIES):
+        chain.until(chain.folder.unfinished, "begin a checkpoint")
+        time.sleep(scene.rng.uniform(0, 0.15))
+        chain.life.freeze()
+        if half := chain.folder.unfinished():
+            break
+        chain.life.thaw()
+    else:
+        raise EndedError("no checkpoint was ever seen half written")
+    chain.kill(scene.outcome)
+    files = sum(path.is_file() for path in (chain.folder.checkpoints_path / half[0]).rglob("*"))
+    scene.outcome.notes.append(f"{half[0].partition('.')[0]} half written, {files} files")
+    chain.restart(scene.outcome)
+
+
+def kill_saved(scene: Scene) -> None:
+    """SIGKILL in the instant in which a checkpoint is complete, while the oldest is being removed."""
+    chain = scene.chain
+    scene.train_a_while(0, 6)
+    newest = chain.folder.newest()
+    chain.until(lambda: chain.folder.newest() > newest, "complete a checkpoint")
+    chain.kill(scene.outcome)
+    scene.outcome.notes.append(f"{chain.folder.newest()} just written")
+    chain.restart(scene.outcome)
+
+
+def kill_starting(scene: Scene) -> None:
+    """SIGKILL, and another one while the run starts again."""
+    chain = scene.chain
+    scene.train_a_while()
+    chain.kill(scene.outcome)
+    seconds = scene.rng.uniform(0, chain.startup)
+    chain.launch()
+    time.sleep(seconds)
+    chain.kill(scene.outcome)
+    scene.outcome.notes.append(f"again {seconds:.1f} s after the start")
+    chain.restart(scene.outcome)
+
+
+def terminate(scene: Scene) -> None:
+    """SIGTERM during training: a checkpoint of the step it has reached."""
+    scene.train_a_while()
+    scene.require_exit(scene.chain.life, _terminate(scene), 128 + signal.SIGTERM)
+    scene.outcome.bound = 0
+    scene.chain.restart(scene.outcome)
+
+
+def terminate_starting(scene: Scene) -> None:
+    """SIGKILL, and SIGTERM while the run starts again: before its first step there is nothing to save."""
+    chain = scene.chain
+    scene.train_a_while()
+    chain.kill(scene.outcome)
+    seconds = scene.rng.uniform(0, chain.startup)
+    chain.launch()
+    time.sleep(seconds)
+    codes = _terminate(scene)
+    scene.outcome.notes[-1] += f", {seconds:.1f} s after the start"
+    trained = has_trained(chain.life)
+    scene.require_exit(chain.life, codes, 128 + signal.SIGTERM, *([] if trained else [-signal.SIGTERM]))
+    if trained:
+        saved = f"step {chain.folder.steps_done()} was done, {chain.folder.newest()} is the newest checkpoint"
+        scene.outcome.require(chain.folder.newest() == chain.folder.steps_done(), LOST, saved)
+    chain.restart(scene.outcome)
+
+
+def _terminate(scene: Scene) -> list[int]:
+    """SIGTERM, and wait for the end; returns the exit statuses."""
+    began = time.monotonic()
+    scene.chain.life.signal(signal.SIGTERM)
+    codes = scene.chain.life.codes("end after SIGTERM", SIGTERM_SECONDS)
+    scene.outcome.notes.append(f"ended in {time.monotonic() - began:.1f} s")
+    scene.chain.take_in_death(scene.outcome)
+    return codes

@@ -1,0 +1,142 @@
+"""Faults in shuffled rounds until the time is over."""
+
+import contextlib
+import itertools
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import damage, disk, elsewhere, kills, rivals
+from .chain import Chain, sort_of
+from .life import EndedError, HangError
+from .scene import Scene
+from .trainer import Trainer
+from .verdicts import Outcome
+
+
+class Fault(NamedTuple):
+    """A kind of fault: what it does, to a run of so many processes that has so many steps before it."""
+
+    inject: Callable[[Scene], None]
+    processes: int = 1
+    room: int = 30
+
+
+FAULTS = {
+    "kill": Fault(kills.kill),
+    "kill_saving": Fault(kills.kill_saving),
+    "kill_saved": Fault(kills.kill_saved),
+    "kill_starting": Fault(kills.kill_starting),
+    "terminate": Fault(kills.terminate),
+    "terminate_starting": Fault(kills.terminate_starting),
+    "flip": Fault(damage.flip),
+    "truncate": Fault(damage.truncate),
+    "disk_full": Fault(disk.disk_full),
+    "second_run": Fault(rivals.second_run),
+    "other_mesh": Fault(elsewhere.other_mesh),
+    "not_finite": Fault(elsewhere.not_finite),
+    "lose_process": Fault(rivals.lose_process, processes=4, room=20),
+    "terminate_process": Fault(rivals.terminate_process, processes=4, room=20),
+}
+
+
+class Session:
+    """A soak: the runs, and what came of every fault."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        out: Path,
+        *,
+        seed: int,
+        deadline: float,
+        kinds: Sequence[str] = tuple(FAULTS),
+        tell: Callable[[Outcome], None] = lambda outcome: None,
+    ):
+        """Prepare.
+
+        Args:
+          trainer: the command under test.
+          out: a folder for all that the runs leave.
+          seed: of the faults' order, moments and places.
+          deadline: seconds that processes may do nothing that can be seen.
+          kinds: names from FAULTS.
+          tell: called with each outcome.
+        """
+        self.outcomes: list[Outcome] = []
+        self.trainer, self.kinds = trainer, list(kinds)
+        self._out, self._deadline, self._tell = out, deadline, tell
+        self._rng = random.Random(seed)
+        self._chains: dict[int, Chain] = {}
+        self._began = time.monotonic()
+
+    @property
+    def ends(self) -> list[Outcome]:
+        """What came of the runs that were trained to their end."""
+        return [end for chain in self._chains.values() for end in chain.ends]
+
+    @property
+    def most_kills(self) -> int:
+        """SIGKILLs that one run survived, the most."""
+        return max((chain.most_kills for chain in self._chains.values()), default=0)
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._began
+
+    def run(self, *, seconds: float = math.inf, rounds: int | None = None) -> None:
+        """Inject faults for so long, every kind once a round, then train the runs in hand to their end.
+
+        Raises:
+          HangError, EndedError: where not even an undisturbed run comes to its end.
+        """
+        with contextlib.closing(self):
+            for kind in self._shuffled(rounds):
+                if self.seconds > seconds:
+                    break
+                self._inject(kind)
+            for chain in self._chains.values():
+                if chain.has_run:
+                    chain.finish()
+
+    def close(self) -> None:
+        """Kill whatever still runs."""
+        for chain in self._chains.values():
+            chain.abandon()
+
+    def _shuffled(self, rounds: int | None) -> Iterator[str]:
+        for _ in itertools.count() if rounds is None else range(rounds):
+            yield from self._rng.sample(self.kinds, len(self.kinds))
+
+    def _inject(self, kind: str) -> None:
+        fault = FAULTS[kind]
+        chain = self._chain(fault.processes)
+        outcome = Outcome(kind, seconds=self.seconds)
+        spare = self._out / "copies" / f"{len(self.outcomes):04}-{kind}"
+        try:
+            chain.have_running(fault.room)
+            outcome.run = chain.folder.path.name
+            outcome.step = chain.folder.steps_done()
+            fault.inject(Scene(chain, self._rng, outcome, spare))
+        except (HangError, EndedError, ValueError) as error:
+            outcome.problems.append((sort_of(error), str(error)))
+        if outcome.problems:
+            chain.abandon()  # what comes after would be told of this one's folder
+        else:
+            shutil.rmtree(spare, ignore_errors=True)
+        self.outcomes.append(outcome)
+        self._tell(outcome)
+
+    def _chain(self, processes: int) -> Chain:
+        """The runs of so many processes; the first time with a reference."""
+        if processes not in self._chains:
+            root = self._out / f"of_{processes}"
+            chain = Chain(self.trainer, root, deadline=self._deadline, processes=processes)
+            self._chains[processes] = chain
+            chain.train_undisturbed()
+        return self._chains[processes]

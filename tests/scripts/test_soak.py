@@ -1,0 +1,200 @@
+"""The harness that kills: a trainer that keeps its promises passes, one that breaks any of them does not.
+
+`pretend_trainer.py` stands in for train.py where the harness is tested; the slow test really trains.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.soaking import disk, kills, rivals
+from scripts.soaking.life import Child, EndedError, HangError, Life
+from scripts.soaking.report import as_json, line_of, summary_of, table_of
+from scripts.soaking.session import FAULTS, Session
+from scripts.soaking.trainer import Trainer
+from scripts.soaking.verdicts import Outcome, first_difference, read_lines, worst_relative_difference
+
+REPOSITORY = Path(__file__).parents[2]
+PRETENDER = [sys.executable, str(Path(__file__).parent / "pretend_trainer.py")]
+EVERY = 3
+PATIENT, HASTY = 60, 4  # seconds; a pretender starts in a tenth of one
+LINES = [{"step": step, "loss": 5 - step / 7, "tokens_per_second": 100.0 * step} for step in range(1, 9)]
+
+
+def soak(tmp_path, *kinds, breaks="", rounds=1, steps=80, deadline=PATIENT):
+    trainer = Trainer(
+        command=[*PRETENDER, f"--config.num_steps={steps}", f"--config.checkpoint_every={EVERY}"],
+        poison=[*PRETENDER, "--poison"],
+        env=os.environ | {"BREAKS": breaks},
+        logs=tmp_path / "logs",
+        num_steps=steps,
+        checkpoint_every=EVERY,
+    )
+    session = Session(trainer, tmp_path, seed=0, deadline=deadline, kinds=kinds)
+    session.run(rounds=rounds)
+    return session
+
+
+def problems(session):
+    return [problem for outcome in [*session.outcomes, *session.ends] for problem in outcome.problems]
+
+
+def test_a_trainer_that_keeps_its_promises_passes_under_every_fault(tmp_path):
+    session = soak(tmp_path, *FAULTS)
+    assert problems(session) == []
+    assert sorted(outcome.kind for outcome in session.outcomes) == sorted(FAULTS)
+    assert {end.step for end in session.ends} == {80}
+    figures = as_json(session)
+    assert figures["problems"] == 0
+    assert figures["kills_survived"] == 3 + 2 + 1 + 2 + 1  # two in kill_starting, one in those that damage
+    assert 0 < figures["steps_lost"]["max"] <= 3 * EVERY
+    assert json.loads(json.dumps(figures)) == figures
+    assert table_of(session).row_count == len(FAULTS)
+
+
+def test_one_run_survives_twenty_kills(tmp_path):
+    session = soak(tmp_path, "kill", "kill_saving", "kill_saved", "kill_starting", rounds=4, steps=400)
+    assert problems(session) == []
+    assert session.most_kills == 20
+    assert len(session.ends) == 1
+
+
+BROKEN = [
+    ("bits", "kill", "wrong losses"),
+    ("metrics", "kill", "wrong losses"),
+    ("mesh", "other_mesh", "wrong losses"),
+    ("interval", "kill", "lost too much"),
+    ("atomic", "kill", "corrupted state"),
+    ("digest", "flip", "corrupted state"),
+    ("digest", "truncate", "corrupted state"),
+    ("room", "disk_full", "corrupted state"),
+    ("naming", "flip", "wrong message"),
+    ("name", "lose_process", "wrong message"),
+    ("lock", "second_run", "wrong exit"),
+    ("not finite", "not_finite", "wrong exit"),
+    ("hang", "kill", "hang"),
+    ("sigterm", "terminate", "hang"),
+    ("sigterm", "terminate_process", "hang"),
+    ("peers", "lose_process", "hang"),
+]
+
+
+@pytest.mark.parametrize(("breaks", "kind", "sort"), BROKEN, ids=lambda value: value.replace(" ", "_"))
+def test_a_trainer_that_breaks_a_promise_is_found_out(tmp_path, monkeypatch, breaks, kind, sort):
+    for module, name in [(kills, "SIGTERM_SECONDS"), (rivals, "SIGTERM_SECONDS"), (rivals, "PEERS_SECONDS")]:
+        monkeypatch.setattr(module, name, 1)
+    rounds = 6 if breaks == "atomic" else 2  # a half-written checkpoint is not there at every moment
+    session = soak(tmp_path, kind, breaks=breaks, rounds=rounds, steps=500, deadline=HASTY if sort == "hang" else PATIENT)
+    figures = as_json(session)
+    assert figures["by_sort"][sort] >= 1
+    assert figures["problems"] >= figures["by_sort"][sort]
+    assert re.search(rf"[1-9]\d* x {sort}", summary_of(session))
+
+
+def test_where_no_tmpfs_may_be_mounted_a_limit_on_files_stands_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk.Tmpfs, "MOUNT", "exit 1")
+    session = soak(tmp_path, "disk_full")
+    assert problems(session) == []
+    assert session.outcomes[0].notes[0].startswith("RLIMIT_FSIZE: ended with 1")
+
+
+def test_a_hang_is_ended_with_its_stacks_in_the_log(tmp_path):
+    script = "import time\ndef the_place_where_it_hangs():\n    time.sleep(1000)\nthe_place_where_it_hangs()"
+    child = Child([sys.executable, "-c", script], env=os.environ, log=tmp_path / "log")
+    time.sleep(0.5)
+    with pytest.raises(HangError, match="did not do anything in 0.5 s: File .* in the_place_where_it_hangs"):
+        Life([child]).until(lambda: False, "do anything", 0.5)
+    assert child.code is not None
+    assert "the_place_where_it_hangs" in child.stderr
+
+
+def test_a_process_that_ends_where_it_should_go_on_is_told_from_one_that_hangs(tmp_path):
+    script = "import sys; print('no room', file=sys.stderr); sys.exit(3)"
+    child = Child([sys.executable, "-c", script], env=os.environ, log=tmp_path / "log")
+    with pytest.raises(EndedError, match="exit status 3 before it could go on: no room"):
+        Life([child]).until(lambda: False, "go on", PATIENT)
+
+
+def test_no_trainer_outlives_the_harness(tmp_path):
+    script = f"""
+import os
+from pathlib import Path
+from scripts.soaking.life import Child
+child = Child(["sleep", "1000"], env=os.environ, log=Path({str(tmp_path / "log")!r}))
+print(child._process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    process = Path("/proc", done.stdout.strip(), "cmdline")
+    deadline = time.monotonic() + 10
+    while process.exists() and process.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not process.exists() or not process.read_bytes()
+
+
+def test_lines_that_differ_in_one_bit_differ():
+    changed = [line | {"loss": math.nextafter(line["loss"], 9)} if line["step"] == 6 else line for line in LINES]
+    assert first_difference(changed, LINES).startswith("step 6: loss=4.142857142857144, in the undisturbed run 4.142857142857143")
+    assert first_difference([line | {"tokens_per_second": 1.0} for line in LINES[:5]], LINES) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        LINES[:3] + LINES[4:],
+        LINES[:3] + LINES[2:],
+        [*LINES, {"step": 9, "loss": 1.0}],
+        [{"step": 1, "tokens_per_second": 0.0}],
+        [{"step": 1, "loss": None}],
+        [LINES[0] | {"skipped": 1}],
+    ],
+    ids=["missing", "double", "too_many", "without_loss", "not_finite", "more"],
+)
+def test_lines_that_are_not_the_first_of_the_reference_differ(wrong):
+    assert first_difference(wrong, LINES) is not None
+
+
+def test_a_torn_last_line_is_left_out_and_any_other_is_corrupt():
+    text = '{"step": 1, "loss": 2.5}\n{"step": 2, "lo'
+    assert read_lines(text) == [{"step": 1, "loss": 2.5}]
+    for torn in (text + "\n", "[1]\n" + text, '{"loss": 2.5}\n'):
+        with pytest.raises(ValueError, match=r"metrics.jsonl:[12]: .* is no line of metrics"):
+            read_lines(torn)
+
+
+@pytest.mark.parametrize(("bound", "wrong"), [(4, 0), (3, 1)])
+def test_a_step_lost_beyond_the_bound_is_a_problem(bound, wrong):
+    outcome = Outcome("kill", bound=bound)
+    outcome.require_lost(done=10, resumed=6)
+    assert outcome.lost == 4
+    assert len(outcome.problems) == wrong
+
+
+def test_losses_of_another_mesh_are_compared_step_by_step():
+    near = [line | {"loss": line["loss"] * (1 + 1e-6 * line["step"])} for line in LINES]
+    assert worst_relative_difference(near, LINES, after=4) == pytest.approx(8e-6)
+    assert worst_relative_difference(near[:6], LINES, after=4) == pytest.approx(6e-6)
+    for nothing in (LINES[:4], [LINES[6] | {"loss": None}], [{"step": 20, "loss": 1.0}]):
+        assert worst_relative_difference(nothing, LINES, after=4) == math.inf
+
+
+def test_what_went_wrong_is_on_the_line_of_the_fault():
+    outcome = Outcome("kill", seconds=83, step=12, notes=["went on from 9, 3 lost"], problems=[("hang", "[x]")])
+    assert line_of(outcome).startswith("  1:23  kill               at step   12  went on from 9, 3 lost\n")
+    assert r"hang: \[x]" in line_of(outcome)
+
+
+@pytest.mark.parametrize("flag", ["--faults=kill,kil", "--out=."])
+def test_the_script_refuses_what_it_cannot_do(flag):
+    done = subprocess.run(
+        [sys.executable, "scripts/soak.py", flag], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert flag.partition("=")[0] in done.stderr.splitlines()[-1]
