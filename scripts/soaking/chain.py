@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .life import EndedError, HangError, Life
-from .trainer import Folder, Trainer, has_trained, resumed_step
+from .life import EndedError, HangError, Life, TooLateError
+from .trainer import Folder, Trainer, resumed_step, steps_trained
 from .verdicts import CORRUPTED, EXIT, HANG, LOSSES, Line, Outcome
 
 
@@ -55,7 +55,7 @@ class Chain:
 
     def have_running(self, room: int) -> None:
         """Have a run that trains and has `room` more steps to do; one with fewer is trained to its end before."""
-        if self.has_run and self.trainer.num_steps - self.folder.steps_done() < room:
+        if self.has_run and self.steps_left < room:
             self.finish()
         if not self.has_run:
             self._runs += 1
@@ -67,6 +67,11 @@ class Chain:
     def has_run(self) -> bool:
         """Whether a run is in hand."""
         return self.life is not None and self._runs > 0
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until the end of the run in hand."""
+        return self.trainer.num_steps - self.folder.steps_done()
 
     def train_on(self, steps: int) -> None:
         """Wait until `steps` more are done."""
@@ -103,6 +108,8 @@ class Chain:
         """
         done, begun, newest = self.folder.steps_done(), self.folder.begun(), self.folder.newest()
         interval = self.trainer.checkpoint_every
+        if done == self.trainer.num_steps:
+            raise TooLateError("the run was done")
         if done > self._done:
             outcome.step = self._done = done
             outcome.beyond_begun = done - begun
@@ -143,8 +150,10 @@ class Chain:
     # --- Ends ---------------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Train the run in hand to its end and compare it, all of it, with the reference."""
+        """Train the run in hand, alive or dead, to its end and compare it, all of it, with the reference."""
         outcome = Outcome("end of a run", run=self.folder.path.name)
+        if all(child.code is not None for child in self.life.children):
+            self.launch()
         try:
             self._wait_for_the_end()
             codes = self.life.codes("end", self.deadline)
@@ -175,7 +184,7 @@ class Chain:
         """Start the processes and wait for their first step."""
         began = time.monotonic()
         self.launch()
-        self.until(lambda: has_trained(self.life), "do a step after its start")
+        self.until(lambda: steps_trained(self.life), "do a step after its start")
         self.startup = time.monotonic() - began
 
 

@@ -2,60 +2,68 @@
 
 import contextlib
 import os
+import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from .life import Life, TooLateError
 from .scene import Scene
+from .trainer import Folder, steps_trained
 from .verdicts import CORRUPTED
 
 
 def disk_full(scene: Scene) -> None:
-    """A copy of the run goes on where there is less room than a checkpoint takes, then where there is enough."""
+    """While a copy of the run trains, its disk fills up to less than a checkpoint; then there is room again."""
     chain, outcome = scene.chain, scene.outcome
     chain.until(chain.folder.newest, "write a checkpoint")
     scene.train_a_while(0, 5)
     with scene.frozen(), small_disk(scene.spare) as disk:
         copy = chain.copy(disk.seen / "run")
-        newest = copy.newest()
-        for path in copy.checkpoints_path.iterdir():  # what a start may remove would make room
-            if path.name != str(newest):
-                shutil.rmtree(path)
-        disk.fill(copy.checkpoints_path / str(newest), scene.rng.uniform(0.1, 0.9))
+        room = scene.rng.uniform(0.1, 0.9)
         with scene.started(disk.own / "run", prefix=disk.prefix) as life:
-            codes = life.codes("stop for want of room", chain.deadline)
-        scene.require_exit(life, codes, 1)
-        scene.require_one_line(life.stderr)
+            life.until(lambda: steps_trained(life), "go on from a copy", chain.deadline)
+            newest = copy.newest()
+            life.until(lambda: _has_ended(life) or disk.fill(copy, life, room), "stop for want of room", chain.deadline)
+        outcome.step = copy.steps_done()
+        if outcome.step == chain.trainer.num_steps:
+            raise TooLateError("the copy was done before its disk was full")
+        scene.require_exit(life, life.codes("end", 0), 1)
+        scene.require_one_line(life.stderr, disk.complaint)
         kept = f"checkpoint {newest} was there before, {copy.newest()} is the newest after"
         outcome.require(copy.newest() >= newest, CORRUPTED, kept)
-        outcome.step = copy.steps_done()
         outcome.bound = 2 * chain.trainer.checkpoint_every  # one beyond the checkpoint that did not fit
-        outcome.notes.append(f"{disk.kind}: ended with {codes[0]} after step {outcome.step}")
+        outcome.notes.append(f"{disk.kind}: ended with {life.children[0].code} after step {outcome.step}")
         disk.free()
         with scene.started(disk.own / "run", prefix=disk.prefix) as life:
             scene.require_going_on(life, copy, outcome.step)
 
 
+def _has_ended(life: Life) -> bool:
+    return life.children[0].code is not None
+
+
 class SmallDisk(Protocol):
-    """A folder in which little can be written.
+    """A folder that can be made small.
 
     Attributes:
       kind: what makes it small.
+      complaint: what the system says when it is full.
       seen: its path for the harness.
       own: its path for a command that comes after `prefix`.
       prefix: what such a command comes after.
     """
 
     kind: str
+    complaint: str
     seen: Path
     own: Path
     prefix: Sequence[str]
 
-    def fill(self, checkpoint: Path, share: float) -> None:
-        """Leave less room than another checkpoint like this one takes, in proportion to `share` of it."""
+    def fill(self, run: Folder, life: Life, share: float) -> None:
+        """Leave `life` less room than a checkpoint of `run` takes, only `share` of it; call it again and again."""
 
     def free(self) -> None:
         """Make room."""
@@ -63,18 +71,15 @@ class SmallDisk(Protocol):
 
 @contextlib.contextmanager
 def small_disk(path: Path) -> Iterator[SmallDisk]:
-    """Yield a disk at `path`, a new folder, that is small as far as this machine permits it."""
+    """Yield a disk at `path`, a new folder, that can be as small as this machine permits."""
     path.mkdir(parents=True)
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", Tmpfs.MOUNT, "sh", str(path)]
-    try:
-        keeper = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except FileNotFoundError:
+    if not (shutil.which("unshare") and shutil.which("nsenter")):
         yield SizeLimit(path)
         return
-    with keeper:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as keeper:
         try:
-            mounted = keeper.stdout.readline() == "mounted\n" and shutil.which("nsenter")
-            yield Tmpfs(path, keeper.pid) if mounted else SizeLimit(path)
+            yield Tmpfs(path, keeper.pid) if keeper.stdout.readline() == "mounted\n" else SizeLimit(path)
         finally:
             keeper.kill()
 
@@ -82,20 +87,21 @@ def small_disk(path: Path) -> Iterator[SmallDisk]:
 class Tmpfs:
     """A file system in memory, in a mount namespace that lives as long as the process which keeps it."""
 
-    MOUNT = 'mount -t tmpfs -o size=64m tmpfs "$1" && echo mounted && exec sleep infinity'
+    MOUNT = 'mount -t tmpfs -o size=32m tmpfs "$1" && echo mounted && exec sleep infinity'
 
-    kind = "tmpfs"
+    kind, complaint = "tmpfs", "full"
 
     def __init__(self, path: Path, keeper: int):
         self.own, self.seen = path, Path(f"/proc/{keeper}/root", *path.parts[1:])
         self.prefix = ["nsenter", f"--target={keeper}", "--user", "--mount", "--preserve-credentials"]
         self._filler = self.seen / "filler"
 
-    def fill(self, checkpoint: Path, share: float) -> None:
-        """Write a file that leaves room for `share` of `checkpoint`."""
-        room = int(share * sum(file.stat().st_size for file in _files(checkpoint)))
+    def fill(self, run: Folder, life: Life, share: float) -> None:
+        """Append to a file until only that much is left, also of what old checkpoints leave when they are removed."""
         status = os.statvfs(self.seen)
-        self._filler.write_bytes(bytes(status.f_bavail * status.f_bsize - room))
+        excess = status.f_bavail * status.f_bsize - int(share * sum(_sizes(run)))
+        with contextlib.suppress(OSError), self._filler.open("ab") as filler:  # the run may have been faster
+            filler.write(bytes(max(0, excess)))
 
     def free(self) -> None:
         """Remove that file."""
@@ -105,24 +111,26 @@ class Tmpfs:
 class SizeLimit:
     """RLIMIT_FSIZE: no file may grow beyond a limit."""
 
-    SET = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
-    SET += "os.execvp(sys.argv[2], sys.argv[2:])"
-
-    kind = "RLIMIT_FSIZE"
+    kind, complaint = "RLIMIT_FSIZE", "large"
 
     def __init__(self, path: Path):
         self.own = self.seen = path
         self.prefix: Sequence[str] = ()
 
-    def fill(self, checkpoint: Path, share: float) -> None:
-        """Forbid files longer than `share` of the checkpoint's longest."""
-        limit = int(share * max(file.stat().st_size for file in _files(checkpoint)))
-        self.prefix = [sys.executable, "-c", self.SET, str(limit)]
+    def fill(self, run: Folder, life: Life, share: float) -> None:
+        """Forbid files longer than that share of the checkpoint's longest."""
+        limit = int(share * max(_sizes(run)))
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(life.children[0].pid, resource.RLIMIT_FSIZE, (limit, limit))
 
     def free(self) -> None:
-        """Lift the limit."""
-        self.prefix = ()
+        """The limit has ended with the process."""
 
 
-def _files(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.is_file()]
+def _sizes(run: Folder) -> list[int]:
+    """Bytes of each file of the newest checkpoint; it may be removed meanwhile."""
+    sizes = [0]
+    for file in (run.checkpoints_path / str(run.newest())).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(file.stat().st_size)
+    return sizes

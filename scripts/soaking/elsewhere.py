@@ -2,11 +2,13 @@
 
 from .life import EndedError
 from .scene import Scene
-from .trainer import MESHES, has_trained, resumed_step
-from .verdicts import CORRUPTED, LOSSES, worst_relative_difference
+from .trainer import MESHES, resumed_step, steps_trained
+from .verdicts import CORRUPTED, LOSSES, MESSAGE, worst_relative_difference
 
 TOLERANCE = 1e-5
-STEPS = 6
+STEPS = 6  # that are compared
+LAYERS = 2  # of configs/tiny.py
+SKIPPED = 4  # updates in a row until the run stops
 
 
 def other_mesh(scene: Scene) -> None:
@@ -19,7 +21,7 @@ def other_mesh(scene: Scene) -> None:
         copy = chain.copy(scene.spare)
         outcome.step, newest = copy.steps_done(), copy.newest()
         with scene.started(copy.path, flags=flags) as life:
-            life.until(lambda: has_trained(life), "go on elsewhere", chain.deadline)
+            life.until(lambda: steps_trained(life), "go on elsewhere", chain.deadline)
             life.until(lambda: copy.steps_done() >= newest + STEPS, "train elsewhere", chain.deadline)
     resumed = resumed_step(life)
     outcome.require(resumed == newest, CORRUPTED, f"went on from {resumed}, checkpoint {newest} was the newest")
@@ -37,12 +39,14 @@ def not_finite(scene: Scene) -> None:
     with scene.frozen():
         copy = chain.copy(scene.spare)
         outcome.step = copy.steps_done()
-        layer = scene.rng.randrange(2)
+        layer, newest = scene.rng.randrange(LAYERS), copy.newest()
         poisoning = chain.trainer.start_poisoning(copy.path, layer)
         if any(poisoning.codes("write an infinite weight", chain.deadline)):
             raise EndedError(f"no infinite weight was written: {poisoning.children[0].last_words}")
-        with scene.started(copy.path) as life:
+        with scene.started(copy.path, flags=[f"--config.optimizer.max_skipped_updates={SKIPPED}"]) as life:
             codes = life.codes("stop because nothing is finite", chain.deadline)
     scene.require_exit(life, codes, 1)
-    scene.require_one_line(life.stderr, "step", "batch", "layer")
+    scene.require_one_line(life.stderr, f"step {newest + SKIPPED}", "batch", f"layer {layer}")
+    skipped = sum(line.get("skipped", 0) for line in copy.lines() if line["step"] > newest)
+    outcome.require(skipped == SKIPPED, MESSAGE, f"metrics.jsonl counts {skipped} skipped updates, not {SKIPPED}")
     outcome.notes.append(f"layer {layer}: ended with {codes[0]}")

@@ -5,7 +5,7 @@ import time
 
 from .life import EndedError
 from .scene import SIGTERM_SECONDS, Scene
-from .trainer import has_trained
+from .trainer import steps_trained
 from .verdicts import LOST
 
 MORE_TRIES = 50
@@ -79,7 +79,7 @@ def terminate_starting(scene: Scene) -> None:
     time.sleep(seconds)
     codes = _terminate(scene)
     scene.outcome.notes[-1] += f", {seconds:.1f} s after the start"
-    trained = has_trained(chain.life)
+    trained = steps_trained(chain.life) > 1  # in its first one it may not have been ready for the signal
     scene.require_exit(chain.life, codes, 128 + signal.SIGTERM, *([] if trained else [-signal.SIGTERM]))
     if trained:
         saved = f"step {chain.folder.steps_done()} was done, {chain.folder.newest()} is the newest checkpoint"

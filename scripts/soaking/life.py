@@ -23,6 +23,10 @@ class EndedError(Exception):
     """A process ended by itself where it had to go on."""
 
 
+class TooLateError(Exception):
+    """A run was done before a fault could be injected into it."""
+
+
 class Child:
     """One process. Its stdout goes to `log` + ".out", its stderr to `log` + ".err"."""
 
@@ -32,7 +36,7 @@ class Child:
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
                 list(command),
-                env=dict(env) | {"PYTHONFAULTHANDLER": "1"},  # SIGABRT writes the stacks to stderr
+                env=dict(env) | {"PYTHONFAULTHANDLER": "1"},  # stacks go to stderr on a fatal signal
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -40,6 +44,11 @@ class Child:
                 start_new_session=True,  # Ctrl-C is for the harness, which then ends its children
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     @property
     def code(self) -> int | None:
@@ -79,9 +88,9 @@ class Child:
         self._process.wait()
 
     def write_stacks_and_die(self) -> None:
-        """SIGABRT, so that the log says where every thread was, then SIGKILL."""
+        """Have Python's faulthandler write where every thread is to the log, then SIGKILL."""
         self.signal(signal.SIGCONT)
-        self.signal(signal.SIGABRT)
+        self.signal(signal.SIGILL)  # not SIGABRT, which train.py takes for JAX's way to end a process
         try:
             self._process.wait(STACKS)
         except subprocess.TimeoutExpired:

@@ -3,10 +3,8 @@
 import signal
 import time
 
-from .scene import PEERS_SECONDS, SIGTERM_SECONDS, Scene
+from .scene import NEAR_THE_END, PEERS_SECONDS, SIGTERM_SECONDS, Scene
 from .verdicts import EXIT, MESSAGE
-
-NEAR_THE_END = 10
 
 
 def second_run(scene: Scene) -> None:
@@ -14,7 +12,7 @@ def second_run(scene: Scene) -> None:
     chain = scene.chain
     scene.train_a_while()
     with scene.started(chain.folder.path) as second:
-        while second.children[0].code is None and not _is_near_the_end(scene):
+        while second.children[0].code is None and chain.steps_left > 2 * NEAR_THE_END:
             time.sleep(0.01)
         with scene.frozen():  # the folder must stay in use until the other has looked at it
             codes = second.codes("be refused", chain.deadline)
@@ -24,10 +22,6 @@ def second_run(scene: Scene) -> None:
     scene.outcome.notes.append(f"the second ended with {codes[0]}")
     chain.train_on(2)
     scene.outcome.require_lines(chain.folder.lines(), chain.reference)
-
-
-def _is_near_the_end(scene: Scene) -> bool:
-    return scene.chain.trainer.num_steps - scene.chain.folder.steps_done() < NEAR_THE_END
 
 
 def lose_process(scene: Scene) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .chain import Chain
-from .life import Life
-from .trainer import Folder, has_trained, resumed_step
+from .life import Life, TooLateError
+from .trainer import Folder, resumed_step, steps_trained
 from .verdicts import CORRUPTED, EXIT, MESSAGE, Outcome
 
 SIGTERM_SECONDS = 30.0
@@ -17,6 +17,9 @@ SIGTERM_SECONDS = 30.0
 
 PEERS_SECONDS = 60.0
 """The other processes have so long to see that one is lost."""
+
+NEAR_THE_END = 8
+"""Steps that a run must have left for what is done to it to matter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +39,11 @@ class Scene:
     spare: Path
 
     def train_a_while(self, least: int = 1, most: int = 10) -> None:
-        """Let some steps pass, and a part of one."""
+        """Let some steps pass, and a part of one; raises TooLateError if it was almost the last."""
         self.chain.train_on(self.rng.randint(least, most))
         time.sleep(self.rng.uniform(0, 0.1))
+        if self.chain.steps_left < NEAR_THE_END:
+            raise TooLateError("the run is almost done")
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -74,7 +79,7 @@ class Scene:
     def require_going_on(self, life: Life, copy: Folder, done: int) -> None:
         """Problems unless a copy of the run, just started, goes on from its newest checkpoint with the right losses."""
         newest = copy.newest()
-        life.until(lambda: has_trained(life), "go on", self.chain.deadline)
+        life.until(lambda: steps_trained(life), "go on", self.chain.deadline)
         resumed = resumed_step(life)
         found = f"went on from step {resumed} where checkpoint {newest} was the newest"
         self.outcome.require(resumed == newest, CORRUPTED, found)

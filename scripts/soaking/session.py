@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import damage, disk, elsewhere, kills, rivals
 from .chain import Chain, sort_of
-from .life import EndedError, HangError
+from .life import EndedError, HangError, TooLateError
 from .scene import Scene
 from .trainer import Trainer
 from .verdicts import Outcome
@@ -39,8 +39,8 @@ FAULTS = {
     "second_run": Fault(rivals.second_run),
     "other_mesh": Fault(elsewhere.other_mesh),
     "not_finite": Fault(elsewhere.not_finite),
-    "lose_process": Fault(rivals.lose_process, processes=4, room=20),
-    "terminate_process": Fault(rivals.terminate_process, processes=4, room=20),
+    "lose_process": Fault(rivals.lose_process, processes=4),
+    "terminate_process": Fault(rivals.terminate_process, processes=4),
 }
 
 
@@ -114,17 +114,22 @@ class Session:
             yield from self._rng.sample(self.kinds, len(self.kinds))
 
     def _inject(self, kind: str) -> None:
+        """Inject one fault and take in what came of it."""
         fault = FAULTS[kind]
         chain = self._chain(fault.processes)
-        outcome = Outcome(kind, seconds=self.seconds)
-        spare = self._out / "copies" / f"{len(self.outcomes):04}-{kind}"
-        try:
-            chain.have_running(fault.room)
-            outcome.run = chain.folder.path.name
-            outcome.step = chain.folder.steps_done()
-            fault.inject(Scene(chain, self._rng, outcome, spare))
-        except (HangError, EndedError, ValueError) as error:
-            outcome.problems.append((sort_of(error), str(error)))
+        for attempt in itertools.count():
+            outcome = Outcome(kind, seconds=self.seconds)
+            spare = self._out / "copies" / f"{len(self.outcomes):04}-{kind}-{attempt}"
+            try:
+                chain.have_running(fault.room)
+                outcome.run, outcome.step = chain.folder.path.name, chain.folder.steps_done()
+                fault.inject(Scene(chain, self._rng, outcome, spare))
+            except TooLateError:
+                chain.finish()
+                continue
+            except (HangError, EndedError, ValueError) as error:
+                outcome.problems.append((sort_of(error), str(error)))
+            break
         if outcome.problems:
             chain.abandon()  # what comes after would be told of this one's folder
         else:

@@ -160,9 +160,9 @@ def resumed_step(life: Life) -> int:
     return steps.pop() if steps else 0
 
 
-def has_trained(life: Life) -> bool:
-    """Whether these processes have done a step themselves."""
-    return DONE.search(life.stdout) is not None
+def steps_trained(life: Life) -> int:
+    """Steps that these processes have done themselves."""
+    return len(set(DONE.findall(life.stdout)))
 
 
 def _free_port() -> int:

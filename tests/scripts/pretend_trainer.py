@@ -3,6 +3,7 @@
 The environment variable BREAKS names the one that it breaks; without it, it keeps them all.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -21,14 +22,14 @@ FOLDER = Path(FLAGS["--config.run_dir"])
 CHECKPOINTS, METRICS = FOLDER / "checkpoints", FOLDER / "metrics.jsonl"
 ME, PROCESSES = int(FLAGS.get("--process_id", 0)), int(FLAGS.get("--num_processes", 1))
 MEETING = FOLDER / f"meeting-{FLAGS.get('--coordinator_address', os.getpid())}"  # of the processes of one life
-SECONDS_OF_A_STEP = 0.004
+SECONDS_OF_A_STEP = 0.006
 KEEP = 3
 
 
 def main():
     lock = open_folder()
     if "--poison" in sys.argv:
-        return save(newest(), math.inf)
+        return save(newest(), math.inf if FLAGS["--layer"] == "1" else -math.inf)
     (MEETING / str(ME)).write_text(str(os.getpid()))
     signal.signal(signal.SIGTERM, lambda *_: (MEETING / "stop").touch())
     train() if ME == 0 else stand_by()
@@ -42,13 +43,15 @@ def train():
     writer = threading.Thread()
     with METRICS.open("a") as metrics:
         for step in range(start + 1, num_steps + 1):
-            weight = weight * 1.37 % 1 if math.isfinite(weight) else weight
-            if not math.isfinite(weight):
-                fail(0 if BREAKS == "not finite" else 1, f"step {step}: no loss in batch 7, layer 1")
-            loss = weight + 1e-4 * (BREAKS == "mesh" and "--config.mesh.sp" in FLAGS)
+            finite = math.isfinite(weight)
+            weight = weight * 1.37 % 1 if finite else weight
+            loss = weight + 1e-4 * (BREAKS == "mesh" and "--config.mesh.sp" in FLAGS) if finite else None
+            line = {"step": step, "loss": loss, "tokens_per_second": time.time(), "skipped": int(not finite)}
             if not (BREAKS == "metrics" and step == start + 2 > 2):
-                metrics.write(json.dumps({"step": step, "loss": loss, "tokens_per_second": time.time()}) + "\n")
+                metrics.write(json.dumps(line) + "\n")
                 metrics.flush()
+            if not finite and step == start + int(FLAGS["--config.optimizer.max_skipped_updates"]):
+                fail(0 if BREAKS == "not finite" else 1, f"step {step}: no loss in batch 7, layer {int(weight > 0)}")
             print(f"step {step}/{num_steps}", flush=True)
             leave_if_a_process_is_lost()
             stop = (MEETING / "stop").exists() and BREAKS != "sigterm"
@@ -76,7 +79,9 @@ def leave_if_a_process_is_lost():
     for file in MEETING.glob("[0-9]"):
         alive = Path(f"/proc/{file.read_text() or os.getpid()}").exists()
         if not alive and BREAKS != "peers" and not (MEETING / "done").exists():
-            fail(1, "another process was lost" if BREAKS == "name" else f"process {file.name} was lost")
+            with contextlib.suppress(FileExistsError), (MEETING / "lost").open("x") as first:
+                first.write(f"process {file.name} was lost")
+            fail(1, "another process was lost" if BREAKS == "name" else (MEETING / "lost").read_text())
 
 
 def open_folder():

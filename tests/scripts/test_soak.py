@@ -47,10 +47,10 @@ def problems(session):
 
 
 def test_a_trainer_that_keeps_its_promises_passes_under_every_fault(tmp_path):
-    session = soak(tmp_path, *FAULTS)
+    session = soak(tmp_path, *FAULTS, steps=200)
     assert problems(session) == []
     assert sorted(outcome.kind for outcome in session.outcomes) == sorted(FAULTS)
-    assert {end.step for end in session.ends} == {80}
+    assert {end.step for end in session.ends} == {200}
     figures = as_json(session)
     assert figures["problems"] == 0
     assert figures["kills_survived"] == 3 + 2 + 1 + 2 + 1  # two in kill_starting, one in those that damage
@@ -91,7 +91,9 @@ def test_a_trainer_that_breaks_a_promise_is_found_out(tmp_path, monkeypatch, bre
     for module, name in [(kills, "SIGTERM_SECONDS"), (rivals, "SIGTERM_SECONDS"), (rivals, "PEERS_SECONDS")]:
         monkeypatch.setattr(module, name, 1)
     rounds = 6 if breaks == "atomic" else 2  # a half-written checkpoint is not there at every moment
-    session = soak(tmp_path, kind, breaks=breaks, rounds=rounds, steps=500, deadline=HASTY if sort == "hang" else PATIENT)
+    session = soak(
+        tmp_path, kind, breaks=breaks, rounds=rounds, steps=400, deadline=HASTY if sort == "hang" else PATIENT
+    )
     figures = as_json(session)
     assert figures["by_sort"][sort] >= 1
     assert figures["problems"] >= figures["by_sort"][sort]
@@ -100,7 +102,7 @@ def test_a_trainer_that_breaks_a_promise_is_found_out(tmp_path, monkeypatch, bre
 
 def test_where_no_tmpfs_may_be_mounted_a_limit_on_files_stands_in(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.Tmpfs, "MOUNT", "exit 1")
-    session = soak(tmp_path, "disk_full")
+    session = soak(tmp_path, "disk_full", steps=200)
     assert problems(session) == []
     assert session.outcomes[0].notes[0].startswith("RLIMIT_FSIZE: ended with 1")
 
@@ -128,7 +130,7 @@ import os
 from pathlib import Path
 from scripts.soaking.life import Child
 child = Child(["sleep", "1000"], env=os.environ, log=Path({str(tmp_path / "log")!r}))
-print(child._process.pid, flush=True)
+print(child.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
@@ -141,7 +143,9 @@ os.kill(os.getpid(), 9)
 
 def test_lines_that_differ_in_one_bit_differ():
     changed = [line | {"loss": math.nextafter(line["loss"], 9)} if line["step"] == 6 else line for line in LINES]
-    assert first_difference(changed, LINES).startswith("step 6: loss=4.142857142857144, in the undisturbed run 4.142857142857143")
+    assert first_difference(changed, LINES).startswith(
+        "step 6: loss=4.142857142857144, in the undisturbed run 4.142857142857143"
+    )
     assert first_difference([line | {"tokens_per_second": 1.0} for line in LINES[:5]], LINES) is None
 
 
