@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from soaking.report import as_json, line_of, summary_of, table_of
 from soaking.session import FAULTS, Session
-from soaking.trainer import make_trainer
+from soaking.trainer import make_trainers
 
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -49,7 +49,7 @@ def soak(args: argparse.Namespace, out: Path) -> int:
     """Inject, report; 0 if nothing was wrong."""
     console = Console(highlight=False, soft_wrap=True)
     session = Session(
-        make_trainer(out, args.steps),
+        make_trainers(out, args.steps),
         out,
         seed=args.seed,
         deadline=args.deadline,

@@ -26,9 +26,9 @@ class Chain:
       startup: seconds from launch to the first step, the last time.
     """
 
-    def __init__(self, trainer: Trainer, root: Path, *, deadline: float, processes: int = 1):
+    def __init__(self, trainer: Trainer, root: Path, *, deadline: float):
         """Prepare; `deadline` is how many seconds the processes may do nothing that can be seen."""
-        self.trainer, self.deadline, self.processes = trainer, deadline, processes
+        self.trainer, self.deadline = trainer, deadline
         self._root, self._runs = root, 0
         self.folder = Folder(root / "undisturbed")
         self.reference: list[Line] = []
@@ -87,7 +87,7 @@ class Chain:
 
     def launch(self) -> None:
         """Start the processes of the run in hand."""
-        self.life = self.trainer.start(self.folder.path, processes=self.processes)
+        self.life = self.trainer.start(self.folder.path)
 
     def kill(self, outcome: Outcome) -> None:
         """SIGKILL every process of the run."""

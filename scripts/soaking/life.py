@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-POLL = 0.002  # seconds; a checkpoint of a tiny model is written in a tenth
+POLL = 0.005  # seconds; a checkpoint of a tiny model is written in a tenth of one
 STACKS = 10.0  # seconds that a process gets to write down where its threads are
 _PR_SET_PDEATHSIG = 1
 

@@ -53,7 +53,7 @@ def as_json(session: Session) -> dict:
         "most_kills_of_one_run": session.most_kills,
         "steps_lost": {"mean": statistics.mean(lost) if lost else 0, "max": max(lost, default=0)},
         "steps_beyond_the_newest_begun": max((outcome.beyond_begun for outcome in outcomes), default=0),
-        "checkpoint_every": session.trainer.checkpoint_every,
+        "checkpoint_every": session.checkpoint_every,
         "runs_to_the_end": len(session.ends),
         "faults": len(session.outcomes),
         "problems": sum(sorts.values()),

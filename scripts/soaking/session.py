@@ -6,7 +6,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from . import damage, disk, elsewhere, kills, rivals
 from .chain import Chain, sort_of
 from .life import EndedError, HangError, TooLateError
 from .scene import Scene
-from .trainer import Trainer
+from .trainer import SEVERAL, Trainer
 from .verdicts import Outcome
 
 
@@ -39,8 +39,8 @@ FAULTS = {
     "second_run": Fault(rivals.second_run),
     "other_mesh": Fault(elsewhere.other_mesh),
     "not_finite": Fault(elsewhere.not_finite),
-    "lose_process": Fault(rivals.lose_process, processes=4),
-    "terminate_process": Fault(rivals.terminate_process, processes=4),
+    "lose_process": Fault(rivals.lose_process, processes=SEVERAL),
+    "terminate_process": Fault(rivals.terminate_process, processes=SEVERAL),
 }
 
 
@@ -49,7 +49,7 @@ class Session:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainers: Mapping[int, Trainer],
         out: Path,
         *,
         seed: int,
@@ -60,7 +60,7 @@ class Session:
         """Prepare.
 
         Args:
-          trainer: the command under test.
+          trainers: the commands under test, by the number of processes that share a run.
           out: a folder for all that the runs leave.
           seed: of the faults' order, moments and places.
           deadline: seconds that processes may do nothing that can be seen.
@@ -68,7 +68,7 @@ class Session:
           tell: called with each outcome.
         """
         self.outcomes: list[Outcome] = []
-        self.trainer, self.kinds = trainer, list(kinds)
+        self.kinds, self._trainers = list(kinds), trainers
         self._out, self._deadline, self._tell = out, deadline, tell
         self._rng = random.Random(seed)
         self._chains: dict[int, Chain] = {}
@@ -78,6 +78,12 @@ class Session:
     def ends(self) -> list[Outcome]:
         """What came of the runs that were trained to their end."""
         return [end for chain in self._chains.values() for end in chain.ends]
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between two checkpoints, the same for all trainers."""
+        (steps,) = {trainer.checkpoint_every for trainer in self._trainers.values()}
+        return steps
 
     @property
     def most_kills(self) -> int:
@@ -141,7 +147,6 @@ class Session:
         """The runs of so many processes; the first time with a reference."""
         if processes not in self._chains:
             root = self._out / f"of_{processes}"
-            chain = Chain(self.trainer, root, deadline=self._deadline, processes=processes)
-            self._chains[processes] = chain
-            chain.train_undisturbed()
+            self._chains[processes] = Chain(self._trainers[processes], root, deadline=self._deadline)
+            self._chains[processes].train_undisturbed()
         return self._chains[processes]

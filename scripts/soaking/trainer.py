@@ -15,8 +15,13 @@ from .verdicts import Line, read_lines
 REPOSITORY = Path(__file__).parents[2]
 UNFINISHED = ".orbax-checkpoint-tmp"  # orbax writes to STEP + this, and renames it once all is there
 RESUMED = re.compile(r"^Going on from step (\d+)\.", re.MULTILINE)
+STEP = re.compile(rb'\{"step": (\d+),')
+TAIL = 4096  # bytes, more than ten lines of metrics.jsonl
 DONE = re.compile(r"^step +(\d+)/", re.MULTILINE)
 CHECKPOINT_EVERY = 3
+SEVERAL, STEPS_OF_SEVERAL = 4, 80
+"""Processes of a run that is shared, and its steps: on few cores they mostly wait for each other."""
+
 MESHES = (
     ("--config.mesh.fsdp=1", "--config.mesh.sp=4", "--config.mesh.tp=1", "--config.attention.layout=striped"),
     ("--config.mesh.fsdp=2", "--config.mesh.sp=4", "--config.mesh.tp=1", "--config.attention.layout=contiguous"),
@@ -39,8 +44,15 @@ class Folder:
             return []
 
     def steps_done(self) -> int:
-        """The last step with a loss, 0 if there is none."""
-        return max((line["step"] for line in self.lines() if "loss" in line), default=0)
+        """The last step with a loss, 0 if there is none; it is asked often, and looks at the end of the file only."""
+        try:
+            with (self.path / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+                *lines, _torn = file.read().split(b"\n")
+        except FileNotFoundError:
+            return 0
+        steps = [STEP.match(line) for line in lines if b'"loss"' in line]
+        return max((int(found[1]) for found in steps if found), default=0)
 
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints that were written to their end, oldest first."""
@@ -76,6 +88,7 @@ class Trainer:
       logs: folder of what they print.
       num_steps: of the whole run.
       checkpoint_every: steps between two checkpoints.
+      processes: that share a run, joined over the loopback.
       numbers: counts the starts, for the names of the logs.
     """
 
@@ -85,25 +98,24 @@ class Trainer:
     logs: Path
     num_steps: int
     checkpoint_every: int = CHECKPOINT_EVERY
+    processes: int = 1
     numbers: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
 
-    def start(self, folder: Path, *, processes: int = 1, flags: Sequence[str] = (), prefix: Sequence[str] = ()) -> Life:
+    def start(self, folder: Path, *, flags: Sequence[str] = (), prefix: Sequence[str] = ()) -> Life:
         """Start the run in `folder`, or go on with it.
 
         Args:
           folder: of the run.
-          processes: that share it, joined over the loopback.
           flags: more of them.
           prefix: a command that executes the one after it, in a place where the disk is small.
         """
         command = [*prefix, *self.command, f"--config.run_dir={folder}", *flags]
         number = next(self.numbers)
-        if processes == 1:
+        if self.processes == 1:
             return Life([self._child(command, f"{number:04}")])
-        shared = [f"--coordinator_address=127.0.0.1:{_free_port()}", f"--num_processes={processes}"]
-        return Life(
-            [self._child([*command, *shared, f"--process_id={i}"], f"{number:04}-{i}") for i in range(processes)]
-        )
+        command += [f"--coordinator_address=127.0.0.1:{_free_port()}", f"--num_processes={self.processes}"]
+        members = range(self.processes)
+        return Life([self._child([*command, f"--process_id={i}"], f"{number:04}-{i}") for i in members])
 
     def start_poisoning(self, folder: Path, layer: int) -> Life:
         """Start to make a weight of `layer` infinite in the newest checkpoint of `folder`."""
@@ -114,15 +126,36 @@ class Trainer:
         return Child(command, env=self.env, log=self.logs / name, cwd=REPOSITORY)
 
 
-def make_trainer(out: Path, num_steps: int) -> Trainer:
+def make_trainers(out: Path, num_steps: int) -> dict[int, Trainer]:
     """train.py on configs/tiny.py, smaller still, with the library's own sources to learn from.
 
     What one start compiles the next ones find in a cache, so that a start costs the imports.
+
+    Args:
+      out: a folder for the sources, the logs and the cache.
+      num_steps: of a run of one process.
+
+    Returns:
+      a trainer for each number of processes; for several of them a ring that crosses their borders, and fewer steps.
     """
     corpus = out / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     for file in sorted(REPOSITORY.glob("ring_attention/*/*.py")):
         (corpus / f"{file.parent.name}_{file.stem}.txt").write_bytes(file.read_bytes() + b"\n")
+    one = Trainer(
+        command=[sys.executable, str(REPOSITORY / "train.py"), "--config=configs/tiny.py", *_flags(corpus, num_steps)],
+        poison=[sys.executable, str(REPOSITORY / "scripts/soaking/poison.py")],
+        env=_environment(out),
+        logs=out / "logs",
+        num_steps=num_steps,
+    )
+    fewer = min(num_steps, STEPS_OF_SEVERAL)
+    ring = ["--config.mesh.fsdp=1", f"--config.mesh.sp={SEVERAL}", "--config.mesh.tp=1", f"--config.num_steps={fewer}"]
+    several = dataclasses.replace(one, command=[*one.command, *ring], num_steps=fewer, processes=SEVERAL)
+    return {1: one, SEVERAL: several}
+
+
+def _flags(corpus: Path, num_steps: int) -> list[str]:
     fields = {
         "data.paths": f"{corpus}/*.txt",
         "data.holdout_fraction": 0.3,
@@ -135,21 +168,18 @@ def make_trainer(out: Path, num_steps: int) -> Trainer:
         "eval_every": 20,
         "checkpoint_every": CHECKPOINT_EVERY,
     }
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def _environment(out: Path) -> dict[str, str]:
     extra = {
         "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    return Trainer(
-        command=[sys.executable, str(REPOSITORY / "train.py"), "--config=configs/tiny.py", *flags],
-        poison=[sys.executable, str(REPOSITORY / "scripts/soaking/poison.py")],
-        env={"JAX_PLATFORMS": "cpu"} | os.environ | extra | {"PYTHONPATH": path},
-        logs=out / "logs",
-        num_steps=num_steps,
-    )
+    return {"JAX_PLATFORMS": "cpu"} | os.environ | extra
 
 
 def resumed_step(life: Life) -> int:

@@ -3,6 +3,7 @@
 `pretend_trainer.py` stands in for train.py where the harness is tested; the slow test really trains.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -37,7 +38,8 @@ def soak(tmp_path, *kinds, breaks="", rounds=1, steps=80, deadline=PATIENT):
         num_steps=steps,
         checkpoint_every=EVERY,
     )
-    session = Session(trainer, tmp_path, seed=0, deadline=deadline, kinds=kinds)
+    trainers = {1: trainer, 4: dataclasses.replace(trainer, processes=4)}
+    session = Session(trainers, tmp_path, seed=0, deadline=deadline, kinds=kinds)
     session.run(rounds=rounds)
     return session
 
