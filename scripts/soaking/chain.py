@@ -53,10 +53,16 @@ class Chain:
 
     # --- What faults need ---------------------------------------------------------------------------------------------
 
-    def have_running(self, room: int) -> None:
-        """Have a run that trains and has `room` more steps to do; one with fewer is trained to its end before."""
+    def have_running(self, room: int, outcome: Outcome) -> None:
+        """Have a run that trains and has `room` more steps to do; one with fewer is trained to its end before.
+
+        A run that was killed by `rest` goes on, and `outcome` takes in how.
+        """
         if self.has_run and self.steps_left < room:
             self.finish()
+        if self.has_run and self.is_dead:
+            self.count_kill(outcome)
+            self.restart(outcome)
         if not self.has_run:
             self._runs += 1
             self.folder = Folder(self._root / f"run-{self._runs:03}")
@@ -67,6 +73,16 @@ class Chain:
     def has_run(self) -> bool:
         """Whether a run is in hand."""
         return self.life is not None and self._runs > 0
+
+    def rest(self) -> None:
+        """SIGKILL the processes, so that they take no time from those of another chain."""
+        if self.life is not None:
+            self.life.kill()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether no process of the run is left."""
+        return all(child.code is not None for child in self.life.children)
 
     @property
     def steps_left(self) -> int:
@@ -152,7 +168,7 @@ class Chain:
     def finish(self) -> None:
         """Train the run in hand, alive or dead, to its end and compare it, all of it, with the reference."""
         outcome = Outcome("end of a run", run=self.folder.path.name)
-        if all(child.code is not None for child in self.life.children):
+        if self.is_dead:
             self.launch()
         try:
             self._wait_for_the_end()
@@ -171,8 +187,7 @@ class Chain:
 
     def abandon(self) -> None:
         """Kill what runs and leave the folder as it is; the next fault gets a new run."""
-        if self.life is not None:
-            self.life.kill()
+        self.rest()
         self.life = None
 
     def _wait_for_the_end(self) -> None:

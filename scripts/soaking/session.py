@@ -107,6 +107,7 @@ class Session:
                     break
                 self._inject(kind)
             for chain in self._chains.values():
+                self._rest_all_but(chain)
                 if chain.has_run:
                     chain.finish()
 
@@ -116,8 +117,11 @@ class Session:
             chain.abandon()
 
     def _shuffled(self, rounds: int | None) -> Iterator[str]:
+        """Every kind once a round, those of as many processes together: to change between them costs a start."""
         for _ in itertools.count() if rounds is None else range(rounds):
-            yield from self._rng.sample(self.kinds, len(self.kinds))
+            kinds = self._rng.sample(self.kinds, len(self.kinds))
+            several_first = self._rng.random() < 0.5
+            yield from sorted(kinds, key=lambda kind: FAULTS[kind].processes, reverse=several_first)
 
     def _inject(self, kind: str) -> None:
         """Inject one fault and take in what came of it."""
@@ -127,7 +131,7 @@ class Session:
             outcome = Outcome(kind, seconds=self.seconds)
             spare = self._out / "copies" / f"{len(self.outcomes):04}-{kind}-{attempt}"
             try:
-                chain.have_running(fault.room)
+                chain.have_running(fault.room, outcome)
                 outcome.run, outcome.step = chain.folder.path.name, chain.folder.steps_done()
                 fault.inject(Scene(chain, self._rng, outcome, spare))
             except TooLateError:
@@ -144,9 +148,17 @@ class Session:
         self._tell(outcome)
 
     def _chain(self, processes: int) -> Chain:
-        """The runs of so many processes; the first time with a reference."""
-        if processes not in self._chains:
-            root = self._out / f"of_{processes}"
-            self._chains[processes] = Chain(self._trainers[processes], root, deadline=self._deadline)
-            self._chains[processes].train_undisturbed()
-        return self._chains[processes]
+        """The runs of so many processes, the only ones that are not at rest; the first time with a reference."""
+        if processes in self._chains:
+            self._rest_all_but(self._chains[processes])
+            return self._chains[processes]
+        chain = Chain(self._trainers[processes], self._out / f"of_{processes}", deadline=self._deadline)
+        self._chains[processes] = chain
+        self._rest_all_but(chain)
+        chain.train_undisturbed()
+        return chain
+
+    def _rest_all_but(self, chain: Chain) -> None:
+        for other in self._chains.values():
+            if other is not chain:
+                other.rest()
