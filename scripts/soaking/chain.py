@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .life import EndedError, HangError, Life, TooLateError
@@ -132,31 +132,35 @@ class Chain:
             outcome.bound = interval + min(interval, begun - newest)
         outcome.require_lines(self.folder.lines(), self.reference)
 
-    def restart(self, outcome: Outcome, expected: int | None = None) -> None:
+    def restart(self, outcome: Outcome, allowed: Sequence[int] = ()) -> int:
         """Start the same command again, until it has done a step; see that it went on from where it should.
 
         Args:
           outcome: takes in the steps lost, and what is wrong.
-          expected: the step to go on from; the newest checkpoint's by default.
+          allowed: steps to go on from; the newest checkpoint's by default.
+
+        Returns:
+          the step that it went on from.
 
         Raises:
           HangError: if it takes too long.
           UnusableError: if it ends instead.
         """
-        expected = self.folder.newest() if expected is None else expected
+        allowed = allowed or [self.folder.newest()]
         try:
             self._launch_and_take_time()
         except EndedError as error:
             raise UnusableError(str(error)) from error
         resumed = resumed_step(self.life)
-        found = f"went on from step {resumed} where checkpoint {expected} was the newest good one"
-        outcome.require(resumed == expected, CORRUPTED, found)
+        found = f"went on from step {resumed}, not {' or '.join(map(str, allowed))}"
+        outcome.require(resumed in allowed, CORRUPTED, found)
         outcome.require_lost(self._done, resumed)
         outcome.require_lines(self.folder.lines(), self.reference)
         outcome.notes.append(f"went on from {resumed}, {outcome.lost} lost")
         self._done = 0
         if not outcome.problems:
             self.most_kills = max(self.most_kills, self._kills)
+        return resumed
 
     def copy(self, target: Path) -> Folder:
         """Copy the run's folder as it lies on the disk at this instant; freeze or kill the run before."""

@@ -8,6 +8,11 @@ from pathlib import Path
 from .scene import Scene
 from .verdicts import CORRUPTED, MESSAGE
 
+HARMLESS = "a file that is not read"
+"""Orbax leaves files that a restore has no need of; damage to them is not noticed, and the losses must be right."""
+
+MORE_STEPS = 4
+
 
 def flip(scene: Scene) -> None:
     """SIGKILL, and some bytes of a file of the newest checkpoint change."""
@@ -29,10 +34,13 @@ def _damage(scene: Scene, spoil: Callable[[Path, random.Random], str]) -> None:
     file = scene.rng.choice(sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size))
     scene.outcome.notes.append(f"{newest}/{file.relative_to(path)} {spoil(file, scene.rng)}")
     scene.outcome.bound += newest - good
-    chain.restart(scene.outcome, expected=good)
-    unnamed = f"stderr does not name {path}"
-    scene.outcome.require(str(path) in chain.life.stderr, MESSAGE, unnamed)
-    aside = list((chain.folder.path / "damaged").glob(f"*{newest}*"))
+    if chain.restart(scene.outcome, allowed=[good, newest]) == newest:
+        chain.train_on(MORE_STEPS)  # what was spoilt in the optimizer is in a later loss
+        scene.outcome.require_lines(chain.folder.lines(), chain.reference)
+        scene.outcome.notes.append(HARMLESS)
+        return
+    scene.outcome.require(str(path) in chain.life.stderr, MESSAGE, f"stderr does not name {path}")
+    aside = list((chain.folder.path / "damaged").glob(f"{newest}-*"))
     scene.outcome.require(bool(aside), CORRUPTED, f"checkpoint {newest} was not put aside into damaged/")
 
 

@@ -7,6 +7,7 @@ import statistics
 from rich.markup import escape
 from rich.table import Table
 
+from .damage import HARMLESS
 from .session import Session
 from .verdicts import SORTS, Outcome
 
@@ -54,6 +55,7 @@ def as_json(session: Session) -> dict:
         "steps_lost": {"mean": statistics.mean(lost) if lost else 0, "max": max(lost, default=0)},
         "steps_beyond_the_newest_begun": max((outcome.beyond_begun for outcome in outcomes), default=0),
         "checkpoint_every": session.checkpoint_every,
+        "damage_to_files_that_are_not_read": sum(HARMLESS in outcome.notes for outcome in outcomes),
         "runs_to_the_end": len(session.ends),
         "faults": len(session.outcomes),
         "problems": sum(sorts.values()),
@@ -75,6 +77,7 @@ def summary_of(session: Session) -> str:
             f"{figures['runs_to_the_end']} runs trained to their end.",
             f"Steps lost: {lost['mean']:.1f} on average, {lost['max']} at most; "
             f"{figures['steps_beyond_the_newest_begun']} at most beyond the checkpoint begun last, {interval} allowed.",
+            f"Damage done to files that a restore does not read: {figures['damage_to_files_that_are_not_read']}.",
             f"Wrong: {sorts}.",
             *ends,
         ]

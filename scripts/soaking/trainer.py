@@ -13,6 +13,7 @@ from .life import Child, Life
 from .verdicts import Line, read_lines
 
 REPOSITORY = Path(__file__).parents[2]
+CONFIG = REPOSITORY / "configs/tiny.py"
 UNFINISHED = ".orbax-checkpoint-tmp"  # orbax writes to STEP + this, and renames it once all is there
 RESUMED = re.compile(r"^Going on from step (\d+)\.", re.MULTILINE)
 STEP = re.compile(rb'\{"step": (\d+),')
@@ -143,7 +144,7 @@ def make_trainers(out: Path, num_steps: int) -> dict[int, Trainer]:
     for file in sorted(REPOSITORY.glob("ring_attention/*/*.py")):
         (corpus / f"{file.parent.name}_{file.stem}.txt").write_bytes(file.read_bytes() + b"\n")
     one = Trainer(
-        command=[sys.executable, str(REPOSITORY / "train.py"), "--config=configs/tiny.py", *_flags(corpus, num_steps)],
+        command=[sys.executable, str(REPOSITORY / "train.py"), f"--config={CONFIG}", *_flags(corpus, num_steps)],
         poison=[sys.executable, str(REPOSITORY / "scripts/soaking/poison.py")],
         env=_environment(out),
         logs=out / "logs",

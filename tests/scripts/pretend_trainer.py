@@ -111,7 +111,7 @@ def resume():
                 fail(1, f"{path}: cannot be read")
             print(f"{'a checkpoint' if BREAKS == 'naming' else path} is damaged", file=sys.stderr)
             (FOLDER / "damaged").mkdir(exist_ok=True)
-            path.rename(FOLDER / "damaged" / path.name)
+            path.rename(FOLDER / "damaged" / f"{path.name}-{time.time_ns()}")
     if step:
         print(f"Going on from step {step}.", flush=True)
         time.sleep(1000 if BREAKS == "hang" else 0)
