@@ -26,16 +26,29 @@ def second_run(scene: Scene) -> None:
 
 def lose_process(scene: Scene) -> None:
     """SIGKILL to one of the processes of a run: the others stop and say which."""
-    chain, outcome = scene.chain, scene.outcome
     scene.train_a_while(1, 6)
-    victim = scene.rng.randrange(len(chain.life.children))
-    chain.life.children[victim].kill()
+    victim = scene.rng.randrange(len(scene.chain.life.children))
+    scene.chain.life.children[victim].kill()
+    _see_the_others_stop(scene, victim, "killed")
+
+
+def freeze_process(scene: Scene) -> None:
+    """SIGSTOP to one of the processes of a run, as if its machine had hung: the others stop and say which."""
+    scene.train_a_while(1, 6)
+    victim = scene.rng.randrange(len(scene.chain.life.children))
+    scene.chain.life.children[victim].signal(signal.SIGSTOP)
+    _see_the_others_stop(scene, victim, "frozen")
+
+
+def _see_the_others_stop(scene: Scene, victim: int, how: str) -> None:
+    """Wait for the end of all processes but one, see that it was the right one, and restart."""
+    chain, outcome = scene.chain, scene.outcome
+    lost = chain.life.children[victim]
+    others = [child for child in chain.life.children if child is not lost]
     began = time.monotonic()
-    others = [child for child in chain.life.children if child is not chain.life.children[victim]]
-    codes = chain.life.codes(f"end after process {victim} was lost", PEERS_SECONDS)
-    outcome.notes.append(f"process {victim} killed, the others ended in {time.monotonic() - began:.1f} s")
-    chain.count_kill(outcome)
-    del codes[victim]
+    codes = chain.life.codes(f"end after process {victim} was {how}", PEERS_SECONDS, but=[lost])
+    outcome.notes.append(f"process {victim} {how}, the others ended in {time.monotonic() - began:.1f} s")
+    chain.kill(outcome)
     outcome.require(set(codes) == {1}, EXIT, f"the others ended with {codes}, not 1: {others[0].last_words}")
     for child in others:
         named = any(f"process {victim}" in line for line in child.stderr.splitlines() if "error" in line)

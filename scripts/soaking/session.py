@@ -40,6 +40,7 @@ FAULTS = {
     "other_mesh": Fault(elsewhere.other_mesh),
     "not_finite": Fault(elsewhere.not_finite),
     "lose_process": Fault(rivals.lose_process, processes=SEVERAL),
+    "freeze_process": Fault(rivals.freeze_process, processes=SEVERAL),
     "terminate_process": Fault(rivals.terminate_process, processes=SEVERAL),
 }
 

@@ -77,11 +77,18 @@ def stand_by():
 
 def leave_if_a_process_is_lost():
     for file in MEETING.glob("[0-9]"):
-        alive = Path(f"/proc/{file.read_text() or os.getpid()}").exists()
-        if not alive and BREAKS != "peers" and not (MEETING / "done").exists():
+        if not works(file.read_text() or os.getpid()) and BREAKS != "peers" and not (MEETING / "done").exists():
             with contextlib.suppress(FileExistsError), (MEETING / "lost").open("x") as first:
                 first.write(f"process {file.name} was lost")
             fail(1, "another process was lost" if BREAKS == "name" else (MEETING / "lost").read_text())
+
+
+def works(process):
+    """Whether a process is there and not stopped."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "TZ"
+    except FileNotFoundError:
+        return False
 
 
 def open_folder():
