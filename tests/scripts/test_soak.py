@@ -208,3 +208,15 @@ def test_the_script_refuses_what_it_cannot_do(flag):
     )
     assert done.returncode == 2
     assert flag.partition("=")[0] in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_real_run_survives_kills_preemption_damage_and_a_second_run(tmp_path):
+    kinds = "kill,kill_saving,kill_saved,kill_starting,terminate,truncate,second_run"
+    flags = ["--minutes=1.5", "--steps=150", f"--out={tmp_path / 'soak'}", f"--faults={kinds}"]
+    done = subprocess.run([sys.executable, "scripts/soak.py", *flags], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "soak" / "soak.json").read_text())
+    assert figures["problems"] == 0
+    assert figures["faults"] >= 1
+    assert figures["runs_to_the_end"] >= 1
