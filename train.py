@@ -26,7 +26,7 @@ from ring_attention.training.loop import train
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.survival.errors import FINISHED, Preempted, is_expected, last_words
 from ring_attention.training.survival.peers import Peers, leave
-from ring_attention.training.survival.processes import is_first, join_processes
+from ring_attention.training.survival.processes import compile_anew_where_needed, is_first, join_processes
 
 DEFAULT_CONFIG = "configs/cpu_demo.py"
 SIMULATED_DEVICES = 8
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     num_processes = join_processes(process_flags)
     with Peers() as peers:
         mesh = open_mesh(config.mesh, num_processes)
+        compile_anew_where_needed(mesh)
         first = is_first()
         say = print if first else lambda line: None
         check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)

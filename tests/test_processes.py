@@ -84,14 +84,6 @@ def alone(corpus, tmp_path_factory):
     return folder, losses(folder)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_compiled_once(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-        yield
-
-
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_several_processes_have_the_losses_of_one_and_only_the_first_speaks(alone, corpus, tmp_path, num_processes):
     ended = finish(start(num_processes, corpus, *FSDP_AND_RING_OF_4, f"--config.run_dir={tmp_path}"))

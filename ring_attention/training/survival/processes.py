@@ -5,6 +5,7 @@ import os
 
 import jax
 from jax._src import clusters, distributed  # neither what it found nor whether it would has a public name
+from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.training.survival.errors import RunError
@@ -94,6 +95,16 @@ def join_processes(flags: ProcessFlags) -> int:
         remedy = "mend the environment, or say who is who with --coordinator_address, --num_processes and --process_id"
         raise ConfigError(f"cannot join the other processes: {got}; {remedy}") from error
     return distributed.global_state.num_processes  # jax.process_count() would start the devices
+
+
+def compile_anew_where_needed(mesh: Mesh) -> None:
+    """Switch JAX's compilation cache off for CPU devices of several processes.
+
+    What comes back from it no longer keeps its collectives in order (jaxlib 0.10.2), and gloo, which tells them apart
+    by their order alone, then mixes them up and aborts. One process, and accelerators, are not affected.
+    """
+    if mesh.devices.flat[0].platform == "cpu" and jax.process_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _in_cluster() -> bool:
