@@ -1,6 +1,6 @@
 """Processes that are meant to die: started with a log, watched with a deadline, killed by the harness at the latest."""
 
-import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +13,14 @@ T = TypeVar("T")
 POLL = 0.005  # seconds; a checkpoint of a tiny model is written in a tenth of one
 STACKS = 10.0  # seconds that a process gets to write down where its threads are
 _PR_SET_PDEATHSIG = 1
+_ASK_KERNEL = f"""
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):  # it may have died before the kernel was asked
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""Before a command: has the kernel kill it when the harness dies, however that comes about. A `preexec_fn` would do it
+between fork and exec, which JAX, being multithreaded, warns of where it is loaded."""
 
 
 class HangError(Exception):
@@ -35,14 +43,13 @@ class Child:
         self._out, self._err = log.with_suffix(".out"), log.with_suffix(".err")
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                list(command),
+                [*_dying_with_this_process(), *command],
                 env=dict(env) | {"PYTHONFAULTHANDLER": "1"},  # stacks go to stderr on a fatal signal
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,  # Ctrl-C is for the harness, which then ends its children
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
 
     @property
@@ -172,6 +179,5 @@ class Life:
         return HangError(f"did not {what} in {seconds:g} s: {running[0].where if running else 'all have ended'}")
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the harness dies, however that comes about."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _dying_with_this_process() -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", _ASK_KERNEL, str(os.getpid())] if sys.platform == "linux" else []
