@@ -199,6 +199,7 @@ def test_any_ring_gives_the_oracles_result(**drawn):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @costly(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @ANYTHING
 def test_any_ring_gives_the_oracles_result_with_the_kernel_that_people_use(**drawn):

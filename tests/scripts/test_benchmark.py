@@ -11,6 +11,7 @@ from ring_attention.evaluation.rivals import System
 
 
 @pytest.mark.slow  # compiles 18 programs
+@pytest.mark.long
 def test_the_benchmark_measures_every_layout_and_mask_and_writes_what_it_prints(tmp_path):
     out = tmp_path / "cpu"
     done = run(

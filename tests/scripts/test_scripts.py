@@ -32,6 +32,7 @@ def test_inspect_program_finds_the_fewest_transfers_and_no_other_collective(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_inspect_program_compares_a_loop_with_an_unrolled_ring_under_a_window_and_both_ways_round(tmp_path):
     out = tmp_path / "structure.json"
     flags = ["--rings", 4, "--shard", 64, "--layout", "contiguous", "--window", 0, 33, "--program", "backward"]
@@ -72,6 +73,7 @@ def test_check_accuracy_accepts_ours_and_its_limit_can_be_missed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_check_accuracy_has_every_mask_at_once(tmp_path):
     out = tmp_path / "accuracy.json"
     flags = ["--tokens", 64, "--masks", "everything", "--dtypes", "float16", "--rings"]

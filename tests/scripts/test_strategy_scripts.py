@@ -20,6 +20,7 @@ def run(script, *flags, timeout=300):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_approach_is_measured_in_one_command(tmp_path):
     out = tmp_path / "strategies"
     sizes = ["--seq-len", 512, "--devices", 4, "--heads", 4, "--kv-heads", 4, "--head-dim", 16, "--window", 64]
@@ -64,6 +65,7 @@ def test_exponents_are_those_of_a_power_law():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not TWO_CORES, reason="needs Linux and two cores")
 def test_two_processes_are_measured_beside_the_prediction(tmp_path):
     out = tmp_path / "stragglers.json"
