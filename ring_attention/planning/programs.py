@@ -13,7 +13,7 @@ from ring_attention.parallel.context import ring_attention
 from ring_attention.parallel.mesh import compiler_options, make_mesh
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.feasible import check_feasible
-from ring_attention.training.step import BATCH_SPEC, abstract_state, make_train_step, state_shardings
+from ring_attention.training.step import BATCH_SPEC, make_train_step, sharded_abstract_state
 
 
 def compile_ring(
@@ -45,11 +45,7 @@ def compile_step(config: TrainConfig, devices: Sequence[jax.Device]):
     """A config's whole training step, as `jax.stages.Compiled`; raises ConfigError if the devices cannot run it."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract_state(config),
-        state_shardings(config, mesh),
-    )
+    state = sharded_abstract_state(config, mesh)
     shape = (config.batch_size, config.seq_len)
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     return make_train_step(config, mesh).lower(state, dict.fromkeys(FIELDS, batch)).compile()

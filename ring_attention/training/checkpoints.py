@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ring_attention.checks import ConfigError, require
-from ring_attention.training.config_values import one_line
+from ring_attention.checks import ConfigError, one_line, require
 from ring_attention.training.survival.disk import require_room
 from ring_attention.training.survival.errors import RunError
 from ring_attention.training.survival.fingerprint import fingerprints
@@ -28,7 +27,6 @@ KEEP = 3
 
 DAMAGED = "damaged"
 """Folder beside the checkpoints for those that could not be read."""
-
 
 _NONE_IS_WHOLE = "put a copy in their place, or start another run with --config.run_dir=PATH"
 _NOT_ITS_FAULT = [os.strerror(number) for number in (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES)]
@@ -269,11 +267,6 @@ class Checkpoints:
         elif jax.process_count() == 1:  # what is being written need not be lost; several processes might wait in vain
             with contextlib.suppress(RunError):
                 self.wait()
-
-
-def abstract_like(state: Any) -> Any:
-    """Return `state`'s shapes, dtypes and shardings as jax.ShapeDtypeStructs, without its values."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def _committed(path: Path) -> list[int]:

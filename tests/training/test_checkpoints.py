@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ring_attention.checks import ConfigError
-from ring_attention.training.checkpoints import DAMAGED, KEEP, Checkpoints, abstract_like
+from ring_attention.training.checkpoints import DAMAGED, KEEP, Checkpoints
 from ring_attention.training.survival.errors import RunError
 
 
@@ -35,6 +35,11 @@ def make_state(mesh, seed=0):
     others = jax.device_put({"step": jnp.int32(7), "key": jax.random.key(3)}, replicated)
     moments = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, replicated), optax.adamw(1e-3).init(params))
     return {"params": params, "optimizer": moments, **others}
+
+
+def abstract_like(state):
+    """`state`'s shapes, dtypes and shardings, without its values."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def assert_same_bits(got, want):

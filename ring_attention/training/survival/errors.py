@@ -2,11 +2,14 @@
 
 import errno
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, one_line
 
 FINISHED, FAILED, MISTAKE, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
 """Exit statuses. A scheduler should start a run again after FAILED and PREEMPTED (128 + SIGTERM; 0 would tell it that
 the run is done), but not after MISTAKE: the same flags would be refused again."""
+
+ERROR = "train.py: error: "
+"""What a line begins with that says why a run has failed."""
 
 
 class RunError(Exception):
@@ -27,14 +30,14 @@ def last_words(error: BaseException) -> tuple[int, str]:
     """Return the exit status and the line for what ended a run."""
     match error:
         case ConfigError():
-            return MISTAKE, f"train.py: error: {error}"
+            return MISTAKE, f"{ERROR}{error}"
         case RunError():
-            return FAILED, f"train.py: error: {error}"
+            return FAILED, f"{ERROR}{error}"
         case Preempted():
             return PREEMPTED, str(error)
         case KeyboardInterrupt():
             return INTERRUPTED, "\nInterrupted. The same command goes on from the newest checkpoint."
         case OSError(errno=errno.ENOSPC):
             where = f" ({error.filename})" if error.filename else ""
-            return FAILED, f"train.py: error: the disk is full{where}; make room, and start the run again"
-    return FAILED, f"train.py: error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return FAILED, f"{ERROR}the disk is full{where}; make room, and start the run again"
+    return FAILED, f"{ERROR}{type(error).__name__}: {one_line(error)[:300]}"

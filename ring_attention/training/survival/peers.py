@@ -23,7 +23,7 @@ from types import TracebackType
 import jax
 from jax._src import distributed  # the store has no public name; orbax takes it from here, too
 
-from ring_attention.training.survival.errors import FAILED, Preempted, is_expected, last_words
+from ring_attention.training.survival.errors import ERROR, FAILED, Preempted, is_expected, last_words
 
 BEAT = 2.0
 """Seconds between signs of life."""
@@ -107,7 +107,7 @@ class Peers:
         if peer == self._me or "finished" in words or self._done.is_set():
             return
         if "line" in words:
-            line = words["line"].removeprefix("train.py: error: ")
+            line = words["line"].removeprefix(ERROR)
             _end(words["status"], f"process {peer} of {self._count} has stopped: {line}")
         if silent > PATIENCE:
             _end(FAILED, self._gone(peer, silent))
@@ -160,5 +160,5 @@ def leave(status: int) -> None:
 
 
 def _end(status: int, line: str) -> None:
-    print(f"train.py: error: {line}", file=sys.stderr)
+    print(f"{ERROR}{line}", file=sys.stderr)
     leave(status)

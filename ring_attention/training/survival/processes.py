@@ -7,7 +7,7 @@ import jax
 from jax._src import clusters, distributed  # neither what it found nor whether it would has a public name
 from jax.sharding import Mesh
 
-from ring_attention.checks import ConfigError, require_field
+from ring_attention.checks import ConfigError, one_line, require_field
 from ring_attention.training.survival.errors import RunError
 
 HEARTBEAT_SECONDS = 60
@@ -91,7 +91,7 @@ def join_processes(flags: ProcessFlags) -> int:
             "were started, with the same --coordinator_address and --num_processes, and that its port is free"
         ) from error
     except (RuntimeError, ValueError, KeyError) as error:  # what the environment says of a cluster may not fit together
-        got = " ".join(str(error).split())[:300]
+        got = one_line(error)[:300]
         remedy = "mend the environment, or say who is who with --coordinator_address, --num_processes and --process_id"
         raise ConfigError(f"cannot join the other processes: {got}; {remedy}") from error
     return distributed.global_state.num_processes  # jax.process_count() would start the devices
