@@ -4,7 +4,7 @@ import signal
 import time
 
 from .life import EndedError
-from .scene import SIGTERM_SECONDS, Scene
+from .scene import Scene
 from .trainer import steps_trained
 from .verdicts import LOST
 
@@ -50,34 +50,23 @@ def kill_saved(scene: Scene) -> None:
 
 def kill_starting(scene: Scene) -> None:
     """SIGKILL, and another one while the run starts again."""
-    chain = scene.chain
-    scene.train_a_while()
-    chain.kill(scene.outcome)
-    seconds = scene.rng.uniform(0, chain.startup)
-    chain.launch()
-    time.sleep(seconds)
-    chain.kill(scene.outcome)
+    seconds = _kill_and_launch(scene)
+    scene.chain.kill(scene.outcome)
     scene.outcome.notes.append(f"again {seconds:.1f} s after the start")
-    chain.restart(scene.outcome)
+    scene.chain.restart(scene.outcome)
 
 
 def terminate(scene: Scene) -> None:
     """SIGTERM during training: a checkpoint of the step it has reached."""
     scene.train_a_while()
-    scene.require_exit(scene.chain.life, _terminate(scene), 128 + signal.SIGTERM)
-    scene.outcome.bound = 0
-    scene.chain.restart(scene.outcome)
+    scene.terminate_and_restart(scene.chain.life.children)
 
 
 def terminate_starting(scene: Scene) -> None:
     """SIGKILL, and SIGTERM while the run starts again: before its first step there is nothing to save."""
     chain = scene.chain
-    scene.train_a_while()
-    chain.kill(scene.outcome)
-    seconds = scene.rng.uniform(0, chain.startup)
-    chain.launch()
-    time.sleep(seconds)
-    codes = _terminate(scene)
+    seconds = _kill_and_launch(scene)
+    codes = scene.terminate(chain.life.children)
     scene.outcome.notes[-1] += f", {seconds:.1f} s after the start"
     trained = steps_trained(chain.life) > 1  # in its first one it may not have been ready for the signal
     scene.require_exit(chain.life, codes, 128 + signal.SIGTERM, *([] if trained else [-signal.SIGTERM]))
@@ -87,11 +76,11 @@ def terminate_starting(scene: Scene) -> None:
     chain.restart(scene.outcome)
 
 
-def _terminate(scene: Scene) -> list[int]:
-    """SIGTERM, and wait for the end; returns the exit statuses."""
-    began = time.monotonic()
-    scene.chain.life.signal(signal.SIGTERM)
-    codes = scene.chain.life.codes("end after SIGTERM", SIGTERM_SECONDS)
-    scene.outcome.notes.append(f"ended in {time.monotonic() - began:.1f} s")
-    scene.chain.take_in_death(scene.outcome)
-    return codes
+def _kill_and_launch(scene: Scene) -> float:
+    """SIGKILL during training, launch again and wait for a random part of a start; returns how many seconds."""
+    scene.train_a_while()
+    scene.chain.kill(scene.outcome)
+    seconds = scene.rng.uniform(0, scene.chain.startup)
+    scene.chain.launch()
+    time.sleep(seconds)
+    return seconds

@@ -2,8 +2,10 @@
 
 import signal
 import time
+from collections.abc import Callable
 
-from .scene import NEAR_THE_END, PEERS_SECONDS, SIGTERM_SECONDS, Scene
+from .life import Child
+from .scene import NEAR_THE_END, PEERS_SECONDS, Scene
 from .verdicts import EXIT, MESSAGE
 
 
@@ -26,24 +28,21 @@ def second_run(scene: Scene) -> None:
 
 def lose_process(scene: Scene) -> None:
     """SIGKILL to one of the processes of a run: the others stop and say which."""
-    scene.train_a_while(1, 6)
-    victim = scene.rng.randrange(len(scene.chain.life.children))
-    scene.chain.life.children[victim].kill()
-    _see_the_others_stop(scene, victim, "killed")
+    _lose(scene, Child.kill, "killed")
 
 
 def freeze_process(scene: Scene) -> None:
     """SIGSTOP to one of the processes of a run, as if its machine had hung: the others stop and say which."""
-    scene.train_a_while(1, 6)
-    victim = scene.rng.randrange(len(scene.chain.life.children))
-    scene.chain.life.children[victim].signal(signal.SIGSTOP)
-    _see_the_others_stop(scene, victim, "frozen")
+    _lose(scene, lambda child: child.signal(signal.SIGSTOP), "frozen")
 
 
-def _see_the_others_stop(scene: Scene, victim: int, how: str) -> None:
-    """Wait for the end of all processes but one, see that it was the right one, and restart."""
+def _lose(scene: Scene, strike: Callable[[Child], None], how: str) -> None:
+    """Strike one process, wait for the end of all others, see that it was the right one, and restart."""
     chain, outcome = scene.chain, scene.outcome
+    scene.train_a_while(1, 6)
+    victim = scene.rng.randrange(len(chain.life.children))
     lost = chain.life.children[victim]
+    strike(lost)
     others = [child for child in chain.life.children if child is not lost]
     began = time.monotonic()
     codes = chain.life.codes(f"end after process {victim} was {how}", PEERS_SECONDS, but=[lost])
@@ -58,14 +57,7 @@ def _see_the_others_stop(scene: Scene, victim: int, how: str) -> None:
 
 def terminate_process(scene: Scene) -> None:
     """SIGTERM to one of the processes of a run: all write a checkpoint and end."""
-    chain = scene.chain
     scene.train_a_while(1, 6)
-    chosen = scene.rng.randrange(len(chain.life.children))
-    began = time.monotonic()
-    chain.life.children[chosen].signal(signal.SIGTERM)
-    codes = chain.life.codes(f"end after SIGTERM to process {chosen}", SIGTERM_SECONDS)
-    scene.outcome.notes.append(f"SIGTERM to process {chosen}, all ended in {time.monotonic() - began:.1f} s")
-    chain.take_in_death(scene.outcome)
-    scene.require_exit(chain.life, codes, 128 + signal.SIGTERM)
-    scene.outcome.bound = 0
-    chain.restart(scene.outcome)
+    chosen = scene.rng.randrange(len(scene.chain.life.children))
+    scene.outcome.notes.append(f"SIGTERM to process {chosen}")
+    scene.terminate_and_restart([scene.chain.life.children[chosen]])

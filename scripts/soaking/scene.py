@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import random
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .chain import Chain
-from .life import Life, TooLateError
+from .life import Child, Life, TooLateError
 from .trainer import Folder, resumed_step, steps_trained
 from .verdicts import CORRUPTED, EXIT, MESSAGE, Outcome
 
@@ -62,6 +63,22 @@ class Scene:
             yield life
         finally:
             life.kill()
+
+    def terminate(self, children: Sequence[Child]) -> list[int]:
+        """SIGTERM to some processes of the run, and wait for the end of all; returns their exit statuses."""
+        began = time.monotonic()
+        for child in children:
+            child.signal(signal.SIGTERM)
+        codes = self.chain.life.codes("end after SIGTERM", SIGTERM_SECONDS)
+        self.outcome.notes.append(f"ended in {time.monotonic() - began:.1f} s")
+        self.chain.take_in_death(self.outcome)
+        return codes
+
+    def terminate_and_restart(self, children: Sequence[Child]) -> None:
+        """SIGTERM to some processes of the run while it trains: all end, and not a step is lost."""
+        self.require_exit(self.chain.life, self.terminate(children), 128 + signal.SIGTERM)
+        self.outcome.bound = 0
+        self.chain.restart(self.outcome)
 
     def require_exit(self, life: Life, codes: list[int], *allowed: int) -> None:
         """A problem unless every exit status is one of `allowed`."""

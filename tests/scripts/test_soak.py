@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.soaking import disk, kills, rivals
+from scripts.soaking import disk, rivals, scene
 from scripts.soaking.life import Child, EndedError, HangError, Life
 from scripts.soaking.report import as_json, line_of, summary_of, table_of
 from scripts.soaking.session import FAULTS, Session
@@ -96,7 +96,7 @@ ROUNDS = {"atomic": 6, "interval": 3, "bits": 1, "hang": 1, "sigterm": 1, "peers
 
 @pytest.mark.parametrize(("breaks", "kind", "sort"), BROKEN, ids=lambda value: value.replace(" ", "_"))
 def test_a_trainer_that_breaks_a_promise_is_found_out(tmp_path, monkeypatch, breaks, kind, sort):
-    for module, name in [(kills, "SIGTERM_SECONDS"), (rivals, "SIGTERM_SECONDS"), (rivals, "PEERS_SECONDS")]:
+    for module, name in [(scene, "SIGTERM_SECONDS"), (rivals, "PEERS_SECONDS")]:
         monkeypatch.setattr(module, name, 1)
     steps, deadline = (400, HASTY) if sort == "hang" else (150, PATIENT)
     session = soak(tmp_path, kind, breaks=breaks, rounds=ROUNDS.get(breaks, 2), steps=steps, deadline=deadline)
