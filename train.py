@@ -23,10 +23,10 @@ from ring_attention.training.corpus import Corpus
 from ring_attention.training.feasible import check_feasible, check_vocabulary
 from ring_attention.training.flags import parse_config, parse_processes
 from ring_attention.training.loop import train
+from ring_attention.training.processes import compile_anew_where_needed, is_first, join_processes
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.survival.errors import FINISHED, Preempted, is_expected, last_words
 from ring_attention.training.survival.peers import Peers, leave
-from ring_attention.training.survival.processes import compile_anew_where_needed, is_first, join_processes
 
 DEFAULT_CONFIG = "configs/cpu_demo.py"
 SIMULATED_DEVICES = 8

@@ -21,26 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_attention.checks import ConfigError
-from ring_attention.models.config import ModelConfig
+from ring_attention.parallel.chips import GiB
 from ring_attention.planning.pods import pod_devices
+from ring_attention.planning.prediction.published import LLAMA_7B
 from ring_attention.planning.programs import compile_step
 from ring_attention.training.config import AttentionConfig, TrainConfig
 
 PODS = ("v4:2x2x4", "v4:2x4x4", "v4:4x4x4", "v4:4x4x8", "v4:4x8x8", "v4:8x8x8")
 TOLERANCE = 0.05
 WEIGHT_BYTES = 4 + 4 + 2
-GiB = 2**30
-
-LLAMA_7B = ModelConfig(
-    vocab_size=32_000,
-    num_layers=32,
-    model_dim=4096,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    ffn_dim=11_008,
-    compute_dtype="bfloat16",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

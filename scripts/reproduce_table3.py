@@ -29,20 +29,19 @@ from rich.table import Table
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.checks import ConfigError
-from ring_attention.models.config import ModelConfig
-from ring_attention.parallel.chips import CHIPS
+from ring_attention.parallel.chips import CHIPS, GiB
 from ring_attention.planning.pods import pod_devices
+from ring_attention.planning.prediction.published import LLAMA_7B
 from ring_attention.planning.programs import compile_step
 from ring_attention.training.config import AttentionConfig, TrainConfig
 
-GiB = 2**30
 GPU_MEMORY = 79 * GiB
 
-SHAPES = {
-    "3B": dict(model_dim=3072, num_layers=28, num_heads=24, head_dim=128, ffn_dim=8192),
-    "7B": dict(model_dim=4096, num_layers=32, num_heads=32, head_dim=128, ffn_dim=11_008),
-    "13B": dict(model_dim=5120, num_layers=40, num_heads=40, head_dim=128, ffn_dim=13_824),
-    "30B": dict(model_dim=6656, num_layers=60, num_heads=52, head_dim=128, ffn_dim=17_920),
+MODELS = {
+    "3B": dataclasses.replace(LLAMA_7B, model_dim=3072, num_layers=28, num_heads=24, num_kv_heads=24, ffn_dim=8192),
+    "7B": LLAMA_7B,
+    "13B": dataclasses.replace(LLAMA_7B, model_dim=5120, num_layers=40, num_heads=40, num_kv_heads=40, ffn_dim=13_824),
+    "30B": dataclasses.replace(LLAMA_7B, model_dim=6656, num_layers=60, num_heads=52, num_kv_heads=52, ffn_dim=17_920),
 }
 """LLaMA's models. 3B is as wide and deep as Llama 3.2 3B: OpenLLaMA's 3200 does not divide by rings of 256 and 512."""
 
@@ -121,17 +120,10 @@ class Row:
 def config_of(name: str, times: int) -> TrainConfig:
     """The step of a cell at a multiple of the paper's context."""
     (model, topology), cell = name.split("/"), CELLS[name]
-    shape, gpu = SHAPES[model], not topology.startswith("v")
+    gpu = not topology.startswith("v")
     return TrainConfig(
         name=f"{model} x{times}",
-        model=ModelConfig(
-            vocab_size=32_000,
-            num_kv_heads=shape["num_heads"],
-            compute_dtype="bfloat16",
-            remat=cell.remat,
-            head_groups=cell.head_groups,
-            **shape,
-        ),
+        model=dataclasses.replace(MODELS[model], remat=cell.remat, head_groups=cell.head_groups),
         seq_len=times * cell.paper * 1024,
         num_steps=10_000,
         attention=AttentionConfig(

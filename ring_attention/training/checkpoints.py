@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ring_attention.checks import ConfigError, one_line, require
+from ring_attention.training.processes import is_first
 from ring_attention.training.survival.disk import require_room
 from ring_attention.training.survival.errors import RunError
 from ring_attention.training.survival.fingerprint import fingerprints
-from ring_attention.training.survival.processes import is_first
 
 KEEP = 3
 """Checkpoints that stay; each holds parameters and two moments, 12 bytes a parameter."""

@@ -33,7 +33,7 @@ from ring_attention.training.config_values import (
     field_kinds,
     unknown_field,
 )
-from ring_attention.training.survival.processes import ProcessFlags
+from ring_attention.training.processes import ProcessFlags
 
 _PROGRAM = "train.py"  # absl takes the first argument for the program's name
 

@@ -10,12 +10,12 @@ from ring_attention.training.config import TrainConfig
 from ring_attention.training.corpus import Corpus
 from ring_attention.training.feed import Feed
 from ring_attention.training.heldout import HeldOut
+from ring_attention.training.processes import is_first
 from ring_attention.training.run_folder import RunFolder
 from ring_attention.training.step import TrainState, make_state, make_train_step, sharded_abstract_state
 from ring_attention.training.survival.errors import Preempted
 from ring_attention.training.survival.nonfinite import NonFiniteGuard
 from ring_attention.training.survival.preemption import Preemption
-from ring_attention.training.survival.processes import is_first
 from ring_attention.training.train_log import TrainLog
 
 

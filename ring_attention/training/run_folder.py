@@ -118,7 +118,7 @@ def _require_same(folder: RunFolder, config: TrainConfig) -> list[str]:
     """Raise ConfigError unless `config` may go on with the run of config.json; return what changed, in lines."""
     stored, current = _stored(folder), flatten_dict(config_to_dict(config), sep=".")
     changes = []
-    for field in [*current, *stored]:
+    for field in current | stored:
         before, now = stored.get(field, _ABSENT), current.get(field, _ABSENT)
         if before == now or field in FREE_FIELDS:
             continue

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.heldout import HeldOut
 from ring_attention.training.metrics import MetricsWriter
+from ring_attention.training.processes import is_first
 from ring_attention.training.progress import TrainProgress
 from ring_attention.training.run_folder import RunFolder
-from ring_attention.training.survival.processes import is_first
 from ring_attention.training.throughput import machine_peak_flops
 
 

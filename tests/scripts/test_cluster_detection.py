@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 JOIN = """
 import jax
-from ring_attention.training.survival.processes import ProcessFlags, join_processes
+from ring_attention.training.processes import ProcessFlags, join_processes
 count = join_processes(ProcessFlags())
 print(jax.process_index(), count, jax.process_count(), jax.config._read("jax_cuda_visible_devices"))
 jax.distributed.shutdown()

@@ -299,6 +299,79 @@ def test_a_position_in_the_data_that_was_edited_is_noticed(tmp_path, ring):
     assert "the position in the data is not as it was written" in warning
 
 
+def test_a_run_that_went_back_to_an_older_checkpoint_saves_the_newer_step_again(tmp_path, ring):
+    folder = tmp_path / "checkpoints"
+    states = three_checkpoints(folder, ring)
+    contents = next(file for file in files_of(folder / "3") if b"fingerprints" in file.read_bytes())
+    contents.write_text(contents.read_text().replace('"row": 30', '"row": 31').replace('"row":30', '"row":31'))
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.restore_newest(abstract_like(states[3]), warn=lambda line: None).step == 2
+        assert checkpoints.latest_step() == 2
+        checkpoints.save(3, states[3], {"row": 30})
+    restored, warnings = restore_newest(folder, states[3])
+    assert (restored.step, restored.data, warnings) == (3, {"row": 30}, [])
+
+
+def save_others(folder, states, steps):
+    """Store checkpoints of these steps, of a state that has an array more than the run needs."""
+    with Checkpoints(folder) as checkpoints:
+        for step in (1, 2, 3):
+            extra = {"extra": states[step]["step"]} if step in steps else {}
+            checkpoints.save(step, states[step] | extra, {"row": 10 * step})
+
+
+@pytest.fixture
+def three_states(ring):
+    return {step: make_state(ring, seed=step) for step in (1, 2, 3)}
+
+
+def test_a_list_of_arrays_that_no_longer_fits_counts_as_damage_where_an_older_one_fits(tmp_path, three_states):
+    folder = tmp_path / "checkpoints"
+    save_others(folder, three_states, steps=[3])
+    restored, (warning,) = restore_newest(folder, three_states[3])
+    assert restored.step == 2
+    assert f"{folder}/3: extra is int32[], this run needs absent" in warning
+    assert f"moved to {tmp_path}/{DAMAGED}/3-" in warning
+
+
+def test_where_the_arrays_of_every_checkpoint_are_others_it_is_the_config_that_does_not_fit(tmp_path, three_states):
+    folder = tmp_path / "checkpoints"
+    save_others(folder, three_states, steps=[1, 2, 3])
+    with pytest.raises(ConfigError, match="3: extra is .*go on with the model and optimizer that wrote it"):
+        restore_newest(folder, three_states[3])
+    assert sorted(file.name for file in folder.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_damaged_checkpoint_before_which_none_fits_is_a_failure_and_not_the_configs(tmp_path, three_states):
+    folder = tmp_path / "checkpoints"
+    save_others(folder, three_states, steps=[1, 2])
+    contents = next(file for file in files_of(folder / "3") if b"fingerprints" in file.read_bytes())
+    contents.write_text(contents.read_text().replace("digest", "dijest"))
+    with pytest.raises(RunError, match=r"3 is damaged: .*none of the checkpoints \[1, 2, 3\] is whole"):
+        restore_newest(folder, three_states[3])
+    assert sorted(file.name for file in folder.iterdir()) == ["1", "2", "3"]
+
+
+def test_what_is_being_written_when_an_error_ends_the_run_is_not_lost(tmp_path, ring, monkeypatch):
+    commit = ocp.AsyncCheckpointer._make_on_commit_callback
+
+    def slow(self, *args, **kwargs):
+        callback = commit(self, *args, **kwargs)
+        return lambda: (time.sleep(1), callback())
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "_make_on_commit_callback", slow)
+    state = make_state(ring)
+
+    def fail_while_writing():
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, state, {})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_while_writing()
+    assert [file.name for file in tmp_path.iterdir()] == ["1"]
+
+
 def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, ring, monkeypatch):
     states = three_checkpoints(tmp_path, ring)
 
@@ -311,6 +384,7 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, ring, 
     words = rf"the disk is full \(.* MiB free\); the last good one is {tmp_path}/3; make room"
     with pytest.raises(RunError, match=words):
         checkpoints.wait()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["1", "2", "3"], "the room of the unfinished is needed"
     monkeypatch.undo()
     assert restore_newest(tmp_path, states[3])[0].step == 3
 
@@ -334,7 +408,7 @@ def test_damaged_checkpoints_that_were_moved_aside_are_not_taken_for_a_run_that_
         restore_newest(folder, make_state(ring))
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES])
 def test_a_file_system_that_is_away_is_not_taken_for_damage(tmp_path, ring, monkeypatch, number):
     states = three_checkpoints(tmp_path / "checkpoints", ring)
 
@@ -365,6 +439,21 @@ def test_of_several_processes_each_start_goes_back_by_one_but_never_past_the_las
         with pytest.raises(RunError, match=rf"{folder}/1 is damaged: DATA_LOSS, and there is no other; put a copy"):
             checkpoints.restore_newest(abstract_like(states[3]), warn=print)
     assert [file.name for file in folder.iterdir()] == ["1"]
+
+
+def test_a_checkpoint_that_another_process_moved_aside_first_is_no_error_of_its_own(tmp_path, ring, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    states = three_checkpoints(folder, ring)
+
+    def broken_and_moved(*_args, **_kwargs):
+        (folder / "3").rename(tmp_path / "moved")
+        raise ValueError("DATA_LOSS")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", broken_and_moved)
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(RunError, match=rf"3 is damaged: DATA_LOSS; moved to {tmp_path}/{DAMAGED}; start the run again"):
+        checkpoints.restore_newest(abstract_like(states[3]), warn=print)
 
 
 def test_a_save_that_fails_is_noticed_before_the_next_one(tmp_path, ring, monkeypatch):

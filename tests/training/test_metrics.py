@@ -46,6 +46,17 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
         assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": float(jnp.float32(0.1))}]
 
 
+def test_after_sync_a_line_would_survive_a_crash_and_tensorboard_shows_it(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None) as writer:
+        writer.write(1, {"loss": 1.0})
+        assert (synced, visible_scalars(tmp_path)) == ([], [])
+        writer.sync()
+        assert (tmp_path / "metrics.jsonl").stat().st_ino in synced
+        assert visible_scalars(tmp_path) == [(1, "loss")]
+
+
 def test_a_killed_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()

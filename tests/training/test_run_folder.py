@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
-from ring_attention.training.config_values import config_from_dict
+from ring_attention.training.config_values import config_from_dict, field_kinds
 from ring_attention.training.run_folder import VERSION
 from ring_attention.training.run_folder import open_run_folder as hold_run_folder
 from ring_attention.training.survival import folder_lock
@@ -66,6 +67,32 @@ def test_every_field_but_the_free_ones_is_refused():
     open_run_folder(CONFIG)
     for change in [{"seed": 1}, {"num_steps": 201}, {"batch_size": 2}, {"eval_sequences": 9}, {"seq_len": 1024}]:
         assert next(iter(change)) in refusal(dataclasses.replace(CONFIG, **change))
+
+
+MAY_CHANGE = {"name", "run_dir", "log_every", "eval_every", "checkpoint_every", "optimizer.max_skipped_updates"}
+CHANGES_RESULTS = {"attention.stride", "attention.window", "attention.softcap"}
+CHANGES_ROUNDING = {
+    *(field for field in field_kinds() if field.startswith(("mesh.", "attention."))),
+    *("model.remat", "model.head_groups", "model.ffn_chunk", "model.loss_chunk", "optimizer.accumulation_steps"),
+} - CHANGES_RESULTS
+OTHER = {int: lambda x: x + 1, float: lambda x: x + 1, str: lambda x: x + "x", bool: lambda x: not x}
+
+
+@pytest.mark.parametrize("field", field_kinds())
+def test_any_field_that_changes_what_comes_out_is_refused_and_no_other(field):
+    folder = open_run_folder(CONFIG)
+    values = flatten_dict(json.loads(folder.config.read_text()), sep=".")
+    if field == "attention.strategy":
+        values[field] = "ulysses"
+    else:
+        values[field] = OTHER[field_kinds()[field]](values[field])
+    folder.config.write_text(json.dumps(unflatten_dict(values, sep=".")))
+    if field not in MAY_CHANGE | CHANGES_ROUNDING:
+        assert refusal(CONFIG).startswith(f"{field}=")
+        return
+    lines = []
+    open_run_folder(CONFIG, say=lines.append)
+    assert [line.partition(" was ")[0] for line in lines] == [field] * (field in CHANGES_ROUNDING)
 
 
 @pytest.mark.parametrize("field", ["log_every", "eval_every", "checkpoint_every"])

@@ -1,0 +1,45 @@
+"""What ended a run decides its exit status, by which a scheduler knows whether to start it again, and its last line."""
+
+import errno
+import os
+
+import jax
+import pytest
+
+from ring_attention.checks import ConfigError
+from ring_attention.training.survival.errors import Preempted, RunError, is_expected, last_words
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/metrics.jsonl")
+EXPECTED = [
+    (ConfigError("seed=x: must be whole"), 2, "train.py: error: seed=x: must be whole"),
+    (RunError("no checkpoint"), 1, "train.py: error: no checkpoint"),
+    (Preempted("Stopped after step 3."), 143, "Stopped after step 3."),
+    (KeyboardInterrupt(), 130, "\nInterrupted. The same command goes on from the newest checkpoint."),
+    (FULL, 1, "train.py: error: the disk is full (/runs/a/metrics.jsonl); make room, and start the run again"),
+    (
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        1,
+        "train.py: error: the disk is full; make room, and start the run again",
+    ),
+]
+UNEXPECTED = [
+    (ValueError("two\nlines"), "train.py: error: ValueError: two lines"),
+    (OSError(errno.EIO, "Input/output error"), "train.py: error: OSError: [Errno 5] Input/output error"),
+    (jax.errors.JaxRuntimeError("x" * 999), f"train.py: error: JaxRuntimeError: {'x' * 300}"),
+]
+
+
+def kind_of(value):
+    return type(value).__name__ if isinstance(value, BaseException) else ""
+
+
+@pytest.mark.parametrize(("error", "status", "line"), EXPECTED, ids=kind_of)
+def test_what_is_expected_ends_with_its_status_and_one_line(error, status, line):
+    assert is_expected(error)
+    assert last_words(error) == (status, line)
+
+
+@pytest.mark.parametrize(("error", "line"), UNEXPECTED, ids=kind_of)
+def test_what_is_not_expected_is_a_failure_that_a_traceback_says_more_of(error, line):
+    assert not is_expected(error)
+    assert last_words(error) == (1, line)
