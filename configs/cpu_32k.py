@@ -7,6 +7,7 @@ Cost: about seven minutes on two CPU cores. Result: about 3.8 bits per byte on h
 """
 
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.rope import RopeConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
@@ -22,7 +23,7 @@ def get_config() -> TrainConfig:
             num_kv_heads=1,
             head_dim=32,
             ffn_dim=384,
-            rope_theta=100_000.0,
+            rope=RopeConfig(theta=100_000.0),
             start_local=True,
         ),
         seq_len=32_768,

@@ -12,6 +12,7 @@ Result: not trained yet. impl=cudnn takes cuDNN's flash attention for the hops; 
 """
 
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.rope import RopeConfig
 from ring_attention.training.config import AttentionConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
@@ -27,7 +28,7 @@ def get_config() -> TrainConfig:
             num_kv_heads=8,
             head_dim=128,
             ffn_dim=11_008,
-            rope_theta=5_000_000.0,
+            rope=RopeConfig(theta=5_000_000.0),
             compute_dtype="bfloat16",
             ffn_chunk=4096,
             loss_chunk=2048,

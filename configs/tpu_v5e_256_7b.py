@@ -13,6 +13,7 @@ On the pod the same command runs on every host (docs/pods.md). Result: not train
 """
 
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.rope import RopeConfig
 from ring_attention.training.config import AttentionConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
@@ -28,7 +29,7 @@ def get_config() -> TrainConfig:
             num_kv_heads=8,
             head_dim=128,
             ffn_dim=11_008,
-            rope_theta=50_000_000.0,
+            rope=RopeConfig(theta=50_000_000.0),
             compute_dtype="bfloat16",
             ffn_chunk=1024,
             loss_chunk=1024,

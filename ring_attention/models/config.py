@@ -3,6 +3,7 @@
 import dataclasses
 
 from ring_attention.checks import require_field
+from ring_attention.models.rope import RopeConfig
 
 REMAT_POLICIES = ("none", "attention", "full", "offload", "offload_input")
 
@@ -19,8 +20,11 @@ class ModelConfig:
       num_kv_heads: K, key/value heads; divides H.
       head_dim: D; even, because rotary embedding turns pairs.
       ffn_dim: F, hidden width of SwiGLU.
-      rope_theta: base of the rotary frequencies.
+      rope: frequencies of the rotary embedding, and how they are stretched to a longer window.
       norm_epsilon: added to the mean square in RMSNorm.
+      tied_embeddings: the unembedding is the embedding, transposed.
+      qkv_bias: queries, keys and values have biases (Qwen2).
+      qk_norm: queries and keys are normalised, each head by itself, before they are turned (Qwen3).
       compute_dtype: dtype of activations and matrix products, "float32" or "bfloat16". Parameters are float32.
       remat: what a layer keeps for its backward pass. "attention" keeps the layer's input and attention's out and lse,
         so that no ring runs twice (only ring self-attention does); "full" keeps the input alone; "none" keeps
@@ -45,8 +49,11 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     ffn_dim: int
-    rope_theta: float = 500_000.0
+    rope: RopeConfig = RopeConfig()
     norm_epsilon: float = 1e-5
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     compute_dtype: str = "float32"
     remat: str = "attention"
     head_groups: int = 1
@@ -61,9 +68,13 @@ class ModelConfig:
         for name in sizes.split():
             value = getattr(self, name)
             require_field(value > 0, f"model.{name}", value, "must be positive", "give at least 1")
-        for name in ("rope_theta", "norm_epsilon"):
-            value = getattr(self, name)
-            require_field(value > 0, f"model.{name}", value, "must be positive", "leave it out to take the default")
+        require_field(
+            self.norm_epsilon > 0,
+            "model.norm_epsilon",
+            self.norm_epsilon,
+            "must be positive",
+            "leave it out to take the default",
+        )
         require_field(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_kv_heads",
@@ -93,8 +104,15 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Number of scalar parameters."""
         attention = 2 * self.model_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
-        layer = attention + 3 * self.model_dim * self.ffn_dim + 2 * self.model_dim
-        return self.num_layers * layer + 2 * self.vocab_size * self.model_dim + self.model_dim
+        biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
+        norms = 2 * self.model_dim + (2 * self.head_dim if self.qk_norm else 0)
+        layer = attention + biases + 3 * self.model_dim * self.ffn_dim + norms
+        return self.num_layers * layer + self.vocab_tables * self.vocab_size * self.model_dim + self.model_dim
+
+    @property
+    def vocab_tables(self) -> int:
+        """Matrices [V,M] or [M,V]: embedding and unembedding, or one for both."""
+        return 1 if self.tied_embeddings else 2
 
     def training_flops(self, tokens: int, visible_pairs: int) -> float:
         """Floating-point operations of a training step: 6 per weight and token, plus attention's own.
@@ -102,6 +120,7 @@ class ModelConfig:
         Attention counts its two products forward, 4*H*D operations for each (query, key) pair that the mask shows, and
         2.5 times that backward. What rematerialisation repeats is not counted (model FLOPs, PaLM paper, appendix B).
         """
-        matrices = self.num_parameters - self.vocab_size * self.model_dim  # the embedding is looked up, not multiplied
+        looked_up = (self.vocab_tables - 1) * self.vocab_size * self.model_dim  # rather than multiplied
+        matrices = self.num_parameters - looked_up
         attention = 4 * self.num_heads * self.head_dim * self.num_layers
         return 6.0 * matrices * tokens + 3.5 * attention * visible_pairs

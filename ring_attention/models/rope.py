@@ -1,11 +1,14 @@
-"""Rotary position embedding (Su et al. 2021) with angles that are exact at any position.
+"""Rotary position embedding (Su et al. 2021) with angles that are exact at any position, and its scalings.
 
 The angle of position p and frequency f is 2*pi*frac(p * f / (2*pi)). In float32 the product loses its fraction: at
 position 10 million it is off by whole radians. So the fraction is worked out in integers: frequencies, in turns per
 token, are 64-bit fixed-point constants, positions are integers, and unsigned overflow drops the whole turns exactly.
 What is left is an error of 2**-32 of a turn, below that of a float32 sine.
+
+A scaling stretches the window of a trained model: it is another table of frequencies, worked out in float64.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -13,13 +16,141 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ring_attention.checks import require_field
 
-def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [..., head_dim/2], for integer `positions` [...] in [0, 2**31).
+SCALINGS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_len"),
+    "yarn": ("factor", "original_len", "beta_fast", "beta_slow", "attention_factor"),
+    "llama3": ("factor", "original_len", "low_freq_factor", "high_freq_factor"),
+}
+"""The fields of `RopeConfig` that each scaling reads, beside theta."""
 
-    The j-th pair turns by theta**(-2j/head_dim) radians a token.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Frequencies of the rotary embedding; names and formulas as in Hugging Face's configs.
+
+    Attributes:
+      theta: base: pair j turns by theta**(-2j/head_dim) radians a token, before scaling.
+      scaling: how a model is stretched beyond the window that it was trained with. "none"; "linear" divides all
+        frequencies by `factor` (Chen et al. 2023); "dynamic" lets theta grow with the length of the sequence
+        (NTK-aware); "yarn" divides the slow ones and leaves the fast ones (Peng et al. 2023); "llama3" too, by
+        wavelength.
+      factor: how many times longer the window becomes; 1: as it was.
+      original_len: tokens of that window, for "dynamic", "yarn" and "llama3".
+      low_freq_factor, high_freq_factor: "llama3": wavelengths longer than original_len / low_freq_factor are stretched
+        by `factor`, those shorter than original_len / high_freq_factor not at all, those between by degrees.
+      beta_fast, beta_slow: "yarn": pairs that turn more often than beta_fast times in the window are left, those that
+        turn less often than beta_slow times are stretched, those between by degrees.
+      attention_factor: "yarn": queries and keys are multiplied by it; 0: 0.1 * ln(factor) + 1.
     """
-    turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+
+    theta: float = 500_000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_len: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+
+    def __post_init__(self):
+        require_field(
+            self.theta > 1, "model.rope.theta", self.theta, "must be more than 1", "leave it out to take the default"
+        )
+        require_field(
+            self.scaling in SCALINGS,
+            "model.rope.scaling",
+            self.scaling,
+            "is not known",
+            f"choose one of {', '.join(SCALINGS)}",
+        )
+        require_field(self.factor >= 1, "model.rope.factor", self.factor, "must be at least 1", "1 changes nothing")
+        require_field(
+            self.attention_factor >= 0,
+            "model.rope.attention_factor",
+            self.attention_factor,
+            "must not be negative",
+            "0 takes 0.1 * ln(factor) + 1",
+        )
+        used = SCALINGS[self.scaling]
+        for field in dataclasses.fields(self)[2:]:
+            value = getattr(self, field.name)
+            require_field(
+                field.name in used or value == field.default,
+                f"model.rope.{field.name}",
+                value,
+                f"is not used by model.rope.scaling={self.scaling!r}",
+                f"leave it out; that one takes {', '.join(used) or 'no other fields'}",
+            )
+        if "original_len" in used:
+            need = f"must be positive with model.rope.scaling={self.scaling!r}"
+            remedy = "give the window that the model was trained with"
+            require_field(self.original_len > 0, "model.rope.original_len", self.original_len, need, remedy)
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            require_field(
+                0 < getattr(self, low) < getattr(self, high),
+                f"model.rope.{low}",
+                getattr(self, low),
+                f"must lie between 0 and model.rope.{high}={getattr(self, high)}",
+                "leave both out to take the defaults",
+            )
+
+    @property
+    def magnitude(self) -> float:
+        """What queries and keys are multiplied by."""
+        if self.scaling != "yarn":
+            return 1.0
+        return self.attention_factor or 0.1 * math.log(self.factor) + 1
+
+
+def frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
+    """Radians a token of each pair, float64 [head_dim/2]; `length`, of the sequence, matters to "dynamic" alone."""
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    plain = rope.theta**-exponents
+    if rope.scaling == "linear":
+        return plain / rope.factor
+    if rope.scaling == "dynamic":
+        times = max(length, rope.original_len) / rope.original_len
+        growth = (rope.factor * times - (rope.factor - 1)) ** (head_dim / max(head_dim - 2, 1))
+        return (rope.theta * growth) ** -exponents
+    if rope.scaling == "yarn":
+        return _mix(plain, plain / rope.factor, _yarn_share(rope, head_dim))
+    if rope.scaling == "llama3":
+        turns = rope.original_len * plain / (2 * math.pi)  # in the original window
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        return _mix(plain, plain / rope.factor, 1 - np.clip((turns - low) / (high - low), 0, 1))
+    return plain
+
+
+def _mix(plain: np.ndarray, stretched: np.ndarray, share: np.ndarray) -> np.ndarray:
+    return plain * (1 - share) + stretched * share
+
+
+def _yarn_share(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """How much of each pair's frequency is stretched: 0 for the fast ones, 1 for the slow ones, a ramp between."""
+
+    def pair_that_turns(times: float) -> float:
+        """Number, not whole, of the pair that turns so often in the original window."""
+        return head_dim * math.log(rope.original_len / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
+    last = min(math.ceil(pair_that_turns(rope.beta_slow)), head_dim - 1)
+    width = last - first or 0.001  # as Hugging Face has it: a step rather than a division by zero
+    return np.clip((np.arange(head_dim // 2) - first) / width, 0, 1)
+
+
+def rotary_tables(
+    positions: jax.Array, head_dim: int, rope: RopeConfig, *, length: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines times `rope.magnitude`, float32 [..., head_dim/2], for integer `positions` [...] in [0, 2**31).
+
+    `length` is that of the whole sequence, which "dynamic" scaling goes by.
+    """
+    turns = frequencies(rope, head_dim, length) / (2 * math.pi)
     fixed = [int(turn * 2.0**64) for turn in turns]  # Python integers: 64 bits after the point, none lost
     high = jnp.array([f >> 32 for f in fixed], jnp.uint32)
     low = jnp.array([f & 0xFFFFFFFF for f in fixed], jnp.uint32)
@@ -27,7 +158,9 @@ def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
     fraction = position * high + _high_word(position, low)  # of a turn, in 2**-32; overflow drops whole turns
     centred = lax.bitcast_convert_type(fraction, jnp.int32)  # from [0, 1) to [-1/2, 1/2) of a turn
     angle = centred.astype(jnp.float32) * np.float32(2 * math.pi / 2.0**32)
-    return jnp.cos(angle), jnp.sin(angle)
+    if rope.magnitude == 1:
+        return jnp.cos(angle), jnp.sin(angle)
+    return rope.magnitude * jnp.cos(angle), rope.magnitude * jnp.sin(angle)
 
 
 def _high_word(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,16 +1,21 @@
 """A decoder-only Transformer in Flax NNX, written for one device of the mesh (see `parallel.sharding`)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from ring_attention.models.config import ModelConfig
-from ring_attention.models.layers import Attend, Layer, RMSNorm, normal_weight
+from ring_attention.models.layers import Attend, Layer, RMSNorm
 from ring_attention.models.loss import chunked_cross_entropy
+from ring_attention.models.products import GATHERED, Products
 from ring_attention.models.remat import name_input, rematerialised
 from ring_attention.models.rope import rotary_tables
-from ring_attention.parallel.mesh import TENSOR
+from ring_attention.models.weight import normal_weight
+from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import spec_of
 
 
@@ -20,13 +25,14 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         V, M, L = config.vocab_size, config.model_dim, config.num_layers
         self.config = config
-        self.embed = normal_weight(rngs, ("vocab", "model"), (V, M), 1)
+        self.embed = normal_weight(rngs, ("vocab", "model"), (V, M), M if config.tied_embeddings else 1)
         if config.start_local:
             self.embed[...] += jax.random.normal(rngs.params(), (1, M))
         make_layers = nnx.split_rngs(splits=L)(nnx.vmap(lambda rngs: Layer(config, rngs)))
         self.layers = make_layers(rngs)  # one Layer whose parameters have a leading axis L
         self.norm = RMSNorm(config)
-        self.unembed = normal_weight(rngs, ("model", "vocab"), (M, V), M**2)  # near-uniform at first
+        if not config.tied_embeddings:
+            self.unembed = normal_weight(rngs, ("model", "vocab"), (M, V), M**2)  # near-uniform at first
 
     def token_losses(
         self,
@@ -47,14 +53,17 @@ class Transformer(nnx.Module):
           attend: the attention over all devices' tokens.
         """
         hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
-        unembed_Mv = self.unembed.gathered(self.config.compute_dtype)
+        unembed_Mv = self._unembedding(GATHERED)
         return chunked_cross_entropy(hidden_btM, unembed_Mv, targets, chunk_size=self.config.loss_chunk)
 
     def logits(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
         """float32 [b,t,v]: scores of this device's share of the vocabulary. Training never makes them."""
         hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
-        unembed_Mv = self.unembed.gathered(self.config.compute_dtype)
-        return jnp.einsum("btm,mv->btv", hidden_btM, unembed_Mv, preferred_element_type=jnp.float32)
+        return self.logits_of(hidden_btM, GATHERED)
+
+    def logits_of(self, hidden_btM: jax.Array, products: Products) -> jax.Array:
+        """float32 [b,t,v]: scores of this device's share of the vocabulary, of hidden states after the last norm."""
+        return products.contract("btm,mv->btv", hidden_btM, self._unembedding(products), dtype=jnp.float32)[0]
 
     def hidden(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
         """Hidden states after the last norm, [b,t,M] in the compute dtype."""
@@ -68,11 +77,39 @@ class Transformer(nnx.Module):
         )
         return finite_L
 
+    def with_cache(
+        self, tokens: jax.Array, *, positions: jax.Array, length: int, cache: Any, attend: Callable, products: Products
+    ) -> tuple[jax.Array, Any]:
+        """Hidden states after the last norm, [b,t,M], and what each layer keeps of its keys and values, stacked.
+
+        Args:
+          tokens: int32 [b,t].
+          positions: int32 [b,t].
+          length: of the whole sequence, for rotary scaling "dynamic".
+          cache: pytree of arrays with a leading axis L, or None.
+          attend: attend(q, k, v, cache of this layer) -> (out, kept).
+          products: `GATHERED` where tokens are sharded over the mesh as in training, `STATIONARY` where all devices of
+            a ring have the same few.
+        """
+        x_btM = self._embed(tokens, products)
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope, length=length)
+        layer_def, layers = nnx.split(self.layers)
+
+        def run_layer(x_btM, layer_and_cache):
+            layer, cache = layer_and_cache
+            return nnx.merge(layer_def, layer).with_cache(
+                x_btM, rotary, lambda q, k, v: attend(q, k, v, cache), products
+            )
+
+        x_btM, kept = lax.scan(run_layer, x_btM, (layers, cache))
+        return self.norm(x_btM), kept
+
     def _run_layers(self, tokens, positions, segment_ids, attend: Attend, observe):
         """The residual stream after the last layer, and what `observe` returns of it after each, stacked."""
         config = self.config
-        x_btM = self._embed(tokens)
-        rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+        x_btM = self._embed(tokens, GATHERED)
+        length = tokens.shape[1] * lax.axis_size(SEQUENCE)
+        rotary = rotary_tables(positions, config.head_dim, config.rope, length=length)
         layer_def, layers = nnx.split(self.layers)
 
         def run_layer(x_btM, layer):
@@ -81,14 +118,20 @@ class Transformer(nnx.Module):
 
         return lax.scan(rematerialised(run_layer, config.remat), x_btM, layers)
 
-    def _embed(self, tokens_bt: jax.Array) -> jax.Array:
+    def _unembedding(self, products: Products) -> jax.Array:
+        """[M,v], or this device's share of M where weights are stationary."""
+        if self.config.tied_embeddings:
+            return products.ready(self.embed, self.config.compute_dtype).T
+        return products.ready(self.unembed, self.config.compute_dtype)
+
+    def _embed(self, tokens_bt: jax.Array, products: Products) -> jax.Array:
         """Rows of the embedding, whose vocabulary is sharded over tp: each device adds those that it holds."""
-        table_vM = self.embed.gathered(self.config.compute_dtype)
+        table_vM = products.ready(self.embed, self.config.compute_dtype)
         v = table_vM.shape[0]
         here_bt = tokens_bt - lax.axis_index(TENSOR) * v
         mine = (here_bt >= 0) & (here_bt < v)
         rows_btM = table_vM[jnp.clip(here_bt, 0, v - 1)]
-        return lax.psum(jnp.where(mine[..., None], rows_btM, 0), TENSOR)
+        return products.spread(lax.psum(jnp.where(mine[..., None], rows_btM, 0), TENSOR))
 
 
 def parameter_specs(config: ModelConfig):

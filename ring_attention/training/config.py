@@ -148,7 +148,7 @@ class OptimizerConfig:
       warmup_steps: of the linear warm-up from 0.
       final_fraction: of `learning_rate`, reached at the last step.
       b1, b2, epsilon: AdamW's.
-      weight_decay: on matrices; norms are not decayed.
+      weight_decay: on matrices; norms and biases are not decayed.
       clip_norm: global gradient norm above which gradients are scaled down.
       accumulation_steps: micro-batches whose gradients make one update.
       max_skipped_updates: a step whose loss or gradient is not finite leaves the parameters as they are; so many of

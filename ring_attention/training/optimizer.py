@@ -20,7 +20,7 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; matrices decay, norms do not."""
+    """Clip by global norm, then AdamW; matrices decay, norms and biases do not."""
     optimizer = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
@@ -36,4 +36,4 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _decays(path, _) -> bool:
-    return not any("norm" in str(key) for key in path)
+    return not any(word in str(key) for key in path for word in ("norm", "bias"))

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ring_attention.models.rope import apply_rotary, rotary_tables
+from ring_attention.models.rope import RopeConfig, apply_rotary, rotary_tables
 
 PI = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+THETA = RopeConfig(theta=10_000.0)
 POSITIONS = [0, 1, 12_345, 10_000_000, 1_234_567_890, 2**31 - 1]
 
 
@@ -25,7 +26,7 @@ def _exact_tables(positions, head_dim, theta):
 @pytest.mark.parametrize(("head_dim", "theta"), [(64, 500_000.0), (128, 10_000.0), (6, 2.5)])
 def test_angles_are_exact_at_any_position(head_dim, theta):
     want = _exact_tables(POSITIONS, head_dim, theta)
-    got = rotary_tables(jnp.array(POSITIONS), head_dim, theta)
+    got = rotary_tables(jnp.array(POSITIONS), head_dim, RopeConfig(theta=theta))
     frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     naive = np.array(POSITIONS, np.float32)[:, None] * frequencies
     for table, exact, naive_table in zip(got, want, (np.cos(naive), np.sin(naive)), strict=True):
@@ -36,14 +37,14 @@ def test_angles_are_exact_at_any_position(head_dim, theta):
 
 
 def test_tables_take_positions_of_any_shape():
-    cos, sin = rotary_tables(jnp.arange(6).reshape(2, 3), 8, 10_000.0)
-    flat = rotary_tables(jnp.arange(6), 8, 10_000.0)
+    cos, sin = rotary_tables(jnp.arange(6).reshape(2, 3), 8, THETA)
+    flat = rotary_tables(jnp.arange(6), 8, THETA)
     np.testing.assert_array_equal(cos.reshape(6, 4), flat[0])
     np.testing.assert_array_equal(sin.reshape(6, 4), flat[1])
 
 
-def _scores(positions_of_q, positions_of_k, x, y, theta=10_000.0):
-    turn = lambda x, positions: apply_rotary(x, *rotary_tables(positions[None], x.shape[-1], theta))  # noqa: E731
+def _scores(positions_of_q, positions_of_k, x, y, rope=THETA):
+    turn = lambda x, positions: apply_rotary(x, *rotary_tables(positions[None], x.shape[-1], rope))  # noqa: E731
     return jnp.einsum("bthd,bshd->bhts", turn(x, positions_of_q), turn(y, positions_of_k))
 
 
@@ -60,7 +61,7 @@ def test_scores_depend_on_differences_of_positions_only():
 def test_pairs_are_turned_by_the_angle_and_keep_their_length():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 4, 10)), jnp.float32)
     positions = jnp.array([[3, 1, 4], [1, 5, 9]])
-    got = np.asarray(apply_rotary(x, *rotary_tables(positions, 10, 100.0)))
+    got = np.asarray(apply_rotary(x, *rotary_tables(positions, 10, RopeConfig(theta=100.0))))
     pair = np.asarray(x[..., 2]) + 1j * np.asarray(x[..., 7])  # the pair (x[j], x[j + D/2]) with j = 2
     turned = pair * np.exp(1j * np.asarray(positions)[..., None] * 100.0 ** (-4 / 10))
     np.testing.assert_allclose(got[..., 2] + 1j * got[..., 7], turned, rtol=1e-5)
@@ -69,7 +70,7 @@ def test_pairs_are_turned_by_the_angle_and_keep_their_length():
 
 def test_dtype_is_kept_and_work_is_in_float32():
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 4, 2, 8)), jnp.bfloat16)
-    tables = rotary_tables(jnp.arange(1000, 1004)[None], 8, 10_000.0)
+    tables = rotary_tables(jnp.arange(1000, 1004)[None], 8, THETA)
     got = apply_rotary(x, *tables)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, apply_rotary(x.astype(jnp.float32), *tables).astype(jnp.bfloat16))

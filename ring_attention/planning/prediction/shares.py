@@ -96,7 +96,7 @@ class Share:
     def own_parameters(self) -> int:
         """That this device keeps: its share of the matrices, and all norms."""
         layers = self.model.num_layers
-        matrices = layers * (self.attention_weights + self.ffn_weights) + 2 * self.vocab_weights
+        matrices = layers * (self.attention_weights + self.ffn_weights) + self.model.vocab_tables * self.vocab_weights
         return matrices // self.owners + (2 * layers + 1) * self.model.model_dim
 
     def work(self, **changes) -> Workload:
