@@ -5,21 +5,17 @@ python train.py --config=configs/NAME.py --config.model.num_layers=4 --config.me
 python train.py --help                           every config and every field
 """
 
-import dataclasses
 import logging
-import math
 import os
 import sys
 import traceback
 
 from jax.sharding import Mesh
 
-from ring_attention.checks import ConfigError
 from ring_attention.evaluation.report import report
-from ring_attention.parallel.mesh import make_mesh
-from ring_attention.parallel.simulate import simulate_devices
-from ring_attention.training.config import MeshConfig, TrainConfig
+from ring_attention.training.config import TrainConfig
 from ring_attention.training.corpus import Corpus
+from ring_attention.training.devices import open_mesh
 from ring_attention.training.feasible import check_feasible, check_vocabulary
 from ring_attention.training.flags import parse_config, parse_processes
 from ring_attention.training.loop import train
@@ -29,7 +25,6 @@ from ring_attention.training.survival.errors import FINISHED, Preempted, is_expe
 from ring_attention.training.survival.peers import Peers, leave
 
 DEFAULT_CONFIG = "configs/cpu_demo.py"
-SIMULATED_DEVICES = 8
 
 
 def main(argv: list[str]) -> None:
@@ -51,21 +46,6 @@ def main(argv: list[str]) -> None:
             peers.part()
             if first:
                 report(config, folder, corpus, result)
-
-
-def open_mesh(config: MeshConfig, num_processes: int) -> Mesh:
-    """The mesh over all accelerators or, where there are none, over as many simulated devices as it needs."""
-    sizes = dataclasses.asdict(config)
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    count = fixed
-    if -1 in sizes.values():
-        least = math.lcm(fixed, num_processes)
-        count = least * max(1, SIMULATED_DEVICES // least)
-    try:
-        simulate_devices(max(1, count // num_processes))
-        return make_mesh(**sizes)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"{error} (--config.mesh.sp=-1 takes all that are left)") from error
 
 
 def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus) -> str:

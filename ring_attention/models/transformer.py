@@ -136,7 +136,7 @@ class Transformer(nnx.Module):
 
 def parameter_specs(config: ModelConfig):
     """PartitionSpecs of the parameters, a nested dict shaped as `nnx.to_pure_dict` of a Transformer's state."""
-    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    model = _abstract_model(config)
 
     def spec(path, weight):
         axes = ("layers", *weight.axes) if path[0] == "layers" else weight.axes
@@ -144,3 +144,18 @@ def parameter_specs(config: ModelConfig):
 
     state = nnx.state(model, nnx.Param)
     return nnx.to_pure_dict(nnx.map_state(spec, state))
+
+
+def abstract_parameters(config: ModelConfig):
+    """Shapes and dtypes of the parameters, shaped as `parameter_specs`."""
+    return nnx.to_pure_dict(nnx.state(_abstract_model(config), nnx.Param))
+
+
+def model_builder(config: ModelConfig) -> Callable[[Any], Transformer]:
+    """build(params) -> the Transformer with these parameters."""
+    graph = nnx.graphdef(_abstract_model(config))
+    return lambda params: nnx.merge(graph, params)
+
+
+def _abstract_model(config: ModelConfig) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))

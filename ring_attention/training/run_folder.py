@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.config_values import config_to_dict, field_kinds
+from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds
 from ring_attention.training.survival.folder_lock import FolderLock
 
 VERSION = 1
@@ -105,6 +105,11 @@ def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) 
         except OSError as error:
             raise _unwritable(folder, error) from error
         yield folder
+
+
+def read_config(folder: RunFolder) -> TrainConfig:
+    """The config of the run in a folder; ConfigError where it cannot be used."""
+    return config_from_dict(unflatten_dict(_stored(folder), sep="."))
 
 
 def _unwritable(folder: RunFolder, error: OSError) -> Exception:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.models.layers import Attend
-from ring_attention.models.transformer import Transformer, parameter_specs
+from ring_attention.models.transformer import Transformer, model_builder, parameter_specs
 from ring_attention.parallel.context import context_attention_shard
 from ring_attention.parallel.mesh import SEQUENCE, compiler_options
 from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
@@ -158,15 +158,9 @@ def make_eval_step(config: TrainConfig, mesh: Mesh):
     return jax.jit(on_device)
 
 
-def model_builder(config: TrainConfig):
-    """build(params) -> the Transformer with these parameters."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
-    return lambda params: nnx.merge(graph, params)
-
-
 def _sum_of_losses(config: TrainConfig, mesh: Mesh):
     """fn(params, batch) -> (nats, targets): sums over all devices, for a mean over targets and not over devices."""
-    build, attend = model_builder(config), attention_of(config.attention, mesh.shape[SEQUENCE])
+    build, attend = model_builder(config.model), attention_of(config.attention, mesh.shape[SEQUENCE])
 
     def sum_of_losses(params, batch):
         nats_bt = build(params).token_losses(

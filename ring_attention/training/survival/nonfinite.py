@@ -10,10 +10,10 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from ring_attention.attention.varying import vary_over
-from ring_attention.models.transformer import parameter_specs
+from ring_attention.models.transformer import model_builder, parameter_specs
 from ring_attention.parallel.mesh import AXES, SEQUENCE
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.step import BATCH_SPEC, attention_of, make_gradients, model_builder
+from ring_attention.training.step import BATCH_SPEC, attention_of, make_gradients
 from ring_attention.training.survival.errors import RunError
 from ring_attention.training.survival.fingerprint import leaf_names
 
@@ -108,7 +108,7 @@ def _bad_leaves(tree: Any) -> list[str]:
 
 def _finite_layers(config: TrainConfig, mesh: Mesh):
     """finite(params, batch) -> bool [L]: whether the residual stream is finite on all devices after each layer."""
-    build, attend = model_builder(config), attention_of(config.attention, mesh.shape[SEQUENCE])
+    build, attend = model_builder(config.model), attention_of(config.attention, mesh.shape[SEQUENCE])
 
     def on_device(params, batch):
         def of_micro_batch(batch):

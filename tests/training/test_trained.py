@@ -1,0 +1,98 @@
+"""A run's parameters come back on any mesh, without what the optimizer keeps, and are checked."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ring_attention as ra
+from ring_attention.checks import ConfigError
+from ring_attention.models.config import ModelConfig
+from ring_attention.training.checkpoints import Checkpoints
+from ring_attention.training.config import TrainConfig
+from ring_attention.training.run_folder import open_run_folder
+from ring_attention.training.step import make_state
+from ring_attention.training.trained import open_trained
+
+MODEL = ModelConfig(vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
+CONFIG = TrainConfig(name="x", model=MODEL, seq_len=64, num_steps=200)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(a run's folder with two checkpoints, the parameters of the newer one)."""
+    path = tmp_path_factory.mktemp("run")
+    config = dataclasses.replace(CONFIG, run_dir=str(path))
+    mesh = ra.make_mesh(fsdp=2, sp=2, tp=2)
+    states = [make_state(dataclasses.replace(config, seed=seed), mesh) for seed in (1, 2)]
+    with open_run_folder(config) as folder, Checkpoints(folder.checkpoints) as checkpoints:
+        checkpoints.save(3, states[0], {})
+        checkpoints.save(10, states[1], {})
+    return path, jax.device_get(states[1].params)
+
+
+def same(params, want):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True))
+
+
+@pytest.mark.parametrize("mesh", [dict(sp=8), dict(dp=2, sp=2, tp=2), dict(sp=1, devices=jax.devices()[:1])])
+def test_the_newest_parameters_come_back_on_any_mesh(run, mesh):
+    path, want = run
+    trained = open_trained(str(path))
+    assert (trained.config.model, trained.checkpoint) == (MODEL, path / "checkpoints" / "10")
+    mesh = ra.make_mesh(**mesh)
+    params = trained.load(mesh)
+    assert same(params, want)
+    shard = params["layers"]["attention"]["query"].sharding.shard_shape((2, 16, 4, 6))
+    assert shard == (2, 16 // mesh.shape["sp"], 4 // mesh.shape["tp"], 6)
+    older = open_trained(str(path / "checkpoints" / "3")).load(mesh)
+    assert not same(older, want)  # the control
+
+
+def test_another_dtype_is_rounded_once(run):
+    path, want = run
+    params = open_trained(str(path)).load(ra.make_mesh(sp=8), "bfloat16")
+    assert same(params, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), want))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_no_arrays_but_the_parameters_come_to_the_devices(run):
+    before = jax.live_arrays()
+    params = open_trained(str(run[0])).load(ra.make_mesh(sp=8))
+    new = [x for x in jax.live_arrays() if all(x is not y for y in before)]
+    assert sum(x.nbytes for x in new) < 1.5 * sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def test_parameters_that_changed_on_the_way_are_noticed(run, tmp_path):
+    path, _ = run
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    contents = copy / "checkpoints" / "10" / "data" / "metadata"
+    text = contents.read_text()
+    name = '"params.layers.attention.query": '
+    contents.write_text(text.replace(name, name + "1"))
+    with pytest.raises(ConfigError, match=r"10': params.layers.attention.query changed since it was written; give an"):
+        open_trained(str(copy)).load(ra.make_mesh(sp=8))
+    shutil.rmtree(copy / "checkpoints" / "10" / "state" / "d")
+    with pytest.raises(ConfigError, match="10': cannot be read"):
+        open_trained(str(copy)).load(ra.make_mesh(sp=8))
+    assert open_trained(str(copy / "checkpoints" / "3")).load(ra.make_mesh(sp=8))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path / "nowhere", "has no config.json; give the folder of a run"),
+        (lambda path: path / "checkpoints" / "4", "4': is no checkpoint"),
+        (lambda path: shutil.rmtree(path / "checkpoints") or path, "holds no checkpoint yet"),
+        (lambda path: (path / "config.json").write_text("{") and path, "is not a config in JSON"),
+    ],
+)
+def test_a_folder_that_holds_no_model_says_what_it_lacks(run, tmp_path, change, words):
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    with pytest.raises(ConfigError, match=words):
+        open_trained(str(change(copy)))
