@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from ring_attention.attention.varying import vary_over
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.layers import Attend, Layer, RMSNorm
 from ring_attention.models.loss import chunked_cross_entropy
@@ -16,7 +17,7 @@ from ring_attention.models.remat import name_input, rematerialised
 from ring_attention.models.rope import rotary_tables
 from ring_attention.models.weight import normal_weight
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
-from ring_attention.parallel.sharding import spec_of
+from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
 
 
 class Transformer(nnx.Module):
@@ -91,7 +92,7 @@ class Transformer(nnx.Module):
           products: `GATHERED` where tokens are sharded over the mesh as in training, `STATIONARY` where all devices of
             a ring have the same few.
         """
-        x_btM = self._embed(tokens, products)
+        x_btM = vary_over(self._embed(tokens, products), frozenset(TOKEN_AXES))  # as norms and biases do
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope, length=length)
         layer_def, layers = nnx.split(self.layers)
 

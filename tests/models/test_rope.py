@@ -1,3 +1,4 @@
+import dataclasses
 import decimal
 import math
 
@@ -5,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ring_attention.models.rope import RopeConfig, apply_rotary, rotary_tables
+from ring_attention.checks import ConfigError
+from ring_attention.models.rope import RopeConfig, apply_rotary, frequencies, rotary_tables
 
 PI = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 THETA = RopeConfig(theta=10_000.0)
@@ -77,3 +79,69 @@ def test_dtype_is_kept_and_work_is_in_float32():
     rough = apply_rotary(x.astype(jnp.float32), *(t.astype(jnp.bfloat16) for t in tables)).astype(jnp.bfloat16)
     assert math.isfinite(float(rough.sum()))
     assert not np.array_equal(got, rough)  # the control: tables in bfloat16 give other numbers
+
+
+SCALED = {
+    "linear": RopeConfig(theta=10_000.0, scaling="linear", factor=4.0),
+    "dynamic": RopeConfig(theta=10_000.0, scaling="dynamic", factor=2.0, original_len=256),
+    "yarn": RopeConfig(theta=10_000.0, scaling="yarn", factor=8.0, original_len=256),
+    "llama3": RopeConfig(theta=500_000.0, scaling="llama3", factor=8.0, original_len=256),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_stretched_window_keeps_fast_pairs_and_slows_the_slowest_by_the_factor(name):
+    rope, head_dim = SCALED[name], 64
+    plain = frequencies(RopeConfig(theta=rope.theta), head_dim, 0)
+    got = frequencies(rope, head_dim, 256 * 4)
+    slower = plain / got
+    growth = (2 * 4 - 1) ** (64 / 62)  # of theta, so the last pair slows by that to the power 62/64
+    assert slower[-1] == pytest.approx({"dynamic": 2 * 4 - 1}.get(name, rope.factor), rel=1e-12)
+    assert slower[0] == pytest.approx(4.0 if name == "linear" else 1.0, rel=1e-12)
+    assert (np.diff(slower) > -1e-9).all()
+    if name == "dynamic":
+        np.testing.assert_allclose(slower, growth ** (np.arange(0, 64, 2) / 64), rtol=1e-12)
+        np.testing.assert_array_equal(frequencies(rope, head_dim, 200), plain)  # within the window: as it was trained
+    between = (slower > 1.01) & (slower < 0.99 * slower[-1])
+    assert between.any() == (name != "linear")
+
+
+def test_yarn_divides_by_how_often_a_pair_turns_in_the_original_window():
+    rope, head_dim = SCALED["yarn"], 64
+    plain = frequencies(RopeConfig(theta=rope.theta), head_dim, 0)
+    turns = rope.original_len * plain / (2 * math.pi)
+    share = (1 - frequencies(rope, head_dim, 0) / plain) / (1 - 1 / rope.factor)
+    assert (share[turns > rope.beta_fast] < 1e-12).all()
+    assert (share[turns < rope.beta_slow / rope.theta ** (2 / head_dim)] > 1 - 1e-12).all()
+    ramp = share[(share > 1e-9) & (share < 1 - 1e-9)]
+    assert len(ramp) > 3
+    np.testing.assert_allclose(np.diff(ramp), np.diff(ramp)[0], rtol=1e-6)
+
+
+def test_yarn_makes_queries_and_keys_longer_and_the_others_do_not():
+    positions = jnp.arange(300)
+    for name, rope in SCALED.items():
+        cos, sin = rotary_tables(positions, 64, rope, length=300)
+        want = 0.1 * math.log(8.0) + 1 if name == "yarn" else 1.0
+        np.testing.assert_allclose(jnp.hypot(cos, sin), want, rtol=1e-6)
+    told = dataclasses.replace(SCALED["yarn"], attention_factor=1.5)
+    np.testing.assert_allclose(jnp.hypot(*rotary_tables(positions, 64, told)), 1.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(theta=1.0), "model.rope.theta=1.0: must be more than 1"),
+        (dict(scaling="ntk"), "is not known; choose one of none, linear"),
+        (dict(factor=2.0), "model.rope.factor=2.0: is not used by model.rope.scaling='none'"),
+        (dict(scaling="linear", factor=0.5), "must be at least 1"),
+        (dict(scaling="linear", factor=2.0, original_len=4096), "original_len=4096: is not used .* takes factor"),
+        (dict(scaling="yarn", factor=2.0), "original_len=0: must be positive with model.rope.scaling='yarn'"),
+        (dict(scaling="yarn", factor=2.0, original_len=64, beta_slow=40.0), "must lie between 0 and .*beta_fast=32"),
+        (dict(scaling="llama3", factor=2.0, original_len=64, low_freq_factor=4.0), "between 0 and .*high_freq_factor"),
+        (dict(scaling="yarn", factor=2.0, original_len=64, attention_factor=-1.0), "must not be negative; 0 takes"),
+    ],
+)
+def test_a_scaling_that_makes_no_sense_is_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        RopeConfig(**fields)

@@ -11,7 +11,9 @@ from oracle import relative_error
 
 import ring_attention as ra
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.products import STATIONARY
 from ring_attention.models.transformer import Transformer, parameter_specs
+from ring_attention.planning.hlo.compiled import collectives
 
 TINY = ModelConfig(
     vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24, ffn_chunk=5
@@ -52,9 +54,14 @@ def _on_mesh(config, mesh, method, layout="zigzag"):
     return jax.jit(fn)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_num_parameters_is_the_number_of_parameters(kv_heads):
-    config = dataclasses.replace(TINY, num_kv_heads=kv_heads, num_layers=3)
+VARIANTS = dict(
+    plain={}, tied=dict(tied_embeddings=True), biased=dict(qkv_bias=True), normed=dict(qk_norm=True)
+) | dict(all=dict(tied_embeddings=True, qkv_bias=True, qk_norm=True, num_kv_heads=1))
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+def test_num_parameters_is_the_number_of_parameters(change):
+    config = dataclasses.replace(TINY, **{"num_kv_heads": 4, "num_layers": 3} | change)
     shapes = jax.tree.leaves(jax.eval_shape(lambda: _parameters(config)))
     assert sum(x.size for x in shapes) == config.num_parameters
     assert {x.dtype for x in shapes} == {jnp.dtype("float32")}
@@ -62,14 +69,16 @@ def test_num_parameters_is_the_number_of_parameters(kv_heads):
 
 
 def test_specs_shard_every_matrix_over_the_ring_and_replicate_norms():
-    specs = parameter_specs(TINY)
+    config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
+    specs = parameter_specs(config)
     assert specs["embed"] == Spec("tp", ("fsdp", "sp")) or specs["embed"] == Spec(("tp",), ("fsdp", "sp"))
-    shapes = jax.eval_shape(lambda: _parameters(TINY))
+    shapes = jax.eval_shape(lambda: _parameters(config))
     for (path, spec), shape in zip(
         jax.tree.leaves_with_path(specs, is_leaf=lambda x: isinstance(x, Spec)), jax.tree.leaves(shapes), strict=True
     ):
         assert len(spec) <= len(shape.shape)
-        assert ("norm" in str(path)) != any(entry and "sp" in entry for entry in spec)
+        small = "norm" in str(path) or "bias" in str(path)
+        assert small != any(entry and "sp" in entry for entry in spec)
 
 
 def test_a_token_changes_the_logits_of_later_tokens_of_its_document_only():
@@ -140,3 +149,92 @@ def test_hidden_states_are_in_the_compute_dtype_and_logits_in_float32():
     config, mesh = dataclasses.replace(TINY, compute_dtype="bfloat16"), ra.make_mesh(sp=4, tp=2)
     dtypes = {m: jax.eval_shape(_on_mesh(config, mesh, m), _parameters(config), TOKENS).dtype for m in METHODS}
     assert dtypes == METHODS
+
+
+def _random_parameters(config):
+    """Parameters none of which is 0 or 1, so that each matters."""
+    leaves, tree = jax.tree.flatten(_parameters(config))
+    rng = np.random.default_rng(3)
+    return tree.unflatten([x + 0.3 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
+
+
+def _dense_logits(config, params, tokens, positions):
+    """The same function written down plainly, in float64 on one device, for one document."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    rms = lambda x, scale: x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale  # noqa: E731
+    angles = positions[:, None] * config.rope.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+
+    def turn(x):  # [T, heads, D]
+        first, second = np.split(x, 2, axis=-1)
+        turned = (first + 1j * second) * np.exp(1j * angles)[:, None]
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    x = p["embed"][tokens]
+    for layer in range(config.num_layers):
+        w = jax.tree.map(lambda a, layer=layer: a[layer], p["layers"])
+        a = w["attention"]
+        h = rms(x, w["attention_norm"]["scale"])
+        q, k, v = (np.einsum("tm,mhd->thd", h, a[name]) for name in ("query", "key", "value"))
+        if config.qkv_bias:
+            q, k, v = q + a["query_bias"], k + a["key_bias"], v + a["value_bias"]
+        if config.qk_norm:
+            q, k = rms(q, a["query_norm"]["scale"]), rms(k, a["key_norm"]["scale"])
+        out = ra.reference_attention(turn(q)[None], turn(k)[None], v[None], causal=True)[0]
+        x = x + np.einsum("thd,hdm->tm", out, a["out"])
+        h = rms(x, w["feedforward_norm"]["scale"])
+        gate = h @ w["feedforward"]["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w["feedforward"]["up"])) @ w["feedforward"]["down"]
+    unembed = p["embed"].T if config.tied_embeddings else p["unembed"]
+    return rms(x, p["norm"]["scale"]) @ unembed
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_is_the_function_written_down_plainly(change):
+    config = dataclasses.replace(TINY, **{"num_kv_heads": 2} | change)
+    mesh = ra.make_mesh(sp=4, tp=2) if config.num_kv_heads > 1 else ra.make_mesh(sp=8)
+    params, last = _random_parameters(config), DOCUMENTS[0] == 3
+    got = np.asarray(_on_mesh(config, mesh, "logits")(params, TOKENS))
+    want = _dense_logits(config, params, TOKENS[0][last], POSITIONS[0][last])
+    assert relative_error(got[0][last], want) < 1e-5
+    for name in ("query_bias", "key_norm"):  # the control: each part counts
+        if name in params["layers"]["attention"]:
+            less = jax.tree.map(lambda x: x, params)
+            less["layers"]["attention"][name] = jax.tree.map(lambda x: x * 0 + 1, less["layers"]["attention"][name])
+            assert relative_error(_dense_logits(config, less, TOKENS[0][last], POSITIONS[0][last]), want) > 1e-2
+
+
+def _stationary_logits(config, mesh):
+    """`fn(params, tokens)`: logits of the same tokens on every device of a ring, whose weights stay where they are."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+
+    def attend(q, k, v, cache):
+        return ra.blockwise_attention(q, k, v), None
+
+    def on_device(params, tokens):
+        model, T = nnx.merge(graph, params), tokens.shape[1]
+        options = dict(positions=jnp.arange(T)[None], length=T, cache=None, attend=attend, products=STATIONARY)
+        hidden, _ = model.with_cache(tokens, **options)
+        return model.logits_of(hidden, STATIONARY)
+
+    specs = dict(in_specs=(parameter_specs(config), Spec("dp")), out_specs=Spec("dp", None, "tp"))
+    return jax.jit(jax.shard_map(on_device, mesh=mesh, **specs))
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+def test_weights_that_stay_where_they_are_compute_the_same(change):
+    config = dataclasses.replace(TINY, **{"num_kv_heads": 2} | change)
+    mesh = ra.make_mesh(sp=4, tp=2) if config.num_kv_heads > 1 else ra.make_mesh(sp=8)
+    params = _random_parameters(config)
+    logits = _stationary_logits(config, mesh)(params, TOKENS[:, :5])
+    want = _dense_logits(config, params, TOKENS[0, :5], np.arange(5))
+    assert relative_error(logits[0], want) < 1e-5
+    assert relative_error(logits[0], np.roll(want, 1, axis=0)) > 0.1  # the control
+
+
+def test_weights_that_stay_where_they_are_are_not_gathered():
+    mesh = ra.make_mesh(sp=4, tp=2)
+    program = _stationary_logits(TINY, mesh).lower(_parameters(TINY), TOKENS[:, :1]).compile()
+    moved = collectives(program.as_text())
+    largest = max(array.bytes for collective in moved for array in collective.arrays)
+    assert {collective.kind for collective in moved} == {"all-gather", "all-reduce"}
+    assert largest == 4 * 2 * TINY.ffn_dim // 2  # what gate and up make of one token, on one of two devices of tp

@@ -66,6 +66,7 @@ def test_no_arrays_but_the_parameters_come_to_the_devices(run):
     assert sum(x.nbytes for x in new) < 1.5 * sum(x.nbytes for x in jax.tree.leaves(params))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore's futures
 def test_parameters_that_changed_on_the_way_are_noticed(run, tmp_path):
     path, _ = run
     copy = tmp_path / "copy"
