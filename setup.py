@@ -27,9 +27,12 @@ setup(
         "tensorboardX>=2.6.5",
         "matplotlib>=3.10",
         "tokenizers>=0.22",
+        "safetensors>=0.8",
     ],
     extras_require={
         "test": ["pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "chex>=0.1.92", "ruff>=0.15"],
+        # The other side of tests/interop and scripts/benchmark_training.py; exact, so that CI has what it was tried with.
+        "interop": ["torch==2.13.0", "transformers>=5.0"],
         # Compilers for hardware that is not there, for scripts/plan.py, check_pods.py and reproduce_table3.py.
         "compile-tpu": ["libtpu==0.0.42.1"],
         "compile-gpu": ["jax-cuda12-plugin>=0.10.2", "jax-cuda12-pjrt>=0.10.2"],
