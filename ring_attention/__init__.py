@@ -20,6 +20,7 @@ from ring_attention.parallel.context import (
     ring_attention,
     ring_attention_shard,
 )
+from ring_attention.parallel.decode import decode_attention, decode_attention_shard
 from ring_attention.parallel.flax_attention import flax_attention_fn
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import make_mesh
@@ -35,6 +36,8 @@ __all__ = [
     "blockwise_feedforward",
     "context_attention",
     "context_attention_shard",
+    "decode_attention",
+    "decode_attention_shard",
     "flax_attention_fn",
     "make_mesh",
     "reference_attention",

@@ -1,0 +1,100 @@
+"""Attention of a few queries to a long cache of keys and values on one device: a pass over the slots that are seen.
+
+Decoding has one query a head and row, so the time goes into reading the cache. It is read where it lies, a tile of
+slots at a time, once: to put its heads first, as the kernels of training want them, would copy all of it for every
+token. Tiles that no row of the batch sees are not read: those beyond the end of every row, those behind the window.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+
+from ring_attention.attention import online_softmax
+from ring_attention.attention.blockwise import FARTHEST
+from ring_attention.attention.kernels.tiles import Worklist
+from ring_attention.attention.masks import EMPTY, Hop, Tokens, tile_kinds
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.rule import Rule
+from ring_attention.attention.varying import vary_together
+from ring_attention.attention.weights import Meeting
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer.
+
+    Attributes:
+      k, v: [B,s,K,D]; where `layer` is given [L,B,s,K,D], those of all layers.
+      layer: int32, which of them is meant. To slice it out would copy it.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    layer: jax.Array | None = None
+
+    @property
+    def slots(self) -> int:
+        """s, tokens that there is room for on this device."""
+        return self.k.shape[-3]
+
+    def read(self, start: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B,K,size,D] of the slots from `start` on."""
+
+        def tile(x):
+            *_, B, _, K, D = x.shape
+            if self.layer is not None:
+                x = lax.dynamic_slice(x, (self.layer, 0, start, 0, 0), (1, B, size, K, D))[0]
+            else:
+                x = lax.dynamic_slice(x, (0, start, 0, 0), (B, size, K, D))
+            return jnp.swapaxes(x, 1, 2)
+
+        return tile(self.k), tile(self.v)
+
+
+def attend_cached(
+    q_BTHD: jax.Array, cache: Cache, *, rule: Rule, q_positions: jax.Array, kv_positions: jax.Array, size: int
+) -> Running:
+    """The statistics of queries over the slots that they see; the scores of all of them with one tile exist at once.
+
+    Args:
+      q_BTHD: a few tokens.
+      cache: of B rows, in the dtype of q.
+      rule: how a query and a key make a weight.
+      q_positions: int32 [B,T].
+      kv_positions: int32 [s], of the slots, the same in each row.
+      size: slots of a tile.
+
+    Returns:
+      Statistics [B,H,T,...].
+    """
+    K, size = cache.k.shape[-2], min(size, cache.slots)
+    visited = _visited(rule, q_positions, kv_positions, size)
+    slopes = None if rule.slopes is None else rearrange(rule.slopes, "(K G) -> K G 1 1", K=K)
+    q = rearrange(q_BTHD, "B T (K G) D -> B K G T D", K=K)
+    running = Running.empty(q.shape)
+    q, cache, slopes, q_positions, kv_positions, visited, running = vary_together(
+        q, cache, slopes, q_positions, kv_positions, visited, running
+    )
+    queries = Tokens(q_positions[:, None, None, :, None])
+
+    def take(number, running):
+        wanted = visited.items[number] * size
+        start = jnp.minimum(wanted, cache.slots - size)  # the last tile may reach back into the one before
+        k, v = cache.read(start, size)
+        positions = lax.dynamic_slice_in_dim(kv_positions, start, size)
+        positions = jnp.where(start + jnp.arange(size) < wanted, FARTHEST, positions)  # slots taken already
+        meeting = Meeting(rule, queries, Tokens(positions), slopes, batch=None, heads=None, masked=True)
+        scores, _ = meeting.scores(jnp.einsum("BKGTD,BKsD->BKGTs", q, k, preferred_element_type=jnp.float32))
+        return jax.vmap(jax.vmap(online_softmax.update))(running, scores, v)
+
+    running = lax.fori_loop(0, visited.count, take, running)
+    return Running(*(rearrange(x, "B K G T ... -> B (K G) T ...") for x in running))
+
+
+def _visited(rule: Rule, q_positions: jax.Array, kv_positions: jax.Array, size: int) -> Worklist:
+    """The tiles of slots of which any row may see one."""
+    keys = Tokens(kv_positions[None]).pad(-kv_positions.size % size, segment=0)
+    tiles = Hop(Tokens(q_positions).tiles(q_positions.shape[1]), Tokens(keys.positions).tiles(size), rule)
+    return Worklist.of((tile_kinds(tiles) != EMPTY).any((0, 1)))

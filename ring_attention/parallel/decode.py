@@ -1,0 +1,216 @@
+"""Attention of the newest tokens to a cache of keys and values that is sharded over the sequence.
+
+The cache stays where it is. Each device attends to the slots that it holds, and what it makes of them, an output and
+its lse for each query and head, goes to all others in one small gather: everybody then merges the same numbers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from ring_attention.attention import online_softmax
+from ring_attention.attention import sinks as attention_sinks
+from ring_attention.attention.blocks import BlockSizes, as_blocks
+from ring_attention.attention.cached import Cache, attend_cached
+from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.rule import as_sinks, check_rule, make_rule
+from ring_attention.checks import (
+    require,
+    require_attention_dtypes,
+    require_attention_shapes,
+    require_integers,
+    require_shape,
+    shown,
+)
+from ring_attention.parallel.layouts import SequenceLayout, as_layout
+from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec
+
+
+def decode_attention_shard(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    lengths: jax.Array,
+    axis_name: str = "sp",
+    layer: jax.Array | None = None,
+    layout: str | SequenceLayout = "striped",
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    impl: str = "auto",
+    block_sizes: BlockSizes | None = None,
+) -> jax.Array:
+    """`decode_attention` for use inside your own `shard_map`.
+
+    Args:
+      q: [B,T,H,D], the same on all devices of the axis: this device's rows and heads.
+      k_cache: this device's slots [B,s,K,D].
+      v_cache: [B,s,K,D].
+      lengths: int32 [B], of this device's rows.
+      axis_name: the axis that the cache is sharded over.
+      layer: int32; the caches are then those of all layers, [L,B,s,K,D], and this one is read where it lies.
+      others: as in `decode_attention`; sinks and alibi_slopes [H] are those of this device's heads.
+
+    Returns:
+      [B,T,H,D] in the dtype of q, the same on all devices of the axis.
+
+    Raises:
+      ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
+    """
+    layout = as_layout(layout, lax.axis_size(axis_name))
+    whole = [_whole(x, layer, layout) for x in (k_cache, v_cache)]
+    _check(q, *whole, lengths, layout, impl)
+    (_, T, H, _), s = q.shape, k_cache.shape[-3]
+    rule = make_rule(
+        q,
+        causal=True,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        dropout_rate=0.0,
+        dropout_key=None,
+    )
+    sinks = as_sinks(sinks, H)
+    running = attend_cached(
+        q,
+        Cache(k_cache, v_cache, layer),
+        rule=rule,
+        q_positions=lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32),
+        kv_positions=layout.shard_positions(lax.axis_index(axis_name), s),
+        size=as_blocks(block_sizes).kv,
+    )
+    out, _ = attention_sinks.finish(_merged(running, axis_name), sinks)
+    return jnp.swapaxes(out, 1, 2).astype(q.dtype)
+
+
+def _whole(cache: jax.Array, layer, layout: SequenceLayout) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the cache that this device's slots are a part of, of one layer."""
+    shape = cache.shape if layer is None else cache.shape[1:]
+    whole = tuple(size * (layout.ring_size if axis == 1 else 1) for axis, size in enumerate(shape))
+    return jax.ShapeDtypeStruct(whole, cache.dtype)
+
+
+def _merged(running: Running, axis_name: str) -> Running:
+    """Statistics over the slots of all devices of the axis."""
+    out, lse = online_softmax.finish(running)
+    packed = jnp.concatenate([out, lse[..., None]], axis=-1)
+    everyone = lax.all_gather(packed, axis_name, to="invarying")  # [P,B,H,T,D+1]
+    out, lse = everyone[..., :-1], everyone[..., -1]
+    top = lse.max(0)
+    weight = jnp.exp(lse - online_softmax.finite(top))
+    return Running((out * weight[..., None]).sum(0), top, weight.sum(0))
+
+
+def decode_attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    mesh: Mesh,
+    lengths: jax.Array,
+    axis_name: str = "sp",
+    spec: PartitionSpec | None = None,
+    layout: str | SequenceLayout = "striped",
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    impl: str = "auto",
+    block_sizes: BlockSizes | None = None,
+) -> jax.Array:
+    """Attention of each row's newest tokens to its cache, which the devices of `mesh` hold shards of.
+
+    A row sees the slots of its own tokens, at positions 0 to lengths-1, causally. Each device attends to the slots that
+    it holds, then one all-gather of float32 [B,T,H,D+1] brings the parts together; the cache does not move.
+    With "striped", position p lies on device p % P in slot p // P, whatever the capacity, so that rows grow evenly over
+    the devices and what was prefilled is the beginning of a larger cache.
+
+    Args:
+      q: [B,T,H,D], the T newest tokens of each row, one in plain decoding; float32, bfloat16 or float16.
+      k_cache: [B,S,K,D] in the dtype of q, S slots in the layout's order; K divides H. The T newest tokens are in it.
+        Slots at positions from a row's length on are not seen, but must hold finite numbers.
+      v_cache: [B,S,K,D].
+      mesh: the devices; `axis_name` is one of its axes.
+      lengths: integers [B], tokens of each row that are in the cache, 0 to S. Queries before a row's first token, as
+        there are where it holds fewer than T, see nothing.
+      axis_name: the mesh axis that S is sharded over.
+      spec: PartitionSpec of the caches; q and the result have the same but whole tokens. By default B over those of dp
+        and fsdp, and heads over tp, that the mesh has.
+      layout: the order of the slots, "striped", "contiguous", "zigzag" or a SequenceLayout.
+      window: a token sees itself and the window-1 tokens before it.
+      softcap, scale: as in `context_attention`.
+      sinks: [H], a logit for each head that takes part in the softmax but has no value; counted once.
+      alibi_slopes: [H]; a score falls by the slope for each position of distance.
+      impl: "auto" or "xla"; the kernels for training have no form for a few queries.
+      block_sizes: of which `kv`, slots that are read at once, counts.
+
+    Returns:
+      [B,T,H,D] in the dtype of q and sharded over batch and heads like it; 0 where a query sees no key.
+
+    Raises:
+      ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
+    """
+    require(isinstance(mesh, Mesh), f"mesh={shown(mesh)} is no jax.sharding.Mesh; make one with make_mesh(sp=...)")
+    has = f"is not an axis of the mesh, which has {dict(mesh.shape)}"
+    require(axis_name in mesh.shape, f"axis_name={axis_name!r} {has}; name one of these")
+    layout = as_layout(layout, mesh.shape[axis_name])
+    _check(q, k_cache, v_cache, lengths, layout, impl)
+    spec = default_spec(mesh, axis_name) if spec is None else spec
+    check_spec(spec, mesh, axis_name, q, k_cache)
+    check_rule(True, window, softcap, scale, 0.0, None)
+    for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if array is not None:
+            require_shape(name, jnp.shape(array), (q.shape[2],), "H")
+    run = _sharded(
+        mesh,
+        spec,
+        axis_name=axis_name,
+        layout=layout,
+        window=window,
+        softcap=None if softcap is None else float(softcap),
+        scale=None if scale is None else float(scale),
+        impl=impl,
+        block_sizes=as_blocks(block_sizes),
+    )
+    return run(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
+
+
+@functools.lru_cache(maxsize=128)
+def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
+    """`decode_attention_shard` over global arrays, compiled once for each set of choices."""
+    batch_axes, _, head_axes, _ = axes_of_spec(spec)
+    batch, heads = batch_axes or None, head_axes or None
+
+    def run(q, k_cache, v_cache, lengths, sinks, alibi_slopes):
+        def on_shards(q, k_cache, v_cache, lengths, sinks, alibi_slopes):
+            return decode_attention_shard(
+                q, k_cache, v_cache, lengths=lengths, sinks=sinks, alibi_slopes=alibi_slopes, **settings
+            )
+
+        queries, of_heads = PartitionSpec(batch, None, heads), PartitionSpec(heads)
+        in_specs = (queries, spec, spec, PartitionSpec(batch), of_heads, of_heads)
+        sharded = jax.shard_map(on_shards, mesh=mesh, in_specs=in_specs, out_specs=queries)
+        return sharded(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
+
+    return jax.jit(run)
+
+
+def _check(q, k_cache, v_cache, lengths, layout: SequenceLayout, impl: str) -> None:
+    """Raise ValueError unless shapes and dtypes fit each other, and the caches of a device the layout."""
+    require_attention_shapes(q, k_cache, v_cache)
+    require_attention_dtypes(q, k_cache, v_cache)
+    (B, T, *_), S = q.shape, k_cache.shape[1]
+    layout.check_length(S)
+    require(T <= S, f"q holds T={T} new tokens, the cache has S={S} slots; give the tokens that are in the cache")
+    require_integers("lengths", lengths, (B,), "B", least=0, most=S)
+    kernel = find_kernel(impl).name
+    require(kernel == "xla", f'impl={impl!r} computes whole shards, not a few queries; use impl="auto"')

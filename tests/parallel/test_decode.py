@@ -1,0 +1,345 @@
+"""Attention of the newest tokens to a sharded cache, against dense attention in float64; and what its program sends."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
+from oracle import dense_attention
+
+import ring_attention as ra
+from ring_attention.attention import cached, online_softmax, sinks
+from ring_attention.attention.online_softmax import Running
+from ring_attention.parallel import decode
+from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.planning.hlo import compiled
+
+B, T, H, K, D, S = 3, 2, 6, 2, 8, 80
+TILES = ra.BlockSizes(kv=6)  # which divides the 80, 40, 20 and 10 slots of a device nowhere: the last one reaches back
+LENGTHS = ((1, 17, S), (2, 40, 79), (0, 5, 33), (64, 3, 9))
+"""Of rows that are decoded together: odd ones, full ones, an empty one, ones that leave devices without a slot."""
+
+EXTRAS = {
+    "plain": {},
+    "window": dict(window=7),
+    "wide_window": dict(window=41),
+    "sinks": dict(sinks=np.linspace(-1, 2, H)),
+    "softcap": dict(softcap=1.5),
+    "alibi": dict(alibi_slopes=np.geomspace(0.3, 0.003, H)),
+    "scale": dict(scale=0.7),
+    "all": dict(window=23, sinks=np.linspace(-1, 2, H), softcap=3.0, alibi_slopes=np.geomspace(0.3, 0.003, H)),
+}
+
+
+def _draw(seed, dtype="float32", B=B, T=T, H=H, K=K, S=S):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in [(B, T, H, D), (B, S, K, D), (B, S, K, D)]]
+
+
+def _mesh(P, **shape):
+    return ra.make_mesh(sp=P, devices=jax.devices()[: P * int(np.prod(list(shape.values())))], **shape)
+
+
+def _decode(q, k, v, lengths, *, mesh, layout="striped", axis_name="sp", **settings):
+    """decode_attention of caches in natural order."""
+    order = ra.SequenceLayout(layout, mesh.shape[axis_name])
+    k, v = (order.permute(x, 1) for x in (k, v))
+    settings = dict(block_sizes=TILES) | settings
+    return ra.decode_attention(q, k, v, mesh=mesh, axis_name=axis_name, lengths=lengths, layout=layout, **settings)
+
+
+def _shares(lengths_of=LENGTHS, dtype="float32", sizes=None, **settings):
+    """What the error of decoding is to that of dense attention in the same dtype, over several batches of rows."""
+    sizes = sizes or {}
+    extras = {name: settings[name] for name in settings if name in EXTRAS["all"] or name == "scale"}
+    ours = dense = 0.0
+    for seed, lengths in enumerate(lengths_of):
+        q, k, v = _draw(seed, dtype, **sizes)
+        lengths = np.array(lengths, np.int32)
+        positions = lengths[:, None] - q.shape[1] + np.arange(q.shape[1])
+        want = ra.reference_attention(q, k, v, q_positions=positions, **extras)
+        got = _decode(q, k, v, lengths, **settings)
+        assert got.dtype == q.dtype
+        ours += np.sum((np.asarray(got, np.float64) - want) ** 2)
+        dense += np.sum((np.asarray(dense_attention(q, k, v, q_positions=positions, **extras), np.float64) - want) ** 2)
+    return (ours / dense) ** 0.5
+
+
+# --- Exact ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("layout", LAYOUT_KINDS)
+def test_decoding_is_as_exact_as_dense_attention(layout, extras):
+    assert _shares(mesh=_mesh(4), layout=layout, **EXTRAS[extras]) <= 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("P", [1, 8])
+def test_so_it_is_in_half_precision(P, dtype):
+    assert _shares(mesh=_mesh(P), dtype=dtype, **EXTRAS["all"]) <= 2
+
+
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 1), (6, 3)])
+def test_so_it_is_with_any_grouping_of_heads_and_one_or_many_new_tokens(H, K):
+    for T in (1, 5):
+        assert _shares(mesh=_mesh(2), sizes=dict(H=H, K=K, T=T), window=30) <= 2
+
+
+def test_so_it_is_over_a_mesh_of_three_axes():
+    mesh = _mesh(2, dp=2, tp=2)
+    lengths = [(*row, 11) for row in LENGTHS]
+    assert _shares(lengths, mesh=mesh, sizes=dict(B=4), **EXTRAS["all"]) <= 2
+
+
+def test_so_it_is_with_another_axis_and_a_spec_of_ones_own():
+    mesh = jax.make_mesh((2, 4), ("rows", "ring"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    lengths = [(*row, 11) for row in LENGTHS]
+    spec = Spec("rows", "ring")
+    assert _shares(lengths, mesh=mesh, axis_name="ring", spec=spec, sizes=dict(B=4), window=19) <= 2
+
+
+def test_one_layer_of_many_is_read_where_it_lies():
+    q, k, v = _draw(0)
+    attend = functools.partial(ra.decode_attention_shard, lengths=np.array([80, 7, 41], np.int32), block_sizes=TILES)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(k, v, layer=None):
+        def on_shard(k, v):
+            return attend(q, k, v, layer=None if layer is None else jnp.int32(layer))
+
+        spec = Spec(*([None] * (k.ndim - 3)), "sp")
+        return jax.shard_map(on_shard, mesh=_mesh(2), in_specs=spec, out_specs=Spec())(k, v)
+
+    one, layers = run(k, v), [jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in (k, v)]
+    assert np.isfinite(one).all()
+    assert np.array_equal(one, run(*layers, 1))
+    assert np.isnan(run(*layers, 0)).all()
+
+
+def test_rows_that_see_nothing_are_zero_and_what_lies_beyond_a_rows_length_does_not_count():
+    q, k, v = _draw(0)
+    lengths = np.array([0, 1, 30], np.int32)
+    out = np.asarray(_decode(q, k, v, lengths, mesh=_mesh(4)))
+    assert not out[0].any()
+    assert not out[1, 0].any(), "the row's newest token but one was never there"
+    assert out[1, 1].any()
+    beyond = (np.arange(S) >= lengths[:, None])[..., None, None]
+    changed = _decode(q, *(jnp.where(beyond, 1e4, x) for x in (k, v)), lengths, mesh=_mesh(4))
+    assert np.array_equal(out, changed)
+    within = (np.arange(S) == lengths[:, None] - 1)[..., None, None]
+    control = _decode(q, *(jnp.where(within, 1e4, x) for x in (k, v)), lengths, mesh=_mesh(4))
+    assert not np.array_equal(out[1:], control[1:])
+
+
+def test_what_was_prefilled_is_the_beginning_of_a_larger_striped_cache():
+    q, k, v = _draw(0)
+    lengths = np.array([80, 7, 41], np.int32)
+    layout = ra.SequenceLayout("striped", 4)
+    k, v = (layout.permute(x, 1).reshape(B, 4, -1, K, D) for x in (k, v))
+    larger = (jnp.pad(x, ((0, 0), (0, 0), (0, 13), (0, 0), (0, 0))).reshape(B, -1, K, D) for x in (k, v))
+    small, large = (
+        ra.decode_attention(q, *caches, mesh=_mesh(4), lengths=lengths)
+        for caches in ((x.reshape(B, -1, K, D) for x in (k, v)), larger)
+    )
+    assert np.allclose(small, large, rtol=1e-6, atol=1e-6)
+
+
+# --- Mutants: mistakes that the comparison must see -------------------------------------------------------------------
+
+
+def _sinks_on_every_device(patch):
+    def mutant(running, sinks_H):
+        return finish(running, None if sinks_H is None else sinks_H + np.log(4.0))
+
+    finish = sinks.finish
+    patch.setattr(sinks, "finish", mutant)
+
+
+def _devices_count_alike(patch):
+    def mutant(running, axis_name):
+        everyone = lax.all_gather(online_softmax.finish(running)[0], axis_name, to="invarying")
+        alike = jnp.ones(everyone.shape[1:-1])
+        return Running(everyone.mean(0), 0 * alike, alike)
+
+    patch.setattr(decode, "_merged", mutant)
+
+
+def _own_part_alone(patch):
+    def mutant(running, axis_name):
+        return Running(*(lax.all_gather(x, axis_name, to="invarying")[0] for x in running))
+
+    patch.setattr(decode, "_merged", mutant)
+
+
+def _positions_of_another_layout(patch):
+    positions = ra.SequenceLayout.shard_positions
+    other = lambda self, *args: positions(ra.SequenceLayout("contiguous", self.ring_size), *args)  # noqa: E731
+    patch.setattr(ra.SequenceLayout, "shard_positions", other)
+
+
+def _queries(shift):
+    def mutate(patch):
+        attend = cached.attend_cached
+        mutant = lambda *args, q_positions, **rest: attend(*args, q_positions=q_positions + shift, **rest)  # noqa: E731
+        patch.setattr(decode, "attend_cached", mutant)
+
+    return mutate
+
+
+def _slots_that_were_taken_count_again(patch):
+    patch.setattr(cached, "FARTHEST", 0)
+
+
+def _first_tile_is_left_out(patch):
+    visited = cached._visited
+
+    def mutant(*args):
+        found = visited(*args)
+        return found._replace(items=jnp.roll(found.items, -1), count=found.count - 1)
+
+    patch.setattr(cached, "_visited", mutant)
+
+
+def _window_is_one_too_wide(patch):
+    make = decode.make_rule
+    patch.setattr(decode, "make_rule", lambda *a, window, **kw: make(*a, window=window + 1, **kw))
+
+
+MUTANTS = {
+    "sinks on every device": (_sinks_on_every_device, "sinks"),
+    "devices count alike": (_devices_count_alike, "plain"),
+    "own part alone": (_own_part_alone, "plain"),
+    "positions of another layout": (_positions_of_another_layout, "plain"),
+    "the newest token is not seen": (_queries(-1), "plain"),
+    "a token that is still to come is seen": (_queries(1), "plain"),
+    "slots that were taken count again": (_slots_that_were_taken_count_again, "plain"),
+    "the first tile is left out": (_first_tile_is_left_out, "plain"),
+    "window is one too wide": (_window_is_one_too_wide, "window"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_seen(mutant, monkeypatch):
+    mutate, extras = MUTANTS[mutant]
+    decode._sharded.cache_clear()
+    assert _shares(mesh=_mesh(4), **EXTRAS[extras]) <= 2
+    mutate(monkeypatch)
+    decode._sharded.cache_clear()
+    assert _shares(mesh=_mesh(4), **EXTRAS[extras]) > 1000
+    decode._sharded.cache_clear()
+
+
+# --- What is sent and held --------------------------------------------------------------------------------------------
+
+SLOTS = 384  # of a device; neither it nor a tile of it is the size of anything else
+
+
+def _compiled(P, shape=None, rows=2, new=1, window=None):
+    mesh = _mesh(P, **(shape or {}))
+    by_slot, whole = NamedSharding(mesh, Spec(("dp", "fsdp"), "sp", "tp")), NamedSharding(mesh, Spec(None, None, "tp"))
+    k = jax.ShapeDtypeStruct((rows, P * SLOTS, K, D), "float32", sharding=by_slot)
+    q = jax.ShapeDtypeStruct((rows, new, H, D), "float32", sharding=whole)
+    lengths = jax.ShapeDtypeStruct((rows,), "int32")
+    attend = functools.partial(ra.decode_attention, mesh=mesh, window=window, block_sizes=ra.BlockSizes(kv=32))
+    return jax.jit(lambda q, k, v, lengths: attend(q, k, v, lengths=lengths)).lower(q, k, k, lengths).compile()
+
+
+def _gather(P, rows, new, heads):
+    """The one collective: float32 outputs and lse of every device."""
+    return {"all-gather": (1, P * rows * new * heads * (D + 1) * 4)}
+
+
+@pytest.mark.parametrize("P", [2, 8])
+def test_one_small_gather_a_call_is_all_that_is_sent(P):
+    assert compiled.totals(_compiled(P).as_text()) == _gather(P, 2, 1, H)
+    assert compiled.totals(_compiled(P, new=3, window=50).as_text()) == _gather(P, 2, 3, H)
+
+
+def test_so_it_is_over_a_mesh_of_three_axes_and_on_one_device_nothing_is_sent():
+    program = _compiled(2, dict(dp=2, tp=2), rows=4).as_text()
+    assert compiled.totals(program) == _gather(2, 2, 1, H // 2)
+    assert compiled.sent(program) > 0
+    assert compiled.sent(_compiled(1).as_text()) == 0
+
+
+def _gathering(P):
+    """The control: the cache comes to the queries."""
+    mesh, spec = _mesh(P), Spec(None, "sp")
+    k = jax.ShapeDtypeStruct((2, P * SLOTS, K, D), "float32", sharding=NamedSharding(mesh, spec))
+    q = jax.ShapeDtypeStruct((2, 1, H, D), "float32")
+
+    def attend(q, k, v):
+        k, v = (lax.all_gather(x, "sp", axis=1, tiled=True, to="invarying") for x in (k, v))
+        return dense_attention(q, k, v, causal=False)
+
+    run = jax.shard_map(attend, mesh=mesh, in_specs=(Spec(), spec, spec), out_specs=Spec())
+    return jax.jit(run).lower(q, k, k).compile()
+
+
+def test_the_cache_is_neither_gathered_nor_copied_and_memory_does_not_grow_with_the_ring():
+    cache = 2 * 2 * SLOTS * K * D * 4  # bytes of a device's
+    temporary = {P: _compiled(P).memory_analysis().temp_size_in_bytes for P in (2, 4, 8)}
+    parts = 2 * H * (D + 1) * 4  # bytes of what one device makes of its slots
+    assert temporary[8] - temporary[2] < 4 * 6 * parts, "a few copies of what was gathered"
+    assert temporary[8] < cache / 4
+    assert all(8 * SLOTS not in array.shape for array in compiled.arrays(_compiled(8).as_text()))
+    control = _gathering(8)
+    assert control.memory_analysis().temp_size_in_bytes > 8 * cache
+    assert any(8 * SLOTS in array.shape for array in compiled.arrays(control.as_text()))
+
+
+def test_tiles_that_no_row_sees_are_not_read():
+    def tiles(lengths, me, **settings):
+        rule = decode.make_rule(
+            jnp.zeros((1, 1, H, D)),
+            **dict.fromkeys(("softcap", "scale", "alibi_slopes", "dropout_key", "window")) | settings,
+            causal=True,
+            dropout_rate=0.0,
+        )
+        positions = ra.SequenceLayout("striped", 4).shard_positions(me, 64)
+        found = cached._visited(rule, jnp.array(lengths)[:, None] - 1, positions, 16)
+        return found.items[: found.count].tolist()
+
+    assert tiles([256, 9], 0) == [0, 1, 2, 3]
+    assert tiles([9, 65], 0) == [0, 1]
+    assert tiles([9, 65], 1) == [0], "of positions 0 to 64 device 1 holds 16"
+    assert tiles([200, 9], 0, window=20) == [0, 2, 3]
+    assert tiles([0, 1], 3) == []
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(lengths=np.array([1, 2], np.int32)), "lengths has shape (2,), need [B=3]"),
+        (dict(lengths=np.array([1, 2, 81], np.int32)), "lengths holds 81, need 0 to 80"),
+        (dict(lengths=np.array([1, 2, -1], np.int32)), "lengths holds -1, need 0 to 80"),
+        (dict(lengths=np.ones(3, np.float32)), "lengths has dtype float32, need integers"),
+        (dict(impl="splash"), "impl='splash' computes whole shards, not a few queries; use impl=\"auto\""),
+        (dict(impl="fast"), "impl='fast' is not known"),
+        (dict(layout="round"), "layout='round' is not known"),
+        (dict(layout=ra.SequenceLayout("striped", 8)), "layout is for ring_size=8, but the mesh axis has 4 devices"),
+        (dict(axis_name="seq"), "axis_name='seq' is not an axis of the mesh"),
+        (dict(window=0), "window=0 must be a whole number of tokens"),
+        (dict(sinks=np.zeros(2)), "sinks has shape (2,), need [H=6]"),
+        (dict(mesh=None), "mesh=None is no jax.sharding.Mesh"),
+        (dict(sizes=dict(S=81)), "seq_len=81 is not divisible by the ring size sp=4"),
+        (dict(sizes=dict(T=81)), "q holds T=81 new tokens, the cache has S=80 slots"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_mistakes_are_refused_in_one_line_before_anything_compiles(change, words):
+    change = dict(change)
+    settings = dict(mesh=_mesh(4), lengths=np.array([1, 2, 3], np.int32)) | change
+    arrays = _draw(0, **settings.pop("sizes", {}))
+    with pytest.raises(ValueError, match=".") as error:
+        ra.decode_attention(*arrays, **settings)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
