@@ -125,7 +125,7 @@ class Layer(nnx.Module):
         return x_btM + self.feedforward(self.feedforward_norm(x_btM))
 
     def with_cache(self, x_btM: jax.Array, rotary, attend: Callable, products: Products) -> tuple[jax.Array, Any]:
-        """The residual stream after this layer, and what `attend(q, k, v) -> (out, kept)` keeps of keys and values."""
-        out, kept = attend(*self.attention.project(self.attention_norm(x_btM), rotary, products))
+        """The residual stream after this layer, and the cache; `attend(q, k, v) -> (out, cache)`."""
+        out, cache = attend(*self.attention.project(self.attention_norm(x_btM), rotary, products))
         x_btM += self.attention.combine(out, products)
-        return x_btM + self.feedforward(self.feedforward_norm(x_btM), products), kept
+        return x_btM + self.feedforward(self.feedforward_norm(x_btM), products), cache

@@ -81,14 +81,14 @@ class Transformer(nnx.Module):
     def with_cache(
         self, tokens: jax.Array, *, positions: jax.Array, length: int, cache: Any, attend: Callable, products: Products
     ) -> tuple[jax.Array, Any]:
-        """Hidden states after the last norm, [b,t,M], and what each layer keeps of its keys and values, stacked.
+        """Hidden states after the last norm, [b,t,M], and the cache with the keys and values of these tokens.
 
         Args:
           tokens: int32 [b,t].
           positions: int32 [b,t].
           length: of the whole sequence, for rotary scaling "dynamic".
-          cache: pytree of arrays with a leading axis L, or None.
-          attend: attend(q, k, v, cache of this layer) -> (out, kept).
+          cache: pytree of arrays, of all layers. The loop over layers carries it, so that it is written in place.
+          attend: attend(q, k, v, cache, layer) -> (out, cache); `layer` is its number, int32.
           products: `GATHERED` where tokens are sharded over the mesh as in training, `STATIONARY` where all devices of
             a ring have the same few.
         """
@@ -96,14 +96,14 @@ class Transformer(nnx.Module):
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope, length=length)
         layer_def, layers = nnx.split(self.layers)
 
-        def run_layer(x_btM, layer_and_cache):
-            layer, cache = layer_and_cache
-            return nnx.merge(layer_def, layer).with_cache(
-                x_btM, rotary, lambda q, k, v: attend(q, k, v, cache), products
-            )
+        def run_layer(carry, layer_and_number):
+            (x_btM, cache), (layer, number) = carry, layer_and_number
+            attend_here = lambda q, k, v: attend(q, k, v, cache, number)  # noqa: E731
+            return nnx.merge(layer_def, layer).with_cache(x_btM, rotary, attend_here, products), None
 
-        x_btM, kept = lax.scan(run_layer, x_btM, (layers, cache))
-        return self.norm(x_btM), kept
+        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x_btM, cache), _ = lax.scan(run_layer, (x_btM, cache), (layers, numbers))
+        return self.norm(x_btM), cache
 
     def _run_layers(self, tokens, positions, segment_ids, attend: Attend, observe):
         """The residual stream after the last layer, and what `observe` returns of it after each, stacked."""

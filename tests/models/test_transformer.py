@@ -207,7 +207,7 @@ def _stationary_logits(config, mesh):
     """`fn(params, tokens)`: logits of the same tokens on every device of a ring, whose weights stay where they are."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, cache, layer):
         return ra.blockwise_attention(q, k, v), None
 
     def on_device(params, tokens):
