@@ -26,7 +26,8 @@ class Cache(NamedTuple):
     """Keys and values of one layer.
 
     Attributes:
-      k, v: [B,s,K,D]; where `layer` is given [L,B,s,K,D], those of all layers.
+      k, v: [B,s,K,D]; where `layer` is given [L,B,s,K,D], those of all layers. In the dtype of the queries, or (half
+        precision) its bits, `as_bits`.
       layer: int32, which of them is meant. To slice it out would copy it.
     """
 
@@ -39,7 +40,7 @@ class Cache(NamedTuple):
         """s, tokens that there is room for on this device."""
         return self.k.shape[-3]
 
-    def read(self, start: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    def read(self, start: jax.Array, size: int, dtype) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B,K,size,D] of the slots from `start` on."""
 
         def tile(x):
@@ -48,9 +49,19 @@ class Cache(NamedTuple):
                 x = lax.dynamic_slice(x, (self.layer, 0, start, 0, 0), (1, B, size, K, D))[0]
             else:
                 x = lax.dynamic_slice(x, (0, start, 0, 0), (B, size, K, D))
-            return jnp.swapaxes(x, 1, 2)
+            x = jnp.swapaxes(x, 1, 2)
+            return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
         return tile(self.k), tile(self.v)
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """Half-precision numbers as uint16, others as they are.
+
+    To slice or update an array of bfloat16 the CPU's compiler widens all of it to float32; a cache that is written and
+    read tile by tile would be copied for every token and layer. Elsewhere this costs nothing.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def attend_cached(
@@ -60,7 +71,7 @@ def attend_cached(
 
     Args:
       q_BTHD: a few tokens.
-      cache: of B rows, in the dtype of q.
+      cache: of B rows.
       rule: how a query and a key make a weight.
       q_positions: int32 [B,T].
       kv_positions: int32 [s], of the slots, the same in each row.
@@ -82,7 +93,7 @@ def attend_cached(
     def take(number, running):
         wanted = visited.items[number] * size
         start = jnp.minimum(wanted, cache.slots - size)  # the last tile may reach back into the one before
-        k, v = cache.read(start, size)
+        k, v = cache.read(start, size, q.dtype)
         positions = lax.dynamic_slice_in_dim(kv_positions, start, size)
         positions = jnp.where(start + jnp.arange(size) < wanted, FARTHEST, positions)  # slots taken already
         meeting = Meeting(rule, queries, Tokens(positions), slopes, batch=None, heads=None, masked=True)

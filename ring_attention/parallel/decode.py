@@ -51,7 +51,7 @@ def decode_attention_shard(
 
     Args:
       q: [B,T,H,D], the same on all devices of the axis: this device's rows and heads.
-      k_cache: this device's slots [B,s,K,D].
+      k_cache: this device's slots [B,s,K,D], in the dtype of q or, half precision, `attention.cached.as_bits` of it.
       v_cache: [B,s,K,D].
       lengths: int32 [B], of this device's rows.
       axis_name: the axis that the cache is sharded over.
@@ -65,7 +65,7 @@ def decode_attention_shard(
       ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
     """
     layout = as_layout(layout, lax.axis_size(axis_name))
-    whole = [_whole(x, layer, layout) for x in (k_cache, v_cache)]
+    whole = [_whole(x, q.dtype, layer, layout) for x in (k_cache, v_cache)]
     _check(q, *whole, lengths, layout, impl)
     (_, T, H, _), s = q.shape, k_cache.shape[-3]
     rule = make_rule(
@@ -91,11 +91,12 @@ def decode_attention_shard(
     return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
 
-def _whole(cache: jax.Array, layer, layout: SequenceLayout) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the cache that this device's slots are a part of, of one layer."""
+def _whole(cache: jax.Array, dtype, layer, layout: SequenceLayout) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the cache that this device's slots are a part of, of one layer; `dtype` is that of bits."""
     shape = cache.shape if layer is None else cache.shape[1:]
     whole = tuple(size * (layout.ring_size if axis == 1 else 1) for axis, size in enumerate(shape))
-    return jax.ShapeDtypeStruct(whole, cache.dtype)
+    are_bits = cache.dtype == jnp.uint16 and dtype.itemsize == 2
+    return jax.ShapeDtypeStruct(whole, dtype if are_bits else cache.dtype)
 
 
 def _merged(running: Running, axis_name: str) -> Running:
