@@ -1,0 +1,72 @@
+"""The cache of keys and values: of all layers, its slots dealt to the devices of a ring like stripes.
+
+Position p of a row lies on device p % P in slot p // P. So rows of any length fill the devices evenly, a prompt that
+was prefilled in the striped layout lies in the first slots of each, and so does a token that is appended later.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from ring_attention.attention.cached import as_bits
+from ring_attention.attention.varying import vary_over
+from ring_attention.models.config import ModelConfig
+from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
+
+CACHE_SPEC = PartitionSpec(None, (DATA, FSDP), SEQUENCE, TENSOR)
+"""Of each array [L,B,S,K,D]; fsdp is one device."""
+
+
+class KeyValueCache(NamedTuple):
+    """The share of the cache that a device holds.
+
+    Attributes:
+      k, v: [L,b,s,k,D] in the compute dtype, as bits where it is half precision (`as_bits`).
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    @staticmethod
+    def empty(model: ModelConfig, rows: int, slots: int) -> "KeyValueCache":
+        """Nothing yet, for so many rows and slots of this device; inside a `shard_map` over the whole mesh."""
+        heads = model.num_kv_heads // lax.axis_size(TENSOR)
+        shape = (model.num_layers, rows, slots, heads, model.head_dim)
+        zeros = vary_over(jnp.zeros(shape, cache_dtype(model)), frozenset(AXES))
+        return KeyValueCache(zeros, zeros)
+
+    def with_prompt(self, layer: jax.Array, k_btkD: jax.Array, v_btkD: jax.Array) -> "KeyValueCache":
+        """The same with this device's stripe of each row's prompt, padding and all, in a layer's first slots."""
+        at = (layer, 0, 0, 0, 0)
+        return KeyValueCache(
+            *(
+                lax.dynamic_update_slice(x, as_bits(new)[None], at)
+                for x, new in zip(self, (k_btkD, v_btkD), strict=True)
+            )
+        )
+
+    def with_token(self, layer: jax.Array, k_bkD: jax.Array, v_bkD: jax.Array, positions_b) -> "KeyValueCache":
+        """The same with one token more in each row, at its own position; on the device that its position falls to."""
+        P, (_, b, s, _, _) = lax.axis_size(SEQUENCE), self.k.shape
+        mine = positions_b % P == lax.axis_index(SEQUENCE)
+        slots = jnp.where(mine, positions_b // P, s)  # past the end: dropped
+        return KeyValueCache(
+            *(
+                x.at[layer, jnp.arange(b), slots].set(as_bits(new), mode="drop")
+                for x, new in zip(self, (k_bkD, v_bkD), strict=True)
+            )
+        )
+
+
+def cache_dtype(model: ModelConfig) -> jnp.dtype:
+    """In which keys and values are stored."""
+    return jax.eval_shape(as_bits, jax.ShapeDtypeStruct((), model.compute_dtype)).dtype
+
+
+def cache_bytes(model: ModelConfig, rows: int, slots: int, tensor: int) -> int:
+    """Bytes of a device's share, for its rows and slots: 2 * L * b * s * K/tp * D numbers in the compute dtype."""
+    numbers = 2 * model.num_layers * rows * slots * model.num_kv_heads // tensor * model.head_dim
+    return numbers * cache_dtype(model).itemsize

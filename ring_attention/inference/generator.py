@@ -1,0 +1,249 @@
+"""Text token by token: prompts in, tokens out as they come."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.rule import Rule
+from ring_attention.checks import is_whole, require, require_integers, shown
+from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, cache_bytes, cache_dtype
+from ring_attention.inference.programs import ROWS, Plan, Rows, make_prefill, make_step
+from ring_attention.inference.sampling import Sampling
+from ring_attention.models.config import ModelConfig
+from ring_attention.models.transformer import abstract_parameters, parameter_specs
+from ring_attention.parallel.layouts import MOST_TOKENS, SequenceLayout
+from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
+from ring_attention.parallel.sharding import check_fits
+from ring_attention.parallel.strategies import STRATEGIES
+from ring_attention.parallel.strategy import Setting
+from ring_attention.training.config import AttentionConfig
+from ring_attention.training.trained import Trained
+
+PROMPT_STEPS = 8
+"""Lengths that prompts are padded to between one power of two and the next: each costs a compilation, and padding up to
+an eighth of the prefill."""
+
+
+class Generator:
+    """A model that continues prompts, over the devices of a mesh: rows over dp, the cache over sp, heads over tp.
+
+    Its programs are compiled when they are first needed: a prefill for each length that prompts are padded to and
+    number of rows, and one step for each number of rows.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Any,
+        *,
+        mesh: Mesh,
+        capacity: int,
+        attention: AttentionConfig | None = None,
+        sampling: Sampling | None = None,
+        vocab_size: int | None = None,
+    ):
+        """Check that everything fits together; compiles nothing.
+
+        Args:
+          model: its shape.
+          params: as `Trained.load` gives them, in float32 or the compute dtype.
+          mesh: with fsdp=1.
+          capacity: the most tokens of a row, prompt and continuation together. Rotary scaling "dynamic", which goes by
+            the length of the sequence, takes it for the whole generation, so that keys in the cache stay valid.
+          attention: of which the strategy (for prompts), its options, the window, softcap and tiles count; the layout
+            is striped. The ring by default.
+          sampling: how tokens are chosen; the likeliest by default.
+          vocab_size: the tokenizer's: tokens from there on never come. The model's by default.
+
+        Raises:
+          ValueError: for what does not fit.
+        """
+        attention = attention or AttentionConfig()
+        vocab_size = model.vocab_size if vocab_size is None else vocab_size
+        self._plan = Plan(
+            model=model,
+            attention=dataclasses.replace(attention, layout="striped", speeds="", impl="auto"),
+            capacity=capacity,
+            sampling=sampling or Sampling(),
+            vocab_size=vocab_size,
+        )
+        _check(self._plan, mesh)
+        self._params, self._mesh = _placed(params, model, mesh), mesh
+        self._layout = SequenceLayout("striped", mesh.shape[SEQUENCE])
+        self.prefill_program = functools.lru_cache(maxsize=16)(self._compile_prefill)
+        self.step_program = functools.lru_cache(maxsize=16)(self._compile_step)
+
+    @staticmethod
+    def of(trained: Trained, *, mesh: Mesh, capacity: int, **others) -> "Generator":
+        """The generator of a trained model, its parameters read in the compute dtype; `others` as above."""
+        others = {"attention": trained.config.attention} | others
+        model = trained.config.model
+        params = trained.load(mesh, dtype=model.compute_dtype)
+        return Generator(model, params, mesh=mesh, capacity=capacity, **others)
+
+    @property
+    def slots(self) -> int:
+        """Tokens of a row that a device has room for."""
+        return self._layout.padded_length(self._plan.capacity) // self._layout.ring_size
+
+    def cache_bytes(self, rows: int) -> int:
+        """Bytes of a device's share of the cache for so many rows."""
+        rows = self._padded_rows(rows) // self._mesh.shape[DATA]
+        return cache_bytes(self._plan.model, rows, self.slots, self._mesh.shape[TENSOR])
+
+    def compile(self, prompts: Sequence[np.ndarray]) -> None:
+        """Compile what `generate` needs for prompts of these lengths and this number, so that it need not."""
+        rows = self._padded_rows(len(prompts))
+        self.prefill_program(rows, self._padded_prompt(max(map(len, prompts), default=1)))
+        self.step_program(rows)
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[int] = (),
+        seeds: int | Sequence[int] = 0,
+    ) -> Iterator[list[int | None]]:
+        """Continue prompts, and yield the next token of each, step by step, until all have ended.
+
+        Args:
+          prompts: integers [tokens], of any lengths, at least one token each.
+          max_new_tokens: the most that a row gets.
+          stop: tokens that end a row; they are yielded, too.
+          seeds: one for each row; a number n stands for n, n+1, n+2, ... A row's draws depend on its seed and on
+            positions alone.
+
+        Yields:
+          A token for each row, None for those that have ended.
+
+        Raises:
+          ValueError: for prompts that do not fit.
+        """
+        prompts = [np.asarray(prompt) for prompt in prompts]
+        self._check_prompts(prompts, max_new_tokens)
+        return self._run(prompts, max_new_tokens, frozenset(stop), _seeds(seeds, len(prompts)))
+
+    def _run(self, prompts, max_new_tokens: int, stop: frozenset[int], seeds) -> Iterator[list[int | None]]:
+        cache, rows = self._prefill(prompts, seeds)
+        step, going = self.step_program(rows.tokens.shape[0]), [True] * len(prompts)
+        for number in range(max_new_tokens):
+            newest = rows.tokens
+            if number + 1 < max_new_tokens:  # ahead of the host, which reads and shows the token meanwhile
+                newest = newest.copy()  # the step takes the buffer
+                cache, rows = step(self._params, cache, rows)
+            tokens = np.asarray(newest)[: len(prompts)].tolist()
+            yield [token if goes else None for token, goes in zip(tokens, going, strict=True)]
+            going = [goes and token not in stop for token, goes in zip(tokens, going, strict=True)]
+            if not any(going):
+                return
+
+    def _prefill(self, prompts: list[np.ndarray], seeds: np.ndarray):
+        """(cache, rows) after the prompts, each padded at its end; rows that only fill up dp hold one token."""
+        lengths = np.ones(self._padded_rows(len(prompts)), np.int32)
+        lengths[: len(prompts)] = [prompt.size for prompt in prompts]
+        tokens = np.zeros((lengths.size, self._padded_prompt(lengths.max())), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: prompt.size] = prompt
+        by_token = NamedSharding(self._mesh, PartitionSpec(DATA, SEQUENCE))
+        by_row = NamedSharding(self._mesh, ROWS)
+        tokens = jax.device_put(self._layout.permute(tokens, 1), by_token)
+        lengths, seeds = jax.device_put((lengths, np.resize(seeds, lengths.size)), by_row)
+        return self.prefill_program(*tokens.shape)(self._params, tokens, lengths, seeds)
+
+    def _compile_prefill(self, rows: int, tokens: int) -> jax.stages.Compiled:
+        prompts = self._abstract((rows, tokens), np.int32, PartitionSpec(DATA, SEQUENCE))
+        by_row = (self._abstract((rows,), dtype, ROWS) for dtype in (np.int32, np.uint32))
+        return make_prefill(self._plan, self._mesh).lower(self._params, prompts, *by_row).compile()
+
+    def _compile_step(self, rows: int) -> jax.stages.Compiled:
+        model, slots = self._plan.model, self.slots * self._layout.ring_size
+        shape = (model.num_layers, rows, slots, model.num_kv_heads, model.head_dim)
+        keys = self._abstract(shape, cache_dtype(model), CACHE_SPEC)
+        by_row = (self._abstract((rows,), dtype, ROWS) for dtype in (np.int32, np.int32, np.uint32))
+        step = make_step(self._plan, self._mesh)
+        return step.lower(self._params, KeyValueCache(keys, keys), Rows(*by_row)).compile()
+
+    def _abstract(self, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
+
+    def _padded_rows(self, rows: int) -> int:
+        return -(-rows // self._mesh.shape[DATA]) * self._mesh.shape[DATA]
+
+    def _padded_prompt(self, tokens: int) -> int:
+        """One of the lengths that prompts are padded to, no longer than the cache."""
+        grain = max(1, 2 ** (int(tokens) - 1).bit_length() // (2 * PROMPT_STEPS))
+        return min(self._layout.padded_length(-(-int(tokens) // grain) * grain), self.slots * self._layout.ring_size)
+
+    def _check_prompts(self, prompts: list[np.ndarray], max_new_tokens: int) -> None:
+        """Raise ValueError unless the rows fit the cache."""
+        require(len(prompts) > 0, "got no prompts, need at least one; give a list of arrays of tokens")
+        fits = is_whole(max_new_tokens, 1)
+        require(fits, f"max_new_tokens={shown(max_new_tokens)} must be a whole number, 1 or more; give at least 1")
+        for number, prompt in enumerate(prompts):
+            name = f"prompts[{number}]"
+            require(prompt.size > 0, f"{name} is empty, need at least one token; open it with the document_start token")
+            require_integers(name, prompt, (None,), "T", least=0, most=self._plan.model.vocab_size - 1)
+        longest, capacity = max(prompt.size for prompt in prompts), self._plan.capacity
+        require(
+            longest + max_new_tokens <= capacity,
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit capacity={capacity}; "
+            f"use capacity={longest + max_new_tokens} or fewer new tokens",
+        )
+
+
+def _seeds(seeds: int | Sequence[int], rows: int) -> np.ndarray:
+    """uint32 [rows]."""
+    given = [(seeds + row) % 2**32 for row in range(rows)] if is_whole(seeds, 0) else seeds
+    fits = isinstance(given, Sequence) and len(given) == rows and all(is_whole(s, 0) and s < 2**32 for s in given)
+    require(fits, f"seeds={shown(seeds)} must be a number from 0 to 2**32-1, or one for each of {rows} rows; use 0")
+    return np.array(given, np.uint32)
+
+
+def _check(plan: Plan, mesh: Mesh) -> None:
+    """Raise ValueError unless the model, its attention and the mesh can generate together."""
+    model, shape = plan.model, mesh.shape
+    has = f"mesh has the axes {dict(shape)}"
+    require(tuple(shape) == AXES, f"{has}, need {', '.join(AXES)}; make it with make_mesh")
+    require(
+        shape[FSDP] == 1,
+        f"{has}; generation needs fsdp=1: shard rows over dp, the cache and the parameters over sp, heads over tp",
+    )
+    capacity = f"capacity={shown(plan.capacity)}"
+    fits = is_whole(plan.capacity, 1) and plan.capacity <= MOST_TOKENS
+    require(fits, f"{capacity} must be a whole number of tokens, 1 to {MOST_TOKENS}; give prompt and continuation room")
+    fits = is_whole(plan.vocab_size, 1) and plan.vocab_size <= model.vocab_size
+    require(fits, f"vocab_size={shown(plan.vocab_size)} must be 1 to model.vocab_size={model.vocab_size}; leave it out")
+    check_fits("model.model_dim", model.model_dim, "model", shape)
+    check_fits("model.num_heads", model.num_heads, "heads", shape)
+    check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", shape)
+    check_fits("model.ffn_dim", model.ffn_dim, "ffn", shape)
+    check_fits("model.vocab_size", model.vocab_size, "vocab", shape)
+    strategy = plan.attention.make_strategy()
+    exact = [name for name, known in STRATEGIES.items() if known.exact]
+    require(
+        strategy.exact,
+        f"strategy={strategy.name!r} is not exact, so that a cache would hold other keys; use {', '.join(exact)}",
+    )
+    layout, kernel = SequenceLayout("striped", shape[SEQUENCE]), find_kernel(plan.attention.impl)
+    slots = layout.padded_length(plan.capacity) // layout.ring_size
+    heads, kv_heads = (n // shape[TENSOR] for n in (model.num_heads, model.num_kv_heads))
+    setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=kernel, blocks=BlockSizes())
+    rule = Rule(scale=1.0, window=plan.attention.window or None)
+    strategy.check(setting, (1, slots, heads, model.head_dim), kv_heads, rule)
+
+
+def _placed(params: Any, model: ModelConfig, mesh: Mesh) -> Any:
+    """The parameters where the programs want them; ValueError unless they are this model's."""
+    want = abstract_parameters(model)
+    same = jax.tree.structure(params) == jax.tree.structure(want)
+    same = same and all(x.shape == y.shape for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True))
+    require(same, "params are those of another model: names or shapes differ; load them with Trained.load")
+    return jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(model)))

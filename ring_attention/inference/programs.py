@@ -1,0 +1,151 @@
+"""The two programs of generation, written for one device of the mesh: a prompt's prefill, and the step of a token.
+
+Prefill is the forward pass of training: tokens are sharded over the ring, weights are gathered where they are used, and
+any exact strategy brings queries and keys together; it leaves keys and values in the cache. A step has one token a row,
+the same on all devices of a ring: weights and cache stay where they are, and small activations travel.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache
+from ring_attention.inference.sampling import Sampling, sample
+from ring_attention.models.config import ModelConfig
+from ring_attention.models.products import GATHERED, STATIONARY
+from ring_attention.models.transformer import Transformer, model_builder, parameter_specs
+from ring_attention.parallel.decode import decode_attention_shard
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, compiler_options
+from ring_attention.training.config import AttentionConfig
+from ring_attention.training.step import attention_of
+
+ROWS = PartitionSpec(DATA)
+
+
+class Rows(NamedTuple):
+    """Where each row of a batch stands.
+
+    Attributes:
+      tokens: int32 [B], the newest, not in the cache yet.
+      positions: int32 [B], of these.
+      seeds: uint32 [B].
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    seeds: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the programs are compiled for.
+
+    Attributes:
+      model: its shape.
+      attention: its attention; the layout is striped.
+      capacity: tokens of a row, which rotary scaling "dynamic" goes by.
+      sampling: how tokens are chosen.
+      vocab_size: of the tokenizer; the model may have more rows, whose scores are left out.
+    """
+
+    model: ModelConfig
+    attention: AttentionConfig
+    capacity: int
+    sampling: Sampling
+    vocab_size: int
+
+
+def make_prefill(plan: Plan, mesh: Mesh):
+    """prefill(params, tokens, lengths, seeds) -> (cache, rows), compiled for `mesh`.
+
+    tokens int32 [B,T] are the prompts in the striped layout, each padded at its end; lengths int32 [B] and seeds uint32
+    [B] are theirs. The rows hold the token after each prompt.
+    """
+    build, P = model_builder(plan.model), mesh.shape[SEQUENCE]
+    attend_all, layout = attention_of(plan.attention, P), SequenceLayout("striped", P)
+    slots = layout.padded_length(plan.capacity) // P
+
+    def on_device(params, tokens_bt, lengths_b, seeds_b):
+        (b, t), me, model = tokens_bt.shape, lax.axis_index(SEQUENCE), build(params)
+
+        def attend(q, k, v, cache, layer):
+            return attend_all(q, k, v, segment_ids=None), cache.with_prompt(layer, k, v)
+
+        hidden_btM, cache = model.with_cache(
+            tokens_bt,
+            positions=jnp.broadcast_to(layout.shard_positions(me, t), (b, t)),
+            length=plan.capacity,
+            cache=KeyValueCache.empty(plan.model, b, slots),
+            attend=attend,
+            products=GATHERED,
+        )
+        last_b = lengths_b - 1
+        last_bM = hidden_btM[jnp.arange(b), last_b // P]
+        mine_b1 = (last_b % P == me)[:, None]
+        last_bM = lax.psum(jnp.where(mine_b1, last_bM, 0), (FSDP, SEQUENCE))
+        return cache, Rows(_next_tokens(plan, model, last_bM, seeds_b, lengths_b), lengths_b, seeds_b)
+
+    specs = (parameter_specs(plan.model), PartitionSpec(DATA, SEQUENCE), ROWS, ROWS)
+    out_specs = (KeyValueCache(CACHE_SPEC, CACHE_SPEC), Rows(ROWS, ROWS, ROWS))
+    sharded = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out_specs)
+    return jax.jit(sharded, compiler_options=compiler_options(mesh))
+
+
+def make_step(plan: Plan, mesh: Mesh):
+    """step(params, cache, rows) -> (cache, rows), compiled for `mesh`: each row gets its next token.
+
+    The cache is written in place: its buffers are donated. On each layer a device sends and gets, with b rows of its
+    own and h = H/tp, k = K/tp, f = F/tp, m = M/sp (bytes that arrive, each collective's whole result):
+      all-reduce over sp     4 b (h + 2k) D and 4 b 2f, the sums of what the shares of M make of q, k, v and of SwiGLU
+      all-gather over sp     4 b sp h (D + 1), the merge of attention; and twice c b M, the shares of its output and
+                             the feed-forward's, in the compute dtype of c bytes
+      all-reduce over tp     twice c b m
+    and once a token: c b m (all-reduce over tp) and c b M (all-gather over sp) for the embedding, 4 b V/tp (all-reduce
+    over sp) and 4 b V (all-gather over tp) for the scores. The cache and the weights go nowhere.
+    """
+    build = model_builder(plan.model)
+    decode = functools.partial(
+        decode_attention_shard,
+        axis_name=SEQUENCE,
+        window=plan.attention.window or None,
+        softcap=plan.attention.softcap or None,
+        block_sizes=BlockSizes(kv=plan.attention.block_kv),
+    )
+
+    def on_device(params, cache, rows):
+        model = build(params)
+
+        def attend(q, k, v, cache, layer):
+            cache = cache.with_token(layer, k[:, 0], v[:, 0], rows.positions)
+            return decode(q, cache.k, cache.v, layer=layer, lengths=rows.positions + 1), cache
+
+        hidden_b1M, cache = model.with_cache(
+            rows.tokens[:, None],
+            positions=rows.positions[:, None],
+            length=plan.capacity,
+            cache=cache,
+            attend=attend,
+            products=STATIONARY,
+        )
+        positions = rows.positions + 1
+        tokens = _next_tokens(plan, model, hidden_b1M[:, 0], rows.seeds, positions)
+        return cache, Rows(tokens, positions, rows.seeds)
+
+    state = (KeyValueCache(CACHE_SPEC, CACHE_SPEC), Rows(ROWS, ROWS, ROWS))
+    sharded = jax.shard_map(on_device, mesh=mesh, in_specs=(parameter_specs(plan.model), *state), out_specs=state)
+    return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=compiler_options(mesh))
+
+
+def _next_tokens(plan: Plan, model: Transformer, hidden_bM, seeds_b, positions_b) -> jax.Array:
+    """int32 [b]: the token at each position, chosen by the scores that these hidden states make."""
+    logits_bv = model.logits_of(hidden_bM[:, None], STATIONARY)[:, 0]
+    logits_bV = lax.all_gather(logits_bv, TENSOR, axis=1, tiled=True, to="invarying")
+    known = jnp.arange(logits_bV.shape[1]) < plan.vocab_size
+    return sample(plan.sampling, jnp.where(known, logits_bV, -jnp.inf), seeds_b, positions_b)

@@ -1,0 +1,341 @@
+"""What is generated with a cache is what the full forward pass says, token for token, on any mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as Spec
+from ring_helpers import quickly
+
+import ring_attention as ra
+from ring_attention.attention import cached
+from ring_attention.inference import cache, generator, programs
+from ring_attention.inference.cache import KeyValueCache
+from ring_attention.inference.generator import Generator
+from ring_attention.inference.sampling import Sampling
+from ring_attention.models.config import ModelConfig
+from ring_attention.models.rope import RopeConfig
+from ring_attention.models.transformer import Transformer, model_builder, parameter_specs
+from ring_attention.parallel import decode
+from ring_attention.training.config import AttentionConfig
+from ring_attention.training.step import attention_of
+
+MODEL = ModelConfig(
+    vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24, ffn_chunk=5
+)
+CAPACITY, NEW = 56, 12
+LENGTHS = (7, 37, 1)
+ATTENTION = AttentionConfig(block_q=8, block_kv=4)
+WINDOW = dataclasses.replace(ATTENTION, window=9)
+MESHES = {
+    "1": dict(sp=1),
+    "2": dict(sp=2),
+    "8": dict(sp=8),
+    "sp4_tp2": dict(sp=4, tp=2),
+    "dp2_sp2_tp2": dict(dp=2, sp=2, tp=2),
+}
+VARIANTS = {
+    "window": (MODEL, WINDOW),
+    "softcap": (MODEL, dataclasses.replace(ATTENTION, softcap=0.5)),
+    "qwen": (dataclasses.replace(MODEL, qkv_bias=True, qk_norm=True, tied_embeddings=True), ATTENTION),
+    "dynamic": (
+        dataclasses.replace(MODEL, rope=RopeConfig(theta=100, scaling="dynamic", factor=4, original_len=16)),
+        ATTENTION,
+    ),
+    "yarn": (
+        dataclasses.replace(MODEL, rope=RopeConfig(theta=100, scaling="yarn", factor=4, original_len=16)),
+        ATTENTION,
+    ),
+    "head_groups": (dataclasses.replace(MODEL, head_groups=2), ATTENTION),
+}
+
+
+@pytest.fixture(autouse=True)
+def _compile_quickly(monkeypatch):
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    monkeypatch.setattr(programs, "compiler_options", lambda mesh: options)
+
+
+def open_mesh(shape):
+    return ra.make_mesh(**shape, devices=jax.devices()[: int(np.prod(list(shape.values())))])
+
+
+@functools.cache
+def parameters(model):
+    """Parameters none of which is 0 or 1, so that each matters, and scores that are far apart."""
+    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(nnx.state(Transformer(model, nnx.Rngs(0)), nnx.Param)))
+    rng = np.random.default_rng(3)
+    return tree.unflatten([x + 0.3 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
+
+
+@functools.cache
+def prompts(lengths=LENGTHS):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, MODEL.vocab_size, length) for length in lengths]
+
+
+def generated(model, attention, shape, new=NEW, lengths=LENGTHS, stop=(), seeds=0, capacity=CAPACITY, **settings):
+    """Tokens of each row; None where it has ended."""
+    settings = dict(mesh=open_mesh(shape), capacity=capacity, attention=attention) | settings
+    writer = Generator(model, parameters(model), **settings)
+    steps = list(writer.generate(prompts(lengths), max_new_tokens=new, stop=stop, seeds=seeds))
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+def likeliest(model, attention, rows):
+    """int32 [rows,T]: the token after each, by the forward pass of training on one device, with no cache."""
+    tokens = np.zeros((len(rows), CAPACITY), np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    mesh, build = open_mesh(dict(sp=1)), model_builder(model)
+    attend = attention_of(dataclasses.replace(attention, layout="contiguous"), 1)
+
+    def on_device(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(CAPACITY), tokens.shape)
+        return build(params).logits(tokens, positions=positions, segment_ids=None, attend=attend)
+
+    specs, out = (parameter_specs(model), Spec(("dp", "fsdp"), "sp")), Spec(("dp", "fsdp"), "sp", "tp")
+    run = quickly(jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out))
+    return np.asarray(run(parameters(model), tokens)).argmax(-1)
+
+
+def wrong(model, attention, rows):
+    """How many of the tokens are not the likeliest, given all before them."""
+    following = likeliest(model, attention, [[*prompt, *row] for prompt, row in zip(prompts(), rows, strict=True)])
+    found = [next_[p.size - 1 :][: len(row)] for next_, p, row in zip(following, prompts(), rows, strict=True)]
+    return int(np.sum(np.array(found) != rows))
+
+
+@functools.cache
+def on_one_device():
+    return generated(MODEL, ATTENTION, MESHES["1"])
+
+
+# --- Exact ------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_tokens_are_those_of_the_full_forward_pass():
+    rows = on_one_device()
+    assert wrong(MODEL, ATTENTION, rows) == 0
+    assert all(len(set(row)) > 3 for row in rows), "no row repeats itself, so that a mistake would show"
+    assert wrong(MODEL, WINDOW, rows) > NEW / 2, "the control: another attention"
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
+def test_so_they_are_on_any_mesh(name):
+    assert generated(MODEL, ATTENTION, MESHES[name]) == on_one_device()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_so_they_are_for_other_models(name):
+    model, attention = VARIANTS[name]
+    rows = generated(model, attention, MESHES["2"])
+    assert wrong(model, attention, rows) == 0
+    if name != "head_groups":  # which changes nothing
+        assert rows != on_one_device(), "the control: the variant matters"
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "all_gather",
+        "ulysses",
+        pytest.param("usp", marks=pytest.mark.slow),
+        pytest.param("ring_self_attention", marks=pytest.mark.slow),
+    ],
+)
+def test_so_they_are_whatever_strategy_reads_the_prompts(strategy):
+    attention = dataclasses.replace(ATTENTION, strategy=strategy)
+    assert generated(MODEL, attention, MESHES["2"], new=3) == [row[:3] for row in on_one_device()]
+
+
+@pytest.mark.parametrize("strategy", ["single_device", "sliding_window"])
+def test_so_they_are_by_strategies_of_one_device(strategy):
+    window = 0 if strategy == "single_device" else CAPACITY
+    attention = dataclasses.replace(ATTENTION, strategy=strategy, window=window)
+    assert generated(MODEL, attention, MESHES["1"], new=3) == [row[:3] for row in on_one_device()]
+
+
+def test_in_bfloat16_the_tokens_are_nearly_always_the_likeliest():
+    model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    rows = generated(model, ATTENTION, MESHES["2"])
+    assert wrong(model, ATTENTION, rows) <= 2
+    assert wrong(model, WINDOW, rows) > NEW / 2, "the control"
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_how_far_prompts_are_padded():
+    alone = generated(MODEL, ATTENTION, MESHES["2"], lengths=LENGTHS[:1])
+    assert alone == [on_one_device()[0]]
+    assert generated(MODEL, ATTENTION, MESHES["2"], capacity=300) == on_one_device()
+
+
+def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
+    rows = on_one_device()
+    stop = rows[0][4]
+    first = [row.index(stop) if stop in row else NEW - 1 for row in rows]
+    steps = max(first) + 1
+    want = [row[: end + 1] + [None] * (steps - end - 1) for row, end in zip(rows, first, strict=True)]
+    assert generated(MODEL, ATTENTION, MESHES["1"], stop=[stop]) == want
+    assert len(set(first)) > 1
+    assert generated(MODEL, ATTENTION, MESHES["1"], stop=range(40)) == [row[:1] for row in rows]
+
+
+def test_tokens_come_one_by_one_and_prompts_are_padded_to_few_lengths():
+    writer = Generator(MODEL, parameters(MODEL), mesh=open_mesh(MESHES["2"]), capacity=CAPACITY)
+    tokens = writer.generate(prompts(), max_new_tokens=NEW)
+    assert next(tokens) == [row[0] for row in on_one_device()]
+    assert next(tokens) == [row[1] for row in on_one_device()]
+    lengths = {writer._padded_prompt(n) for n in range(1, CAPACITY + 1)}
+    assert all(length % 2 == 0 for length in lengths)
+    large = Generator(MODEL, parameters(MODEL), mesh=open_mesh(MESHES["8"]), capacity=100_000)
+    assert large.slots == 12_500
+    lengths = [large._padded_prompt(n) for n in range(1, 100_001)]
+    assert len(set(lengths)) < 100
+    assert all(n <= padded < max(1.13 * n, n + 8) for n, padded in enumerate(lengths, start=1))
+    assert all(length % 8 == 0 for length in lengths)
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+WARM = Sampling(temperature=1.0)
+
+
+def test_what_is_sampled_depends_on_the_seed_of_a_row_and_not_on_the_mesh_or_the_batch():
+    rows = generated(MODEL, ATTENTION, MESHES["1"], sampling=WARM, seeds=5)
+    assert generated(MODEL, ATTENTION, MESHES["sp4_tp2"], sampling=WARM, seeds=[5, 6, 7]) == rows
+    alone = generated(MODEL, ATTENTION, MESHES["2"], sampling=WARM, seeds=[5], lengths=LENGTHS[:1])
+    assert alone == rows[:1]
+    assert generated(MODEL, ATTENTION, MESHES["1"], sampling=WARM, seeds=6) != rows
+    assert rows != on_one_device()
+
+
+def test_tokens_that_the_tokenizer_does_not_have_never_come():
+    rows = generated(MODEL, ATTENTION, MESHES["2"], sampling=Sampling(temperature=5.0), vocab_size=3, new=6)
+    assert {token for row in rows for token in row} <= {0, 1, 2}
+    assert max(token for row in on_one_device() for token in row) > 2
+
+
+# --- Mutants ----------------------------------------------------------------------------------------------------------
+
+
+def _token_goes_elsewhere(patch):
+    with_token = KeyValueCache.with_token
+    mutant = lambda self, layer, k, v, positions: with_token(self, layer, k, v, positions + 1)  # noqa: E731
+    patch.setattr(KeyValueCache, "with_token", mutant)
+
+
+def _token_is_not_kept(patch):
+    patch.setattr(KeyValueCache, "with_token", lambda self, *_: self)
+
+
+def _prompt_goes_to_another_layer(patch):
+    with_prompt = KeyValueCache.with_prompt
+    patch.setattr(KeyValueCache, "with_prompt", lambda self, layer, k, v: with_prompt(self, 1 - layer, k, v))
+
+
+def _newest_token_is_not_seen(patch):
+    attend = programs.decode_attention_shard
+    mutant = lambda *args, lengths, **rest: attend(*args, lengths=lengths - 1, **rest)  # noqa: E731
+    patch.setattr(programs, "decode_attention_shard", mutant)
+
+
+def _rotary_is_one_token_behind(patch):
+    with_cache = Transformer.with_cache
+
+    def mutant(self, tokens, *, positions, **rest):
+        late = positions - (tokens.shape[1] == 1)
+        return with_cache(self, tokens, positions=late, **rest)
+
+    patch.setattr(Transformer, "with_cache", mutant)
+
+
+def _shares_are_not_merged(patch):
+    patch.setattr(decode, "_merged", lambda running, axis: jax.tree.map(lambda x: jax.lax.pmax(x, axis), running))
+
+
+def _every_row_ends_where_the_longest_does(patch):
+    compile_ = Generator._compile_prefill
+
+    def mutant(self, rows, tokens):
+        prefill = compile_(self, rows, tokens)
+
+        def run(params, tokens, lengths, seeds):
+            longest = np.full(rows, max(LENGTHS), np.int32)
+            return prefill(params, tokens, jax.device_put(longest, lengths.sharding), seeds)
+
+        return run
+
+    patch.setattr(Generator, "_compile_prefill", mutant)
+
+
+MUTANTS = [
+    _token_goes_elsewhere,
+    _token_is_not_kept,
+    _prompt_goes_to_another_layer,
+    _newest_token_is_not_seen,
+    _rotary_is_one_token_behind,
+    _shares_are_not_merged,
+    _every_row_ends_where_the_longest_does,
+]
+
+
+@pytest.mark.parametrize("mutate", MUTANTS)
+def test_mutants_are_seen(mutate, monkeypatch):
+    on_one_device()
+    mutate(monkeypatch)
+    assert generated(MODEL, ATTENTION, MESHES["2"]) != on_one_device()
+
+
+def test_the_cache_holds_what_was_promised():
+    assert cached.as_bits(jnp.ones(2, jnp.bfloat16)).dtype == jnp.uint16
+    assert cached.as_bits(jnp.ones(2)).dtype == jnp.float32
+    assert cache.cache_bytes(MODEL, rows=3, slots=10, tensor=2) == 2 * 2 * 3 * 10 * 1 * 6 * 4
+    half = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    assert cache.cache_bytes(half, rows=3, slots=10, tensor=1) == 2 * 2 * 3 * 10 * 2 * 6 * 2
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(shape=dict(fsdp=2, sp=2)), "generation needs fsdp=1: shard rows over dp"),
+        (dict(shape=dict(sp=3)), "model.model_dim=16 is not divisible by fsdp*sp=3"),
+        (dict(shape=dict(sp=2, tp=4)), "model.num_kv_heads=2 is not divisible by tp=4"),
+        (dict(capacity=0), "capacity=0 must be a whole number of tokens"),
+        (dict(capacity=48), "a prompt of 37 tokens and max_new_tokens=12 do not fit capacity=48; use capacity=49"),
+        (dict(new=0), "max_new_tokens=0 must be a whole number"),
+        (dict(vocab_size=41), "vocab_size=41 must be 1 to model.vocab_size=40"),
+        (dict(lengths=()), "got no prompts"),
+        (dict(lengths=(3, 0)), "prompts[1] is empty"),
+        (dict(seeds=[1]), "seeds=[1] must be a number"),
+        (dict(seeds=-1), "seeds=-1 must be a number"),
+        (dict(strategy="sparse"), "strategy='sparse' is not exact"),
+        (dict(strategy="single_device"), "needs the whole sequence on one device"),
+        (dict(strategy="sliding_window", window=9), 'layout="striped" deals them to all devices'),
+    ],
+    ids=str,
+)
+def test_mistakes_are_refused_in_one_line_before_anything_compiles(change, words, monkeypatch):
+    monkeypatch.setattr(generator, "make_prefill", None)
+    change = dict(change)
+    attention = dataclasses.replace(ATTENTION, **{n: change.pop(n) for n in ("strategy", "window") if n in change})
+    shape = change.pop("shape", MESHES["2"])
+    with pytest.raises(ValueError, match=".") as error:
+        generated(MODEL, attention, shape, **change)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_and_parameters_of_another_model_are_refused():
+    mesh = open_mesh(MESHES["1"])
+    with pytest.raises(ValueError, match="params are those of another model"):
+        Generator(dataclasses.replace(MODEL, qk_norm=True), parameters(MODEL), mesh=mesh, capacity=9)
+    writer = Generator(MODEL, parameters(MODEL), mesh=mesh, capacity=9)
+    with pytest.raises(ValueError, match=r"prompts\[0\] holds 40, need 0 to 39"):
+        writer.generate([np.array([40])], max_new_tokens=1)
