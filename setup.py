@@ -31,7 +31,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "chex>=0.1.92", "ruff>=0.15"],
-        # The other side of tests/interop and scripts/benchmark_training.py; exact, so that CI has what it was tried with.
+        # The other side of tests/interop and scripts/benchmark_training.py; torch as it was tried.
         "interop": ["torch==2.13.0", "transformers>=5.0"],
         # Compilers for hardware that is not there, for scripts/plan.py, check_pods.py and reproduce_table3.py.
         "compile-tpu": ["libtpu==0.0.42.1"],
