@@ -109,7 +109,7 @@ class HuggingFaceTokenizer:
 
     def _byte_level_table(self, vocabulary: dict[str, int]) -> list[bytes]:
         """List the bytes of each id; added tokens are spelled in plain text, not in the byte-level alphabet."""
-        byte_of_letter = _byte_level_alphabet()
+        byte_of_letter = byte_level_letters()
         table = [b""] * self.vocab_size
         added = self._tokenizer.get_added_tokens_decoder()
         for token, i in vocabulary.items():
@@ -139,7 +139,7 @@ def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
     return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_letters() -> dict[str, int]:
     """Map each letter of byte-level vocabularies to its byte: printable Latin-1 is itself, the rest count from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,7 +1,11 @@
-"""A trained model in a folder: its config, and its parameters on the devices of any mesh."""
+"""A trained model in a folder: its config, and its parameters on the devices of any mesh.
+
+The folder is that of a run of train.py, of an import (scripts/import_hf.py), or of a Hugging Face checkpoint itself.
+"""
 
 import dataclasses
 import functools
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -9,16 +13,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from ring_attention.checks import ConfigError, one_line, require_field
+from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.hf.loading import Progress, load_parameters
+from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Kept, open_kept
+from ring_attention.models.hf.source import Source, is_hf_folder, open_source
 from ring_attention.models.transformer import abstract_parameters, parameter_specs
 from ring_attention.training.config import TrainConfig
+from ring_attention.training.imported import config_of
 from ring_attention.training.run_folder import RunFolder, read_config
 from ring_attention.training.survival.fingerprint import fingerprints
 
-_NEED = "give the folder of a run of train.py or one of its checkpoints: runs/NAME, runs/NAME/checkpoints/200"
+_NEED = (
+    "give the folder of a run or one of its checkpoints (runs/NAME, runs/NAME/checkpoints/200), or one of Hugging Face"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +39,24 @@ class Trained:
 
     Attributes:
       checkpoint: the folder that holds its parameters.
-      config: of the run that made it.
+      config: of the run that made it; of a Hugging Face checkpoint, as far as that says.
+      source: the Hugging Face checkpoint, where `checkpoint` is one.
     """
 
     checkpoint: Path
     config: TrainConfig
+    source: Source | None = None
 
-    def load(self, mesh: Mesh, dtype: str = "float32") -> Any:
+    def load(self, mesh: Mesh, dtype: str = "float32", progress: Progress | None = None) -> Any:
         """The parameters, a nested dict of arrays of `dtype` sharded as `parameter_specs` says; nothing else is read.
+
+        `progress` is told of each tensor of a Hugging Face checkpoint.
 
         Raises:
           ConfigError: if the checkpoint does not hold this model, or is not as it was written.
         """
+        if self.source is not None:
+            return load_parameters(self.source, mesh, dtype, progress)
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(self.config.model))
         wanted = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -52,6 +70,12 @@ class Trained:
         return cast(params)
 
     @property
+    def kept(self) -> Kept | None:
+        """What is kept of the Hugging Face checkpoint that an import, or a run that began with one, came from."""
+        folder = self.checkpoint.parents[1] / FOLDER
+        return None if self.source or not folder.is_dir() else open_kept(folder)
+
+    @property
     def model(self) -> ModelConfig:
         """Of the config."""
         return self.config.model
@@ -60,10 +84,15 @@ class Trained:
 def open_trained(path: str) -> Trained:
     """Find the newest checkpoint of a run, or the one that `path` names, and the config beside it; reads no arrays.
 
+    Where the tokenizer of the config is gone, as when an import was moved, the copy that the import holds is named.
+
     Raises:
       ConfigError: if there is none.
     """
     folder = Path(path)
+    if is_hf_folder(folder):
+        source = open_source(folder)
+        return Trained(folder, config_of(source), source)
     chosen = folder if folder.parent.name == "checkpoints" else None
     run = RunFolder(folder.parents[1] if chosen else folder)
     require_field(run.config.is_file(), "checkpoint", path, "has no config.json", _NEED)
@@ -72,25 +101,45 @@ def open_trained(path: str) -> Trained:
         require_field(bool(steps), "checkpoint", path, "holds no checkpoint yet", "wait for the first, or train on")
         chosen = run.checkpoints / str(max(steps))
     require_field((chosen / "state").is_dir(), "checkpoint", path, "is no checkpoint", _NEED)
-    return Trained(chosen, read_config(run))
+    return Trained(chosen, _with_tokenizer(read_config(run), run))
+
+
+def _with_tokenizer(config: TrainConfig, run: RunFolder) -> TrainConfig:
+    copy = run.path.absolute() / FOLDER / FILES / TOKENIZER
+    if config.data.tokenizer == BYTES or Path(config.data.tokenizer).is_file() or not copy.is_file():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(copy)))
 
 
 def _read(checkpoint: Path, wanted: Any) -> Any:
-    """The parameters in a checkpoint, compared with the fingerprints that were written beside them."""
+    """The parameters in a checkpoint, compared with the fingerprints that were written beside them.
+
+    One array at a time: orbax copies all that it is asked for at once on the host, and fingerprints may copy it too.
+    """
     remedy = "give an older one (.../checkpoints/STEP), or train on: train.py goes back to one that is whole"
-    item = {"params": wanted}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    params, found = {}, {}
     try:
-        with ocp.PyTreeCheckpointer() as reader:
-            params = reader.restore((checkpoint / "state").absolute(), args=args)["params"]
+        for path, array in flatten_dict(wanted).items():
+            part = _read_array(checkpoint, ("params", *path), array)
+            params |= flatten_dict(part)
+            found |= fingerprints(part)
+            gc.collect()  # orbax leaves its copy in a circle of references
         known = json.loads((checkpoint / "data" / "metadata").read_text())["fingerprints"]
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise
     except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
         reason = one_line(error)[:200]
         raise ConfigError(f"checkpoint={str(checkpoint)!r}: cannot be read ({reason}); {remedy}") from error
-    wrong = [name for name, word in fingerprints({"params": params}).items() if known.get(name) != word]
+    wrong = [name for name, word in found.items() if known.get(name) != word]
     if wrong:
         raise ConfigError(f"checkpoint={str(checkpoint)!r}: {wrong[0]} changed since it was written; {remedy}")
-    return params
+    return unflatten_dict(params)["params"]
+
+
+def _read_array(checkpoint: Path, path: tuple[str, ...], array: jax.ShapeDtypeStruct) -> dict[str, Any]:
+    """The array at a path of the state, in a nested dict."""
+    item = unflatten_dict({path: array})
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore((checkpoint / "state").absolute(), args=args)

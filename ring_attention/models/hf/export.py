@@ -25,6 +25,11 @@ SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+def numpy_dtype(name: str) -> np.dtype:
+    """The dtype that a key of DTYPE_NAMES stands for."""
+    return DTYPES[DTYPE_NAMES[name]]
+
+
 def write_again(kept: Kept, params: Any, config: HFConfig, out: Path, progress: Progress) -> None:
     """Write the folder that `kept` was kept of, with the values of `params`.
 
@@ -73,7 +78,7 @@ def write_standard(
       most: bytes of a file; a single tensor may be more.
     """
     _write_json(out / CONFIG, config_to_hf(config) | {"torch_dtype": dtype} | extra)
-    shards = _cut(tensors_of(config.model), DTYPES[DTYPE_NAMES[dtype]].itemsize, most)
+    shards = _cut(tensors_of(config.model), numpy_dtype(dtype).itemsize, most)
     places, total = {}, 0
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.checks import ConfigError, printable, require_choice
 from ring_attention.models.hf.names import TIED_COPY, Tensor
-from ring_attention.models.hf.source import CONFIG, DTYPES, Source, all_finite, expected
+from ring_attention.models.hf.source import CONFIG, Source, all_finite, expected
 from ring_attention.models.transformer import parameter_specs
 from ring_attention.parallel.sharding import check_fits
 
@@ -75,14 +75,14 @@ def _load(source: Source, mesh: Mesh, spec: PartitionSpec, dtype: str, progress:
     """One parameter, from the tensors of its layers or its only one."""
     if tensors[0].layer is None:
         array = _place(source, tensors[0], NamedSharding(mesh, spec), dtype)
-        progress(tensors[0].name, _size(source, tensors[0]))
+        progress(tensors[0].name, source.stored[tensors[0].name].num_bytes)
         return array
     shape = (len(tensors), *tensors[0].parameter_shape)
     array = _zeros_on(shape, dtype, NamedSharding(mesh, spec))()
     for tensor in tensors:
         layer = _place(source, tensor, NamedSharding(mesh, PartitionSpec(*spec[1:])), dtype)
         array = _fill(array, layer, tensor.layer).block_until_ready()
-        progress(tensor.name, _size(source, tensor))
+        progress(tensor.name, source.stored[tensor.name].num_bytes)
     return array
 
 
@@ -136,8 +136,3 @@ def _require_tied(source: Source) -> None:
             path = source.path / source.stored[TIED_COPY].file
             what = f"is not {embedding.name}, though tie_word_embeddings is true"
             raise ConfigError(f"{printable(str(path))}: tensor {TIED_COPY} {what}; set that to false in {CONFIG}")
-
-
-def _size(source: Source, tensor: Tensor) -> int:
-    stored = source.stored[tensor.name]
-    return int(np.prod(stored.shape, dtype=np.int64)) * DTYPES[stored.dtype].itemsize

@@ -24,7 +24,10 @@ FOLDER = "hf"
 TOKENIZER = "tokenizer.json"
 
 VERSION = 1
-_FILES, _HEADERS, _TENSORS, _MANIFEST = "files", "headers", "tensors", "manifest.json"
+FILES = "files"
+"""In it: the small files of the checkpoint."""
+
+_HEADERS, _TENSORS, _MANIFEST = "headers", "tensors", "manifest.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz")
 _MOST_BYTES = 256 * 2**20
 _COPY = "import the checkpoint again"
@@ -56,9 +59,14 @@ class Kept:
         """What they mean."""
         return config_from_hf(self.values)
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Of the safetensors files, but for their headers."""
+        return sum(end - begin for shard in self.shards for begin, end in offsets(self.header(shard)).values())
+
     def other(self, name: str) -> Path:
         """Where a file lies that is no safetensors file."""
-        return self.path / _FILES / name
+        return self.path / FILES / name
 
     def header(self, shard: str) -> bytes:
         """The first bytes of a safetensors file, up to its data."""
@@ -73,7 +81,7 @@ def keep(source: Source, folder: Path) -> Kept:
     """Copy what must be kept of `source` into `folder`, which must not exist."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for part in (_FILES, _HEADERS, _TENSORS):
+    for part in (FILES, _HEADERS, _TENSORS):
         (partial / part).mkdir(parents=True)
     others, left_out = [], []
     for name in _others(source):
@@ -82,8 +90,8 @@ def keep(source: Source, folder: Path) -> Kept:
             left_out.append(name)
         else:
             others.append(name)
-            (partial / _FILES / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, partial / _FILES / name)
+            (partial / FILES / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / FILES / name)
     for shard in source.files:
         header = read_header(source.path / shard)
         (partial / _HEADERS / shard).write_bytes(header)

@@ -5,6 +5,7 @@ Everything wrong with it is one line, a ConfigError, that names the file and the
 
 import contextlib
 import dataclasses
+import math
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,11 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of a tensor whose dtype is one of DTYPES."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -51,6 +57,11 @@ class Source:
     config: HFConfig
     files: tuple[str, ...]
     stored: dict[str, Stored]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of all tensors that become parameters."""
+        return sum(self.stored[name].num_bytes for name in expected(self))
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Callable[[tuple[slice, ...]], np.ndarray]]:

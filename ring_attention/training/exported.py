@@ -1,0 +1,115 @@
+"""A trained model as a Hugging Face checkpoint: the one that it came from with new values, or one of its own."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jax.sharding import Mesh
+
+from ring_attention.checks import ConfigError, require_choice, require_field
+from ring_attention.data.tokenizers import BYTES, byte_level_letters, load_tokenizer
+from ring_attention.models.hf.config import HFConfig, config_to_hf, family_for, update_hf
+from ring_attention.models.hf.export import DTYPE_NAMES, numpy_dtype, write_again, write_standard
+from ring_attention.models.hf.loading import Progress
+from ring_attention.models.hf.manifest import TOKENIZER, Kept
+from ring_attention.parallel.strategies import STRATEGIES
+from ring_attention.training.config import TrainConfig
+from ring_attention.training.new_folder import new_folder
+from ring_attention.training.trained import Trained
+
+NEW_DTYPE = "float32"
+"""Of a checkpoint of its own, where none is asked for: the values as they are."""
+
+_ROOM = 2**20  # for the small files
+
+
+def export_config(config: TrainConfig, kept: Kept | None) -> HFConfig:
+    """What config.json will say of a model.
+
+    Raises:
+      ConfigError: naming the field, if no family of Hugging Face computes what the model does.
+    """
+    attention = config.attention
+    exact = STRATEGIES[attention.strategy].exact
+    other = "is another function than the models of Hugging Face have"
+    require_field(exact, "attention.strategy", attention.strategy, other, "train with attention.strategy=ring")
+    require_field(not attention.softcap, "attention.softcap", attention.softcap, other, "train with 0")
+    before = kept.config if kept else None
+    rope = config.model.rope
+    max_len = rope.original_len if rope.scaling == "dynamic" else max(config.seq_len, before.max_len if before else 0)
+    family = before.family if before else family_for(config.model, attention.window)
+    exported = HFConfig(family=family, model=config.model, window=attention.window, max_len=max_len)
+    update_hf(kept.values, exported) if kept else config_to_hf(exported)  # raises for what the family cannot say
+    return exported
+
+
+def export_hf(trained: Trained, out: Path, mesh: Mesh, progress: Progress, dtype: str | None = None) -> None:
+    """Write `trained` to the folder `out`.
+
+    A model that came from a Hugging Face checkpoint becomes one with the same files, names, order and dtypes; where
+    nothing was trained, the bytes are the same too. Another becomes a checkpoint of its own, with a tokenizer.
+
+    Args:
+      trained: of `open_trained`, an import or a run. For one process.
+      out: that does not exist, or is empty.
+      mesh: whose devices hold the parameters meanwhile.
+      progress: told of each tensor.
+      dtype: of the files, a key of DTYPE_NAMES; None takes that of the checkpoint that the model came from.
+
+    Raises:
+      ConfigError: for what cannot be expressed, or a folder that cannot be made.
+      RunError: if the disk refuses.
+    """
+    if trained.source is not None:
+        raise ConfigError(f"{trained.checkpoint} is a Hugging Face checkpoint already; copy it")
+    kept = trained.kept
+    config = export_config(trained.config, kept)
+    require_field(
+        dtype is None or not kept,
+        "--dtype",
+        dtype,
+        "the files keep the dtypes of the checkpoint that the model came from",
+        "leave it out",
+    )
+    if dtype is not None:
+        require_choice("--dtype", dtype, DTYPE_NAMES)
+    with new_folder(out, exported_bytes(trained, dtype) + _ROOM, "--out") as partial:
+        params = trained.load(mesh)
+        if kept:
+            write_again(kept, params, config, partial, progress)
+        else:
+            tokens = write_tokenizer(trained.config, partial)
+            write_standard(params, config, dtype or NEW_DTYPE, partial, progress, extra=tokens)
+
+
+def exported_bytes(trained: Trained, dtype: str | None = None) -> int:
+    """Bytes of the tensors that `export_hf` writes."""
+    kept = trained.kept
+    return kept.tensor_bytes if kept else numpy_dtype(dtype or NEW_DTYPE).itemsize * trained.model.num_parameters
+
+
+def write_tokenizer(config: TrainConfig, out: Path) -> dict[str, Any]:
+    """Write tokenizer.json and what transformers needs beside it; return what config.json says of its tokens."""
+    spec = config.data.tokenizer
+    start = load_tokenizer(spec).document_start
+    if spec == BYTES:
+        _byte_tokenizer(start).save(str(out / TOKENIZER))
+    else:
+        shutil.copyfile(spec, out / TOKENIZER)
+    name = tokenizers.Tokenizer.from_file(str(out / TOKENIZER)).id_to_token(start)
+    special = {"bos_token": name, "eos_token": name} if name else {}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len} | special
+    (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return {"bos_token_id": start, "eos_token_id": start}
+
+
+def _byte_tokenizer(start: int) -> tokenizers.Tokenizer:
+    """A tokenizer.json whose ids are those of `ByteTokenizer`: a token is a byte."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=byte_level_letters(), merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens([tokenizers.AddedToken("<s>", special=True)])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    return made
