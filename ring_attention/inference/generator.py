@@ -65,16 +65,9 @@ class Generator:
         Raises:
           ValueError: for what does not fit.
         """
-        attention = attention or AttentionConfig()
-        vocab_size = model.vocab_size if vocab_size is None else vocab_size
-        self._plan = Plan(
-            model=model,
-            attention=dataclasses.replace(attention, layout="striped", speeds="", impl="auto"),
-            capacity=capacity,
-            sampling=sampling or Sampling(),
-            vocab_size=vocab_size,
+        self._plan = _plan(
+            model, mesh, capacity=capacity, attention=attention, sampling=sampling, vocab_size=vocab_size
         )
-        _check(self._plan, mesh)
         self._params, self._mesh = _placed(params, model, mesh), mesh
         self._layout = SequenceLayout("striped", mesh.shape[SEQUENCE])
         self.prefill_program = functools.lru_cache(maxsize=16)(self._compile_prefill)
@@ -83,10 +76,9 @@ class Generator:
     @staticmethod
     def of(trained: Trained, *, mesh: Mesh, capacity: int, **others) -> "Generator":
         """The generator of a trained model, its parameters read in the compute dtype; `others` as above."""
-        others = {"attention": trained.config.attention} | others
-        model = trained.config.model
-        params = trained.load(mesh, dtype=model.compute_dtype)
-        return Generator(model, params, mesh=mesh, capacity=capacity, **others)
+        model, settings = trained.config.model, {"capacity": capacity, "attention": trained.config.attention} | others
+        _plan(model, mesh, **settings)  # what does not fit is said before anything is read
+        return Generator(model, trained.load(mesh, dtype=model.compute_dtype), mesh=mesh, **settings)
 
     @property
     def slots(self) -> int:
@@ -205,6 +197,27 @@ def _seeds(seeds: int | Sequence[int], rows: int) -> np.ndarray:
     fits = isinstance(given, Sequence) and len(given) == rows and all(is_whole(s, 0) and s < 2**32 for s in given)
     require(fits, f"seeds={shown(seeds)} must be a number from 0 to 2**32-1, or one for each of {rows} rows; use 0")
     return np.array(given, np.uint32)
+
+
+def _plan(
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    capacity: int,
+    attention: AttentionConfig | None = None,
+    sampling: Sampling | None = None,
+    vocab_size: int | None = None,
+) -> Plan:
+    """What the programs are compiled for; raises ValueError for what does not fit."""
+    plan = Plan(
+        model=model,
+        attention=dataclasses.replace(attention or AttentionConfig(), layout="striped", speeds="", impl="auto"),
+        capacity=capacity,
+        sampling=sampling or Sampling(),
+        vocab_size=model.vocab_size if vocab_size is None else vocab_size,
+    )
+    _check(plan, mesh)
+    return plan
 
 
 def _check(plan: Plan, mesh: Mesh) -> None:

@@ -1,0 +1,89 @@
+"""Text comes as soon as it is certain, whole and once, whatever the tokenizer."""
+
+import numpy as np
+import pytest
+import tokenizers
+
+from ring_attention.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
+from ring_attention.inference.text import TextStream
+
+TEXT = "Grüße, 世界! 👋🏽 the end of it.\n\tAnd more"
+
+
+def _byte_level(path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(path))
+    return HuggingFaceTokenizer(str(path))
+
+
+def _sentence_piece(path):
+    """As Llama 2's: words begin with a mark, unknown characters fall back on bytes, tokens are decoded together."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(set(" ".join(TEXT) + "▁")), "▁the", "▁end"]
+    vocab = [(piece, -float(i > 256) * 2.0) for i, piece in enumerate(dict.fromkeys(pieces)) if piece not in "世👋"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    parts = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(parts)
+    decoders = tokenizers.decoders
+    strip = decoders.Strip(content=" ", left=1)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.save(str(path))
+    return HuggingFaceTokenizer(str(path))
+
+
+@pytest.fixture(params=["bytes", "byte level", "sentence piece"])
+def tokenizer(request, tmp_path):
+    makers = {"byte level": _byte_level, "sentence piece": _sentence_piece}
+    return makers[request.param](tmp_path / "tokenizer.json") if request.param in makers else ByteTokenizer()
+
+
+def _pieces(tokenizer, prompt=(), text=TEXT, **settings):
+    ids = tokenizer.encode(text.encode())
+    stream = TextStream(tokenizer, prompt, **settings)
+    return [*(stream.feed(token) for token in ids), stream.finish()]
+
+
+def test_the_text_comes_whole_and_no_character_in_parts(tokenizer):
+    pieces = _pieces(tokenizer)
+    assert "".join(pieces) == TEXT
+    assert "�" not in "".join(pieces)
+    assert sum(map(bool, pieces)) > 10, "as it comes, not at the end"
+    naive = "".join(tokenizer.token_bytes([i]).decode(errors="replace") for i in tokenizer.encode(TEXT.encode()))
+    assert naive != TEXT, "the control"
+
+
+def test_a_word_after_the_prompt_keeps_its_space(tokenizer):
+    ids = tokenizer.encode(b"the end of it")
+    whole = tokenizer.token_bytes(ids).decode()
+    for cut in range(1, len(ids)):
+        prompt = tokenizer.token_bytes(ids[:cut]).decode(errors="replace")
+        stream = TextStream(tokenizer, ids[:cut])
+        rest = "".join(stream.feed(token) for token in ids[cut:]) + stream.finish()
+        assert prompt + rest == whole
+
+
+def test_text_ends_before_a_stop_and_its_beginning_waits(tokenizer):
+    pieces = _pieces(tokenizer, stop=["end of", "it.", "never"])
+    assert "".join(pieces) == TEXT[: TEXT.index("end of")]
+    assert "".join(_pieces(tokenizer, stop=["of the"])) == TEXT, "what only began like a stop comes after all"
+    stream = TextStream(ByteTokenizer(), (), stop=["abc"])
+    assert [stream.feed(ord(c)) for c in "xabab"] == ["x", "", "", "ab", ""]
+    assert not stream.ended
+    assert [stream.feed(ord(c)) for c in "cz"] == ["", ""]
+    assert stream.ended
+    assert stream.finish() == ""
+
+
+def test_bytes_that_are_no_text_are_shown_as_such_and_do_not_hold_up_what_follows():
+    stream = TextStream(ByteTokenizer(), ())
+    got = "".join(stream.feed(token) for token in [0xC3, 0x28, 0xFF, ord("a"), 256, 0xE4]) + stream.finish()
+    assert got == "�(�a�"
+
+
+def test_an_empty_stop_is_refused():
+    with pytest.raises(ValueError, match="stop holds an empty text"):
+        TextStream(ByteTokenizer(), np.array([1]), stop=["x", ""])

@@ -1,0 +1,167 @@
+"""Generation as a person calls it."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import ring_attention as ra
+from ring_attention.models.config import ModelConfig
+from ring_attention.training.checkpoints import Checkpoints
+from ring_attention.training.config import AttentionConfig, TrainConfig
+from ring_attention.training.run_folder import open_run_folder
+from ring_attention.training.step import make_state
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
+FIGURES = re.compile(
+    r"\[(?P<length>\d+) tokens; read in [\d.]+ s; (?P<new>\d+) new ones, [\d.,]+ tokens/s; "
+    r"cache (?P<mib>[\d.]+) MiB on each device\]"
+)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "scripts" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The folder of a run whose model knows nothing, but says so definitely."""
+    path = tmp_path_factory.mktemp("run")
+    config = TrainConfig(name="x", model=MODEL, seq_len=64, num_steps=200, run_dir=str(path))
+    config = dataclasses.replace(config, attention=AttentionConfig(window=20, block_kv=16))
+    state = make_state(config, ra.make_mesh(sp=1, devices=jax.devices()[:1]))
+    state = state._replace(params=state.params | {"unembed": state.params["unembed"] * 1000})
+    with open_run_folder(config) as folder, Checkpoints(folder.checkpoints) as checkpoints:
+        checkpoints.save(1, state, {})
+    return path
+
+
+@pytest.fixture
+def generate(script, checkpoint, capsys):
+    def run(*flags):
+        """(exit status, stdout, stderr)."""
+        status = script.run([f"--checkpoint={checkpoint}", *flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_prompt_is_continued_on_any_mesh_and_the_figures_follow(generate):
+    alone = generate("--prompt=def main(", "--max_new_tokens=20")
+    assert alone[0] == 0
+    found = FIGURES.search(alone[2])
+    assert (found["length"], found["new"]) == ("10", "20")
+    spread = generate("--prompt=def main(", "--max-new-tokens=20", "--sp=4", "--tp=2")
+    assert spread[:2] == alone[:2]
+    other = generate("--prompt=def x", "--max_new_tokens=20")
+    assert other[1] != alone[1], "the control"
+
+
+def test_a_file_is_a_prompt_without_its_last_line_break(generate, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Grüße\n")
+    by_file = generate(f"--prompt-file={tmp_path}/prompt.txt", "--max_new_tokens=9")
+    assert by_file[:2] == generate("--prompt=Grüße", "--max_new_tokens=9")[:2]
+    assert FIGURES.search(by_file[2])["length"] == str(1 + len("Grüße".encode()))
+
+
+def test_prompts_of_a_file_are_continued_as_each_would_be_alone(generate, tmp_path):
+    texts, path = ["def main(", "a", "Grüße, 世界"], tmp_path / "prompts.jsonl"
+    path.write_text("\n".join([json.dumps(texts[0]), "", *(json.dumps({"prompt": text}) for text in texts[1:])]))
+    flags = ["--temperature=0.7", "--top_p=0.9", "--max_new_tokens=8"]
+    status, out, err = generate(f"--prompt-file={path}", *flags, "--batch_size=2", "--seed=5")
+    assert status == 0
+    alone = [generate(f"--prompt={text}", *flags, f"--seed={5 + n}")[1] for n, text in enumerate(texts)]
+    assert out == "".join(f"--- {path}:{line}\n{text}" for line, text in zip((1, 3, 4), alone, strict=True))
+    assert len(set(alone)) == 3
+    assert "2 prompts of 2 to 10 tokens" in err
+
+
+def test_text_ends_before_a_stop(generate):
+    _, out, _ = generate("--prompt=def main(", "--max_new_tokens=40")
+    stop = out[5:8]
+    _, cut, err = generate("--prompt=def main(", "--max_new_tokens=40", f"--stop={stop}")
+    assert cut == out[: out.index(stop)] + "\n"
+    assert int(FIGURES.search(err)["new"]) < 40
+
+
+def test_a_cache_of_more_than_the_run_had_is_noted(generate):
+    _, _, err = generate("--prompt=abc", "--max_new_tokens=4", "--capacity=65")
+    assert err.startswith("Note: up to 65 tokens, but the model was trained on sequences of 64.")
+    _, _, err = generate("--prompt=abc", "--max_new_tokens=4", "--capacity=64")
+    assert "Note" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt="], "prompt: is empty; write at least a character"),
+        ([], "got no prompt, need one"),
+        (["--prompt=a", "--prompt-file=b"], "got prompt and prompt_file, need one"),
+        (["--prompt=\udcff"], "prompt: is not UTF-8 at character 0"),
+        (["--prompt-file=nowhere.txt"], "prompt_file=nowhere.txt: cannot be read (No such file or directory)"),
+        (
+            ["--prompt=abc", "--capacity=5", "--max_new_tokens=9"],
+            "a prompt of 4 tokens and max_new_tokens=9 do not fit",
+        ),
+        (["--prompt=abc", "--max_new_tokens=0"], "max_new_tokens=0: must be positive"),
+        (["--prompt=abc", "--batch_size=-1"], "batch_size=-1: must be positive"),
+        (["--prompt=abc", "--strategy=rng"], "strategy='rng': is not known; choose one of single_device"),
+        (["--prompt=abc", "--strategy=sparse"], "strategy='sparse' is not exact"),
+        (["--prompt=abc", "--temperature=-1"], "temperature=-1.0 must be a number, 0 or more"),
+        (["--prompt=abc", "--top_k=3"], "top_k=3 with temperature=0"),
+        (["--prompt=abc", "--sp=3"], "model.model_dim=16 is not divisible by fsdp*sp=3"),
+        (["--prompt=abc", "--sp=5000"], "cannot simulate 5000 devices, need 1 to 4096"),
+        (["--prompt=abc", "--sp=0"], "mesh.sp=0: must be positive or -1"),
+        (["--prompt=abc", "--seed=-1"], "seed=-1: must lie in [0, 2**32)"),
+        (["--prompt=abc", "--stop="], "stop='': would end everything at once"),
+        (["--prompt=abc", "--tokenizer=nowhere.json"], "data.tokenizer='nowhere.json': is neither 'bytes' nor a file"),
+        (["--checkpoint=nowhere", "--prompt=abc"], "checkpoint='nowhere': has no config.json"),
+    ],
+)
+def test_a_mistake_costs_one_line_and_no_compilation(generate, flags, words, monkeypatch):
+    monkeypatch.setattr(jax, "jit", None)
+    status, out, err = generate(*flags)
+    assert (status, out) == (2, "")
+    assert err.startswith("generate.py: error: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (b'{"x": 1}', ":1: is neither a string nor an object"),
+        (b'"a"\n"b', ":2: is no JSON (Unterminated string"),
+        (b"", "holds no line; write one prompt on each"),
+        (b'"a"\n""\n', ":2: is empty"),
+        (b"\xff", "byte 0 is not UTF-8"),
+    ],
+)
+def test_a_file_that_holds_no_prompts_says_where(generate, tmp_path, contents, words):
+    (tmp_path / "prompts.jsonl").write_bytes(contents)
+    status, out, err = generate(f"--prompt-file={tmp_path}/prompts.jsonl")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+def test_the_text_alone_goes_to_stdout_and_needs_no_one_who_reads_it_all(checkpoint):
+    command = [sys.executable, "scripts/generate.py", f"--checkpoint={checkpoint}", "--prompt=abc"]
+    done = subprocess.run([*command, "--max_new_tokens=5"], cwd=REPOSITORY, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b"tokens/s" in done.stderr
+    assert b"tokens/s" not in done.stdout
+    head = f"{' '.join(map(str, command))} --max_new_tokens=50000 --temperature=1 | head -c 3"
+    done = subprocess.run(["bash", "-c", head], cwd=REPOSITORY, capture_output=True, timeout=300)
+    assert len(done.stdout) == 3
+    assert b"Traceback" not in done.stderr
