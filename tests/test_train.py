@@ -102,7 +102,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("flag", IMPOSSIBLE)
 def test_an_impossible_combination_is_refused_before_anything_compiles(corpus, tmp_path, flag, monkeypatch):
-    monkeypatch.setattr(loop, "make_state", lambda *_: pytest.fail("went on to compile"))
+    monkeypatch.setattr(loop, "initial_state", lambda *_: pytest.fail("went on to compile"))
     with pytest.raises(ConfigError) as error:
         run(corpus, tmp_path, flag)
     assert IMPOSSIBLE[flag] in str(error.value)

@@ -1,5 +1,7 @@
 """What a person reads when a run is done: its score beside honest references, and where to go from here."""
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
@@ -36,15 +38,18 @@ def report(config: TrainConfig, folder: RunFolder, corpus: Corpus, result: Resul
     table = Table("model", "bits per byte", title=f"Held-out text, {result.held_out.num_bytes:,} bytes")
     table.columns[1].justify = "right"
     scores = references | {"this Transformer": result.heldout_bits_per_byte}
+    if result.initial_bits_per_byte is not None:
+        scores["what it began with"] = result.initial_bits_per_byte
     for name, bits in sorted(scores.items(), key=lambda item: -item[1]):
         style = "bold" if name == "this Transformer" else ""
         table.add_row(name, f"{bits:.3f}", style=style)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"Run folder: {folder.path}  (loss.png, metrics.jsonl, tensorboard/, checkpoints/, config.json)")
-    console.print("Next, for example:")
-    for line in _suggestions(config):
-        console.print(f"  {line}")
+    if Path("configs", f"{config.name}.py").is_file():
+        console.print("Next, for example:")
+        for line in _suggestions(config):
+            console.print(f"  {line}")
 
 
 def _suggestions(config: TrainConfig) -> list[str]:

@@ -190,6 +190,9 @@ class TrainConfig:
       batch_size: sequences of a step, over all devices and micro-batches.
       num_steps: updates.
       seed: of the initial parameters.
+      init_from: begin with the parameters of a trained model rather than random ones: the folder of a run, of an import
+        (scripts/import_hf.py) or of a Hugging Face checkpoint. The model must be the same but for the section rope and
+        for how it is computed. A run that has a checkpoint goes on from that.
       log_every, eval_every, checkpoint_every: steps between lines of metrics, held-out losses, checkpoints.
       eval_sequences: held-out sequences that the loss is measured on.
     """
@@ -204,6 +207,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
+    init_from: str = ""
     log_every: int = 10
     eval_every: int = 100
     eval_sequences: int = 8

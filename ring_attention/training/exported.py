@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, require_choice, require_field
 from ring_attention.data.tokenizers import BYTES, byte_level_letters, load_tokenizer
-from ring_attention.models.hf.config import HFConfig, config_to_hf, family_for, update_hf
+from ring_attention.models.hf.config import HFConfig, config_from_hf, config_to_hf, family_for, update_hf
 from ring_attention.models.hf.export import DTYPE_NAMES, numpy_dtype, write_again, write_standard
 from ring_attention.models.hf.loading import Progress
-from ring_attention.models.hf.manifest import TOKENIZER, Kept
+from ring_attention.models.hf.manifest import TOKENIZER
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.new_folder import new_folder
@@ -25,8 +26,8 @@ NEW_DTYPE = "float32"
 _ROOM = 2**20  # for the small files
 
 
-def export_config(config: TrainConfig, kept: Kept | None) -> HFConfig:
-    """What config.json will say of a model.
+def export_config(config: TrainConfig, values: Mapping[str, Any] | None) -> HFConfig:
+    """What config.json will say of a model, which came from a checkpoint whose config.json holds `values`, if any.
 
     Raises:
       ConfigError: naming the field, if no family of Hugging Face computes what the model does.
@@ -36,12 +37,12 @@ def export_config(config: TrainConfig, kept: Kept | None) -> HFConfig:
     other = "is another function than the models of Hugging Face have"
     require_field(exact, "attention.strategy", attention.strategy, other, "train with attention.strategy=ring")
     require_field(not attention.softcap, "attention.softcap", attention.softcap, other, "train with 0")
-    before = kept.config if kept else None
+    before = config_from_hf(values) if values else None
     rope = config.model.rope
     max_len = rope.original_len if rope.scaling == "dynamic" else max(config.seq_len, before.max_len if before else 0)
     family = before.family if before else family_for(config.model, attention.window)
     exported = HFConfig(family=family, model=config.model, window=attention.window, max_len=max_len)
-    update_hf(kept.values, exported) if kept else config_to_hf(exported)  # raises for what the family cannot say
+    update_hf(values, exported) if values else config_to_hf(exported)  # raises for what the family cannot say
     return exported
 
 
@@ -65,7 +66,7 @@ def export_hf(trained: Trained, out: Path, mesh: Mesh, progress: Progress, dtype
     if trained.source is not None:
         raise ConfigError(f"{trained.checkpoint} is a Hugging Face checkpoint already; copy it")
     kept = trained.kept
-    config = export_config(trained.config, kept)
+    config = export_config(trained.config, kept and kept.values)
     require_field(
         dtype is None or not kept,
         "--dtype",

@@ -53,8 +53,13 @@ def parse_config(argv: list[str], default: str) -> TrainConfig:
         print(usage(default))
         raise SystemExit(0)
     path, rest = _split_path(argv, default)
-    values = flatten_dict(config_to_dict(load_config(path, folder=Path(default).parent)), sep=".")
-    for field, text in _override_texts(rest).items():
+    return override(load_config(path, folder=Path(default).parent), rest)
+
+
+def override(config: TrainConfig, argv: list[str]) -> TrainConfig:
+    """Return `config` with what the `--config.FIELD=VALUE`s of a command line change; raises as `parse_config`."""
+    values = flatten_dict(config_to_dict(config), sep=".")
+    for field, text in _override_texts(argv).items():
         values[field] = _read_text(field, text, example=values[field])
     return config_from_dict(unflatten_dict(values, sep="."))
 

@@ -7,12 +7,12 @@ from jax.sharding import Mesh
 
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.corpus import Corpus
 from ring_attention.training.feed import Feed
 from ring_attention.training.heldout import HeldOut
+from ring_attention.training.initial import initial_state
 from ring_attention.training.processes import is_first
 from ring_attention.training.run_folder import RunFolder
-from ring_attention.training.step import TrainState, make_state, make_train_step, sharded_abstract_state
+from ring_attention.training.step import TrainState, make_train_step, sharded_abstract_state
 from ring_attention.training.survival.errors import Preempted
 from ring_attention.training.survival.nonfinite import NonFiniteGuard
 from ring_attention.training.survival.preemption import Preemption
@@ -25,14 +25,16 @@ class Result:
 
     Attributes:
       heldout_bits_per_byte: of the last parameters.
+      initial_bits_per_byte: of those that the run began with, where they were a trained model's and it began now.
       held_out: the text that they were measured on.
     """
 
     heldout_bits_per_byte: float
+    initial_bits_per_byte: float | None
     held_out: HeldOut
 
 
-def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) -> Result:
+def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, feed: Feed, held_out: HeldOut) -> Result:
     """Train to `config.num_steps`, going on from the newest checkpoint in `folder` if there is one.
 
     Every process of the run calls it; the first one writes the metrics and shows the progress. The losses after
@@ -43,13 +45,15 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) ->
       RunError: if a checkpoint cannot be written, none can be read, or too many steps in a row were not finite.
       Preempted: after SIGTERM, when a checkpoint of the last step is on disk.
     """
-    feed, held_out = Feed(config, mesh, corpus), HeldOut(config, mesh, corpus)
     with Preemption() as preemption, Checkpoints(folder.checkpoints) as checkpoints:
-        state, evaluated = _start_or_resume(config, mesh, checkpoints, feed)
+        state, evaluated = _start_or_resume(config, mesh, folder, checkpoints, feed)
         start = int(state.step)
         train_step = make_train_step(config, mesh)
         guard = NonFiniteGuard(config, mesh, folder.path)
         with TrainLog(config, mesh, folder, held_out, start, evaluated) as log:
+            initial = held_out.loss(state.params) if config.init_from and not start else None
+            if initial is not None:
+                log.add_heldout(0, initial)
             if start and not evaluated and start % config.eval_every == 0:
                 log.add_heldout(start, held_out.loss(state.params))
             for step in range(start + 1, config.num_steps + 1):
@@ -76,16 +80,20 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, corpus: Corpus) ->
                         "and the same command goes on from there."
                     )
     loss = held_out.loss(state.params) if log.heldout_loss is None else log.heldout_loss
-    return Result(loss * held_out.bits_per_byte_of, held_out)
+    return Result(
+        loss * held_out.bits_per_byte_of, None if initial is None else initial * held_out.bits_per_byte_of, held_out
+    )
 
 
-def _start_or_resume(config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints, feed: Feed) -> tuple[TrainState, bool]:
+def _start_or_resume(
+    config: TrainConfig, mesh: Mesh, folder: RunFolder, checkpoints: Checkpoints, feed: Feed
+) -> tuple[TrainState, bool]:
     """The state to go on from, and whether its step was evaluated, which one that was stopped by SIGTERM is not."""
     abstract = sharded_abstract_state(config, mesh)
     checkpoints.require_room(abstract)
     restored = checkpoints.restore_newest(abstract, warn=_warn)
     if restored is None:
-        return make_state(config, mesh), False
+        return initial_state(config, mesh, folder), False
     feed.set_state(restored.data["position"])
     if is_first():
         print(f"Going on from step {restored.step}.", flush=True)

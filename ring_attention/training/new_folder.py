@@ -9,6 +9,12 @@ from ring_attention.checks import ConfigError, require_field
 from ring_attention.training.survival.errors import RunError
 
 
+def require_new(path: Path, flag: str) -> None:
+    """Raise ConfigError unless `path`, which `flag` names, does not exist or is an empty folder."""
+    held = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    require_field(not held, flag, str(path), "is there already, and not empty", "remove it, or give another folder")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, num_bytes: int, flag: str) -> Iterator[Path]:
     """Give a folder to write into, which becomes `path` at the end; whatever ends the block before leaves nothing.
@@ -24,8 +30,7 @@ def new_folder(path: Path, num_bytes: int, flag: str) -> Iterator[Path]:
     """
     path = path.absolute()
     try:
-        held = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        require_field(not held, flag, str(path), "is there already, and not empty", "remove it, or give another folder")
+        require_new(path, flag)
         partial = path.with_name(f".{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -70,6 +70,11 @@ class RunFolder:
         return self.path / "loss.png"
 
 
+def folder_of(config: TrainConfig) -> RunFolder:
+    """Where the run of a config is, or will be."""
+    return RunFolder(Path(config.run_dir or Path("runs", config.name)))
+
+
 @contextlib.contextmanager
 def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) -> Iterator[RunFolder]:
     """Create the folder of `config`'s run, or check that `config` goes on with the run that is there; hold it.
@@ -85,7 +90,7 @@ def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) 
       ConfigError: if the folder holds a run of another config or of a newer version, is in use by another run, or
         cannot be written.
     """
-    folder = RunFolder(Path(config.run_dir or Path("runs", config.name)))
+    folder = folder_of(config)
     first = jax.process_index() == 0
     try:
         folder.path.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,14 @@ def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     return jax.jit(functools.partial(_initial_state, config), out_shardings=state_shardings(config, mesh))()
 
 
+def state_with(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
+    """The initial state of a run that begins with `params`, which are sharded as `parameter_specs` says."""
+    shardings = state_shardings(config, mesh)
+    opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings.opt_state)(params)
+    zero = jax.device_put(jnp.int32(0), shardings.step)
+    return TrainState(zero, params, opt_state, jax.device_put(jnp.int32(0), shardings.skipped))
+
+
 def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
     """NamedShardings of the state: the optimizer's moments lie where their parameters do."""
     params = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(config.model))

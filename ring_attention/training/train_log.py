@@ -66,7 +66,8 @@ class TrainLog:
         self.heldout_loss = loss
         self._write(step, {"heldout_loss": loss, "heldout_bits_per_byte": loss * self._to_bits})
         self._progress.update(step, heldout_loss=loss)
-        self._since = time.monotonic()
+        if self._since is not None:
+            self._since = time.monotonic()
 
     def flush(self) -> None:
         """Write what waits, and show the newest."""

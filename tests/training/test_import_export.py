@@ -143,13 +143,13 @@ def test_a_model_that_was_stretched_is_exported_with_its_new_length_and_scaling(
     before = open_trained(str(folders / "imported"))
     rope = RopeConfig(theta=1e4, scaling="yarn", factor=4.0, original_len=64)
     longer = dataclasses.replace(before.config, seq_len=256, model=dataclasses.replace(before.model, rope=rope))
-    exported = export_config(longer, before.kept)
+    exported = export_config(longer, before.kept.values)
     assert (exported.family, exported.max_len, exported.model.rope) == ("mistral", 256, rope)
     dynamic = RopeConfig(theta=1e4, scaling="dynamic", factor=4.0, original_len=64)
     longer = dataclasses.replace(longer, model=dataclasses.replace(before.model, rope=dynamic))
-    assert export_config(longer, before.kept).max_len == 64  # which transformers scales from
+    assert export_config(longer, before.kept.values).max_len == 64  # which transformers scales from
     shorter = dataclasses.replace(before.config, seq_len=32)
-    assert export_config(shorter, before.kept) == before.kept.config
+    assert export_config(shorter, before.kept.values) == before.kept.config
 
 
 # --- The scripts ------------------------------------------------------------------------------------------------------

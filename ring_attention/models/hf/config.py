@@ -202,7 +202,7 @@ def _family(values: Mapping[str, Any]) -> str:
         isinstance(model_type, str) and model_type in FAMILIES,
         "model_type",
         model_type,
-        f"is not implemented; {known}",
+        f"is not implemented; {known}" if model_type else f"is missing, so this is no model of Hugging Face; {known}",
         "take a checkpoint of one of these",
     )
     architectures = values.get("architectures")
@@ -291,6 +291,6 @@ def _window_to_hf(config: HFConfig) -> dict[str, Any]:
         "attention.window",
         window,
         f"a model of the family {config.family!r} has no sliding window",
-        "use 0, or export it as a checkpoint of its own",
+        "use 0, or begin with a Mistral checkpoint, which has the same layers",
     )
     return {}

@@ -1,0 +1,61 @@
+"""A run from its config to its report, as train.py and scripts/finetune.py make it."""
+
+import os
+
+from jax.sharding import Mesh
+
+from ring_attention.evaluation.report import report
+from ring_attention.training.config import TrainConfig
+from ring_attention.training.corpus import Corpus
+from ring_attention.training.devices import open_mesh
+from ring_attention.training.feasible import check_feasible, check_vocabulary
+from ring_attention.training.feed import Feed
+from ring_attention.training.heldout import HeldOut
+from ring_attention.training.initial import describe_initial, find_initial, has_begun
+from ring_attention.training.loop import train
+from ring_attention.training.processes import ProcessFlags, compile_anew_where_needed, is_first, join_processes
+from ring_attention.training.run_folder import folder_of, open_run_folder
+from ring_attention.training.survival.peers import Peers
+from ring_attention.training.trained import Trained
+
+
+def run_training(config: TrainConfig, process_flags: ProcessFlags) -> None:
+    """Join the other processes, check everything, train, report; what can go wrong is in `train` and the checks."""
+    num_processes = join_processes(process_flags)
+    with Peers() as peers:
+        mesh = open_mesh(config.mesh, num_processes)
+        compile_anew_where_needed(mesh)
+        first = is_first()
+        say = print if first else lambda line: None
+        check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
+        corpus = Corpus.open(config.data)
+        check_vocabulary(config, corpus.tokenizer)
+        initial = None if has_begun(folder_of(config)) else find_initial(config)
+        feed, held_out = Feed(config, mesh, corpus), HeldOut(config, mesh, corpus)
+        with open_run_folder(config, say=say) as folder:
+            say(describe(config, mesh, corpus, initial))
+            result = train(config, mesh, folder, feed, held_out)
+            peers.part()
+            if first:
+                report(config, folder, corpus, result)
+
+
+def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, initial: Trained | None) -> str:
+    """Say what will run, and on what."""
+    devices = mesh.devices.flatten()
+    if devices[0].platform == "cpu":
+        hardware = f"No accelerator found: simulating {devices.size} devices on {os.cpu_count()} CPU cores"
+    else:
+        hardware = f"Running on {devices.size} x {devices[0].device_kind}"
+    processes = len({device.process_index for device in devices})
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    lines = [
+        f"{hardware}{f', in {processes} processes' if processes > 1 else ''}.",
+        f"{config.name}: {config.model.num_parameters:,} parameters, {config.seq_len:,} tokens of context, "
+        f"mesh {shape}, {config.attention.in_words}.",
+        f"{len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out.",
+        *corpus.report.lines(),
+        *(describe_initial(config, initial) if initial else ()),
+        "The first step compiles; give it a minute.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""A run that begins with the parameters of a trained model."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from hf_folders import LLAMA, contents, write_folder
+
+import ring_attention as ra
+from ring_attention.checks import ConfigError
+from ring_attention.data.config import DataConfig
+from ring_attention.models.hf.source import open_source
+from ring_attention.models.rope import RopeConfig
+from ring_attention.training.checkpoints import Checkpoints
+from ring_attention.training.config import AttentionConfig
+from ring_attention.training.exported import export_hf
+from ring_attention.training.imported import config_of, import_hf
+from ring_attention.training.initial import describe_initial, find_initial, has_begun, initial_state
+from ring_attention.training.run_folder import RunFolder, open_run_folder
+from ring_attention.training.step import make_state
+from ring_attention.training.trained import open_trained
+
+
+def _quiet(name, size):
+    pass
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """hf/, its import imported/, and run/, a run that began with it and was trained no step."""
+    path = tmp_path_factory.mktemp("folders")
+    write_folder(path / "hf", LLAMA | {"rope_theta": 1e4}, dtype="bfloat16", shards=2)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={chr(97 + i): i for i in range(26)}, merges=[]))
+    made.add_special_tokens(["<s>"])
+    made.save(str(path / "hf" / "tokenizer.json"))
+    mesh = ra.make_mesh(sp=8)
+    import_hf(open_source(path / "hf"), path / "imported", mesh, _quiet)
+    config = dataclasses.replace(begin_with(path / "hf"), run_dir=str(path / "run"))
+    with open_run_folder(config) as folder, Checkpoints(folder.checkpoints) as checkpoints:
+        checkpoints.save(1, initial_state(config, mesh, folder), {})
+    return path
+
+
+def begin_with(folder, hf=None, **changes):
+    """The config of a run that begins with the model in `folder`, which is that of `hf`."""
+    source = open_source(hf or folder)
+    return dataclasses.replace(config_of(source), init_from=str(folder), **changes)
+
+
+def of_model(config, **changes):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+@pytest.mark.parametrize("kind", ["hf", "imported", "run"])
+def test_a_run_begins_with_the_parameters_of_any_folder_and_with_fresh_moments(folders, tmp_path, kind):
+    mesh, config = ra.make_mesh(fsdp=2, sp=2, tp=2), begin_with(folders / kind, folders / "hf")
+    state = initial_state(config, mesh, RunFolder(tmp_path))
+    random = make_state(dataclasses.replace(config, init_from=""), mesh)
+    jax.tree.map(np.testing.assert_array_equal, state.params, open_trained(str(folders / "hf")).load(mesh))
+    for got, want in zip(jax.tree.leaves(state[2:]), jax.tree.leaves(random[2:]), strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert (got.sharding, got.dtype) == (want.sharding, want.dtype)
+    assert int(state.step) == 0
+    assert not np.array_equal(state.params["embed"], random.params["embed"])  # the control
+    assert open_trained(str(folders / "run")).kept.shards == ("model-00001-of-00002.safetensors", *SECOND)
+    assert contents(tmp_path / "hf" / "files") == contents(folders / "imported" / "hf" / "files")
+
+
+SECOND = ("model-00002-of-00002.safetensors",)
+
+
+def test_a_run_that_began_with_a_checkpoint_is_exported_as_that_one_was(folders, tmp_path):
+    export_hf(open_trained(str(folders / "run")), tmp_path / "out", ra.make_mesh(sp=8), _quiet)
+    assert contents(tmp_path / "out") == contents(folders / "hf")
+
+
+def test_how_the_model_is_computed_and_its_rope_may_differ(folders):
+    config = begin_with(folders / "hf")
+    changes = dict(compute_dtype="bfloat16", remat="full", ffn_chunk=8, loss_chunk=4, head_groups=2, start_local=True)
+    for field, value in changes.items():
+        assert find_initial(of_model(config, **{field: value}))
+    assert find_initial(of_model(config, rope=RopeConfig(theta=1e6)))
+    assert find_initial(dataclasses.replace(config, init_from="")) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "theirs"),
+    [
+        ("num_layers", 4, 3),
+        ("model_dim", 64, 32),
+        ("num_kv_heads", 4, 2),
+        ("head_dim", 16, 8),
+        ("ffn_dim", 48, 40),
+        ("vocab_size", 64, 48),
+        ("norm_epsilon", 1e-6, 1e-5),
+        ("tied_embeddings", True, False),
+        ("qkv_bias", True, False),
+        ("qk_norm", True, False),
+    ],
+)
+def test_another_model_is_refused_by_field_with_the_flag_that_mends_it(folders, field, value, theirs):
+    config = of_model(begin_with(folders / "hf"), **{field: value})
+    with pytest.raises(ConfigError) as caught:
+        find_initial(config)
+    message = str(caught.value)
+    assert message.startswith(f"model.{field}={value!r}: init_from='{folders / 'hf'}' holds a model with {theirs!r}; ")
+    assert message.endswith(f"use --config.model.{field}={theirs}")
+
+
+def test_other_tokens_are_refused_and_a_copy_of_the_tokenizer_is_not(folders, tmp_path):
+    config = begin_with(folders / "hf")
+    shutil.copy(folders / "hf" / "tokenizer.json", tmp_path / "copy.json")
+    assert find_initial(dataclasses.replace(config, data=DataConfig(tokenizer=str(tmp_path / "copy.json"))))
+    (tmp_path / "other.json").write_text("{}")
+    for other in ("bytes", str(tmp_path / "other.json")):
+        with pytest.raises(ConfigError, match=f"data.tokenizer='{other}': the parameters of init_from=.* other tokens"):
+            find_initial(dataclasses.replace(config, data=DataConfig(tokenizer=other)))
+
+
+def test_a_folder_that_holds_no_model_is_refused_with_the_field(folders, tmp_path):
+    config = dataclasses.replace(begin_with(folders / "hf"), init_from=str(tmp_path))
+    with pytest.raises(ConfigError, match=f"init_from='{tmp_path}': .* has no config.json; give the folder"):
+        find_initial(config)
+
+
+def test_what_changes_of_the_model_is_said(folders):
+    config = begin_with(folders / "hf")
+    trained = find_initial(config)
+    assert len(describe_initial(config, trained)) == 1
+    longer = dataclasses.replace(config, seq_len=256)
+    assert "seq_len=256 is beyond the 64 tokens" in describe_initial(longer, trained)[1]
+    stretched = of_model(longer, rope=RopeConfig(theta=1e6))
+    assert describe_initial(stretched, trained)[1:] == ["model.rope.theta was 10000.0 and is 1000000.0."]
+    windowed = dataclasses.replace(config, attention=AttentionConfig(window=9))
+    assert describe_initial(windowed, trained)[1:] == ["attention.window was 0 and is 9."]
+
+
+def test_a_run_that_has_a_checkpoint_no_longer_asks_what_it_began_with(folders, tmp_path):
+    assert has_begun(RunFolder(folders / "run"))
+    assert not has_begun(RunFolder(tmp_path))
