@@ -5,7 +5,7 @@ slots at a time, once: to put its heads first, as the kernels of training want t
 token. Tiles that no row of the batch sees are not read: those beyond the end of every row, those behind the window.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -22,34 +22,45 @@ from ring_attention.attention.varying import vary_together
 from ring_attention.attention.weights import Meeting
 
 
-class Cache(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
     """Keys and values of one layer.
 
     Attributes:
-      k, v: [B,s,K,D]; where `layer` is given [L,B,s,K,D], those of all layers. In the dtype of the queries, or (half
-        precision) its bits, `as_bits`.
+      k, v: [B,s,K,D], with `heads_first` [B,K,s,D]; where `layer` is given those of all layers, with an axis L before.
+        In the dtype of the queries, or (half precision) its bits, `as_bits`.
       layer: int32, which of them is meant. To slice it out would copy it.
+      heads_first: as the products take them. XLA for GPU puts heads first by itself, by a copy of the whole cache.
     """
 
     k: jax.Array
     v: jax.Array
     layer: jax.Array | None = None
+    heads_first: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K, of this device."""
+        return self.k.shape[-3 if self.heads_first else -2]
 
     @property
     def slots(self) -> int:
         """s, tokens that there is room for on this device."""
-        return self.k.shape[-3]
+        return self.k.shape[-2 if self.heads_first else -3]
 
     def read(self, start: jax.Array, size: int, dtype) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B,K,size,D] of the slots from `start` on."""
 
         def tile(x):
-            *_, B, _, K, D = x.shape
+            axis = x.ndim - (2 if self.heads_first else 3)
+            starts, sizes = [0] * x.ndim, list(x.shape)
+            starts[axis], sizes[axis] = start, size
             if self.layer is not None:
-                x = lax.dynamic_slice(x, (self.layer, 0, start, 0, 0), (1, B, size, K, D))[0]
-            else:
-                x = lax.dynamic_slice(x, (0, start, 0, 0), (B, size, K, D))
-            x = jnp.swapaxes(x, 1, 2)
+                starts[0], sizes[0] = self.layer, 1
+            x = lax.dynamic_slice(x, starts, sizes)
+            x = x[0] if self.layer is not None else x
+            x = x if self.heads_first else jnp.swapaxes(x, 1, 2)
             return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
         return tile(self.k), tile(self.v)
@@ -80,7 +91,7 @@ def attend_cached(
     Returns:
       Statistics [B,H,T,...].
     """
-    K, size = cache.k.shape[-2], min(size, cache.slots)
+    K, size = cache.num_kv_heads, min(size, cache.slots)
     visited = _visited(rule, q_positions, kv_positions, size)
     slopes = None if rule.slopes is None else rearrange(rule.slopes, "(K G) -> K G 1 1", K=K)
     q = rearrange(q_BTHD, "B T (K G) D -> B K G T D", K=K)

@@ -16,15 +16,15 @@ from ring_attention.attention.varying import vary_over
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
 
-CACHE_SPEC = PartitionSpec(None, (DATA, FSDP), SEQUENCE, TENSOR)
-"""Of each array [L,B,S,K,D]; fsdp is one device."""
+CACHE_SPEC = PartitionSpec(None, (DATA, FSDP), TENSOR, SEQUENCE)
+"""Of each array [L,B,K,S,D]; fsdp is one device."""
 
 
 class KeyValueCache(NamedTuple):
     """The share of the cache that a device holds.
 
     Attributes:
-      k, v: [L,b,s,k,D] in the compute dtype, as bits where it is half precision (`as_bits`).
+      k, v: [L,b,k,s,D] in the compute dtype, as bits where it is half precision (`as_bits`).
     """
 
     k: jax.Array
@@ -34,31 +34,23 @@ class KeyValueCache(NamedTuple):
     def empty(model: ModelConfig, rows: int, slots: int) -> "KeyValueCache":
         """Nothing yet, for so many rows and slots of this device; inside a `shard_map` over the whole mesh."""
         heads = model.num_kv_heads // lax.axis_size(TENSOR)
-        shape = (model.num_layers, rows, slots, heads, model.head_dim)
+        shape = (model.num_layers, rows, heads, slots, model.head_dim)
         zeros = vary_over(jnp.zeros(shape, cache_dtype(model)), frozenset(AXES))
         return KeyValueCache(zeros, zeros)
 
     def with_prompt(self, layer: jax.Array, k_btkD: jax.Array, v_btkD: jax.Array) -> "KeyValueCache":
         """The same with this device's stripe of each row's prompt, padding and all, in a layer's first slots."""
-        at = (layer, 0, 0, 0, 0)
-        return KeyValueCache(
-            *(
-                lax.dynamic_update_slice(x, as_bits(new)[None], at)
-                for x, new in zip(self, (k_btkD, v_btkD), strict=True)
-            )
-        )
+        at, new = (layer, 0, 0, 0, 0), (as_bits(jnp.swapaxes(x, 1, 2))[None] for x in (k_btkD, v_btkD))
+        return KeyValueCache(*(lax.dynamic_update_slice(x, part, at) for x, part in zip(self, new, strict=True)))
 
     def with_token(self, layer: jax.Array, k_bkD: jax.Array, v_bkD: jax.Array, positions_b) -> "KeyValueCache":
         """The same with one token more in each row, at its own position; on the device that its position falls to."""
-        P, (_, b, s, _, _) = lax.axis_size(SEQUENCE), self.k.shape
+        P, (_, b, k, s, _) = lax.axis_size(SEQUENCE), self.k.shape
         mine = positions_b % P == lax.axis_index(SEQUENCE)
         slots = jnp.where(mine, positions_b // P, s)  # past the end: dropped
-        return KeyValueCache(
-            *(
-                x.at[layer, jnp.arange(b), slots].set(as_bits(new), mode="drop")
-                for x, new in zip(self, (k_bkD, v_bkD), strict=True)
-            )
-        )
+        new = (as_bits(k_bkD), as_bits(v_bkD))
+        at = (layer, jnp.arange(b)[:, None], jnp.arange(k), slots[:, None])  # each head by itself: slots stay last
+        return KeyValueCache(*(x.at[at].set(part, mode="drop") for x, part in zip(self, new, strict=True)))
 
 
 def cache_dtype(model: ModelConfig) -> jnp.dtype:

@@ -157,7 +157,7 @@ class Generator:
 
     def _compile_step(self, rows: int) -> jax.stages.Compiled:
         model, slots = self._plan.model, self.slots * self._layout.ring_size
-        shape = (model.num_layers, rows, slots, model.num_kv_heads, model.head_dim)
+        shape = (model.num_layers, rows, model.num_kv_heads, slots, model.head_dim)
         keys = self._abstract(shape, cache_dtype(model), CACHE_SPEC)
         by_row = (self._abstract((rows,), dtype, ROWS) for dtype in (np.int32, np.int32, np.uint32))
         step = make_step(self._plan, self._mesh)

@@ -124,7 +124,7 @@ def make_step(plan: Plan, mesh: Mesh):
 
         def attend(q, k, v, cache, layer):
             cache = cache.with_token(layer, k[:, 0], v[:, 0], rows.positions)
-            return decode(q, cache.k, cache.v, layer=layer, lengths=rows.positions + 1), cache
+            return decode(q, cache.k, cache.v, layer=layer, heads_first=True, lengths=rows.positions + 1), cache
 
         hidden_b1M, cache = model.with_cache(
             rows.tokens[:, None],

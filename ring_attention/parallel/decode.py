@@ -20,6 +20,7 @@ from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import as_sinks, check_rule, make_rule
 from ring_attention.checks import (
     require,
+    require_array,
     require_attention_dtypes,
     require_attention_shapes,
     require_integers,
@@ -38,6 +39,7 @@ def decode_attention_shard(
     lengths: jax.Array,
     axis_name: str = "sp",
     layer: jax.Array | None = None,
+    heads_first: bool = False,
     layout: str | SequenceLayout = "striped",
     window: int | None = None,
     softcap: float | None = None,
@@ -55,7 +57,7 @@ def decode_attention_shard(
       v_cache: [B,s,K,D].
       lengths: int32 [B], of this device's rows.
       axis_name: the axis that the cache is sharded over.
-      layer: int32; the caches are then those of all layers, [L,B,s,K,D], and this one is read where it lies.
+      layer: int32; the caches are then those of all layers, with an axis L before, and this one is read where it lies.
       others: as in `decode_attention`; sinks and alibi_slopes [H] are those of this device's heads.
 
     Returns:
@@ -65,9 +67,10 @@ def decode_attention_shard(
       ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
     """
     layout = as_layout(layout, lax.axis_size(axis_name))
-    whole = [_whole(x, q.dtype, layer, layout) for x in (k_cache, v_cache)]
+    cache = Cache(k_cache, v_cache, layer, heads_first)
+    whole = [_whole(x, q, cache, layout.ring_size) for x in (k_cache, v_cache)]
     _check(q, *whole, lengths, layout, impl)
-    (_, T, H, _), s = q.shape, k_cache.shape[-3]
+    (_, T, H, _), s = q.shape, cache.slots
     rule = make_rule(
         q,
         causal=True,
@@ -81,7 +84,7 @@ def decode_attention_shard(
     sinks = as_sinks(sinks, H)
     running = attend_cached(
         q,
-        Cache(k_cache, v_cache, layer),
+        cache,
         rule=rule,
         q_positions=lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32),
         kv_positions=layout.shard_positions(lax.axis_index(axis_name), s),
@@ -91,12 +94,16 @@ def decode_attention_shard(
     return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
 
-def _whole(cache: jax.Array, dtype, layer, layout: SequenceLayout) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the cache that this device's slots are a part of, of one layer; `dtype` is that of bits."""
-    shape = cache.shape if layer is None else cache.shape[1:]
-    whole = tuple(size * (layout.ring_size if axis == 1 else 1) for axis, size in enumerate(shape))
-    are_bits = cache.dtype == jnp.uint16 and dtype.itemsize == 2
-    return jax.ShapeDtypeStruct(whole, dtype if are_bits else cache.dtype)
+def _whole(x: jax.Array, q: jax.Array, cache: Cache, devices: int) -> jax.ShapeDtypeStruct:
+    """Shape [B,S,K,D] and dtype of what `x`, keys or values of a cache, is one device's part of."""
+    for name, array in (("q", q), ("the cache", x)):
+        require_array(name, array)
+    shape = list(x.shape if cache.layer is None else x.shape[1:])
+    if cache.heads_first and len(shape) == 4:
+        shape[1:3] = reversed(shape[1:3])
+    whole = tuple(size * (devices if axis == 1 else 1) for axis, size in enumerate(shape))
+    are_bits = x.dtype == jnp.uint16 and q.dtype.itemsize == 2
+    return jax.ShapeDtypeStruct(whole, q.dtype if are_bits else x.dtype)
 
 
 def _merged(running: Running, axis_name: str) -> Running:
@@ -119,6 +126,7 @@ def decode_attention(
     lengths: jax.Array,
     axis_name: str = "sp",
     spec: PartitionSpec | None = None,
+    heads_first: bool = False,
     layout: str | SequenceLayout = "striped",
     window: int | None = None,
     softcap: float | None = None,
@@ -144,8 +152,10 @@ def decode_attention(
       lengths: integers [B], tokens of each row that are in the cache, 0 to S. Queries before a row's first token, as
         there are where it holds fewer than T, see nothing.
       axis_name: the mesh axis that S is sharded over.
-      spec: PartitionSpec of the caches; q and the result have the same but whole tokens. By default B over those of dp
-        and fsdp, and heads over tp, that the mesh has.
+      spec: PartitionSpec of caches [B,S,K,D]; q and the result have the same but whole tokens. By default B over those
+        of dp and fsdp, and heads over tp, that the mesh has.
+      heads_first: the caches are [B,K,S,D]. Keep them so on GPUs, whose compiler otherwise puts heads first by copying
+        all of them in every call.
       layout: the order of the slots, "striped", "contiguous", "zigzag" or a SequenceLayout.
       window: a token sees itself and the window-1 tokens before it.
       softcap, scale: as in `context_attention`.
@@ -164,9 +174,10 @@ def decode_attention(
     has = f"is not an axis of the mesh, which has {dict(mesh.shape)}"
     require(axis_name in mesh.shape, f"axis_name={axis_name!r} {has}; name one of these")
     layout = as_layout(layout, mesh.shape[axis_name])
-    _check(q, k_cache, v_cache, lengths, layout, impl)
+    whole = [_whole(x, q, Cache(k_cache, v_cache, None, heads_first), 1) for x in (k_cache, v_cache)]
+    _check(q, *whole, lengths, layout, impl)
     spec = default_spec(mesh, axis_name) if spec is None else spec
-    check_spec(spec, mesh, axis_name, q, k_cache)
+    check_spec(spec, mesh, axis_name, q, whole[0])
     check_rule(True, window, softcap, scale, 0.0, None)
     for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if array is not None:
@@ -181,6 +192,7 @@ def decode_attention(
         scale=None if scale is None else float(scale),
         impl=impl,
         block_sizes=as_blocks(block_sizes),
+        heads_first=heads_first,
     )
     return run(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
 
@@ -188,8 +200,9 @@ def decode_attention(
 @functools.lru_cache(maxsize=128)
 def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
     """`decode_attention_shard` over global arrays, compiled once for each set of choices."""
-    batch_axes, _, head_axes, _ = axes_of_spec(spec)
+    batch_axes, slot_axes, head_axes, _ = axes_of_spec(spec)
     batch, heads = batch_axes or None, head_axes or None
+    cache = PartitionSpec(batch, heads, slot_axes) if settings["heads_first"] else spec
 
     def run(q, k_cache, v_cache, lengths, sinks, alibi_slopes):
         def on_shards(q, k_cache, v_cache, lengths, sinks, alibi_slopes):
@@ -198,7 +211,7 @@ def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
             )
 
         queries, of_heads = PartitionSpec(batch, None, heads), PartitionSpec(heads)
-        in_specs = (queries, spec, spec, PartitionSpec(batch), of_heads, of_heads)
+        in_specs = (queries, cache, cache, PartitionSpec(batch), of_heads, of_heads)
         sharded = jax.shard_map(on_shards, mesh=mesh, in_specs=in_specs, out_specs=queries)
         return sharded(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
 

@@ -6,15 +6,17 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 import ring_attention as ra
 from ring_attention.attention import cached
-from ring_attention.inference import cache
+from ring_attention.inference import cache, generator, programs
 from ring_attention.inference.generator import Generator
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.transformer import abstract_parameters, parameter_specs
 from ring_attention.planning.hlo import compiled
+from ring_attention.planning.pods import pod_devices
 from ring_attention.training.config import AttentionConfig
 
 V, L, M, H, K, D, F = 40, 3, 64, 4, 2, 6, 96
@@ -96,3 +98,33 @@ def test_bits_keep_a_half_precision_cache_from_being_widened(monkeypatch):
     for module in (cached, cache):
         monkeypatch.setattr(module, "as_bits", lambda x: x)
     assert temporaries() > 2 * held, "the control: all of it in float32"
+
+
+@pytest.mark.pod
+@pytest.mark.parametrize(("sp", "tp"), [(8, 1), (2, 4)])
+def test_the_compiler_for_a_pod_does_not_copy_the_cache_either(sp, tp):
+    model = ModelConfig(
+        vocab_size=256,
+        num_layers=2,
+        model_dim=512,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=128,
+        ffn_dim=512,
+        compute_dtype="bfloat16",
+    )
+    mesh = ra.make_mesh(sp=sp, tp=tp, devices=pod_devices("v5e:2x4"))
+    plan, rows, slots = generator._plan(model, mesh, capacity=sp * 4096), 4, 4096
+
+    def abstract(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    specs = parameter_specs(model)
+    params = jax.tree.map(lambda x, spec: abstract(x.shape, "bfloat16", spec), abstract_parameters(model), specs)
+    keys = abstract((2, rows, 4, sp * slots, 128), cache.cache_dtype(model), cache.CACHE_SPEC)
+    by_row = (abstract((rows,), dtype, programs.ROWS) for dtype in ("int32", "int32", "uint32"))
+    step = programs.make_step(plan, mesh).lower(params, cache.KeyValueCache(keys, keys), programs.Rows(*by_row))
+    memory = compiled.memory_of(step.compile())
+    held = cache.cache_bytes(model, rows, slots, tp)
+    assert memory.aliased >= held
+    assert memory.temporaries < held / 8

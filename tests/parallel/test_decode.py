@@ -121,6 +121,19 @@ def test_one_layer_of_many_is_read_where_it_lies():
     assert np.isnan(run(*layers, 0)).all()
 
 
+def test_heads_may_come_before_slots_and_half_precision_as_bits():
+    for dtype in ("float32", "bfloat16"):
+        q, k, v = _draw(0, dtype, B=2)
+        mesh, settings = _mesh(2, dp=2, tp=2), dict(lengths=np.array([80, 33], np.int32), block_sizes=TILES)
+        want = ra.decode_attention(q, k, v, mesh=mesh, **settings)
+        k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+        assert np.array_equal(want, ra.decode_attention(q, k, v, mesh=mesh, heads_first=True, **settings))
+        attend = functools.partial(ra.decode_attention_shard, heads_first=True, **settings)
+        specs = dict(in_specs=(Spec(), *2 * (Spec(None, None, "sp"),)), out_specs=Spec())
+        run = jax.jit(jax.shard_map(attend, mesh=_mesh(2), **specs))
+        assert np.array_equal(want, run(q, cached.as_bits(k), cached.as_bits(v)))
+
+
 def test_rows_that_see_nothing_are_zero_and_what_lies_beyond_a_rows_length_does_not_count():
     q, k, v = _draw(0)
     lengths = np.array([0, 1, 30], np.int32)
@@ -330,6 +343,7 @@ def test_tiles_that_no_row_sees_are_not_read():
         (dict(window=0), "window=0 must be a whole number of tokens"),
         (dict(sinks=np.zeros(2)), "sinks has shape (2,), need [H=6]"),
         (dict(mesh=None), "mesh=None is no jax.sharding.Mesh"),
+        (dict(heads_first=True), "q has H=6 heads and k has K=80"),
         (dict(sizes=dict(S=81)), "seq_len=81 is not divisible by the ring size sp=4"),
         (dict(sizes=dict(T=81)), "q holds T=81 new tokens, the cache has S=80 slots"),
     ],
