@@ -15,7 +15,7 @@ from ring_attention.attention.masks import Tokens, visible
 from ring_attention.attention.rule import Rule
 from ring_attention.models.hf.loading import load_parameters
 from ring_attention.models.hf.source import open_source
-from ring_attention.models.rope import RopeConfig
+from ring_attention.models.rope import RopeConfig, frequencies, rotary_tables
 from ring_attention.models.transformer import Transformer, parameter_specs
 
 torch = pytest.importorskip("torch")
@@ -242,6 +242,20 @@ def test_a_window_shows_what_the_mask_of_transformers_shows(window):
     np.testing.assert_array_equal(ours, want)
     other = np.asarray(visible(Rule(scale=1.0, window=window + 1), queries, keys))
     assert (other != want).any() or window > 40  # the control
+
+
+@pytest.mark.parametrize("position", [1_000, 10_000, 100_000, 1_000_000, 10_000_000])
+def test_the_error_of_float32_angles_grows_with_the_position_and_ours_does_not(tmp_path, position):
+    model = make_checkpoint(tmp_path, "llama", "default", 1e4)
+    rope = open_source(tmp_path).config.model.rope
+    at = np.arange(position, position + 2048)
+    exact = np.cos(at[:, None] * frequencies(rope, 16, 0))
+    theirs = model.model.rotary_emb(torch.zeros(1), torch.as_tensor(at)[None])[0].numpy()[0, :, :8]
+    ours = np.asarray(rotary_tables(jnp.asarray(at, jnp.int32), 16, rope)[0])
+    errors = {name: np.abs(cos - exact).max() for name, cos in (("transformers", theirs), ("ours", ours))}
+    print(position, errors)  # for docs/long_context.md: pytest -m interop -k grows -s
+    assert errors["ours"] < 5e-7
+    assert errors["transformers"] > 3e-9 * position
 
 
 def _exact_tables(model):
