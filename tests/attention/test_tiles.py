@@ -28,10 +28,10 @@ def _mask(hop, t, s):
     return np.broadcast_to(True if mask is None else mask, (B, t, s))
 
 
-def _counts(hop, t, s, by_keys, blocks):
+def _counts(hop, t, s, blocks):
     """How often each score [B,K,t,s] is computed, and how often without a mask."""
     q, k = jnp.zeros((B, H, t, D)), jnp.zeros((B, K, s, D))
-    tiles = Tiles.of(hop, q, k, blocks, by_keys)
+    tiles = Tiles.of(hop, q, k, blocks)
     padded = (-(-t // tiles.size.q) * tiles.size.q, -(-s // tiles.size.kv) * tiles.size.kv)
     computed, unmasked = np.zeros((2, B, K, *padded), int)
 
@@ -73,13 +73,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("by_keys", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a_mask(case, by_keys):
+def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a_mask(case):
     sizes = dict(CASES[case])
     hop, blocks = _hop(**sizes), BlockSizes(q=16, kv=8, cut=2)
     mask = _mask(hop, sizes["t"], sizes["s"])[:, None]
-    computed, unmasked = _counts(hop, sizes["t"], sizes["s"], by_keys, blocks)
+    computed, unmasked = _counts(hop, sizes["t"], sizes["s"], blocks)
     assert computed.max(initial=0) <= 1
     assert (computed[np.broadcast_to(mask, computed.shape)] == 1).all()
     assert mask[np.broadcast_to(unmasked > 0, unmasked.shape).any(1, keepdims=True)].all()
@@ -87,14 +86,14 @@ def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a
 
 def test_a_diagonal_costs_half_a_small_tile_a_row_and_a_shard_that_nobody_sees_nothing():
     t, blocks = 64, BlockSizes(q=16, kv=16, cut=2)
-    computed, _ = _counts(_hop(t, t), t, t, False, blocks)
+    computed, _ = _counts(_hop(t, t), t, t, blocks)
     assert computed[0, 0].sum() == t * (t + 8) / 2
-    whole, _ = _counts(_hop(t, t), t, t, False, BlockSizes(q=16, kv=16, cut=1))
+    whole, _ = _counts(_hop(t, t), t, t, BlockSizes(q=16, kv=16, cut=1))
     assert whole[0, 0].sum() == t * (t + 16) / 2  # the control: tiles that are not cut
-    assert _counts(_hop(t, t, offset=-t), t, t, False, blocks)[0].sum() == 0
+    assert _counts(_hop(t, t, offset=-t), t, t, blocks)[0].sum() == 0
 
 
 def test_several_heads_of_one_tile_are_visited_together():
-    together, _ = _counts(_hop(32, 32), 32, 32, False, BlockSizes(q=16, kv=16, heads=2))
-    alone, _ = _counts(_hop(32, 32), 32, 32, False, BlockSizes(q=16, kv=16))
+    together, _ = _counts(_hop(32, 32), 32, 32, BlockSizes(q=16, kv=16, heads=2))
+    alone, _ = _counts(_hop(32, 32), 32, 32, BlockSizes(q=16, kv=16))
     np.testing.assert_array_equal(together, alone)

@@ -47,14 +47,25 @@ class Area(NamedTuple):
         """The array with these keys replaced."""
         return _write(x_BKs, new_hs[None], (self.b, self.h, self.kv))
 
-    def of_tile(self, tile, axis: int, start):
-        """The area's queries (axis 2) or keys (axis 1) of a tile, which begin at `start` in it."""
-        size = self.q_size if axis == 2 else self.kv_size
-        return tile if tile.shape[axis] == size else lax.dynamic_slice_in_dim(tile, start, size, axis)
+    def of_columns(self, x_BKDs):
+        """[h,D,s] of an array whose last axis are keys."""
+        return _read(x_BKDs, (self.b, self.h, 0, self.kv), (1, self.heads, x_BKDs.shape[2], self.kv_size))[0]
 
-    def into_tile(self, tile, new, axis: int, start):
-        """The tile with the area's queries or keys replaced."""
-        return new if tile.shape == new.shape else lax.dynamic_update_slice_in_dim(tile, new, start, axis)
+    def into_columns(self, x_BKDs, new_hDs):
+        """The array with these keys replaced."""
+        return _write(x_BKDs, new_hDs[None], (self.b, self.h, 0, self.kv))
+
+    def of_tile(self, tile, axis: int, whole: "Area"):
+        """The area's queries, which stand on `axis`, of a tile that holds those of `whole`."""
+        if self.q_size == whole.q_size:
+            return tile
+        return lax.dynamic_slice_in_dim(tile, self.q - whole.q, self.q_size, axis)
+
+    def into_tile(self, tile, new, axis: int, whole: "Area"):
+        """The tile with the area's queries replaced."""
+        if self.q_size == whole.q_size:
+            return new
+        return lax.dynamic_update_slice_in_dim(tile, new, self.q - whole.q, axis)
 
 
 class Sizes(NamedTuple):
@@ -83,20 +94,19 @@ class Worklist(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tiles of a hop, as a loop over query tiles (or over key tiles) visits them.
+    """The tiles of a hop, as a loop over query tiles visits them.
 
     There are lists of what to visit rather than a branch in the loop, because a branch copies what it passes through.
 
     Attributes:
       hop: with tokens [B,t] and [B,s], padded to whole tiles.
-      visited: those of the B*n query tiles (or key tiles) of all sequences that have anything to visit.
-      full: tiles that are visited whole and without a mask, for each query tile (or key tile).
+      visited: those of the B*n query tiles of all sequences that have anything to visit.
+      full: key tiles that are visited whole and without a mask, for each query tile.
       parts: pieces of those that the mask cuts, numbered tile after tile, in a tile by query and then key.
       slopes: float32 [K,G] or None, ALiBi's.
       heads: int32 [K,G] or None, global indices of query heads, for dropout.
       size: of a tile.
       num_kv_heads: K.
-      by_keys: whether the loop is over key tiles.
     """
 
     hop: Hop
@@ -107,10 +117,9 @@ class Tiles:
     heads: jax.Array | None
     size: Sizes = dataclasses.field(metadata={"static": True})
     num_kv_heads: int = dataclasses.field(metadata={"static": True})
-    by_keys: bool = dataclasses.field(metadata={"static": True})
 
     @staticmethod
-    def of(hop: Hop, q_BHtD: jax.Array, k_BKsD: jax.Array, blocks: BlockSizes, by_keys: bool) -> "Tiles":
+    def of(hop: Hop, q_BHtD: jax.Array, k_BKsD: jax.Array, blocks: BlockSizes) -> "Tiles":
         """Cut the meeting of these queries and keys."""
         (B, _, t, _), (_, K, s, _) = q_BHtD.shape, k_BKsD.shape
         q, kv = _tile_size(t, blocks.q), _tile_size(s, blocks.kv)
@@ -121,10 +130,9 @@ class Tiles:
         hop = Hop(queries.of_batch(B), keys.of_batch(B), rule)
 
         def kinds(cut_q, cut_kv):
-            """[B,n,m,cut_q,cut_kv]; with the axes of n and m swapped for a loop over key tiles."""
+            """[B,n,m,cut_q,cut_kv]."""
             tiles = Hop(hop.queries.tiles(q // cut_q), hop.keys.tiles(kv // cut_kv), rule)
-            pattern = "B (n x) (m y) -> B m n x y" if by_keys else "B (n x) (m y) -> B n m x y"
-            return rearrange(tile_kinds(tiles), pattern, x=cut_q, y=cut_kv)
+            return rearrange(tile_kinds(tiles), "B (n x) (m y) -> B n m x y", x=cut_q, y=cut_kv)
 
         whole, pieces = kinds(1, 1)[..., 0, 0], kinds(size.cut_q, size.cut_kv)
         cut = (whole == PARTIAL)[..., None, None] & (pieces != EMPTY)
@@ -138,7 +146,6 @@ class Tiles:
             heads=None if rule.dropout is None else rule.dropout.heads.reshape(K, -1),
             size=size,
             num_kv_heads=K,
-            by_keys=by_keys,
         )
 
     def pad_queries(self, x_BKGt):
@@ -151,34 +158,28 @@ class Tiles:
 
     @property
     def number(self) -> jax.Array:
-        """How many query tiles (or key tiles) of all sequences and heads have anything to visit."""
+        """How many query tiles of all sequences and heads have anything to visit."""
         return self.visited.count * (self.num_kv_heads // self.size.heads)
 
     def area(self, number) -> Area:
-        """The area of query tile (or key tile) `number` of those; it has no keys (or queries) yet."""
+        """The area of query tile `number` of those; it has no keys yet."""
         groups, n = self.num_kv_heads // self.size.heads, self.full.count.shape[1]
         item = self.visited.items[number // groups]
         b, tile, h, size = item // n, item % n, number % groups * self.size.heads, self.size
-        if self.by_keys:
-            return Area(b, h, 0, tile * size.kv, size.heads, 0, size.kv, False)
         return Area(b, h, tile * size.q, 0, size.heads, size.q, 0, False)
 
     def visit(self, tile: Area, take, carry):
-        """`take(area, carry) -> carry` over the areas that are visible to a query tile (or key tile)."""
-        size, here = self.size, (tile.b, tile.kv // self.size.kv if self.by_keys else tile.q // self.size.q)
+        """`take(area, carry) -> carry` over the areas that are visible to a query tile."""
+        size, here = self.size, (tile.b, tile.q // self.size.q)
 
         def whole(number, carry):
-            start = self.full.items[*here, number]
-            if self.by_keys:
-                return take(tile._replace(q=start * size.q, q_size=size.q), carry)
-            return take(tile._replace(kv=start * size.kv, kv_size=size.kv), carry)
+            return take(tile._replace(kv=self.full.items[*here, number] * size.kv, kv_size=size.kv), carry)
 
         def part(number, carry):
             item, pieces = self.parts.items[*here, number], size.cut_q * size.cut_kv
-            other, x, y = item // pieces, item % pieces // size.cut_kv, item % size.cut_kv
-            i, j = (other, here[1]) if self.by_keys else (here[1], other)
+            j, x, y = item // pieces, item % pieces // size.cut_kv, item % size.cut_kv
             q_size, kv_size = size.q // size.cut_q, size.kv // size.cut_kv
-            q, kv = i * size.q + x * q_size, j * size.kv + y * kv_size
+            q, kv = tile.q + x * q_size, j * size.kv + y * kv_size
             return take(tile._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True), carry)
 
         carry = lax.fori_loop(0, self.full.count[here], whole, carry)

@@ -24,7 +24,7 @@ from ring_attention.attention.weights import Meeting
 def forward(q_BHtD, k_BKsD, v_BKsD, hop: Hop, running: Running, blocks: BlockSizes) -> Running:
     """Take one hop's keys into the running statistics; see `contract`."""
     t, K = q_BHtD.shape[2], k_BKsD.shape[1]
-    tiles = Tiles.of(hop, q_BHtD, k_BKsD, blocks, by_keys=False)
+    tiles = Tiles.of(hop, q_BHtD, k_BKsD, blocks)
     arrays = [tiles.pad_queries(_group(x, K)) for x in (q_BHtD, *running)]
     arrays += [tiles.pad_keys(x) for x in (k_BKsD, v_BKsD)]
     tiles, q, *running, k, v = vary_together(tiles, *arrays)
@@ -34,10 +34,9 @@ def forward(q_BHtD, k_BKsD, v_BKsD, hop: Hop, running: Running, blocks: BlockSiz
 
         def take(area: Area, tile):
             """Take the keys of an area into the statistics of this tile."""
-            start = area.q - row.q
-            here = [area.of_tile(x, 2, start) for x in tile]
+            here = [area.of_tile(x, 2, row) for x in tile]
             here = _each_head(_take_keys, tiles, area)(area.of_queries(q), area.of_keys(k), area.of_keys(v), *here)
-            return [area.into_tile(x, new, 2, start) for x, new in zip(tile, here, strict=True)]
+            return [area.into_tile(x, new, 2, row) for x, new in zip(tile, here, strict=True)]
 
         tile = tiles.visit(row, take, [row.of_queries(x) for x in running])
         return [row.into_queries(x, new) for x, new in zip(running, tile, strict=True)]
@@ -54,73 +53,73 @@ def _take_keys(meeting: Meeting, q_GtD, k_sD, v_sD, *running_Gt):
 
 
 def backward(q_BHtD, k_BKsD, v_BKsD, whole: Whole, hop: Hop, dq_BHtD, blocks: BlockSizes):
-    """Gradients of one hop, given the statistics of the whole sequence; see `contract`."""
+    """Gradients of one hop, given the statistics of the whole sequence; see `contract`.
+
+    dk and dv are summed as [D,s] from queries as [D,r], which are turned once a tile: products whose first factor would
+    have to be transposed run at a third of the speed in XLA's CPU compiler (docs/experiments.md).
+    """
     t, s, K = q_BHtD.shape[2], k_BKsD.shape[2], k_BKsD.shape[1]
-    tiles = Tiles.of(hop, q_BHtD, k_BKsD, blocks, by_keys=True)
+    tiles = Tiles.of(hop, q_BHtD, k_BKsD, blocks)
     # A row that sees nothing has lse -inf; its scores are all hidden, so any finite number will do.
     of_queries = (q_BHtD, whole.dout, online_softmax.finite(whole.lse), whole.delta, dq_BHtD)
     arrays = [tiles.pad_queries(_group(x, K)) for x in of_queries]
     arrays += [tiles.pad_keys(x) for x in (k_BKsD, v_BKsD)]
-    zeros = jnp.zeros(arrays[-1].shape, jnp.float32)
-    tiles, q, dout, lse, delta, dq, k, v, dk, dv = vary_together(tiles, *arrays, zeros, zeros)
+    zeros = jnp.zeros_like(_turn(arrays[-1]), jnp.float32)
+    tiles, *of_queries, dq, k, v, dk, dv = vary_together(tiles, *arrays, zeros, zeros)
 
-    def key_tile(number, grads):
-        column = tiles.area(number)
+    def query_tile(number, grads):
+        row = tiles.area(number)
+        q, dout, *statistics = [row.of_queries(x) for x in of_queries]
+        turned = [rearrange(x, "h G t D -> h D G t") for x in (q, dout)]
 
         def add(area: Area, grads):
-            """Add an area's part to dq and to the dk and dv of this tile."""
-            dq, *dkv = grads
-            of_queries = [area.of_queries(x) for x in (q, dout, lse, delta)]
-            fn = _each_head(_gradients, tiles, area, keys_are_rows=True)
-            dq_here, *dkv_here = fn(*of_queries, area.of_keys(k), area.of_keys(v))
-            start, added = area.kv - column.kv, []
-            for x, here in zip(dkv, dkv_here, strict=True):
-                added.append(area.into_tile(x, area.of_tile(x, 1, start) + here, 1, start))
-            return [area.into_queries(dq, area.of_queries(dq) + dq_here), *added]
+            """Add an area's part to the dq of this tile and to dk and dv."""
+            tile, *dkv = grads
+            here = [area.of_tile(x, 2, row) for x in (q, dout, *statistics)]
+            here += [area.of_tile(x, 3, row) for x in turned]
+            dq_here, *dkv_here = _each_head(_gradients, tiles, area)(*here, area.of_keys(k), area.of_keys(v))
+            tile = area.into_tile(tile, area.of_tile(tile, 2, row) + dq_here, 2, row)
+            dkv_here = [area.of_columns(x) + new for x, new in zip(dkv, dkv_here, strict=True)]
+            return [tile, *(area.into_columns(x, new) for x, new in zip(dkv, dkv_here, strict=True))]
 
         dq, *dkv = grads
-        dq, *tile = tiles.visit(column, add, [dq, *(column.of_keys(x) for x in dkv)])  # dk and dv begin with zeros
-        return [dq, *(column.into_keys(x, new) for x, new in zip(dkv, tile, strict=True))]
+        tile, *dkv = tiles.visit(row, add, [row.of_queries(dq), *dkv])
+        return [row.into_queries(dq, tile), *dkv]
 
-    dq, dk, dv = lax.fori_loop(0, tiles.number, key_tile, [dq, dk, dv])
-    return _ungroup(dq[:, :, :, :t]), dk[:, :, :s], dv[:, :, :s]
+    dq, dk, dv = lax.fori_loop(0, tiles.number, query_tile, [dq, dk, dv])
+    return _ungroup(dq[:, :, :, :t]), _turn(dk)[:, :, :s], _turn(dv)[:, :, :s]
 
 
-def _gradients(meeting: Meeting, q_GtD, dout_GtD, lse_Gt, delta_Gt, k_sD, v_sD):
-    """(dq [G,t,D], dk [s,D], dv [s,D]) of one area.
-
-    Its scores have keys as rows, [s,G,t]: of the five products only dq's then has to transpose a tile.
-    """
+def _gradients(meeting: Meeting, q_GtD, dout_GtD, lse_Gt, delta_Gt, q_DGt, dout_DGt, k_sD, v_sD):
+    """(dq [G,t,D], dk [D,s], dv [D,s]) of one area."""
     dtype, (G, t, D), s = q_GtD.dtype, q_GtD.shape, k_sD.shape[0]
-    q_rD, dout_rD = q_GtD.reshape(-1, D), dout_GtD.reshape(-1, D)
 
     def product(x, y):
         return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
-    scores_sGt, slope = meeting.scores(product(k_sD, q_rD.T).reshape(s, G, t))
-    p_sGt = jnp.exp(scores_sGt - lse_Gt)
-    dp_sGt, factor = product(v_sD, dout_rD.T).reshape(s, G, t), meeting.dropout_factor()
-    counted_sGt = p_sGt if factor is None else p_sGt * factor
-    dp_sGt = dp_sGt if factor is None else dp_sGt * factor
-    ds_sGt = p_sGt * (dp_sGt - delta_Gt) * meeting.rule.scale
-    ds_sGt = ds_sGt if slope is None else ds_sGt * slope
-    ds_sr = ds_sGt.astype(dtype).reshape(s, -1)
-    dv_sD = product(counted_sGt.astype(dtype).reshape(s, -1), dout_rD)
-    return product(ds_sr.T, k_sD).reshape(G, t, D), product(ds_sr, q_rD), dv_sD
+    products = [product(x.reshape(-1, D), y.T).reshape(G, t, s) for x, y in ((q_GtD, k_sD), (dout_GtD, v_sD))]
+    (scores_Gts, slope), dp_Gts, factor = meeting.scores(products[0]), products[1], meeting.dropout_factor()
+    p_Gts = jnp.exp(scores_Gts - lse_Gt[..., None])
+    counted_Gts = p_Gts if factor is None else p_Gts * factor
+    dp_Gts = dp_Gts if factor is None else dp_Gts * factor
+    ds_Gts = p_Gts * (dp_Gts - delta_Gt[..., None]) * meeting.rule.scale
+    ds_Gts = ds_Gts if slope is None else ds_Gts * slope
+    ds_rs, counted_rs = (x.astype(dtype).reshape(-1, s) for x in (ds_Gts, counted_Gts))
+    dk_Ds, dv_Ds = product(q_DGt.reshape(D, -1), ds_rs), product(dout_DGt.reshape(D, -1), counted_rs)
+    return product(ds_rs, k_sD).reshape(G, t, D), dk_Ds, dv_Ds
 
 
-def _each_head(fn, tiles: Tiles, area: Area, keys_are_rows: bool = False):
+def _each_head(fn, tiles: Tiles, area: Area):
     """`fn(meeting, *arrays)` over arrays with a leading axis of key/value heads; batched if there is more than one."""
-    q_axes, kv_axes, head_axes = ((0, 1), (1, 2), (0, 2)) if keys_are_rows else ((0, 2), (0, 1), (1, 2))
 
     def expanded(tree, axes):
         return jax.tree.map(lambda x: jnp.expand_dims(x, axes), tree)
 
-    queries, keys = (expanded(x, axes) for x, axes in zip(tiles.tokens(area), (q_axes, kv_axes), strict=True))
+    queries, keys = (expanded(x, axes) for x, axes in zip(tiles.tokens(area), ((0, 2), (0, 1)), strict=True))
     slopes_hG, heads_hG, batch = tiles.of_heads(area)
 
     def one_head(slopes_G, heads_G, *arrays):
-        slopes, heads = expanded((slopes_G, heads_G), head_axes)
+        slopes, heads = expanded((slopes_G, heads_G), (1, 2))
         return fn(Meeting(tiles.hop.rule, queries, keys, slopes, batch, heads, area.masked), *arrays)
 
     def every_head(*arrays):
@@ -138,3 +137,7 @@ def _group(x_BH, num_kv_heads: int):
 
 def _ungroup(x_BKG):
     return rearrange(x_BKG, "B K G ... -> B (K G) ...")
+
+
+def _turn(x_BKsD):
+    return jnp.swapaxes(x_BKsD, 2, 3)
