@@ -1,0 +1,170 @@
+"""Measure whether a trained model uses its context.
+
+  python scripts/evaluate.py needle --checkpoint=runs/retrieval --lengths=1024,2048,4096,8192
+  python scripts/evaluate.py needle --checkpoint=runs/retrieval --config.attention.window=1024
+  python scripts/evaluate.py needle --checkpoint=Llama-3.2-1B --key=digits --needles=4 --config.mesh.sp=4
+
+needle hides keys in filler, asks for them at the end, and draws the share of right answers by length and depth. The
+model is measured as it was trained but for --config.FIELD=VALUE, for FIELDs of mesh, attention and model.rope. Numbers
+go to the terminal and as JSON, with a picture, to --out. docs/retrieval.md says how it works.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ring_attention.checks import ConfigError, shown
+from ring_attention.evaluation.needle_accuracy import AnswerScorer, NeedleTest, measure_needles
+from ring_attention.evaluation.needle_report import HeatMap, accuracy_table, draw_heat_maps
+from ring_attention.evaluation.needles import NAMES, STYLES
+from ring_attention.evaluation.opened import Opened, open_model, output_folder, require_positive, write_results
+from ring_attention.evaluation.questions import make_questions
+from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTAKE
+
+
+def main(argv: list[str]) -> None:
+    """Read the flags, measure, show."""
+    args, overrides = parse(argv)
+    {"needle": needle}[args.command](args, overrides)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the words that are left: overrides of the config."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_needle(commands)
+    return parser.parse_known_args(argv)
+
+
+def add_common(command: argparse.ArgumentParser) -> None:
+    """Flags of all commands."""
+    command.add_argument("--checkpoint", required=True, help="folder of a run, an import or a Hugging Face model")
+    command.add_argument("--out", help="folder for the results; by default one below runs/evaluation")
+    command.add_argument("--batch_size", type=int, help="texts that are read at once; by default 32,768 tokens' worth")
+
+
+def add_needle(commands) -> None:
+    """The flags of `needle`."""
+    help_ = "ask for keys that are hidden in filler, by length and depth"
+    command = commands.add_parser("needle", help=help_, description=help_, allow_abbrev=False)
+    add_common(command)
+    command.add_argument("--lengths", default="1024,2048,4096,8192", help="tokens of a text, separated by commas")
+    command.add_argument("--depths", type=int, default=11, help="how many, evenly from the beginning to the end")
+    command.add_argument("--samples", type=int, default=16, help="texts of each length and depth")
+    command.add_argument("--needles", type=int, default=1, help="in each text; with several, each has a name")
+    command.add_argument("--key", default="letters", help=f"how texts are worded: {' or '.join(STYLES)}")
+    command.add_argument("--seed", type=int, default=0, help="of the texts")
+
+
+def needle(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Pass-key retrieval over depth and length."""
+    test = needle_test(args)
+    opened = open_model(args.checkpoint, overrides)
+    per_length = len(test.depths) * test.samples * test.needles
+    rows = {length: opened.rows(length, per_length, args.batch_size or 0) for length in test.lengths}
+    for length in test.lengths:
+        opened.check(length, rows[length])
+        rng = np.random.default_rng(0)
+        make_questions(test.style, opened.tokenizer, length=length, depth=0.5, needles=test.needles, rng=rng)
+    out = output_folder(args.checkpoint, args.out)
+    note_beyond(opened, max(test.lengths))
+    scorer = AnswerScorer(opened.config, opened.load(), mesh=opened.mesh, vocab_size=opened.tokenizer.vocab_size)
+    with progress_bar() as bar:
+        task = bar.add_task("questions", total=per_length * len(test.lengths))
+        scores = measure_needles(
+            test, opened.tokenizer, scorer.right, rows_of=rows.get, advance=lambda done: bar.advance(task, done)
+        )
+    title = f"{words_of(args, opened)}\nright answers of {scores.count}"
+    heat_map = HeatMap(title, test.lengths, test.depths, scores.answers)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(accuracy_table(heat_map))
+    draw_heat_maps(out / "needle.png", [heat_map])
+    results = dict(
+        kind="needle", key=args.key, needles=test.needles, samples=test.samples, seed=test.seed, count=scores.count
+    )
+    results |= dict(lengths=test.lengths, depths=test.depths)
+    results |= dict(accuracy=scores.answers.tolist(), token_accuracy=scores.tokens.tolist())
+    write_results(out / "needle.json", opened, results)
+    console.print(f"Written: {out / 'needle.png'}, {out / 'needle.json'}")
+
+
+def needle_test(args: argparse.Namespace) -> NeedleTest:
+    """What the flags ask for."""
+    if args.key not in STYLES:
+        raise ConfigError(f"key={shown(args.key)}: is not known; choose one of {', '.join(STYLES)}")
+    if not 0 < args.needles <= len(NAMES):
+        raise ConfigError(f"needles={args.needles}: must be 1 to {len(NAMES)}, which have names; give fewer")
+    if args.depths < 2:
+        raise ConfigError(f"depths={args.depths}: must be at least 2, beginning and end; give 2 or more")
+    if args.seed < 0:
+        raise ConfigError(f"seed={args.seed}: must not be negative; choose another")
+    require_positive(samples=args.samples, **({} if args.batch_size is None else {"batch_size": args.batch_size}))
+    return NeedleTest(
+        style=STYLES[args.key],
+        lengths=whole_numbers("lengths", args.lengths),
+        depths=tuple(np.linspace(0, 1, args.depths).tolist()),
+        samples=args.samples,
+        needles=args.needles,
+        seed=args.seed,
+    )
+
+
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Positive whole numbers that commas separate, each once, ascending."""
+    try:
+        numbers = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] <= 0:
+        raise ConfigError(f"{name}={shown(text)}: must be positive whole numbers; write --{name}=1024,4096")
+    return tuple(numbers)
+
+
+def words_of(args: argparse.Namespace, opened: Opened) -> str:
+    """What was measured."""
+    config, parts = opened.config, []
+    if config.attention.window:
+        parts.append(f"window {config.attention.window:,}")
+    if config.model.rope.scaling != "none":
+        parts.append(f"rope {config.model.rope.scaling} x{config.model.rope.factor:g}")
+    parts.append(f"trained at {opened.trained.config.seq_len:,}")
+    return f"{args.checkpoint}: {', '.join(parts)}"
+
+
+def note_beyond(opened: Opened, length: int) -> None:
+    """Say that texts are longer than those of training, if they are."""
+    trained = opened.trained.config
+    if length > trained.seq_len:
+        say(f"Note: up to {length:,} tokens, but the model was trained on sequences of {trained.seq_len:,}.")
+
+
+def progress_bar() -> Progress:
+    """On stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def say(line: str) -> None:
+    """Tell the person who waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(argv: list[str]) -> int:
+    """Run `main`; return the exit status, and say in a line on stderr why it is not 0."""
+    try:
+        main(argv)
+    except ConfigError as error:
+        say(f"evaluate.py: error: {error}")
+        return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
