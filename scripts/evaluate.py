@@ -3,13 +3,16 @@
   python scripts/evaluate.py needle --checkpoint=runs/retrieval --lengths=1024,2048,4096,8192
   python scripts/evaluate.py needle --checkpoint=runs/retrieval --config.attention.window=1024
   python scripts/evaluate.py needle --checkpoint=Llama-3.2-1B --key=digits --needles=4 --config.mesh.sp=4
+  python scripts/evaluate.py perplexity --checkpoint=runs/long --windows=1024,4096 --paths='books/*.txt'
 
-needle hides keys in filler, asks for them at the end, and draws the share of right answers by length and depth. The
-model is measured as it was trained but for --config.FIELD=VALUE, for FIELDs of mesh, attention and model.rope. Numbers
-go to the terminal and as JSON, with a picture, to --out. docs/retrieval.md says how it works.
+needle hides keys in filler, asks for them at the end, and draws the share of right answers by length and depth.
+perplexity measures the loss by position in the document, as the model is and cut to windows. The model is as it was
+trained but for --config.FIELD=VALUE, for FIELDs of mesh, attention and model.rope. Numbers go to the terminal and as
+JSON, with a picture, to --out. docs/retrieval.md says how it works.
 """
 
 import argparse
+import dataclasses
 import sys
 
 import numpy as np
@@ -17,18 +20,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ring_attention.checks import ConfigError, shown
+from ring_attention.data.sources import open_documents
 from ring_attention.evaluation.needle_accuracy import AnswerScorer, NeedleTest, measure_needles
 from ring_attention.evaluation.needle_report import HeatMap, accuracy_table, draw_heat_maps
 from ring_attention.evaluation.needles import NAMES, STYLES
 from ring_attention.evaluation.opened import Opened, open_model, output_folder, require_positive, write_results
+from ring_attention.evaluation.position_loss import LossReader, bin_edges, long_documents, measure_position_loss
+from ring_attention.evaluation.position_report import AS_IT_IS, draw_position_loss, position_table, position_values
 from ring_attention.evaluation.questions import make_questions
+from ring_attention.training.corpus import Corpus
 from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTAKE
 
 
 def main(argv: list[str]) -> None:
     """Read the flags, measure, show."""
     args, overrides = parse(argv)
-    {"needle": needle}[args.command](args, overrides)
+    require_positive(**({} if args.batch_size is None else {"batch_size": args.batch_size}))
+    {"needle": needle, "perplexity": perplexity}[args.command](args, overrides)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -37,6 +45,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_needle(commands)
+    add_perplexity(commands)
     return parser.parse_known_args(argv)
 
 
@@ -58,6 +67,17 @@ def add_needle(commands) -> None:
     command.add_argument("--needles", type=int, default=1, help="in each text; with several, each has a name")
     command.add_argument("--key", default="letters", help=f"how texts are worded: {' or '.join(STYLES)}")
     command.add_argument("--seed", type=int, default=0, help="of the texts")
+
+
+def add_perplexity(commands) -> None:
+    """The flags of `perplexity`."""
+    help_ = "loss by position in the document, as the model is and cut to windows"
+    command = commands.add_parser("perplexity", help=help_, description=help_, allow_abbrev=False)
+    add_common(command)
+    command.add_argument("--windows", default="1024", help="tokens that are seen, separated by commas; none if empty")
+    command.add_argument("--length", type=int, help="tokens of a document that are read; by default as in training")
+    command.add_argument("--documents", type=int, default=32, help="the most that are read")
+    command.add_argument("--paths", help="globs of documents; by default those that the run held out")
 
 
 def needle(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -102,7 +122,7 @@ def needle_test(args: argparse.Namespace) -> NeedleTest:
         raise ConfigError(f"depths={args.depths}: must be at least 2, beginning and end; give 2 or more")
     if args.seed < 0:
         raise ConfigError(f"seed={args.seed}: must not be negative; choose another")
-    require_positive(samples=args.samples, **({} if args.batch_size is None else {"batch_size": args.batch_size}))
+    require_positive(samples=args.samples)
     return NeedleTest(
         style=STYLES[args.key],
         lengths=whole_numbers("lengths", args.lengths),
@@ -122,6 +142,57 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
     if not numbers or numbers[0] <= 0:
         raise ConfigError(f"{name}={shown(text)}: must be positive whole numbers; write --{name}=1024,4096")
     return tuple(numbers)
+
+
+def perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Loss by position in the document."""
+    windows = whole_numbers("windows", args.windows) if args.windows else ()
+    require_positive(documents=args.documents, **({} if args.length is None else {"length": args.length}))
+    opened = open_model(args.checkpoint, overrides)
+    length = args.length or opened.config.seq_len
+    for window in windows:
+        if window >= length:
+            raise ConfigError(
+                f"windows={window}: shows all of length={length}; use a smaller one, or a longer --length"
+            )
+    attentions = {as_it_is(opened): opened.config.attention}
+    attentions |= {f"window {w:,}": dataclasses.replace(opened.config.attention, window=w) for w in windows}
+    documents = read_documents(args, opened, length)
+    rows = opened.rows(length, len(documents), args.batch_size or 0)
+    for attention in attentions.values():
+        opened.check(length, rows, attention)
+    out = output_folder(args.checkpoint, args.out)
+    note_beyond(opened, length)
+    params, losses = opened.load(), {}
+    with progress_bar() as bar:
+        task = bar.add_task("documents", total=len(documents) * len(attentions))
+        for name, attention in attentions.items():
+            reader = LossReader(opened.config, attention, params, opened.mesh)
+            settings = dict(rows=rows, advance=lambda done: bar.advance(task, done))
+            losses[name] = measure_position_loss(reader.losses, documents, opened.tokenizer, **settings)
+    title, edges = f"{words_of(args, opened)}\n{len(documents)} documents of {length:,} tokens", bin_edges(length)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(position_table(title, edges, losses))
+    draw_position_loss(out / "perplexity.png", title, edges, losses)
+    results = dict(kind="perplexity", length=length, windows=windows, paths=args.paths or "held out")
+    write_results(out / "perplexity.json", opened, results | position_values(edges, losses))
+    console.print(f"Written: {out / 'perplexity.png'}, {out / 'perplexity.json'}")
+
+
+def as_it_is(opened: Opened) -> str:
+    """What the model is called without another window."""
+    window = opened.config.attention.window
+    return f"{AS_IT_IS} (window {window:,})" if window else AS_IT_IS
+
+
+def read_documents(args: argparse.Namespace, opened: Opened, length: int) -> np.ndarray:
+    """int32 [documents, length+1]."""
+    data = opened.config.data
+    if args.paths is None:
+        source = Corpus.open(data).held_out
+    else:
+        source = open_documents(dataclasses.replace(data, paths=args.paths))
+    return long_documents(source, opened.tokenizer, length=length, most=args.documents)
 
 
 def words_of(args: argparse.Namespace, opened: Opened) -> str:

@@ -157,5 +157,12 @@ def training_document(style: Style, length: int, rng: np.random.Generator, *, ne
     asked = hidden[rng.integers(needles)]
     question = style.ask(asked) + style.answer_of(asked) + style.end
     room = length - len(question) - sum(len(style.state(needle)) for needle in hidden)
-    require(room >= 0, f"length={length} holds no text of {needles} needles; use at least {length - room}")
+    require(room >= 0, f"length={length} holds no text of needles={needles}; use at least {length - room}")
     return hide(style, hidden, rng.random(needles), draw_filler(style, room, rng), room) + question
+
+
+def shortest_text(style: Style, needles: int) -> int:
+    """Characters of a training document without filler."""
+    hidden = draw_needles(style, needles, np.random.default_rng(0))
+    question = style.ask(hidden[0]) + style.answer_of(hidden[0]) + style.end
+    return len(question) + sum(len(style.state(needle)) for needle in hidden)

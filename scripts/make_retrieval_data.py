@@ -1,0 +1,86 @@
+"""Write documents that teach a model to retrieve: filler with hidden needles, and a question about one at the end.
+
+  python scripts/make_retrieval_data.py --out=near.jsonl --shortest=20 --longest=64 --documents=200000 --seed=1
+  python scripts/make_retrieval_data.py --out=far.jsonl --shortest=20 --longest=8192 --documents=20000 --seed=2
+  python train.py --config=configs/NAME.py --config.data.paths=near.jsonl ...
+  python train.py --config=configs/NAME.py --config.data.paths=far.jsonl --config.init_from=runs/near ...
+
+One JSON object with the field "text" a line. Lengths, in characters, have a density proportional to length**-1.4, and
+needles lie at uniformly random depths. A small model learns to look back from short documents, packed many to a row,
+and then carries that to long ones; from long ones alone it learns nothing: their answers are too few among the filler.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ring_attention.checks import ConfigError, shown
+from ring_attention.evaluation.needles import STYLES, draw_length, shortest_text, training_document
+from ring_attention.evaluation.opened import require_positive
+from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTAKE
+
+
+def main(argv: list[str]) -> None:
+    """Check the flags, write the file."""
+    args = parse(argv)
+    style, rng = STYLES[args.key], np.random.default_rng(args.seed)
+    characters = 0
+    try:
+        with args.out.open("w") as file:
+            for _ in range(args.documents):
+                length = draw_length(args.shortest, args.longest, rng)
+                text = training_document(style, length, rng, needles=args.needles)
+                file.write(json.dumps({"text": text}) + "\n")
+                characters += len(text)
+    except OSError as error:
+        raise ConfigError(f"out={shown(str(args.out))}: cannot be written ({error.strerror}); name another") from error
+    print(
+        f"Written: {args.out}, {args.documents:,} documents, {characters / args.documents:,.0f} characters on average"
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write, .jsonl")
+    parser.add_argument("--shortest", type=int, default=20, help="characters of a document")
+    parser.add_argument("--longest", type=int, default=8192, help="characters of a document")
+    parser.add_argument("--documents", type=int, required=True, help="how many")
+    parser.add_argument("--needles", type=int, default=1, help="in each; with several, each has a name")
+    parser.add_argument("--key", default="letters", help=f"how texts are worded: {' or '.join(STYLES)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the documents")
+    args = parser.parse_args(argv)
+    require_positive(documents=args.documents)
+    if args.key not in STYLES:
+        raise ConfigError(f"key={shown(args.key)}: is not known; choose one of {', '.join(STYLES)}")
+    if args.seed < 0:
+        raise ConfigError(f"seed={args.seed}: must not be negative; choose another")
+    try:
+        least = shortest_text(STYLES[args.key], args.needles)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if args.shortest < least:
+        raise ConfigError(f"shortest={args.shortest}: needles and question take {least} characters; use at least that")
+    if args.longest < args.shortest:
+        raise ConfigError(f"longest={args.longest}: is less than shortest={args.shortest}; give more")
+    return args
+
+
+def run(argv: list[str]) -> int:
+    """Run `main`; return the exit status, and say in a line on stderr why it is not 0."""
+    try:
+        main(argv)
+    except ConfigError as error:
+        print(f"make_retrieval_data.py: error: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
