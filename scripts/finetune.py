@@ -38,6 +38,10 @@ MOST_TOKENS = 8192
 """Of a sequence, where none is asked for: what a laptop holds."""
 
 
+ALONE = ProcessFlags(coordinator_address="127.0.0.1:1", num_processes=1, process_id=0)
+"""One process trains and exports, also inside a cluster's job."""
+
+
 def main(argv: list[str]) -> None:
     """Check everything, train, export."""
     args, flags = parse(argv)
@@ -50,7 +54,7 @@ def main(argv: list[str]) -> None:
     require_field(config.init_from == str(args.folder), "init_from", config.init_from, need, remedy)
     require_new(args.out, "--out")
     export_config(config, source.values)
-    run_training(config, ProcessFlags())
+    run_training(config, ALONE)
     trained = open_trained(str(folder_of(config).path))
     with tensor_progress("Writing", exported_bytes(trained)) as progress:
         export_hf(trained, args.out, open_mesh(config.mesh), progress)
