@@ -72,8 +72,10 @@ class Trained:
     @property
     def kept(self) -> Kept | None:
         """What is kept of the Hugging Face checkpoint that an import, or a run that began with one, came from."""
+        if self.source is not None:
+            return None
         folder = self.checkpoint.parents[1] / FOLDER
-        return None if self.source or not folder.is_dir() else open_kept(folder)
+        return open_kept(folder) if folder.is_dir() else None
 
     @property
     def model(self) -> ModelConfig:

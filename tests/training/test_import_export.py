@@ -74,6 +74,12 @@ def test_a_hugging_face_folder_is_opened_as_it_is(folders):
     jax.tree.map(np.testing.assert_array_equal, direct.load(mesh, "bfloat16"), imported.load(mesh, "bfloat16"))
 
 
+def test_a_folder_beside_the_caller_keeps_nothing(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    assert open_trained("hf").kept is None  # and does not look above it
+    assert open_trained("imported").kept is not None
+
+
 def test_an_import_that_was_moved_finds_its_tokenizer(folders, tmp_path):
     shutil.copytree(folders / "imported", tmp_path / "moved")
     config = tmp_path / "moved" / "config.json"
