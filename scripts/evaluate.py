@@ -3,6 +3,7 @@
   python scripts/evaluate.py needle --checkpoint=runs/retrieval --lengths=1024,2048,4096,8192
   python scripts/evaluate.py needle --checkpoint=runs/retrieval --config.attention.window=1024
   python scripts/evaluate.py needle --checkpoint=Llama-3.2-1B --key=digits --needles=4 --config.mesh.sp=4
+  python scripts/evaluate.py heat-maps runs/evaluation/whole/needle.json runs/evaluation/cut/needle.json --out=both.png
   python scripts/evaluate.py perplexity --checkpoint=runs/long --windows=1024,4096 --paths='books/*.txt'
 
 needle hides keys in filler, asks for them at the end, and draws the share of right answers by length and depth.
@@ -14,15 +15,16 @@ JSON, with a picture, to --out. docs/retrieval.md says how it works.
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ring_attention.checks import ConfigError, shown
+from ring_attention.checks import ConfigError, printable, shown
 from ring_attention.data.sources import open_documents
 from ring_attention.evaluation.needle_accuracy import AnswerScorer, NeedleTest, measure_needles
-from ring_attention.evaluation.needle_report import HeatMap, accuracy_table, draw_heat_maps
+from ring_attention.evaluation.needle_report import HeatMap, accuracy_table, draw_heat_maps, read_heat_map
 from ring_attention.evaluation.needles import NAMES, STYLES
 from ring_attention.evaluation.opened import Opened, open_model, output_folder, require_positive, write_results
 from ring_attention.evaluation.position_loss import LossReader, bin_edges, long_documents, measure_position_loss
@@ -35,6 +37,9 @@ from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTA
 def main(argv: list[str]) -> None:
     """Read the flags, measure, show."""
     args, overrides = parse(argv)
+    if args.command == "heat-maps":
+        heat_maps(args)
+        return
     require_positive(**({} if args.batch_size is None else {"batch_size": args.batch_size}))
     {"needle": needle, "perplexity": perplexity}[args.command](args, overrides)
 
@@ -46,7 +51,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_needle(commands)
     add_perplexity(commands)
-    return parser.parse_known_args(argv)
+    help_ = "draw what `needle` measured side by side"
+    command = commands.add_parser("heat-maps", help=help_, description=help_, allow_abbrev=False)
+    command.add_argument("files", nargs="+", type=Path, help="needle.json of each")
+    command.add_argument("--titles", nargs="+", help="one for each; by default what was measured")
+    command.add_argument("--out", type=Path, required=True, help="PNG to write")
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "heat-maps" and rest:
+        raise ConfigError(f"{printable(rest[0])}: there is no such flag; see evaluate.py heat-maps --help")
+    return args, rest
 
 
 def add_common(command: argparse.ArgumentParser) -> None:
@@ -106,7 +119,7 @@ def needle(args: argparse.Namespace, overrides: list[str]) -> None:
     results = dict(
         kind="needle", key=args.key, needles=test.needles, samples=test.samples, seed=test.seed, count=scores.count
     )
-    results |= dict(lengths=test.lengths, depths=test.depths)
+    results |= dict(title=title, lengths=test.lengths, depths=test.depths)
     results |= dict(accuracy=scores.answers.tolist(), token_accuracy=scores.tokens.tolist())
     write_results(out / "needle.json", opened, results)
     console.print(f"Written: {out / 'needle.png'}, {out / 'needle.json'}")
@@ -177,6 +190,20 @@ def perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
     results = dict(kind="perplexity", length=length, windows=windows, paths=args.paths or "held out")
     write_results(out / "perplexity.json", opened, results | position_values(edges, losses))
     console.print(f"Written: {out / 'perplexity.png'}, {out / 'perplexity.json'}")
+
+
+def heat_maps(args: argparse.Namespace) -> None:
+    """What was measured before, side by side."""
+    panels = [read_heat_map(path) for path in args.files]
+    titles = args.titles or [panel.title for panel in panels]
+    if len(titles) != len(panels):
+        raise ConfigError(f"titles: got {len(titles)} for {len(panels)} files; give one for each")
+    panels = [panel._replace(title=title) for panel, title in zip(panels, titles, strict=True)]
+    try:
+        draw_heat_maps(args.out, panels)
+    except (OSError, ValueError) as error:  # matplotlib's, of a format that it does not know
+        raise ConfigError(f"out={shown(str(args.out))}: cannot be written ({error}); name a .png file") from error
+    print(f"Written: {args.out}")
 
 
 def as_it_is(opened: Opened) -> str:

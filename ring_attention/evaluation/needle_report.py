@@ -1,5 +1,6 @@
 """Retrieval as a table on the terminal and as heat maps, depth x length."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
+
+from ring_attention.checks import ConfigError, one_line, printable
 
 COLOURS = "RdYlBu"  # told apart by those who do not see red and green
 
@@ -56,6 +59,22 @@ def draw_heat_maps(path: Path, heat_maps: Sequence[HeatMap]) -> None:
     bar = figure.colorbar(image, ax=list(panels), label="right answers", ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels([f"{share:.0%}" for share in (0, 0.25, 0.5, 0.75, 1)])
     figure.savefig(path)
+
+
+def read_heat_map(path: Path) -> HeatMap:
+    """What scripts/evaluate.py needle wrote as JSON; ConfigError if it is no such file."""
+    try:
+        values = json.loads(path.read_text())
+        accuracy = np.array(values["accuracy"], np.float64)
+        heat_map = HeatMap(str(values["title"]), values["lengths"], values["depths"], accuracy)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = one_line(error)
+        raise ConfigError(
+            f"{printable(str(path))}: is no needle.json of evaluate.py needle ({reason}); check it"
+        ) from error
+    if accuracy.shape != (len(heat_map.depths), len(heat_map.lengths)):
+        raise ConfigError(f"{printable(str(path))}: accuracy has shape {accuracy.shape}; measure again")
+    return heat_map
 
 
 def _draw(axes: Axes, heat_map: HeatMap):

@@ -16,12 +16,11 @@ COLOURS = ("#333333", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e")
 
 
 def position_table(title: str, edges: np.ndarray, losses: Mapping[str, PositionLoss]) -> Table:
-    """Of each bin, nats per token and bits per byte, and what each other one costs more than the first."""
+    """Of each bin, nats per token and bits per byte, and how many more nats each other one costs than the first."""
     first, *others = losses.values()
-    head = ["positions", "nats per token", "bits per byte"]
-    table = Table(*head, *(f"{name}: more nats" for name in list(losses)[1:]), title=title)
+    table = Table("positions", "nats/token", "bits/byte", *list(losses)[1:], title=title)
     for column in table.columns:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     columns = [_plus_minus(first.mean(), first.error()), [f"{bits:.3f}" for bits in first.bits_per_byte()]]
     columns += [_plus_minus(*other.more_than(first), sign="+") for other in others]
     for row, cells in enumerate(zip(*columns, strict=True)):
