@@ -10,6 +10,7 @@ to stdout, all else to stderr. docs/generation.md says how it works.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, printable, require_field, shown
 from ring_attention.data.tokenizers import Tokenizer, load_tokenizer
+from ring_attention.inference.ends import end_tokens
 from ring_attention.inference.generator import Generator
 from ring_attention.inference.sampling import Sampling
 from ring_attention.inference.text import TextStream
@@ -47,17 +49,19 @@ def main(argv: list[str]) -> None:
     """Read the prompts and the model, continue, print."""
     args = parse(argv)
     texts = read_prompts(args)
-    trained = open_trained(args.checkpoint)
+    trained = open_model(args)
     tokenizer = load_tokenizer(args.tokenizer or trained.config.data.tokenizer)
-    prompts = [Prompt(name, encode(text, tokenizer, name)) for name, text in texts]
+    start = [] if args.no_document_start else [tokenizer.document_start]
+    prompts = [Prompt(name, encode(text, tokenizer, start, name)) for name, text in texts]
     longest = max(prompt.tokens.size for prompt in prompts)
     capacity = longest + args.max_new_tokens if args.capacity is None else args.capacity
     writer = open_generator(args, trained, tokenizer, capacity)
     if capacity > trained.config.seq_len:
         say(f"Note: up to {capacity:,} tokens, but the model was trained on sequences of {trained.config.seq_len:,}.")
+    ends = end_tokens(trained, tokenizer)
     rows = args.batch_size if is_file_of_many(args) else 1
     for first in range(0, len(prompts), rows):
-        continue_prompts(writer, tokenizer, prompts[first : first + rows], args, seed=args.seed + first)
+        continue_prompts(writer, tokenizer, prompts[first : first + rows], args, ends, seed=args.seed + first)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -72,7 +76,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     def flag(name: str, **settings) -> None:
         parser.add_argument(f"--{name}", *([f"--{name.replace('_', '-')}"] if "_" in name else []), **settings)
 
-    flag("checkpoint", required=True, help="folder of a run or of one of its checkpoints")
+    flag(
+        "checkpoint", required=True, help="folder of a run, of one of its checkpoints, or of a Hugging Face checkpoint"
+    )
     flag("prompt", help="the text to continue")
     flag("prompt_file", help="a file that holds it (one line break at its end is left out), or .jsonl, one a line")
     flag("max_new_tokens", type=int, default=256, help="of each continuation")
@@ -84,6 +90,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("capacity", type=int, help="tokens that the cache has room for; by default what is needed")
     flag("batch_size", type=int, default=8, help="prompts of a .jsonl file that are continued together")
     flag("tokenizer", help="path of tokenizer.json, where it is not where the run found it")
+    flag("no_document_start", action="store_true", help="do not open prompts with the token that opens documents")
+    flag("dtype", choices=("float32", "bfloat16"), help="of weights, cache and products; by default the run's")
     flag("dp", type=int, default=1, help="devices that share the prompts")
     flag("sp", type=int, help="devices of the ring; by default all accelerators, or one CPU device")
     flag("tp", type=int, default=1, help="devices that share the heads")
@@ -137,15 +145,24 @@ def prompt_of(where: str, line: str) -> str:
     return value
 
 
-def encode(text: str, tokenizer: Tokenizer, where: str) -> np.ndarray:
-    """Tokens of a prompt, opened as every document is in training."""
+def encode(text: str, tokenizer: Tokenizer, start: list[int], where: str) -> np.ndarray:
+    """Tokens of a prompt, opened by `start`."""
     if not text:
         raise ConfigError(f"{where}: is empty; write at least a character")
     try:
         data = text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{where}: is not UTF-8 at character {error.start}; write it in UTF-8") from error
-    return np.concatenate([[tokenizer.document_start], tokenizer.encode(data)]).astype(np.int32)
+    return np.concatenate([start, tokenizer.encode(data)]).astype(np.int32)
+
+
+def open_model(args: argparse.Namespace) -> Trained:
+    """The trained model, to be computed in the dtype that was asked for."""
+    trained = open_trained(args.checkpoint)
+    if args.dtype is None:
+        return trained
+    model = dataclasses.replace(trained.config.model, compute_dtype=args.dtype)
+    return dataclasses.replace(trained, config=dataclasses.replace(trained.config, model=model))
 
 
 def open_generator(args: argparse.Namespace, trained: Trained, tokenizer: Tokenizer, capacity: int) -> Generator:
@@ -156,7 +173,7 @@ def open_generator(args: argparse.Namespace, trained: Trained, tokenizer: Tokeni
             raise ConfigError(f"strategy={shown(args.strategy)}: is not known; choose one of {', '.join(EXACT)}")
         same = args.strategy == attention.strategy
         options = {} if same else dict.fromkeys(STRATEGY_OPTIONS, 0) | {"duplex": False}
-        attention = type(attention)(**vars(attention) | options | {"strategy": args.strategy})
+        attention = dataclasses.replace(attention, strategy=args.strategy, **options)
     try:
         mesh = open_mesh(args)
         sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
@@ -178,12 +195,17 @@ def open_mesh(args: argparse.Namespace) -> Mesh:
 
 
 def continue_prompts(
-    writer: Generator, tokenizer: Tokenizer, prompts: list[Prompt], args: argparse.Namespace, seed: int
+    writer: Generator,
+    tokenizer: Tokenizer,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    ends: list[int],
+    seed: int,
 ) -> None:
     """Print the continuation of a prompt as it comes, those of several when all have ended; then the figures."""
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop]
     streams = [TextStream(tokenizer, prompt.tokens, stops) for prompt in prompts]
-    settings = dict(max_new_tokens=args.max_new_tokens, stop=[tokenizer.document_start], seeds=seed)
+    settings = dict(max_new_tokens=args.max_new_tokens, stop=ends, seeds=seed)
     try:
         steps = writer.generate([prompt.tokens for prompt in prompts], **settings)
     except ValueError as error:
