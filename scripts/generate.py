@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     texts = read_prompts(args)
     trained = open_model(args)
     tokenizer = load_tokenizer(args.tokenizer or trained.config.data.tokenizer)
+    ends = end_tokens(trained, tokenizer)
     start = [] if args.no_document_start else [tokenizer.document_start]
     prompts = [Prompt(name, encode(text, tokenizer, start, name)) for name, text in texts]
     longest = max(prompt.tokens.size for prompt in prompts)
@@ -58,7 +59,6 @@ def main(argv: list[str]) -> None:
     writer = open_generator(args, trained, tokenizer, capacity)
     if capacity > trained.config.seq_len:
         say(f"Note: up to {capacity:,} tokens, but the model was trained on sequences of {trained.config.seq_len:,}.")
-    ends = end_tokens(trained, tokenizer)
     rows = args.batch_size if is_file_of_many(args) else 1
     for first in range(0, len(prompts), rows):
         continue_prompts(writer, tokenizer, prompts[first : first + rows], args, ends, seed=args.seed + first)

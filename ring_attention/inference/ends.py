@@ -22,10 +22,10 @@ def end_tokens(trained: Trained, tokenizer: Tokenizer) -> list[int]:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{printable(str(path))}: is no JSON; copy it again") from error
-        named = values.get("eos_token_id") if isinstance(values, dict) else None
-        named = named if isinstance(named, list) else [] if named is None else [named]
+        given = values.get("eos_token_id") if isinstance(values, dict) else None
+        named = given if isinstance(given, list) else [] if given is None else [given]
         if not all(is_whole(token, 0) for token in named):
-            raise ConfigError(f"{printable(str(path))}: eos_token_id={shown(named)}: need ids of tokens; mend the file")
+            raise ConfigError(f"{printable(str(path))}: eos_token_id={shown(given)}: need ids of tokens; mend the file")
         found |= set(named)
     return sorted(found)
 

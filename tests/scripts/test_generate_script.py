@@ -10,13 +10,18 @@ from pathlib import Path
 
 import jax
 import pytest
+from hf_folders import QWEN3, write_folder
 
 import ring_attention as ra
+from ring_attention.data.tokenizers import load_tokenizer
+from ring_attention.inference.ends import end_tokens
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import AttentionConfig, TrainConfig
+from ring_attention.training.exported import write_tokenizer
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.step import make_state
+from ring_attention.training.trained import open_trained
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
@@ -28,6 +33,7 @@ FIGURES = re.compile(
 
 @pytest.fixture(scope="module")
 def script():
+    assert jax.device_count() == 8  # they have started, so that the script cannot choose another number
     spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "scripts" / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -93,6 +99,25 @@ def test_text_ends_before_a_stop(generate):
     _, cut, err = generate("--prompt=def main(", "--max_new_tokens=40", f"--stop={stop}")
     assert cut == out[: out.index(stop)] + "\n"
     assert int(FIGURES.search(err)["new"]) < 40
+
+
+def test_a_hugging_face_checkpoint_ends_where_its_files_say_and_may_be_computed_in_half_precision(
+    script, tmp_path, capsys
+):
+    write_folder(tmp_path / "hf", QWEN3 | dict(vocab_size=264))
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    config = TrainConfig(name="x", model=MODEL, seq_len=64, num_steps=200)
+    write_tokenizer(config, tmp_path / "hf")
+    trained = open_trained(str(tmp_path / "hf"))
+    assert {7, 9} < set(end_tokens(trained, load_tokenizer(trained.config.data.tokenizer)))
+    flags = [f"--checkpoint={tmp_path}/hf", "--prompt=abc", "--max_new_tokens=5", "--no_document_start"]
+    for dtype in ("float32", "bfloat16"):
+        assert script.run([*flags, f"--dtype={dtype}", "--capacity=1024"]) == 0
+    mib = [float(found["mib"]) for found in FIGURES.finditer(capsys.readouterr().err)]
+    assert mib == [0.6, 0.3], "3 layers, K and V, 2 heads of 12 numbers of 4 and 2 bytes, 1,024 tokens"
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    assert script.run(flags) == 2
+    assert "eos_token_id='</s>': need ids of tokens" in capsys.readouterr().err
 
 
 def test_a_cache_of_more_than_the_run_had_is_noted(generate):
