@@ -125,12 +125,17 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass():
     assert wrong(MODEL, WINDOW, rows) > NEW / 2, "the control: another attention"
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
+@pytest.mark.parametrize(
+    "name", ["8", "dp2_sp2_tp2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("2", "sp4_tp2"))]
+)
 def test_so_they_are_on_any_mesh(name):
     assert generated(MODEL, ATTENTION, MESHES[name]) == on_one_device()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    ["window", "qwen", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n not in ("window", "qwen"))],
+)
 def test_so_they_are_for_other_models(name):
     model, attention = VARIANTS[name]
     rows = generated(model, attention, MESHES["2"])
@@ -143,7 +148,7 @@ def test_so_they_are_for_other_models(name):
     "strategy",
     [
         "all_gather",
-        "ulysses",
+        pytest.param("ulysses", marks=pytest.mark.slow),
         pytest.param("usp", marks=pytest.mark.slow),
         pytest.param("ring_self_attention", marks=pytest.mark.slow),
     ],
@@ -153,6 +158,7 @@ def test_so_they_are_whatever_strategy_reads_the_prompts(strategy):
     assert generated(MODEL, attention, MESHES["2"], new=3) == [row[:3] for row in on_one_device()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["single_device", "sliding_window"])
 def test_so_they_are_by_strategies_of_one_device(strategy):
     window = 0 if strategy == "single_device" else CAPACITY
@@ -160,6 +166,7 @@ def test_so_they_are_by_strategies_of_one_device(strategy):
     assert generated(MODEL, attention, MESHES["1"], new=3) == [row[:3] for row in on_one_device()]
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_tokens_are_nearly_always_the_likeliest():
     model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
     rows = generated(model, ATTENTION, MESHES["2"])
