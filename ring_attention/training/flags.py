@@ -35,6 +35,7 @@ from ring_attention.training.config_values import (
 )
 from ring_attention.training.processes import ProcessFlags
 
+_LONGEST_NAME = 200
 _PROGRAM = "train.py"  # absl takes the first argument for the program's name
 
 
@@ -154,7 +155,9 @@ def _override_texts(argv: list[str]) -> dict[str, str]:
 def _parse(values: flags.FlagValues, argv: list[str], *, known_only: bool = False) -> list[str]:
     """Parse `argv` into `values` and return the words it leaves; absl's errors become ConfigError."""
     for arg in argv:  # absl's own flags would bring in, or hide, flags that are not on the command line
-        if arg.startswith("-") and _flag_name(arg) in ("flagfile", "undefok"):
+        name = _flag_name(arg)
+        too_long = len(name) > _LONGEST_NAME  # absl looks for one that is like it, a call for each letter
+        if arg.startswith("-") and (name in ("flagfile", "undefok") or too_long):
             raise _unknown_flag(arg)
     try:
         return values([_PROGRAM, *argv], known_only=known_only)[1:]

@@ -90,6 +90,7 @@ BAD = [
     (["--configs=configs/tiny.py"], ["--configs=configs/tiny.py", "no such flag", "did you mean --config?"]),
     (["--noconfig.seed"], ["--noconfig.seed", "no such flag", "--config.FIELD=VALUE"]),
     (["--undefok=x", "--x=1"], ["--undefok=x", "no such flag", "--config.FIELD=VALUE"]),
+    (["--" + "a" * 1500], ["there is no such flag", "--config.FIELD=VALUE"]),
     (["--flagfile=f"], ["--flagfile=f", "no such flag", "--config.FIELD=VALUE"]),
     (["--config.num_steps"], ["--config.num_steps", "Missing value", "--config.FIELD=VALUE"]),
     (["--config"], ["--config", "Missing value", "--config=PATH"]),
