@@ -175,8 +175,9 @@ def _flag_name(arg: str) -> str:
 
 def _unknown_flag(arg: str) -> ConfigError:
     hint = did_you_mean(_flag_name(arg), ["--config", *(f"--config.{field}" for field in field_kinds())])
+    start = arg if len(arg) <= _LONGEST_NAME else f"{arg[:_LONGEST_NAME]}..."
     return ConfigError(
-        f"{printable(arg)}: there is no such flag; {hint}write --config=PATH or --config.FIELD=VALUE, or see --help"
+        f"{printable(start)}: there is no such flag; {hint}write --config=PATH or --config.FIELD=VALUE, or see --help"
     )
 
 
