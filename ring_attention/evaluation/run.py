@@ -11,6 +11,7 @@ from ring_attention.training.devices import open_mesh
 from ring_attention.training.feasible import check_feasible, check_vocabulary
 from ring_attention.training.feed import Feed
 from ring_attention.training.heldout import HeldOut
+from ring_attention.training.host_memory import keep_freed_memory, return_freed_memory
 from ring_attention.training.initial import describe_initial, find_initial, has_begun
 from ring_attention.training.loop import train
 from ring_attention.training.processes import ProcessFlags, compile_anew_where_needed, is_first, join_processes
@@ -21,10 +22,13 @@ from ring_attention.training.trained import Trained
 
 def run_training(config: TrainConfig, process_flags: ProcessFlags) -> None:
     """Join the other processes, check everything, train, report; what can go wrong is in `train` and the checks."""
+    keep_freed_memory()
     num_processes = join_processes(process_flags)
     with Peers() as peers:
         mesh = open_mesh(config.mesh, num_processes)
         compile_anew_where_needed(mesh)
+        if mesh.devices.flat[0].platform != "cpu":
+            return_freed_memory()
         first = is_first()
         say = print if first else lambda line: None
         check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
