@@ -9,13 +9,17 @@ from jax import lax
 from ring_attention.checks import is_whole, require, require_array, shown
 
 
-def blockwise_feedforward(fn: Callable[[jax.Array], jax.Array], x: jax.Array, *, chunk_size: int) -> jax.Array:
+def blockwise_feedforward(
+    fn: Callable[[jax.Array], jax.Array], x: jax.Array, *, chunk_size: int, keep_products: bool = False
+) -> jax.Array:
     """Apply a token-wise `fn` to `x` in chunks (Liu & Abbeel 2023, Blockwise Parallel Transformer).
 
     Args:
       fn: maps [..., c, M] to [..., c, N], each token by itself. It runs again in the backward pass, chunk by chunk.
       x: [..., T, M]. The token axis must not be sharded: inside a `shard_map` it is this device's slice.
       chunk_size: tokens of a chunk, positive. Where it does not divide T, the last chunk is shorter.
+      keep_products: keep what products of matrices give for the backward pass, which then need not run again: faster,
+        but of all tokens at once.
 
     Returns:
       [..., T, N], equal to fn(x).
@@ -30,18 +34,19 @@ def blockwise_feedforward(fn: Callable[[jax.Array], jax.Array], x: jax.Array, *,
     require(
         x.ndim >= 2, f"x has shape {x.shape}, need [..., tokens, features]; give it an axis of tokens before the last"
     )
-    return map_chunks(fn, x, axis=x.ndim - 2, chunk_size=chunk_size)
+    return map_chunks(fn, x, axis=x.ndim - 2, chunk_size=chunk_size, keep_products=keep_products)
 
 
-def map_chunks(fn: Callable, tree, *, axis: int, chunk_size: int):
+def map_chunks(fn: Callable, tree, *, axis: int, chunk_size: int, keep_products: bool = False):
     """`fn(tree)` for a token-wise `fn` of arrays that all have the tokens on `axis`, a chunk at a time.
 
-    `fn` is rematerialised: the backward pass keeps `tree` and runs `fn` again for one chunk after the other.
+    `fn` is rematerialised: the backward pass keeps `tree` and runs `fn` again for one chunk after the other, all of it
+    or, with `keep_products`, what stands between its products of matrices.
     """
     tokens = jax.tree.leaves(tree)[0].shape[axis]
     whole = is_whole(chunk_size, 1)
     require(whole, f"chunk_size={shown(chunk_size)} must be positive and whole; use {tokens} for a single chunk")
-    fn = jax.checkpoint(fn)
+    fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_saveable if keep_products else None)
     count, rest = divmod(tokens, chunk_size)
     if count + (rest > 0) <= 1:
         return fn(tree)

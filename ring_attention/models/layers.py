@@ -26,11 +26,12 @@ class RMSNorm(nnx.Module):
         self.epsilon = config.norm_epsilon
         self.scale = Weight(jnp.ones(size or config.model_dim, jnp.float32), axes=("norm",))
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Scale to a root mean square of 1 and by the learned scale, in the dtype of x."""
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.float32).reshape(-1, x.shape[-1])  # as in `einsum_of_rows`
         y *= lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * self.scale.gathered(jnp.float32)).astype(x.dtype)
+        return (y * self.scale.gathered(jnp.float32)).astype(x.dtype).reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -53,6 +54,7 @@ class Attention(nnx.Module):
         if self.normed:
             self.query_norm, self.key_norm = RMSNorm(config, D), RMSNorm(config, D)
 
+    @jax.named_scope("projections")
     def __call__(self, x_btM: jax.Array, rotary, segment_ids: jax.Array | None, attend: Attend) -> jax.Array:
         """What attention adds to the residual stream, [b,t,M]; `rotary` holds the tables of this device's positions."""
 
@@ -94,11 +96,12 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         M, F = config.model_dim, config.ffn_dim
-        self.chunk = config.ffn_chunk
+        self.chunk, self.keep_products = config.ffn_chunk, config.remat == "none"
         self.gate = normal_weight(rngs, ("model", "ffn"), (M, F), M)
         self.up = normal_weight(rngs, ("model", "ffn"), (M, F), M)
         self.down = normal_weight(rngs, ("ffn", "model"), (F, M), F * 2 * config.num_layers)
 
+    @jax.named_scope("feedforward")
     def __call__(self, x_btM: jax.Array, products: Products = GATHERED) -> jax.Array:
         """What the feed-forward adds to the residual stream, [b,t,M]."""
         gate, up, down = (products.ready(weight, x_btM.dtype) for weight in (self.gate, self.up, self.down))
@@ -107,7 +110,7 @@ class FeedForward(nnx.Module):
             gated_bcF, up_bcF = products.contract("bcm,mf->bcf", x_bcM, gate, up)
             return products.produce("bcf,fm->bcm", jax.nn.silu(gated_bcF) * up_bcF, down)
 
-        return blockwise_feedforward(swiglu, x_btM, chunk_size=self.chunk)
+        return blockwise_feedforward(swiglu, x_btM, chunk_size=self.chunk, keep_products=self.keep_products)
 
 
 class Layer(nnx.Module):

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_attention.attention.feedforward import map_chunks
+from ring_attention.models.products import einsum_of_rows
 from ring_attention.parallel.mesh import TENSOR
 
 
+@jax.named_scope("loss")
 def chunked_cross_entropy(
     hidden_btM: jax.Array, unembed_Mv: jax.Array, targets_bt: jax.Array, *, chunk_size: int
 ) -> jax.Array:
@@ -24,7 +26,7 @@ def chunked_cross_entropy(
 
     def nats(chunk):
         hidden_bcM, targets_bc = chunk
-        logits_bcv = jnp.einsum("bcm,mv->bcv", hidden_bcM, unembed_Mv, preferred_element_type=jnp.float32)
+        logits_bcv = einsum_of_rows("bcm,mv->bcv", hidden_bcM, unembed_Mv, jnp.float32)
         top_bc = lax.pmax(lax.stop_gradient(logits_bcv.max(-1)), TENSOR)
         total_bc = lax.psum(jnp.exp(logits_bcv - top_bc[..., None]).sum(-1), TENSOR)
         here_bc = targets_bc - first

@@ -125,6 +125,7 @@ class Transformer(nnx.Module):
             return products.ready(self.embed, self.config.compute_dtype).T
         return products.ready(self.unembed, self.config.compute_dtype)
 
+    @jax.named_scope("embedding")
     def _embed(self, tokens_bt: jax.Array, products: Products) -> jax.Array:
         """Rows of the embedding, whose vocabulary is sharded over tp: each device adds those that it holds."""
         table_vM = products.ready(self.embed, self.config.compute_dtype)

@@ -30,6 +30,7 @@ from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Setting, Strategy
 
 
+@jax.named_scope("attention")
 def context_attention_shard(
     q: jax.Array,
     k: jax.Array,

@@ -57,6 +57,7 @@ def check_fits(name: str, size: int, axis: str, mesh_shape: dict[str, int]) -> N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@jax.named_scope("weights")
 def gather_weight(w: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
     """A weight as its user needs it: whole along "model", still sharded over tp, in `dtype`, free to meet any token.
 
@@ -78,6 +79,7 @@ def _gather_forward(w, axes, dtype):
     return gather_weight(w, axes, dtype), jnp.zeros((0,), w.dtype)
 
 
+@jax.named_scope("weights")
 def _gather_backward(axes, dtype, like, grad):
     del dtype
     grad = grad.astype(jnp.float32)

@@ -112,13 +112,14 @@ def make_train_step(config: TrainConfig, mesh: Mesh):
 
     def step(state: TrainState, batch: Batch):
         grads, loss, targets = gradients(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
-        )
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            params, opt_state = jax.tree.map(
+                functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+            )
         skipped = 1 - finite.astype(jnp.int32)
         metrics = {"loss": loss, "grad_norm": norm, "targets": targets, "skipped": skipped.astype(jnp.float32)}
         return TrainState(state.step + 1, params, opt_state, state.skipped + skipped), metrics

@@ -113,7 +113,8 @@ def kept_for_backward(share: Share) -> tuple[int, int]:
     norms = 2 * 5 * _stream(share)  # each in float32, scaled in float32, and in the compute dtype
     qkv, between = _heads(share, share.heads + 2 * share.kv_heads), 2 * _stream(share)
     weights = (share.attention_weights + share.ffn_weights) * share.itemsize  # as they were gathered
-    return inputs + out + layers * (norms + qkv + between + weights), 0
+    hidden = 2 * share.batch * share.tokens * share.model.ffn_dim // share.mesh[TENSOR] * share.itemsize  # gate and up
+    return inputs + out + layers * (norms + qkv + between + hidden + weights), 0
 
 
 def _layer(share: Share) -> int:
