@@ -1,13 +1,14 @@
 """Write documents that teach a model to retrieve: filler with hidden needles, and a question about one at the end.
 
-  python scripts/make_retrieval_data.py --out=near.jsonl --shortest=20 --longest=64 --documents=200000 --seed=1
-  python scripts/make_retrieval_data.py --out=far.jsonl --shortest=20 --longest=8192 --documents=20000 --seed=2
-  python train.py --config=configs/NAME.py --config.data.paths=near.jsonl ...
-  python train.py --config=configs/NAME.py --config.data.paths=far.jsonl --config.init_from=runs/near ...
+  python scripts/make_retrieval_data.py --out=data/near.jsonl --shortest=20 --longest=64 --documents=60000
+  python train.py --config=configs/retrieval_near.py
+  python scripts/make_retrieval_data.py --out=data/far.jsonl --shortest=512 --longest=8192 --documents=6000
+  python train.py --config=configs/retrieval_8k.py
 
 One JSON object with the field "text" a line. Lengths, in characters, have a density proportional to length**-1.4, and
-needles lie at uniformly random depths. A small model learns to look back from short documents, packed many to a row,
-and then carries that to long ones; from long ones alone it learns nothing: their answers are too few among the filler.
+needles lie at random depths, the very beginning and the very end among them. A small model learns to look back from
+short documents, packed many to a row, and then carries that to long ones; from long ones alone it learns nothing:
+their answers are too few among the filler.
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
     style, rng = STYLES[args.key], np.random.default_rng(args.seed)
     characters = 0
     try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("w") as file:
             for _ in range(args.documents):
                 length = draw_length(args.shortest, args.longest, rng)

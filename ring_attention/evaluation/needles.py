@@ -19,6 +19,9 @@ from ring_attention.checks import require
 LENGTH_EXPONENT = -1.4
 """The density of the lengths of training documents is proportional to length**LENGTH_EXPONENT."""
 
+EDGE_SHARE = 0.05
+"""Of the needles in training documents lies at the very beginning, and as many at the very end."""
+
 NAMES = ("ant", "bee", "cat", "cow", "dog", "eel", "elk", "fox", "hen", "owl", "pig", "rat")
 """Of needles, where a text has several."""
 
@@ -35,7 +38,7 @@ class Style:
     """How filler, needles and questions are worded.
 
     Attributes:
-      sentences: filler is a random sequence of these.
+      sentences: filler is these, again and again.
       alphabets: the characters that may stand at each place of a key.
       owner: what {owner} below becomes where a needle has a {name}; it is empty where there is one needle.
       statement: of a {key}.
@@ -80,9 +83,9 @@ STYLES = {
             "there and back again. ",
         ),
         alphabets=("ABCDEFGH", "IJKLMNOP", "QRSTUVWX"),
-        owner="{name} ",
-        statement="key {owner}{key}. ",
-        question="key {owner}",
+        owner=" {name}",
+        statement="key{owner}={key}. ",
+        question="key{owner}=",
         answer="{key}",
         end=".",
         whole_sentences=False,
@@ -120,10 +123,10 @@ def draw_needles(style: Style, count: int, rng: np.random.Generator) -> list[Nee
 
 
 def draw_filler(style: Style, size: int, rng: np.random.Generator) -> str:
-    """A random sequence of sentences, at least `size` characters."""
-    shortest = min(map(len, style.sentences))
-    draws = rng.integers(len(style.sentences), size=size // shortest + 1)
-    return "".join(style.sentences[draw] for draw in draws)
+    """The sentences again and again, from a random one on, at least `size` characters."""
+    first = rng.integers(len(style.sentences))
+    cycle = "".join(style.sentences[first:] + style.sentences[:first])
+    return cycle * (size // len(cycle) + 1)
 
 
 def hide(style: Style, needles: Sequence[Needle], depths: Sequence[float], filler: str, room: int) -> str:
@@ -147,8 +150,14 @@ def draw_length(shortest: int, longest: int, rng: np.random.Generator) -> int:
     return int((low + rng.random() * (high - low)) ** (1 / power))
 
 
+def draw_depths(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Depths, uniform but for a share of `EDGE_SHARE` each that is exactly 0 or 1: both are asked for, too."""
+    beyond = EDGE_SHARE / (1 - 2 * EDGE_SHARE)
+    return rng.uniform(-beyond, 1 + beyond, count).clip(0.0, 1.0)
+
+
 def training_document(style: Style, length: int, rng: np.random.Generator, *, needles: int = 1) -> str:
-    """A text of `length` characters, or up to a sentence less: needles at random depths, and a question about one.
+    """A text of `length` characters, or up to a sentence less: needles where `draw_depths` says, a question about one.
 
     Raises:
       ValueError: if it cannot hold the needles and the question.
@@ -158,7 +167,7 @@ def training_document(style: Style, length: int, rng: np.random.Generator, *, ne
     question = style.ask(asked) + style.answer_of(asked) + style.end
     room = length - len(question) - sum(len(style.state(needle)) for needle in hidden)
     require(room >= 0, f"length={length} holds no text of needles={needles}; use at least {length - room}")
-    return hide(style, hidden, rng.random(needles), draw_filler(style, room, rng), room) + question
+    return hide(style, hidden, draw_depths(needles, rng), draw_filler(style, room, rng), room) + question
 
 
 def shortest_text(style: Style, needles: int) -> int:

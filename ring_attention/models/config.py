@@ -28,10 +28,10 @@ class ModelConfig:
       compute_dtype: dtype of activations and matrix products, "float32" or "bfloat16". Parameters are float32.
       remat: what a layer keeps for its backward pass. "attention" keeps the layer's input and attention's out and lse,
         so that no ring runs twice (only ring self-attention does); "full" keeps the input alone; "none" keeps
-        everything but what stands between the feed-forward's products. "offload" keeps what "attention" does, and "offload_input" what "full" does, in the memory of the
-        host (lse stays, 4 bytes of each head), so that a device holds the activations of one layer however many there
-        are. Each token and layer then costs the host H * D + M numbers, or M, in the compute dtype, which cross to the
-        host and back.
+        everything but what stands between the feed-forward's products. "offload" keeps what "attention" does, and
+        "offload_input" what "full" does, in the memory of the host (lse stays, 4 bytes of each head), so that a device
+        holds the activations of one layer however many there are. Each token and layer then costs the host H * D + M
+        numbers, or M, in the compute dtype, which cross to the host and back.
       head_groups: parts of a device's heads whose attention is computed one after the other, each in a ring of its own,
         so that queries, keys, values and their gradients exist for one part at a time. The gradient of attention's
         input is then summed over the parts in the compute dtype. Not with "offload" on TPU.

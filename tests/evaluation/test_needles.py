@@ -11,6 +11,7 @@ from ring_attention.data.tokenizers import ByteTokenizer, load_tokenizer
 from ring_attention.evaluation.needles import (
     NAMES,
     STYLES,
+    draw_depths,
     draw_filler,
     draw_length,
     draw_needles,
@@ -32,20 +33,19 @@ def rng():
 def test_a_training_document_of_letters_is_as_long_as_asked_and_answers_its_needle(rng, length):
     text = training_document(LETTERS, length, rng)
     assert len(text) == length
-    first, last = re.findall(r"key ([A-H][I-P][Q-X])\.", text)
+    first, last = re.findall(r"key=([A-H][I-P][Q-X])\.", text)
     assert first == last
-    assert text.endswith(f"key {last}.")
-    filler = text.removesuffix(f"key {last}.").replace(f"key {last}. ", "")
-    assert any(draw.startswith(filler) for draw in _fillers(LETTERS, filler))
+    assert text.endswith(f"key={last}.")
+    filler = text.removesuffix(f"key={last}.").replace(f"key={last}. ", "")
+    assert filler in "".join(LETTERS.sentences) * 5
+    assert any(filler.startswith(sentence[: len(filler)]) for sentence in LETTERS.sentences)
 
 
-def _fillers(style, text):
-    """The sentences that `text` is made of, the last one whole."""
-    done = ""
-    while len(done) < len(text):
-        rest = text[len(done) :]
-        done += next((s for s in style.sentences if s.startswith(rest[: len(s)])), "?")
-    return [done]
+def test_filler_is_all_sentences_in_turn_from_any_on(rng):
+    cycle = "".join(LETTERS.sentences)
+    texts = [draw_filler(LETTERS, 500, rng) for _ in range(60)]
+    assert {cycle.index(text[:20]) for text in texts} == {cycle.index(sentence) for sentence in LETTERS.sentences}
+    assert all(text in cycle * 8 and len(text) >= 500 for text in texts)
 
 
 def test_a_training_document_of_digits_has_whole_sentences(rng):
@@ -63,10 +63,10 @@ def test_a_training_document_of_digits_has_whole_sentences(rng):
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 def test_several_needles_have_names_and_different_keys_and_one_is_asked_for(rng, style):
     text = training_document(style, 900, rng, needles=5)
-    pattern = r"key of the (\w+) is (\d{5})\. R" if style is DIGITS else r"key ([a-z]+) ([A-X]{3})\. "
+    pattern = r"key of the (\w+) is (\d{5})\. R" if style is DIGITS else r"key ([a-z]+)=([A-X]{3})\. "
     found = re.findall(pattern, text)
     assert len(set(dict(found).values())) == len(dict(found)) == 5
-    asked = re.search(r"(\w+)(?: is)? (\w+)\.$", text)
+    asked = re.search(r"(\w+)(?: is |=)(\w+)\.$", text)
     assert dict(found)[asked[1]] == asked[2]
     assert set(dict(found)) <= set(NAMES)
 
@@ -79,6 +79,14 @@ def test_the_shortest_text_is_the_least_that_a_document_can_be(rng):
             training_document(style, least - 1, rng, needles=needles)
     with pytest.raises(ValueError, match="needles=13 must be 1 to 12"):
         draw_needles(LETTERS, 13, rng)
+
+
+def test_one_depth_in_twenty_is_the_very_beginning_and_one_the_very_end(rng):
+    depths = draw_depths(20_000, rng)
+    assert (depths.min(), depths.max()) == (0.0, 1.0)
+    assert np.mean(depths == 0.0) == pytest.approx(0.05, abs=0.005)
+    assert np.mean(depths == 1.0) == pytest.approx(0.05, abs=0.005)
+    assert np.mean(depths < 0.5) == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_needle_lies_at_its_depth(rng):
@@ -103,8 +111,8 @@ def test_a_question_in_bytes_has_the_length_and_its_answer_at_the_end(rng):
     (question,) = make_questions(LETTERS, ByteTokenizer(), length=203, depth=0.5, needles=1, rng=rng)
     assert (question.tokens.size, question.tokens.dtype, question.answer) == (204, np.int32, 3)
     text = ByteTokenizer().token_bytes(question.tokens).decode()
-    assert text[-7:-3] == "key "
-    where = text.index(f"key {text[-3:]}. ")
+    assert text[-7:-3] == "key="
+    where = text.index(f"key={text[-3:]}. ")
     assert abs(where - 0.5 * (203 - 9 - 7)) <= 1
 
 

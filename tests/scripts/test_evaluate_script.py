@@ -67,13 +67,13 @@ def test_data_are_as_long_as_asked_and_the_same_for_a_seed(data, tmp_path):
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     assert len(texts) == 60
     assert all(20 <= len(text) <= 200 for text in texts)
-    assert all(re.search(r"key ([A-X]{3})\. .*key \1\.$", text) for text in texts)
+    assert all(re.search(r"key=([A-X]{3})\. .*key=\1\.$", text) for text in texts)
     again = load("make_retrieval_data")
-    flags = [f"--out={tmp_path}/again", "--shortest=20", "--longest=200", "--documents=60"]
+    flags = [f"--out={tmp_path}/new/again", "--shortest=20", "--longest=200", "--documents=60"]
     assert again.run([*flags, "--seed=3"]) == 0
-    assert (tmp_path / "again").read_bytes() == data.read_bytes()
+    assert (tmp_path / "new" / "again").read_bytes() == data.read_bytes()
     assert again.run([*flags, "--seed=4"]) == 0
-    assert (tmp_path / "again").read_bytes() != data.read_bytes()
+    assert (tmp_path / "new" / "again").read_bytes() != data.read_bytes()
 
 
 def test_needles_give_a_table_a_picture_and_all_numbers(evaluate, tmp_path):
@@ -154,7 +154,7 @@ def test_a_mistake_costs_one_line_and_no_compilation(evaluate, flags, words, mon
         (["--shortest=16"], "shortest=16: needles and question take 17 characters; use at least that"),
         (["--longest=19"], "longest=19: is less than shortest=20; give more"),
         (["--documents=0"], "documents=0: must be positive"),
-        (["--out=nowhere/x"], "out='nowhere/x': cannot be written (No such file or directory)"),
+        (["--out=README.md/x"], "out='README.md/x': cannot be written (File exists); name another"),
     ],
 )
 def test_data_that_cannot_be_made_are_refused_in_a_line(capsys, tmp_path, flags, words):
