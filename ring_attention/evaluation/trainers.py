@@ -1,6 +1,6 @@
 """A training step of one model as this library takes it, and as PyTorch with transformers does, on the same tokens."""
 
-import importlib.util
+import importlib.metadata
 import os
 import time
 from collections.abc import Iterator
@@ -64,7 +64,10 @@ def make_trainer(kind: str, config: TrainConfig, weights: Path) -> Trainer:
 
 def has_rivals() -> bool:
     """Whether PyTorch and transformers are installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+    try:
+        return all(importlib.metadata.version(name) for name in ("torch", "transformers"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def write_text(folder: Path, seq_len: int, documents: int) -> None:

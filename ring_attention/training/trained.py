@@ -32,6 +32,8 @@ _NEED = (
     "give the folder of a run or one of its checkpoints (runs/NAME, runs/NAME/checkpoints/200), or one of Hugging Face"
 )
 
+_GARBAGE = 2**28
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -117,15 +119,20 @@ def _read(checkpoint: Path, wanted: Any) -> Any:
     """The parameters in a checkpoint, compared with the fingerprints that were written beside them.
 
     One array at a time: orbax copies all that it is asked for at once on the host, and fingerprints may copy it too.
+    Orbax leaves its copy in a circle of references, so garbage is collected for every `_GARBAGE` bytes of copies; for
+    every array it would take most of the time in a process that holds many objects.
     """
     remedy = "give an older one (.../checkpoints/STEP), or train on: train.py goes back to one that is whole"
-    params, found = {}, {}
+    params, found, garbage = {}, {}, 0
     try:
         for path, array in flatten_dict(wanted).items():
             part = _read_array(checkpoint, ("params", *path), array)
             params |= flatten_dict(part)
             found |= fingerprints(part)
-            gc.collect()  # orbax leaves its copy in a circle of references
+            garbage += array.size * array.dtype.itemsize
+            if garbage >= _GARBAGE:
+                gc.collect()
+                garbage = 0
         known = json.loads((checkpoint / "data" / "metadata").read_text())["fingerprints"]
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise
