@@ -21,8 +21,8 @@ _MODEL = RULES["model"]
 def einsum_of_rows(equation: str, x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
     """`jnp.einsum` of activations and a weight, the first two axes of x taken as one where the result has both.
 
-    From sequences and tokens as two axes XLA's CPU compiler makes gradients of large weights at 0.4 of the speed that it
-    reaches with rows (docs/experiments.md).
+    From sequences and tokens as two axes XLA's CPU compiler makes gradients of large weights at 0.4 of the speed that
+    it reaches with rows (docs/experiments.md).
     """
     tokens = equation[:2]
     if not equation.split("->")[1].startswith(tokens):

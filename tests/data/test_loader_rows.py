@@ -76,6 +76,7 @@ def restarts(draw):
     return lengths, draw(st.integers(1, 6)), draw(st.integers(1, 20)), runs
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(restarts())
 def test_the_rows_of_all_processes_are_the_batch_of_one_before_and_after_restarts(drawn):

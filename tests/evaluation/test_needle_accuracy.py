@@ -91,8 +91,8 @@ def continuations(params, attention, prompts):
     ("mesh", "attention"),
     [
         ("1", {}),
-        ("8", dict(window=5)),
-        ("2x2x2", dict(strategy="all_gather", layout="striped")),
+        pytest.param("8", dict(window=5), marks=pytest.mark.slow),
+        pytest.param("2x2x2", dict(strategy="all_gather", layout="striped"), marks=pytest.mark.slow),
         ("fsdp", {}),
     ],
     ids=str,

@@ -104,6 +104,7 @@ def test_losses_are_the_same_on_any_mesh_and_padding_changes_nothing(params, doc
     assert abs(other - want).max() > 1e-2, "the control: another window is seen"
 
 
+@pytest.mark.slow
 def test_a_window_is_that_of_the_same_model_trained_with_attention_window(params, documents):
     mesh, documents = ra.make_mesh(**ALONE), documents[:, :45]
     batch = dict(tokens=documents[:, :-1], targets=documents[:, 1:], segment_ids=np.zeros((3, 44), np.int32))

@@ -53,6 +53,7 @@ def trainer(tmp_path_factory):
     return OurTrainer(dataclasses.replace(config, mesh=MeshConfig(sp=2), batch_size=1, data=data))
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_sum_to_it_and_all_of_the_model_is_seen(trainer):
     first = trainer.run()
     parts = trainer.parts()

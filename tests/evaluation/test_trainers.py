@@ -35,6 +35,7 @@ def test_documents_that_do_not_fill_rows_are_refused(config):
         next(make_rows(dataclasses.replace(config, seq_len=320)))
 
 
+@pytest.mark.slow
 def test_a_trainer_in_a_process_takes_steps_and_writes_what_it_began_with(config, tmp_path):
     with TrainerProcess(OURS, config, tmp_path / "weights") as trainer:
         first, second = trainer.step(), trainer.step()

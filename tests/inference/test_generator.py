@@ -211,6 +211,7 @@ def test_tokens_come_one_by_one_and_prompts_are_padded_to_few_lengths():
 WARM = Sampling(temperature=1.0)
 
 
+@pytest.mark.slow
 def test_what_is_sampled_depends_on_the_seed_of_a_row_and_not_on_the_mesh_or_the_batch():
     rows = generated(MODEL, ATTENTION, MESHES["1"], sampling=WARM, seeds=5)
     assert generated(MODEL, ATTENTION, MESHES["sp4_tp2"], sampling=WARM, seeds=[5, 6, 7]) == rows

@@ -192,6 +192,7 @@ def _check(impl, layout, P, heads, head_dim, length, causal, window, softcap, ra
     assert_exact(results(ring, qkv, **arguments), qkv, floor=5e-7, **arguments)
 
 
+@pytest.mark.slow
 @costly(max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @ANYTHING
 def test_any_ring_gives_the_oracles_result(**drawn):

@@ -18,6 +18,7 @@ TINY = [
 TINY += ["--config.model.vocab_size=264", "--config.model.head_dim=16"]
 
 
+@pytest.mark.slow
 def test_it_prints_tables_and_writes_a_picture_and_all_numbers(tmp_path):
     done = run("benchmark_training.py", "--repeats=2", *TINY, f"--out={tmp_path}/out")
     assert done.returncode == 0, done.stderr

@@ -97,6 +97,7 @@ def test_needles_give_a_table_a_picture_and_all_numbers(evaluate, tmp_path):
     assert script.run(["heat-maps", f"{tmp_path}/both.png", f"--out={tmp_path}/c.png"]) == 2
 
 
+@pytest.mark.slow
 def test_perplexity_reads_what_was_held_out_or_other_paths(evaluate, tmp_path):
     status, out, err = evaluate("perplexity", "--windows=8,20", "--documents=3")
     assert status == 0, err

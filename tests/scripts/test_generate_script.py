@@ -180,6 +180,7 @@ def test_a_file_that_holds_no_prompts_says_where(generate, tmp_path, contents, w
     assert words in err
 
 
+@pytest.mark.slow
 def test_the_text_alone_goes_to_stdout_and_needs_no_one_who_reads_it_all(checkpoint):
     command = [sys.executable, "scripts/generate.py", f"--checkpoint={checkpoint}", "--prompt=abc"]
     done = subprocess.run([*command, "--max_new_tokens=5"], cwd=REPOSITORY, capture_output=True, timeout=300)

@@ -61,6 +61,7 @@ def test_a_trainer_that_keeps_its_promises_passes_under_every_fault(tmp_path):
     assert table_of(session).row_count == len(FAULTS)
 
 
+@pytest.mark.slow
 def test_one_run_survives_twenty_kills(tmp_path):
     session = soak(tmp_path, "kill", "kill_saving", "kill_saved", "kill_starting", rounds=4, steps=400)
     assert problems(session) == []
@@ -85,7 +86,7 @@ BROKEN = [
     slowly("name", "lose_process", "wrong message"),
     ("lock", "second_run", "wrong exit"),
     slowly("not finite", "not_finite", "wrong exit"),
-    ("hang", "kill", "hang"),
+    slowly("hang", "kill", "hang"),
     ("sigterm", "terminate", "hang"),
     slowly("sigterm", "terminate_process", "hang"),
     slowly("peers", "lose_process", "hang"),

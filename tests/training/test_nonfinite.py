@@ -103,6 +103,7 @@ def test_the_layer_whose_numbers_overflow_going_forward_is_named(state, mesh, ba
     assert find_origin(CONFIG, mesh, params, batch) == (f"going forward they first appear in layer {layer} of 3")
 
 
+@pytest.mark.slow
 def test_the_layer_whose_gradient_overflows_going_backward_is_named(state, mesh, batch):
     params = changed(state.params, 1, lambda w: 0 * w, path=("feedforward", "up"))  # so that the next adds nothing
     params = changed(params, 1, lambda w: 0 * w + 3e38, path=("feedforward", "down"))
