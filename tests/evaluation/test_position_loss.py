@@ -94,7 +94,7 @@ def test_documents_that_fill_the_row_are_read_from_their_beginning():
         long_documents(source, ByteTokenizer(), length=21, most=2)
 
 
-@pytest.mark.parametrize("mesh", [dict(sp=8), dict(dp=2, sp=2, tp=2)], ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param(dict(sp=8), marks=pytest.mark.slow), dict(dp=2, sp=2, tp=2)], ids=str)
 def test_losses_are_the_same_on_any_mesh_and_padding_changes_nothing(params, documents, mesh):
     want = reader(params, ra.make_mesh(**ALONE), window=7).losses(documents, rows=3)
     got = reader(params, ra.make_mesh(**mesh), window=7).losses(documents, rows=4)

@@ -33,6 +33,7 @@ def _beyond(folders, how):
     return found["beyond"], found["largest"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux how much memory a process took")
 def test_loading_takes_no_more_than_a_tensor_beyond_the_arrays(folders):
     beyond, largest = _beyond(folders, "streamed")

@@ -74,8 +74,9 @@ def _results(strategy, mask, layout, mesh=None, qkv=None, impl="plain", **option
 # --- Exact ------------------------------------------------------------------------------------------------------------
 
 
+QUICK = [("contiguous", "everything"), ("zigzag", "everything"), ("zigzag", "causal")]
 EXACT = [
-    pytest.param(*case, marks=[] if case[2] == "everything" or case[1:] == ("zigzag", "causal") else pytest.mark.slow)
+    pytest.param(*case, marks=[] if case[1:] in QUICK or case[:2] in CANNOT else pytest.mark.slow)
     for case in itertools.product(MANY, LAYOUTS, MASKS)
 ]
 
@@ -126,12 +127,12 @@ def test_beside_data_and_tensor_axes(strategy):
 @pytest.mark.parametrize(
     ("strategy", "options", "kv_heads"),
     [
-        ("all_gather", dict(head_groups=1), 4),
+        pytest.param("all_gather", dict(head_groups=1), 4, marks=pytest.mark.slow),
         ("all_gather", dict(head_groups=2), 4),
         ("all_gather", {}, 1),
-        ("usp", dict(ulysses_size=1), 4),
+        pytest.param("usp", dict(ulysses_size=1), 4, marks=pytest.mark.slow),
         ("usp", dict(ulysses_size=2), 4),
-        ("usp", dict(ulysses_size=4), 4),
+        pytest.param("usp", dict(ulysses_size=4), 4, marks=pytest.mark.slow),
         ("usp", dict(ulysses_size=4), 2),  # key/value heads are repeated
         ("usp", {}, 1),
         ("ulysses", {}, 1),
@@ -159,6 +160,7 @@ def test_one_device_is_enough_for_all(strategy):
     assert bound.too_large(_results(strategy, EVERYTHING, "zigzag", mesh=ring_mesh(1), **options)) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ra.STRATEGIES)
 def test_no_token_sees_a_later_one(strategy):
     q, k, v, dout = _inputs()

@@ -303,6 +303,7 @@ def _gathering_program(P):
     return jax.jit(attend).lower(q, k, k).compile().as_text()
 
 
+@pytest.mark.slow
 def test_no_array_holds_a_score_or_a_mask_for_each_of_a_shards_queries_and_every_key():
     def widest(text):
         return max(array.size for array in compiled.arrays(text))

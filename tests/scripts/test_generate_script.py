@@ -81,6 +81,7 @@ def test_a_file_is_a_prompt_without_its_last_line_break(generate, tmp_path):
     assert FIGURES.search(by_file[2])["length"] == str(1 + len("Grüße".encode()))
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_are_continued_as_each_would_be_alone(generate, tmp_path):
     texts, path = ["def main(", "a", "Grüße, 世界"], tmp_path / "prompts.jsonl"
     path.write_text("\n".join([json.dumps(texts[0]), "", *(json.dumps({"prompt": text}) for text in texts[1:])]))

@@ -172,6 +172,7 @@ def _script(name, *arguments):
     return run.returncode, run.stdout, run.stderr
 
 
+@pytest.mark.slow
 def test_the_scripts_import_and_export_byte_for_byte_and_show_how_far_they_are(tmp_path):
     write_folder(tmp_path / "hf", QWEN3, dtype="float16", shards=2)
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"the same weights once more")
