@@ -142,6 +142,7 @@ def test_an_epoch_holds_every_byte_once_and_resumes_anywhere(files, arguments, r
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(FILES, sizes(), st.integers(0, 200))
 def test_an_epoch_holds_every_byte_once_and_resumes_anywhere_at_length(files, arguments, resume_after):

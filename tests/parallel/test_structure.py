@@ -104,6 +104,7 @@ def test_segment_ids_travel_with_the_keys():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_unrolled_ring_sends_the_same_and_has_no_loop_over_its_hops():
     def at_once(part, **settings):
         """Permutes in the text that stand in no loop."""

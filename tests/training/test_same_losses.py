@@ -64,9 +64,9 @@ def by_ring():
     [
         dict(strategy="all_gather"),
         dict(strategy="ulysses"),
-        dict(strategy="usp", ulysses_size=2),
+        pytest.param(dict(strategy="usp", ulysses_size=2), marks=pytest.mark.long),
         dict(strategy="ring_self_attention"),
-        dict(speeds="1 0.5 1 2"),
+        pytest.param(dict(speeds="1 0.5 1 2"), marks=pytest.mark.long),
     ],
     ids=str,
 )
