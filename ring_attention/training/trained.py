@@ -33,6 +33,7 @@ _NEED = (
 )
 
 _GARBAGE = 2**28
+"""Bytes."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,7 @@ def test_is_as_exact_as_dense_attention_in_the_same_dtype(case, dtype):
         assert bound.too_large([ra.reference_attention(*qkv[:3], **rest)]), name
 
 
+@pytest.mark.slow
 @costly(max_examples=8)
 @given(
     lengths=st.tuples(st.integers(1, 70), st.integers(1, 70)),

@@ -53,7 +53,7 @@ def _results(qkv, layout, mask, strategy="ring"):
     return [layout.unpermute(x, 1) for x in run(*(layout.permute(x, 1) for x in arrays))]
 
 
-QUICK = [("zigzag", "everything", "bfloat16")]
+QUICK = [("zigzag", "causal", "bfloat16")]
 ALL = [
     (layout, mask, dtype)
     for dtype in ("float32", "bfloat16")

@@ -91,7 +91,7 @@ def test_forward_gives_each_device_the_keys_and_values_of_the_others_once_and_no
     assert _totals("forward", P) == _permutes(2 * (P - 1), (P - 1) * everything // P)
 
 
-@pytest.mark.parametrize("P", [2, 4, 8])
+@pytest.mark.parametrize("P", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_backward_sends_keys_and_values_again_and_their_gradients_as_often(P):
     number, size = 2 * (P - 1), 2 * (P - 1) * t * TOKEN
     assert _totals("backward", P) == _permutes(2 * number, 2 * size)
@@ -238,7 +238,9 @@ def test_a_window_leaves_the_fewest_transfers_of_the_fewest_tokens(layout, causa
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("layout", LAYOUT_KINDS)
+@pytest.mark.parametrize(
+    "layout", ["zigzag", *(pytest.param(x, marks=pytest.mark.slow) for x in ("contiguous", "striped"))]
+)
 def test_so_does_a_longest_segment_and_segment_ids_go_no_farther_than_keys(layout):
     for longest in (2, 33, 100, 200):
         settings = dict(layout=layout, max_segment_len=longest, packed=True, impl="quick")
