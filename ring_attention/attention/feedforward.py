@@ -43,13 +43,23 @@ def map_chunks(fn: Callable, tree, *, axis: int, chunk_size: int, keep_products:
     `fn` is rematerialised: the backward pass keeps `tree` and runs `fn` again for one chunk after the other, all of it
     or, with `keep_products`, what stands between its products of matrices.
     """
+    policy = jax.checkpoint_policies.dots_saveable if keep_products else None
+    fn = jax.checkpoint(fn, policy=policy)
+    return scan_chunks(lambda nothing, chunk: (nothing, fn(chunk)), (), tree, axis=axis, chunk_size=chunk_size)[1]
+
+
+def scan_chunks(fn: Callable, carry, tree, *, axis: int, chunk_size: int):
+    """`lax.scan` over chunks of tokens: fn(carry, chunk) -> (carry, result), `result` token-wise as `tree` is.
+
+    Returns:
+      The last carry, and the results of all chunks, tokens on `axis`.
+    """
     tokens = jax.tree.leaves(tree)[0].shape[axis]
     whole = is_whole(chunk_size, 1)
     require(whole, f"chunk_size={shown(chunk_size)} must be positive and whole; use {tokens} for a single chunk")
-    fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_saveable if keep_products else None)
     count, rest = divmod(tokens, chunk_size)
     if count + (rest > 0) <= 1:
-        return fn(tree)
+        return fn(carry, tree)
 
     def split(x):
         whole = lax.slice_in_dim(x, 0, count * chunk_size, axis=axis)
@@ -59,8 +69,9 @@ def map_chunks(fn: Callable, tree, *, axis: int, chunk_size: int, keep_products:
         chunks = jnp.moveaxis(x, 0, axis)
         return chunks.reshape(*chunks.shape[:axis], count * chunk_size, *chunks.shape[axis + 2 :])
 
-    result = jax.tree.map(join, lax.map(fn, jax.tree.map(split, tree)))
+    carry, result = lax.scan(fn, carry, jax.tree.map(split, tree))
+    result = jax.tree.map(join, result)
     if rest == 0:
-        return result
-    tail = fn(jax.tree.map(lambda x: lax.slice_in_dim(x, tokens - rest, tokens, axis=axis), tree))
-    return jax.tree.map(lambda x, y: lax.concatenate([x, y], dimension=axis), result, tail)
+        return carry, result
+    carry, tail = fn(carry, jax.tree.map(lambda x: lax.slice_in_dim(x, tokens - rest, tokens, axis=axis), tree))
+    return carry, jax.tree.map(lambda x, y: lax.concatenate([x, y], dimension=axis), result, tail)

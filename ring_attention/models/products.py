@@ -32,6 +32,12 @@ def einsum_of_rows(equation: str, x: jax.Array, weight: jax.Array, dtype=None) -
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
+def gradient_over_rows(x: jax.Array, dy: jax.Array, dtype) -> jax.Array:
+    """The gradient [M,N] of a weight, from its activations [b,t,M] and the gradient [b,t,N] of what it gave."""
+    rows, drows = (z.reshape(-1, z.shape[-1]) for z in (x, dy))
+    return jnp.einsum("nm,nv->mv", rows, drows, preferred_element_type=dtype)
+
+
 class Products(Protocol):
     """How a layer multiplies by its weights; activations are whole along M, in and out."""
 

@@ -11,7 +11,7 @@ from jax import lax
 from ring_attention.attention.varying import vary_over
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.layers import Attend, Layer, RMSNorm
-from ring_attention.models.loss import chunked_cross_entropy
+from ring_attention.models.loss import chunked_cross_entropy, weighted_cross_entropy
 from ring_attention.models.products import GATHERED, Products
 from ring_attention.models.remat import name_input, rematerialised
 from ring_attention.models.rope import rotary_tables
@@ -56,6 +56,21 @@ class Transformer(nnx.Module):
         hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
         unembed_Mv = self._unembedding(GATHERED)
         return chunked_cross_entropy(hidden_btM, unembed_Mv, targets, chunk_size=self.config.loss_chunk)
+
+    def weighted_loss(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        attend: Attend,
+    ) -> jax.Array:
+        """Sum of this device's `token_losses` times `weights`, float32 [b,t]: what training differentiates."""
+        hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
+        unembed_Mv = self._unembedding(GATHERED)
+        return weighted_cross_entropy(hidden_btM, unembed_Mv, targets, weights, chunk_size=self.config.loss_chunk)
 
     def logits(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
         """float32 [b,t,v]: scores of this device's share of the vocabulary. Training never makes them."""

@@ -172,15 +172,16 @@ def _sum_of_losses(config: TrainConfig, mesh: Mesh):
     build, attend = model_builder(config.model), attention_of(config.attention, mesh.shape[SEQUENCE])
 
     def sum_of_losses(params, batch):
-        nats_bt = build(params).token_losses(
+        mask_bt = batch["loss_mask"].astype(jnp.float32)
+        nats = build(params).weighted_loss(
             batch["tokens"],
             batch["targets"],
+            mask_bt,
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             attend=attend,
         )
-        mask_bt = batch["loss_mask"].astype(jnp.float32)
-        return lax.psum((nats_bt * mask_bt).sum(), TOKEN_AXES), lax.psum(mask_bt.sum(), TOKEN_AXES)
+        return lax.psum(nats, TOKEN_AXES), lax.psum(mask_bt.sum(), TOKEN_AXES)
 
     return sum_of_losses
 

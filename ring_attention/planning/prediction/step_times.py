@@ -109,7 +109,7 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
     tokens = share.batch * share.tokens
     rerun = 0 if model.remat == "none" else 2
     products = tokens * layers * (share.attention_weights + share.ffn_weights) * (6 + rerun)
-    products += tokens * share.vocab_weights * 8  # chunks of the loss run again backward
+    products += tokens * share.vocab_weights * 6
     dense = products / (chip.flops * EFFICIENCY[chip.platform].matmul)
     attention = layers * ((1 + again) * forward.compute + backward.compute)
     waits = layers * ((1 + again) * forward.exposed + backward.exposed)
