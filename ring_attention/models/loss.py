@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_attention.attention.feedforward import map_chunks, scan_chunks
-from ring_attention.attention.varying import axes_of, vary_over, vary_together
+from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.models.products import einsum_of_rows, gradient_over_rows
 from ring_attention.parallel.mesh import TENSOR
 
@@ -49,8 +49,9 @@ def weighted_cross_entropy(
       hidden_btM, unembed_Mv, targets_bt, chunk_size: as for `chunked_cross_entropy`.
       weights_bt: float32, the same on all devices of tp.
     """
-    hidden_btM, unembed_Mv = vary_together(hidden_btM, unembed_Mv)
-    weights_bt = vary_over(weights_bt, axes_of(hidden_btM) - {TENSOR})
+    token_axes = axes_of((hidden_btM, unembed_Mv)) - {TENSOR}
+    hidden_btM, unembed_Mv = vary_over((hidden_btM, unembed_Mv), token_axes | {TENSOR})
+    weights_bt = vary_over(weights_bt, token_axes)
     return _weighted_sum(hidden_btM, unembed_Mv, targets_bt, weights_bt, chunk_size)
 
 
@@ -68,7 +69,7 @@ def _weighted_sum_forward(hidden_btM, unembed_Mv, targets_bt, weights_bt, chunk_
         dhidden_bcM = einsum_of_rows("bcv,mv->bcm", dlogits_bcv, unembed_Mv)
         return dunembed_Mv + gradient_over_rows(hidden_bcM, dlogits_bcv, jnp.float32), (nats_bc, dhidden_bcM)
 
-    nothing = vary_together(jnp.zeros(unembed_Mv.shape, jnp.float32), unembed_Mv)[0]
+    nothing = vary_over(jnp.zeros(unembed_Mv.shape, jnp.float32), axes_of(unembed_Mv))
     chunks = (hidden_btM, targets_bt, weights_bt)
     dunembed_Mv, (nats_bt, dhidden_btM) = scan_chunks(add_chunk, nothing, chunks, axis=1, chunk_size=chunk_size)
     return (nats_bt * weights_bt).sum(), (dhidden_btM, dunembed_Mv.astype(unembed_Mv.dtype), nats_bt)
