@@ -8,6 +8,7 @@ import numpy as np
 from einops import rearrange
 from hypothesis import Phase, settings
 from oracle import NAMES, dense_attention
+from quick_compile import OPTIONS
 
 import ring_attention as ra
 from ring_attention.attention import online_softmax
@@ -19,9 +20,7 @@ from ring_attention.parallel.layouts import as_layout
 
 ALL_NAMES = (*NAMES, "dsinks")
 
-quickly = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
+quickly = functools.partial(jax.jit, compiler_options=OPTIONS)
 """`jax.jit` for small programs that run once: the same operations, compiled in half the time or less."""
 
 costly = functools.partial(settings, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])

@@ -5,6 +5,7 @@ import os
 import jax
 
 from ring_attention.checks import is_whole, require, shown
+from ring_attention.parallel.xla_flags import knows_flag
 
 MOST_DEVICES = 4096
 """That make sense: each has threads and buffers of its own."""
@@ -34,7 +35,8 @@ def simulate_devices(count: int) -> None:
         _require_started_with(count)
         return
     flags = os.environ.get("XLA_FLAGS", "")
-    extra = [f"--{name}={seconds}" for name, seconds in _PATIENCE.items() if f"--{name}=" not in flags]
+    wanted = {name: seconds for name, seconds in _PATIENCE.items() if f"--{name}=" not in flags and knows_flag(name)}
+    extra = [f"--{name}={seconds}" for name, seconds in wanted.items()]
     os.environ["XLA_FLAGS"] = " ".join([flags, *extra]).strip()
 
 

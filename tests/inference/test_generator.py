@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as Spec
+from quick_compile import OPTIONS
 from ring_helpers import quickly
 
 import ring_attention as ra
@@ -56,8 +57,7 @@ VARIANTS = {
 
 @pytest.fixture(autouse=True)
 def _compile_quickly(monkeypatch):
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    monkeypatch.setattr(programs, "compiler_options", lambda mesh: options)
+    monkeypatch.setattr(programs, "compiler_options", lambda mesh: OPTIONS)
 
 
 def open_mesh(shape):

@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
+from ring_attention.parallel import simulate
+from ring_attention.parallel.xla_flags import knows_flag
+
 REPOSITORY = Path(__file__).parents[2]
 
 SUM_OVER_DEVICES = """
@@ -46,6 +51,22 @@ def test_the_users_flags_stay_and_win():
     flags = done.stdout.strip().split("|")[2]
     assert flags.startswith(own + " ")
     assert flags.count("terminate_timeout") == 1
+
+
+def test_flags_that_the_installed_library_knows_are_told_from_others():
+    assert knows_flag("xla_cpu_collective_call_terminate_timeout_seconds")
+    assert knows_flag("xla_backend_optimization_level")
+    assert not knows_flag("xla_cpu_no_such_flag")
+    assert not knows_flag("xla_backend_optimization")  # a part of a flag's name
+
+
+def test_a_flag_that_jaxlib_dropped_is_not_set(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(simulate, "_PATIENCE", {"xla_dropped": 1, "xla_kept": 2})
+    monkeypatch.setattr(simulate, "knows_flag", lambda name: name == "xla_kept")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # as in a process without a backend
+    simulate.simulate_devices(2)
+    assert os.environ["XLA_FLAGS"] == "--xla_kept=2"
 
 
 def test_control_xla_ends_a_process_with_a_flag_it_does_not_know():

@@ -7,7 +7,8 @@ backward(q, k, v, whole, hop, dq, blocks) -> (dq, dk, dv)
     to; dk and dv [B,K,s,D] are of this hop alone.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -21,11 +22,26 @@ def no_check(rule: Rule, q) -> None:
     """Every rule, size and dtype will do."""
 
 
-def require_version(kernel: str, versions: tuple[str, ...]) -> None:
-    """Raise ValueError unless this is one of the versions of JAX whose private functions the kernel calls."""
-    version = ".".join(jax.__version__.split(".")[:2])
-    known = ", ".join(versions)
-    require(version in versions, f'impl="{kernel}" was read in jax {known}, this is {version}; use impl="xla"')
+def require_signature(kernel: str, called: Callable, arguments: Collection[str]) -> None:
+    """Raise ValueError unless `called`, which is private to JAX, can be called with `arguments`.
+
+    It must know each of them and need no other. A release that adds, drops or renames one is then refused in words
+    before anything is traced, and any other is accepted, whatever its number.
+    """
+    parameters = inspect.signature(called).parameters.values()
+    named = [x for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)]
+    needed = {x.name for x in named if x.default is x.empty}
+    open_ended = any(x.kind is x.VAR_KEYWORD for x in parameters)
+    unknown = set() if open_ended else {*arguments} - {x.name for x in named}
+    found = {"needs": needed - {*arguments}, "does not know": unknown}
+    differences = [f"{what} {', '.join(sorted(names))}" for what, names in found.items() if names]
+    refuse_unless_bound(kernel, not differences, f"{called.__name__} {' and '.join(differences)}")
+
+
+def refuse_unless_bound(kernel: str, fits: bool, difference: str) -> None:
+    """Raise ValueError unless what the kernel binds of JAX `fits`; `difference` says what is another there."""
+    remedy = 'use impl="xla", or a version of JAX that docs/kernels.md lists'
+    require(fits, f'impl="{kernel}" does not fit jax {jax.__version__}, whose {difference}; {remedy}')
 
 
 class Kernel(NamedTuple):

@@ -6,10 +6,11 @@ of scores that is full or causal (see `rectangles`). What cuDNN does not mask, w
 end of a window crosses a rectangle, is computed by the tiles of `xla`. What a hop gives is in the dtype of q, and is
 merged with the other hops in float32.
 
-What it binds is private to JAX and was read in the versions below; another is refused until somebody has looked.
+What it binds is private to JAX, and is looked at before it is bound: a JAX where it takes other arguments is refused.
 """
 
 import functools
+import inspect
 import itertools
 import logging
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import xla
-from ring_attention.attention.kernels.contract import Kernel, Whole, require_version
+from ring_attention.attention.kernels.contract import Kernel, Whole, refuse_unless_bound, require_signature
 from ring_attention.attention.kernels.rectangles import CAUSAL, OTHER, Rectangle, plan
 from ring_attention.attention.masks import Hop
 from ring_attention.attention.online_softmax import Running
@@ -30,8 +31,24 @@ from ring_attention.checks import require
 
 _log = logging.getLogger(__name__)
 
-VERSIONS = ("0.10", "0.11")
-"""Of JAX, in which the private functions are as they are used here."""
+_OPERANDS = [
+    "query",
+    "key",
+    "value",
+    "bias",
+    "q_seqlen",
+    "kv_seqlen",
+    "q_offsets",
+    "kv_offsets",
+    "page_table_k",
+    "page_table_v",
+]
+"""Of both primitives, in order; the backward one takes `_OF_FORWARD` after them."""
+
+_OF_FORWARD = ("activation", "fwd_output", "grad_output")
+
+_SCORE_MODIFIER = dict(score_mod_name=None, score_mod_jaxpr=None)
+"""Settings of the primitives from jax 0.12 on: no function of ours changes the scores."""
 
 UNSEEING = 1e30
 """As lse of a query that sees nothing: every weight is then exp(score - lse) = 0."""
@@ -39,7 +56,7 @@ UNSEEING = 1e30
 
 def check(rule: Rule, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D] and dtype."""
-    require_version("cudnn", VERSIONS)
+    _require_bindings()
     for name, value in {"softcap": rule.softcap, "alibi_slopes": rule.slopes, "dropout_rate": rule.dropout}.items():
         require(value is None, f'impl="cudnn" has no {name}; leave it out, or use impl="xla"')
     dtype, D = jnp.dtype(q.dtype).name, q.shape[-1]
@@ -176,7 +193,7 @@ def _gradients(q, out, lse, dout, k, v, scale: float, part: Rectangle):
 def _settings(scale: float, part: Rectangle) -> dict:
     """What both primitives want to know."""
     library = _library()
-    return dict(
+    return _new_settings() | dict(
         scale=scale,
         seed=0,
         dropout_rate=0.0,
@@ -190,6 +207,27 @@ def _settings(scale: float, part: Rectangle) -> dict:
 def _unused(q, number: int):
     """Operands that are not given: a bias, lengths, offsets and page tables."""
     return [jnp.zeros(0, q.dtype)] * number
+
+
+def _new_settings() -> dict:
+    """Those settings that only newer releases of JAX have."""
+    known = inspect.signature(_library()._dot_product_attention_fwd_cuda_lowering).parameters
+    return {name: value for name, value in _SCORE_MODIFIER.items() if name in known}
+
+
+@functools.cache
+def _require_bindings() -> None:
+    """Raise ValueError unless JAX's primitives and their lowerings take what is given to them here."""
+    try:
+        library = _library()
+        forward = library._dot_product_attention_fwd_cuda_lowering
+        backward = library._dot_product_attention_bwd_cuda_lowering
+        settings = _settings(1.0, Rectangle(0, 1, 0, 1, CAUSAL))
+        library._dot_product_attention_fwd_p.bind, library._dot_product_attention_bwd_p.bind  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        refuse_unless_bound("cudnn", False, f"cuDNN module is another: {error}")
+    require_signature("cudnn", forward, ["ctx", *_OPERANDS, *settings, "is_training"])
+    require_signature("cudnn", backward, ["ctx", *_OPERANDS, *_OF_FORWARD, *settings])
 
 
 @functools.cache

@@ -7,8 +7,8 @@ anybody sees, and where the queries stand. Their backward takes statistics of th
 The kernels count keys from 0. So a hop is one call for each run of evenly spaced keys (`Tokens.runs`), and its queries
 are counted from the first of them. Partial results are in the dtype of q, and merged in float32.
 
-What it calls is private to JAX and was read in the versions below; another is refused until somebody has looked. So it
-is imported only where it is used, and a JAX without it still has the other kernels.
+What it calls is private to JAX, and is looked at before it is called: a JAX where it takes other arguments is refused.
+So it is imported only where it is used, and a JAX without it still has the other kernels.
 """
 
 import dataclasses
@@ -20,15 +20,25 @@ import jax.numpy as jnp
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import Kernel, Whole, require_version
+from ring_attention.attention.kernels.contract import Kernel, Whole, refuse_unless_bound, require_signature
 from ring_attention.attention.masks import EMPTY, Hop, Tokens, tile_kinds, visible
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import Rule
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import require
 
-VERSIONS = ("0.10", "0.11")
-"""Of JAX, in which the private functions are as they are used here."""
+_CALLED = {
+    "_splash_attention_forward": "fwd_mask_info q k v segment_ids sinks mask_value is_mqa block_sizes "
+    "residual_checkpoint_name save_residuals mask_function attn_logits_soft_cap interpret",
+    "_splash_attention_bwd_dq": "q k v segment_ids sinks logsumexp do di bq bkv is_mqa mask_info mask_value "
+    "attn_logits_soft_cap q_layout k_layout v_layout mask_function interpret",
+    "_splash_attention_bwd_dkv": "q k v segment_ids sinks logsumexp do di bq bkv bkv_compute is_mqa mask_info "
+    "mask_value attn_logits_soft_cap use_fused_bwd_kernel q_layout k_layout v_layout mask_function interpret",
+    "SegmentIds": "q kv",
+}
+"""What is called of JAX's module, and with which arguments."""
+
+_MASK_INFO = ("data_next", "mask_next", "block_mask", "partial_mask_blocks", "q_sequence")
 
 LANES = 128
 """Tiles are multiples of this."""
@@ -39,7 +49,7 @@ HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 def check(rule: Rule, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D]."""
-    require_version("splash", VERSIONS)
+    _require_bindings()
     for name, value in {"alibi_slopes": rule.slopes, "dropout_rate": rule.dropout}.items():
         require(value is None, f'impl="splash" has no {name}; leave it out, or use impl="xla"')
     require(
@@ -47,6 +57,22 @@ def check(rule: Rule, q) -> None:
         f'impl="splash" works on tiles of {LANES} tokens, but a shard has {q.shape[2]}; pad the sequence, or use '
         'impl="xla"',
     )
+
+
+@functools.cache
+def _require_bindings() -> None:
+    """Raise ValueError unless JAX's kernels take what is given to them here."""
+    try:
+        from jax._src.config import _check_vma  # noqa: F401 (used by _launch)
+
+        library = _library()
+        called = {name: getattr(library, name) for name in _CALLED}
+        mask_info = library.mask_info_lib.MaskInfo
+    except (ImportError, AttributeError) as error:
+        refuse_unless_bound("splash", False, f"splash attention is another: {error}")
+    for name, arguments in _CALLED.items():
+        require_signature("splash", called[name], arguments.split())
+    require_signature("splash", mask_info, _MASK_INFO)
 
 
 @functools.cache
