@@ -25,10 +25,20 @@ print("equal")
     assert len(lines) <= 11
 
 
-def test_ci_runs_the_readmes_test_command():
-    (command,) = re.findall(r"```bash\n(pip install -e '.\[test\]'.*)\n```", README)
+def test_ci_runs_the_readmes_two_commands():
+    commands = re.findall(r"```bash\n(pip install -e .* && (?:pytest|python train.py))\n```", README)
     lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
-    assert command in [line.strip() for line in lines]
+    assert len(commands) == 2
+    assert {*commands} <= {line.strip() for line in lines}
+
+
+def test_ci_installs_the_lowest_version_of_all_that_is_declared():
+    lowest = subprocess.run([sys.executable, ROOT / ".ci/lowest"], capture_output=True, text=True, check=True).stdout
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    requirements = re.findall(r'"([\w-]+)[^"]*>=([\d.]+)"', setup[setup.index("install_requires") :])
+    assert {*lowest.split()} == {f"{name}=={version}" for name, version in requirements}
+    assert "jax==0.10.2" in lowest.split()
+    assert len(requirements) > 15
 
 
 def test_every_file_that_the_readme_names_is_there():
