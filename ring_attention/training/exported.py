@@ -94,16 +94,18 @@ def exported_bytes(trained: Trained, dtype: str | None = None) -> int:
 def write_tokenizer(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Write tokenizer.json and what transformers needs beside it; return what config.json says of its tokens."""
     spec = config.data.tokenizer
-    start = load_tokenizer(spec).document_start
+    tokenizer = load_tokenizer(spec)
+    start, end = tokenizer.document_start, tokenizer.document_end
     if spec == BYTES:
         _byte_tokenizer(start).save(str(out / TOKENIZER))
     else:
         shutil.copyfile(spec, out / TOKENIZER)
-    name = tokenizers.Tokenizer.from_file(str(out / TOKENIZER)).id_to_token(start)
-    special = {"bos_token": name, "eos_token": name} if name else {}
+    written = tokenizers.Tokenizer.from_file(str(out / TOKENIZER))
+    names = {"bos_token": written.id_to_token(start), "eos_token": written.id_to_token(end)}
+    special = {field: name for field, name in names.items() if name}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len} | special
     (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    return {"bos_token_id": start, "eos_token_id": start}
+    return {"bos_token_id": start, "eos_token_id": end}
 
 
 def _byte_tokenizer(start: int) -> tokenizers.Tokenizer:
