@@ -24,6 +24,9 @@ class DataConfig:
       max_document_bytes: the longest document that is read: bytes of a text file, or of a line of a JSONL file, after
         decompression. No more of a longer one is ever in memory. 256 MiB by default.
       tokenizer: "bytes", or the path of a Hugging Face `tokenizer.json`.
+      train_on_end: whether the token that ends a document is learned, so that generation ends by itself.
+      special_tokens: whether special tokens that a document spells out, such as "<|im_start|>", become their ids. By
+        default they are text like any other, so that no document can end itself and open another.
       holdout_fraction: share of the documents, chosen by a hash of their name, that is never trained on.
       seed: of the order in which documents are read.
       streams: documents that are read side by side, their rows in turn, so that consecutive steps see different ones.
@@ -34,6 +37,8 @@ class DataConfig:
     bad_documents: str = REFUSE
     max_document_bytes: int = 256 * 2**20
     tokenizer: str = "bytes"
+    train_on_end: bool = True
+    special_tokens: bool = False
     holdout_fraction: float = 0.05
     seed: int = 0
     streams: int = 16

@@ -35,6 +35,9 @@ class TrainLoader:
     others may be other processes': the rows of all are the same whoever loads them. Documents of streams that give no
     wanted row are never read, so processes share the reading out where batch_size and streams have a common divisor.
 
+    `train_on_end` makes the ends of documents targets that count; with `special_tokens`, special tokens that documents
+    spell out become their ids.
+
     Raises ValueError for sizes that are not positive, rows that are not in a batch and lengths that cannot be dealt.
     """
 
@@ -49,13 +52,16 @@ class TrainLoader:
         batch_size: int,
         layout: SequenceLayout,
         rows: Sequence[int] | None = None,
+        train_on_end: bool = True,
+        special_tokens: bool = False,
     ):
         _require_sizes(layout, seq_len=seq_len, batch_size=batch_size, streams=streams)
         self._rows = range(batch_size) if rows is None else _require_rows(rows, batch_size)
         self._batch_size, self._layout = batch_size, layout
         self._corpus = {"documents": len(documents), "digest": documents.digest(), "seed": seed, "streams": streams}
         shuffled = grain.MapDataset.source(documents).shuffle(seed).repeat()
-        self._dealt = [_packed_rows(shuffled[stream::streams], tokenizer, seq_len) for stream in range(streams)]
+        settings = dict(seq_len=seq_len, train_on_end=train_on_end, special_tokens=special_tokens)
+        self._dealt = [_packed_rows(shuffled[stream::streams], tokenizer, **settings) for stream in range(streams)]
         self._next_row = 0  # counted over the whole run: row n comes from stream n % streams
         self._streams = self._open_streams(self._next_row)
 
@@ -132,14 +138,23 @@ def merge_states(states: Sequence[dict]) -> dict:
 
 
 def held_out_rows(
-    documents: DocumentSource, tokenizer: Tokenizer, *, seq_len: int, num_sequences: int
+    documents: DocumentSource,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    num_sequences: int,
+    special_tokens: bool = False,
 ) -> list[Example]:
     """Pack the fixed evaluation set: `num_sequences` rows in natural order, each document read at most once.
 
-    Their order does not depend on the run's seed. Raises ConfigError if the documents do not fill the rows.
+    Their order does not depend on the run's seed. The ends of documents do not count (loss_mask 0): they stand for no
+    bytes, so bits per byte are those of the text alone, as the byte models that they are compared with have them.
+
+    Raises ConfigError if the documents do not fill the rows.
     """
     shuffled = grain.MapDataset.source(documents).shuffle(HELD_OUT_SEED)
-    rows = list(itertools.islice(_packed_rows(shuffled, tokenizer, seq_len), num_sequences))
+    settings = dict(seq_len=seq_len, train_on_end=False, special_tokens=special_tokens)
+    rows = list(itertools.islice(_packed_rows(shuffled, tokenizer, **settings), num_sequences))
     require_field(
         len(rows) == num_sequences,
         "eval_sequences",
@@ -175,9 +190,12 @@ def spell_rows(rows: list[Example], tokenizer: Tokenizer) -> list[tuple[bytes, b
     return [(context, predicted) for context, predicted in pairs if predicted]
 
 
-def _packed_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int) -> PackedRows:
-    encoded = documents.map(functools.partial(encode_document, tokenizer=tokenizer))
-    return PackedRows(encoded.to_iter_dataset(READ_OPTIONS), seq_len=seq_len)
+def _packed_rows(
+    documents: grain.MapDataset, tokenizer: Tokenizer, *, seq_len: int, train_on_end: bool, special_tokens: bool
+) -> PackedRows:
+    encode = functools.partial(encode_document, tokenizer=tokenizer, special_tokens=special_tokens)
+    encoded = documents.map(encode).to_iter_dataset(READ_OPTIONS)
+    return PackedRows(encoded, seq_len=seq_len, train_on_end=train_on_end)
 
 
 def _deal(rows: list[Example], layout: SequenceLayout) -> Batch:

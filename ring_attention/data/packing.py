@@ -2,8 +2,9 @@
 
 The tokens of all documents, each opened by `document_start`, form one stream that is cut every `seq_len` tokens. A
 row's targets are the next tokens of its tokens' own documents, so its last target may be the token that opens the next
-row: all but `document_start` are a target exactly once. A document that continues in the next row is segment 1 there
-and goes on counting its positions.
+row: every token of a text is a target exactly once. So is `document_end`, after the last token of each document, and a
+model learns to stop; it is a target only and stands in no row. A document that continues in the next row does not end
+there: it is segment 1 in that row and goes on counting its positions.
 
 Grain's own ConcatThenSplitIterDataset restarts positions in every row and cuts without that overlap of one token, so
 that the first token of a row would never be learned; hence this module.
@@ -26,19 +27,21 @@ FIELDS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 
 @dataclasses.dataclass(frozen=True)
 class EncodedDocument:
-    """What a document is called, and int32 [tokens + 1]: `document_start`, then its tokens."""
+    """What a document is called, int32 [tokens + 1]: `document_start`, then its tokens, and the id that ends it."""
 
     name: str
     tokens: np.ndarray
+    end: int
 
 
-def encode_document(document: Document, tokenizer: Tokenizer) -> EncodedDocument:
-    """Encode a document's text, opened by `document_start`."""
+def encode_document(document: Document, tokenizer: Tokenizer, *, special_tokens: bool = False) -> EncodedDocument:
+    """Encode a document's text, opened by `document_start`; `special_tokens` as `Tokenizer.encode` takes it."""
     start = np.array([tokenizer.document_start], np.int32)
-    return EncodedDocument(document.name, np.concatenate([start, tokenizer.encode(document.text)]))
+    tokens = tokenizer.encode(document.text, special_tokens=special_tokens)
+    return EncodedDocument(document.name, np.concatenate([start, tokens]), tokenizer.document_end)
 
 
-NO_DOCUMENT = EncodedDocument("", np.empty(0, np.int32))
+NO_DOCUMENT = EncodedDocument("", np.empty(0, np.int32), 0)
 
 
 class PackedRows(grain.IterDataset):
@@ -46,29 +49,29 @@ class PackedRows(grain.IterDataset):
 
     An element is a dict of int32 [seq_len] arrays in natural order:
       tokens       the row.
-      targets      the token after each; at a document's end `document_start`.
+      targets      the token after each; at a document's end `document_end`.
       positions    within the document, from 0 at `document_start`, continued from row to row.
       segment_ids  1, 2, 3 ... within the row.
-      loss_mask    1 where the target belongs to the same document as its token, else 0.
+      loss_mask    1; at a document's end 0 unless `train_on_end`.
 
     If the documents end, the row that they leave incomplete is dropped. An iterator's state is the state of the
     documents' iterator before the current document, an offset into it and its length, whatever the length of the rows,
     so restoring reads one document. Going on in a document of another length raises ConfigError.
     """
 
-    def __init__(self, documents: grain.IterDataset, *, seq_len: int):
+    def __init__(self, documents: grain.IterDataset, *, seq_len: int, train_on_end: bool = True):
         require(seq_len > 0, f"seq_len={seq_len} must be positive; choose at least 1")
         super().__init__(documents)
-        self._documents, self._seq_len = documents, seq_len
+        self._documents, self._seq_len, self._train_on_end = documents, seq_len, train_on_end
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _PackedRowsIterator(iter(self._documents), self._seq_len)
+        return _PackedRowsIterator(iter(self._documents), self._seq_len, self._train_on_end)
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    def __init__(self, documents: grain.DatasetIterator, seq_len: int):
+    def __init__(self, documents: grain.DatasetIterator, seq_len: int, train_on_end: bool):
         super().__init__(documents)
-        self._documents, self._seq_len = documents, seq_len
+        self._documents, self._seq_len, self._train_on_end = documents, seq_len, train_on_end
         self._open(NO_DOCUMENT)
 
     def __next__(self) -> Example:
@@ -76,12 +79,11 @@ class _PackedRowsIterator(grain.DatasetIterator):
         while room:
             if self._at_end:
                 self._open_next()
-            tokens = self._document.tokens
-            end = min(self._offset + room, len(tokens))
-            pieces.append((tokens, self._offset, end))
+            end = min(self._offset + room, len(self._document.tokens))
+            pieces.append((self._document, self._offset, end))
             room -= end - self._offset
             self._offset = end
-        return _example(pieces)
+        return _example(pieces, self._train_on_end)
 
     def get_state(self) -> dict:
         if self._at_end:
@@ -118,14 +120,14 @@ class _PackedRowsIterator(grain.DatasetIterator):
         self._offset = offset
 
 
-def _example(pieces: list[tuple[np.ndarray, int, int]]) -> Example:
+def _example(pieces: list[tuple[EncodedDocument, int, int]], train_on_end: bool) -> Example:
     """Make a row of `pieces`, (document, begin, end) each; a piece becomes a segment."""
-    ends_document = [end == len(document) for document, _, end in pieces]
+    ends_document = [end == len(document.tokens) for document, _, end in pieces]
     lengths = [end - begin for _, begin, end in pieces]
     loss_mask = np.ones(sum(lengths), np.int32)
-    loss_mask[np.cumsum(lengths)[ends_document] - 1] = 0
+    loss_mask[np.cumsum(lengths)[ends_document] - 1] = train_on_end
     return {
-        "tokens": np.concatenate([document[begin:end] for document, begin, end in pieces]),
+        "tokens": np.concatenate([document.tokens[begin:end] for document, begin, end in pieces]),
         "targets": np.concatenate([_following(document, begin, end) for document, begin, end in pieces]),
         "positions": np.concatenate([np.arange(begin, end, dtype=np.int32) for _, begin, end in pieces]),
         "segment_ids": np.repeat(np.arange(1, len(pieces) + 1, dtype=np.int32), lengths),
@@ -133,10 +135,10 @@ def _example(pieces: list[tuple[np.ndarray, int, int]]) -> Example:
     }
 
 
-def _following(document: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """Return the token after each of document[begin:end]; after the last the next document opens, as this one did."""
-    following = document[begin + 1 : end + 1]
-    return following if end < len(document) else np.append(following, document[:1])
+def _following(document: EncodedDocument, begin: int, end: int) -> np.ndarray:
+    """Return the token after each of the document's tokens[begin:end]; after its last, the one that ends it."""
+    following = document.tokens[begin + 1 : end + 1]
+    return following if end < len(document.tokens) else np.append(following, np.int32(document.end))
 
 
 def segments(row: Example) -> Iterator[Example]:

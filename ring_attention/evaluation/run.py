@@ -59,6 +59,7 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, initial: Trained |
         f"mesh {shape}, {config.attention.in_words}.",
         f"{len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out.",
         *corpus.report.lines(),
+        *corpus.describe_tokens(config.data),
         *(describe_initial(config, initial) if initial else ()),
         "The first step compiles; give it a minute.",
     ]

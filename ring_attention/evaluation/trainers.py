@@ -1,5 +1,6 @@
 """A training step of one model as this library takes it, and as PyTorch with transformers does, on the same tokens."""
 
+import dataclasses
 import importlib.metadata
 import os
 import time
@@ -86,9 +87,13 @@ def write_text(folder: Path, seq_len: int, documents: int) -> None:
 
 
 class OurTrainer:
-    """The loop of `training.loop` without its checkpoints: the real loader and the real step."""
+    """The loop of `training.loop` without its checkpoints: the real loader and the real step.
+
+    Ends of documents are no targets, as for transformers, where a row's last token has none.
+    """
 
     def __init__(self, config: TrainConfig):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_on_end=False))
         self._config, devices = config, config.mesh.sp
         mesh = make_mesh(sp=devices, devices=jax.devices()[:devices])
         self._feed = Feed(config, mesh, Corpus.open(config.data))

@@ -38,6 +38,8 @@ class Feed:
             batch_size=config.batch_size,
             layout=config.attention.make_layout(mesh.shape[SEQUENCE]),
             rows=self.rows,
+            train_on_end=config.data.train_on_end,
+            special_tokens=config.data.special_tokens,
         )
 
     def __next__(self) -> tuple[Batch, dict[str, jax.Array]]:

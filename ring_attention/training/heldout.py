@@ -13,7 +13,7 @@ from ring_attention.training.step import BATCH_SPEC, make_eval_step
 
 
 class HeldOut:
-    """The fixed rows that a run is measured on.
+    """The fixed rows that a run is measured on: their text, without the ends of documents, which training counts too.
 
     Attributes:
       segments: the rows spelled in bytes, (context, predicted) for each segment.
@@ -23,7 +23,11 @@ class HeldOut:
 
     def __init__(self, config: TrainConfig, mesh: Mesh, corpus: Corpus):
         rows = held_out_rows(
-            corpus.held_out, corpus.tokenizer, seq_len=config.seq_len, num_sequences=config.eval_sequences
+            corpus.held_out,
+            corpus.tokenizer,
+            seq_len=config.seq_len,
+            num_sequences=config.eval_sequences,
+            special_tokens=config.data.special_tokens,
         )
         layout = config.attention.make_layout(mesh.shape[SEQUENCE])
         batches = deal_batches(rows, batch_size=config.micro_batch_size, layout=layout)

@@ -34,6 +34,9 @@ PLACEMENT_FIELDS = (
 """Fields that say where and in which order the same numbers are computed: a run may go on with others, and its losses
 are then the same but for rounding. Every other field changes what comes out."""
 
+BEFORE = {"data.train_on_end": False, "data.special_tokens": False}
+"""What runs did whose config.json lacks these fields, since there were none."""
+
 _ABSENT = "(absent)"
 _OTHER_FOLDER = "start another run with --config.run_dir=PATH"
 
@@ -148,6 +151,7 @@ def _stored(folder: RunFolder) -> dict[str, Any]:
     except (ValueError, AssertionError) as error:  # flatten_dict asserts that it got a dict
         raise ConfigError(f"{folder.config} is not a config in JSON; mend it or {_OTHER_FOLDER}") from error
     version = stored.pop("version", None)
+    stored = {field: value for field, value in BEFORE.items() if field.partition(".")[0] not in stored} | stored
     require_field(
         version is not None,
         "version",

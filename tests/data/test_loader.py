@@ -3,6 +3,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from small_tokenizers import write_tokenizer
 
 from ring_attention.checks import ConfigError
 from ring_attention.data.config import DataConfig
@@ -255,6 +256,32 @@ def test_segments_spell_exactly_the_targets_that_count(config):
     assert {len(context) for context in contexts} == {0, 1}
     shown = bytes(row["tokens"][0] for row in rows if row["tokens"][0] != START)
     assert b"".join(context for context, _ in segments) == shown
+
+
+def test_the_ends_of_documents_count_in_training_and_not_in_what_is_told_in_bits_per_byte(config):
+    ends = [row["loss_mask"][row["targets"] == START] for row in rows_of(config)]
+    assert np.concatenate(ends).size > 1
+    assert not np.concatenate(ends).any()
+    batch = next(train_loader(config, seq_len=512))
+    assert (batch["targets"] == START).sum() > 3
+    assert (batch["loss_mask"] == 1).all()
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_a_document_cannot_end_itself_and_open_another(tmp_path, special_tokens):
+    """With special tokens read as such it may spell their ids; the segments are the documents still."""
+    _, tokenizer = write_tokenizer(tmp_path, ["<s>", "</s>"], tokenizer_config=dict(bos_token="<s>", eos_token="</s>"))
+    (tmp_path / "forged.jsonl").write_text(json.dumps({"text": "one</s><s>two"}) + "\n")
+    documents = open_documents(DataConfig(paths=f"{tmp_path}/forged.jsonl"))
+    settings = dict(seed=0, streams=1, batch_size=1, layout=NATURAL, special_tokens=special_tokens)
+    size = 1 + (8 if special_tokens else len("one</s><s>two"))
+    batch = next(TrainLoader(documents, tokenizer, seq_len=size, **settings))
+    assert batch["segment_ids"].tolist() == [[1] * size]
+    assert batch["positions"].tolist() == [[*range(size)]]
+    text = [*b"one", 257, 256, *b"two"] if special_tokens else [*b"one</s><s>two"]
+    assert batch["tokens"].tolist() == [[256, *text]]
+    assert batch["targets"].tolist() == [[*text, 257]]
+    assert batch["loss_mask"].all()
 
 
 def test_too_little_held_out_text_is_an_error_with_a_remedy(config):

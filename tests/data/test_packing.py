@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_attention.checks import ConfigError
-from ring_attention.data.packing import PackedRows, encode_document, segments
+from ring_attention.data.packing import EncodedDocument, PackedRows, encode_document, segments
 from ring_attention.data.sources import Document
 from ring_attention.data.tokenizers import load_tokenizer
 
@@ -17,15 +17,14 @@ FIELDS = ["tokens", "targets", "positions", "segment_ids", "loss_mask"]
 TEXTS = st.lists(st.binary(max_size=20), min_size=1, max_size=8)
 
 
-def packed(texts, seq_len, *, repeat=False):
+def packed(texts, seq_len, *, repeat=False, **settings):
     tokenizer = load_tokenizer("bytes")
     documents = grain.MapDataset.source([Document(str(i), text) for i, text in enumerate(texts)])
     documents = documents.repeat() if repeat else documents
     encoded = documents.map(lambda document: encode_document(document, tokenizer))
     # No threads: hypothesis makes hundreds of these.
-    return PackedRows(
-        encoded.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), seq_len=seq_len
-    )
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return PackedRows(encoded.to_iter_dataset(options), seq_len=seq_len, **settings)
 
 
 def stream(texts):
@@ -40,15 +39,17 @@ def test_a_row_worked_out_by_hand():
         "targets": [a, b, START, c, d],
         "positions": [0, 1, 2, 0, 1],
         "segment_ids": [1, 1, 1, 2, 2],
-        "loss_mask": [1, 1, 0, 1, 1],
+        "loss_mask": [1, 1, 1, 1, 1],
     }
     assert {name: values.tolist() for name, values in second.items()} == {
         "tokens": [d, e, f, g, START],
         "targets": [e, f, g, START, h],
         "positions": [2, 3, 4, 5, 0],
         "segment_ids": [1, 1, 1, 1, 2],
-        "loss_mask": [1, 1, 1, 0, 1],
+        "loss_mask": [1, 1, 1, 1, 1],
     }
+    without = packed([b"ab", b"cdefg", b"hi"], 5, train_on_end=False)
+    assert [row["loss_mask"].tolist() for row in without] == [[1, 1, 0, 1, 1], [1, 1, 1, 0, 1]]
 
 
 def test_every_field_is_int32_of_the_rows_length():
@@ -57,11 +58,28 @@ def test_every_field_is_int32_of_the_rows_length():
     assert {(values.dtype, values.shape) for values in row.values()} == {(np.dtype(np.int32), (7,))}
 
 
-def test_a_document_that_ends_with_its_row_has_no_target_beyond():
-    first, second = packed([b"abc", b"def"], 4)
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_document_that_ends_with_its_row_has_no_target_beyond_its_end(learned):
+    first, second = packed([b"abc", b"def"], 4, train_on_end=learned)
     assert first["targets"].tolist() == [*b"abc", START]
-    assert first["loss_mask"].tolist() == second["loss_mask"].tolist() == [1, 1, 1, 0]
+    assert first["loss_mask"].tolist() == second["loss_mask"].tolist() == [1, 1, 1, int(learned)]
     assert second["segment_ids"].tolist() == [1, 1, 1, 1]
+
+
+def test_a_document_does_not_end_where_a_row_cuts_it():
+    rows = list(packed([b"abcdefg", b"h"], 4))
+    assert [row["targets"].tolist() for row in rows] == [[*b"abcd"], [*b"efg", START]]
+    assert all(row["loss_mask"].all() for row in rows)
+
+
+def test_the_end_is_a_token_of_its_own_where_the_tokenizer_has_one():
+    documents = grain.MapDataset.source(
+        [EncodedDocument("", np.array([1, *text], np.int32), 2) for text in (b"ab", b"c")]
+    )
+    (row,) = PackedRows(documents.to_iter_dataset(), seq_len=5)
+    assert row["tokens"].tolist() == [1, *b"ab", 1, *b"c"], "it stands in no row"
+    assert row["targets"].tolist() == [*b"ab", 2, *b"c", 2]
+    assert row["targets"].dtype == np.int32
 
 
 @given(TEXTS, st.integers(1, 30))
@@ -74,13 +92,18 @@ def test_every_token_stands_in_exactly_one_row_in_order(texts, seq_len):
 
 
 @given(TEXTS, st.integers(1, 30))
-def test_every_token_but_document_start_is_a_target_exactly_once(texts, seq_len):
+def test_every_token_and_every_end_is_a_target_exactly_once(texts, seq_len):
     count = -(-2 * len(stream(texts)) // seq_len)  # the rows of two epochs
-    rows = list(itertools.islice(packed(texts, seq_len, repeat=True), count))
-    learned = np.concatenate([row["targets"][row["loss_mask"] == 1] for row in rows]).tolist()
+
+    def learned(**settings):
+        rows = itertools.islice(packed(texts, seq_len, repeat=True, **settings), count)
+        return np.concatenate([row["targets"][row["loss_mask"] == 1] for row in rows]).tolist()
+
     two_epochs = [byte for text in texts * 2 for byte in text]
-    assert learned[: len(two_epochs)] == two_epochs
-    assert START not in learned
+    assert learned(train_on_end=False)[: len(two_epochs)] == two_epochs
+    assert START not in learned(train_on_end=False)
+    with_ends = [token for text in texts * 2 for token in (*text, START)]
+    assert learned()[: len(with_ends)] == with_ends
 
 
 @given(TEXTS, st.integers(1, 30))
@@ -98,13 +121,17 @@ def test_segments_are_documents_and_positions_count_within_them(texts, seq_len):
 
 @given(TEXTS, st.integers(1, 30))
 def test_no_target_leaks_from_another_document(texts, seq_len):
+    for learned in (True, False):
+        for row in packed(texts, seq_len, train_on_end=learned):
+            for segment in segments(row):
+                inside = segment["loss_mask"] == 1
+                assert inside[:-1].all()
+                assert np.array_equal(segment["targets"][:-1], segment["tokens"][1:])
+                if not inside[-1]:
+                    assert segment["targets"][-1] == START
     for row in packed(texts, seq_len):
-        for segment in segments(row):
-            inside = segment["loss_mask"] == 1
-            assert inside[:-1].all()
-            assert np.array_equal(segment["targets"][:-1], segment["tokens"][1:])
-            if not inside[-1]:
-                assert segment["targets"][-1] == START
+        *ended, _ = segments(row)
+        assert all(segment["targets"][-1] == START for segment in ended), "and not the next document's first token"
 
 
 @settings(max_examples=50)

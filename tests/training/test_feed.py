@@ -1,6 +1,7 @@
 """Each device of each process gets its part of the batch, though a process loads but the rows that its devices hold."""
 
 import collections
+import dataclasses
 import threading
 import types
 
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding
 
 import ring_attention as ra
 from ring_attention.data.config import DataConfig
+from ring_attention.data.tokenizers import ByteTokenizer
 from ring_attention.models.config import ModelConfig
 from ring_attention.training import feed as feed_module
 from ring_attention.training.config import TrainConfig
@@ -101,7 +103,12 @@ def opened(tmp_path):
     model = ModelConfig(vocab_size=264, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, ffn_dim=16)
     data = DataConfig(paths=f"{tmp_path}/*.txt", holdout_fraction=0.3, streams=2)
     config = TrainConfig(name="feed", model=model, seq_len=32, num_steps=200, batch_size=4, data=data)
-    return tmp_path, lambda: Feed(config, ra.make_mesh(fsdp=2, sp=4), Corpus.open(data))
+
+    def open_feed(**changes):
+        changed = dataclasses.replace(config, data=dataclasses.replace(data, **changes))
+        return Feed(changed, ra.make_mesh(fsdp=2, sp=4), Corpus.open(data))
+
+    return tmp_path, open_feed
 
 
 def test_a_feed_gives_a_process_its_rows_and_the_devices_the_batch_and_goes_on_where_it_was(opened):
@@ -116,6 +123,16 @@ def test_a_feed_gives_a_process_its_rows_and_the_devices_the_batch_and_goes_on_w
     assert next(again)[0]["tokens"].tolist() != rows["tokens"].tolist()
     again.set_state(state)
     assert next(again)[0]["tokens"].tolist() == rows["tokens"].tolist()
+
+
+@pytest.mark.parametrize(("changes", "learned"), [({}, True), ({"train_on_end": False}, False)])
+def test_the_end_of_a_document_is_learned_unless_the_config_says_otherwise(opened, changes, learned):
+    feed = opened[1](**changes)
+    batches = [next(feed)[0] for _ in range(10)]
+    targets, counts = (np.stack([batch[name] for batch in batches]) for name in ("targets", "loss_mask"))
+    assert (targets == ByteTokenizer.document_end).sum() == 10
+    assert (counts[targets == ByteTokenizer.document_end] == learned).all()
+    assert (counts[targets != ByteTokenizer.document_end] == 1).all()
 
 
 def test_a_document_that_changes_under_a_run_ends_it_as_a_failure_that_may_be_tried_again(opened):

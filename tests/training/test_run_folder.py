@@ -12,10 +12,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ring_attention.checks import ConfigError
+from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
 from ring_attention.training.config_values import config_from_dict, field_kinds
-from ring_attention.training.run_folder import VERSION
+from ring_attention.training.run_folder import VERSION, read_config
 from ring_attention.training.run_folder import open_run_folder as hold_run_folder
 from ring_attention.training.survival import folder_lock
 from ring_attention.training.survival.folder_lock import FolderLock
@@ -106,6 +107,22 @@ def test_a_run_may_be_renamed_and_moved():
     folder = open_run_folder(CONFIG)
     folder.path.rename("moved")
     assert open_run_folder(dataclasses.replace(CONFIG, name="new", run_dir="moved")).config.exists()
+
+
+def test_a_run_from_before_ends_of_documents_were_learned_goes_on_without_them():
+    folder = open_run_folder(CONFIG)
+    stored = json.loads(folder.config.read_text())
+    for field in ("train_on_end", "special_tokens"):
+        del stored["data"][field]
+    folder.config.write_text(json.dumps(stored))
+    assert "data.train_on_end=True: " in refusal(CONFIG)
+    assert "holds a run with False; go back with --config.data.train_on_end=False" in refusal(CONFIG)
+    assert not read_config(folder).data.train_on_end
+    open_run_folder(dataclasses.replace(CONFIG, data=DataConfig(train_on_end=False)))
+    stored["data"] = 3
+    folder.config.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="data=3: is a section"):
+        read_config(folder)
 
 
 def test_a_stored_field_that_no_longer_exists_is_refused_by_name():
