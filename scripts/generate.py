@@ -6,13 +6,17 @@ r"""Continue prompts with a trained model, over one device or many.
 
 One prompt is continued as the text comes. A .jsonl file holds one prompt a line, a string or an object with the field
 "prompt" or "text"; they are continued --batch_size at a time, and printed when all of these have ended. The text goes
-to stdout, all else to stderr. docs/generation.md says how it works.
+to stdout, all else to stderr. Special tokens that a prompt spells out, such as <|im_start|>, are read as tokens
+(--plain_text: as text); those in a continuation are not printed (--show_special_tokens). docs/generation.md says how
+it works.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,7 +28,7 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, printable, require_field, shown
 from ring_attention.data.tokenizers import Tokenizer, load_tokenizer
-from ring_attention.inference.ends import end_tokens
+from ring_attention.inference.ends import end_tokens, prompt_start
 from ring_attention.inference.generator import Generator
 from ring_attention.inference.sampling import Sampling
 from ring_attention.inference.text import TextStream
@@ -51,9 +55,13 @@ def main(argv: list[str]) -> None:
     texts = read_prompts(args)
     trained = open_model(args)
     tokenizer = load_tokenizer(args.tokenizer or trained.config.data.tokenizer)
-    ends = end_tokens(trained, tokenizer)
-    start = [] if args.no_document_start else [tokenizer.document_start]
-    prompts = [Prompt(name, encode(text, tokenizer, start, name)) for name, text in texts]
+    ends = sorted({*end_tokens(trained, tokenizer), *special_stops(args.stop, tokenizer)})
+    start = [] if args.no_document_start else prompt_start(trained, tokenizer)
+    encode = functools.partial(encode_prompt, tokenizer=tokenizer, special_tokens=not args.plain_text)
+    prompts = [Prompt(name, np.concatenate([start, encode(text, name)]).astype(np.int32)) for name, text in texts]
+    twice = [prompt.name for prompt in prompts if start and prompt.tokens[len(start) :][: len(start)].tolist() == start]
+    if twice:
+        say(f"Note: {twice[0]} begins with the token that is put before it, too; --no_document_start leaves one out.")
     longest = max(prompt.tokens.size for prompt in prompts)
     capacity = longest + args.max_new_tokens if args.capacity is None else args.capacity
     writer = open_generator(args, trained, tokenizer, capacity)
@@ -91,6 +99,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("batch_size", type=int, default=8, help="prompts of a .jsonl file that are continued together")
     flag("tokenizer", help="path of tokenizer.json, where it is not where the run found it")
     flag("no_document_start", action="store_true", help="do not open prompts with the token that opens documents")
+    flag("plain_text", action="store_true", help="read special tokens that a prompt spells out as text")
+    flag("show_special_tokens", action="store_true", help="print the special tokens of continuations, too")
     flag("dtype", choices=("float32", "bfloat16"), help="of weights, cache and products; by default the run's")
     flag("dp", type=int, default=1, help="devices that share the prompts")
     flag("sp", type=int, help="devices of the ring; by default all accelerators, or one CPU device")
@@ -111,7 +121,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def is_file_of_many(args: argparse.Namespace) -> bool:
     """Whether the prompts are the lines of a file."""
-    return args.prompt_file is not None and args.prompt_file.endswith(".jsonl")
+    return args.prompt_file is not None and args.prompt_file.lower().endswith((".jsonl", ".ndjson"))
 
 
 def read_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -120,14 +130,14 @@ def read_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
         return [("prompt", args.prompt)]
     name = printable(args.prompt_file)
     try:
-        text = Path(args.prompt_file).read_bytes().decode()
+        text = Path(args.prompt_file).read_bytes().decode().removeprefix("\N{BYTE ORDER MARK}")
     except OSError as error:
         raise ConfigError(f"prompt_file={name}: cannot be read ({error.strerror}); give the path of a file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompt_file={name}: byte {error.start} is not UTF-8; convert the file") from error
     if not is_file_of_many(args):
-        return [(name, text.removesuffix("\n"))]
-    lines = [(f"{name}:{n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [(name, re.sub(r"\r?\n\Z", "", text))]
+    lines = [(f"{name}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     require_field(bool(lines), "prompt_file", args.prompt_file, "holds no line", "write one prompt on each")
     return [(where, prompt_of(where, line)) for where, line in lines]
 
@@ -145,15 +155,20 @@ def prompt_of(where: str, line: str) -> str:
     return value
 
 
-def encode(text: str, tokenizer: Tokenizer, start: list[int], where: str) -> np.ndarray:
-    """Tokens of a prompt, opened by `start`."""
+def encode_prompt(text: str, where: str, *, tokenizer: Tokenizer, special_tokens: bool) -> np.ndarray:
+    """Tokens of a prompt."""
     if not text:
         raise ConfigError(f"{where}: is empty; write at least a character")
     try:
         data = text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{where}: is not UTF-8 at character {error.start}; write it in UTF-8") from error
-    return np.concatenate([start, tokenizer.encode(data)]).astype(np.int32)
+    return tokenizer.encode(data, special_tokens=special_tokens)
+
+
+def special_stops(stops: list[str], tokenizer: Tokenizer) -> list[int]:
+    """The ids of stop texts that are special tokens: they would not be met in the text, which leaves these out."""
+    return [token for token, name in tokenizer.special_tokens.items() if name in stops]
 
 
 def open_model(args: argparse.Namespace) -> Trained:
@@ -204,7 +219,8 @@ def continue_prompts(
 ) -> None:
     """Print the continuation of a prompt as it comes, those of several when all have ended; then the figures."""
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop]
-    streams = [TextStream(tokenizer, prompt.tokens, stops) for prompt in prompts]
+    show_special = args.show_special_tokens
+    streams = [TextStream(tokenizer, prompt.tokens, stops, show_special=show_special) for prompt in prompts]
     settings = dict(max_new_tokens=args.max_new_tokens, stop=ends, seeds=seed)
     try:
         steps = writer.generate([prompt.tokens for prompt in prompts], **settings)

@@ -1,32 +1,33 @@
-"""The tokens with which a model says that a text has ended."""
+"""The tokens that stand before what a model continues, and those with which it says that a text has ended."""
 
-import json
 from pathlib import Path
 
-from ring_attention.checks import ConfigError, is_whole, printable, shown
+from ring_attention.data.special_tokens import read_values, token_ids
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.training.trained import Trained
 
 _FILES = ("config.json", "generation_config.json")
 
 
+def prompt_start(trained: Trained, tokenizer: Tokenizer) -> list[int]:
+    """What a prompt is opened with: `document_start`, as packed documents are.
+
+    A model that came from Hugging Face gets what `transformers` feeds it instead, for Qwen nothing.
+    """
+    came_from_hf = trained.source is not None or trained.kept is not None
+    return list(tokenizer.prompt_start) if came_from_hf else [tokenizer.document_start]
+
+
 def end_tokens(trained: Trained, tokenizer: Tokenizer) -> list[int]:
-    """`document_start`, since another document would begin, and every `eos_token_id` of a Hugging Face checkpoint.
+    """`document_end`, `document_start`, since another document would begin, and every `eos_token_id` of a Hugging Face
+    checkpoint.
 
     Raises:
       ConfigError: if a file that should name them is no JSON, or names no tokens.
     """
-    found = {tokenizer.document_start}
-    for path in map(Path, _files(trained)):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{printable(str(path))}: is no JSON; copy it again") from error
-        given = values.get("eos_token_id") if isinstance(values, dict) else None
-        named = given if isinstance(given, list) else [] if given is None else [given]
-        if not all(is_whole(token, 0) for token in named):
-            raise ConfigError(f"{printable(str(path))}: eos_token_id={shown(given)}: need ids of tokens; mend the file")
-        found |= set(named)
+    found = {tokenizer.document_start, tokenizer.document_end}
+    for path in _files(trained):
+        found.update(token_ids(path, read_values(path), "eos_token_id"))
     return sorted(found)
 
 

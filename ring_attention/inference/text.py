@@ -11,17 +11,22 @@ _UNFINISHED = "�".encode()  # as tokenizers that decode tokens together write 
 
 
 class TextStream:
-    """The text of one row, token by token.
+    """The text of one row, token by token, without special tokens unless they are asked for.
 
     Attributes:
       ended: whether a stop text was met; nothing comes after it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
-        """Begin after a prompt's tokens; the text ends before the first of the `stop` texts."""
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), *, show_special: bool = False
+    ):
+        """Begin after a prompt's tokens; the text ends before the first of the `stop` texts.
+
+        Special tokens are spelled out if `show_special`, or else left out.
+        """
         require(all(stop), "stop holds an empty text, which would end everything at once; leave it out")
         self.ended = False
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stop, self._show_special = tokenizer, tuple(stop), show_special
         self._ids = [int(token) for token in prompt[-_PROMPT_TAIL:]]  # a token's bytes may depend on the one before
         self._shown = len(self._ids)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -29,6 +34,12 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Take a token; return the text that is certain now and was not before."""
+        name = self._tokenizer.special_tokens.get(int(token))
+        if name is not None:
+            if not self._show_special:
+                return ""
+            before = self._decoder.decode(self._new_bytes(last=True), final=True)
+            return self._release(before + name, last=False)
         self._ids.append(int(token))
         new = self._new_bytes(last=False)
         return self._release(self._decoder.decode(new), last=False)
@@ -40,6 +51,8 @@ class TextStream:
 
     def _new_bytes(self, *, last: bool) -> bytes:
         """Bytes of the tokens that were not shown yet; none while they do not make whole characters."""
+        if len(self._ids) == self._shown:  # those shown stay, for the sake of the token that comes next
+            return b""
         known = self._tokenizer.token_bytes(self._ids[: self._shown])
         now = self._tokenizer.token_bytes(self._ids)
         if now.endswith(_UNFINISHED) and not last:

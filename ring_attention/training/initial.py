@@ -43,11 +43,19 @@ def find_initial(config: TrainConfig) -> Trained | None:
             f"use --config.model.{field}={theirs[field]}",
         )
     tokenizer = trained.config.data.tokenizer
+    from_init = f"the parameters of init_from={config.init_from!r} were trained with"
+    require_field(
+        config.data.tokenizer != BYTES or tokenizer == BYTES or Path(tokenizer).is_file(),
+        "data.tokenizer",
+        config.data.tokenizer,
+        f"{from_init} a tokenizer that is not there, {tokenizer}",
+        "use --config.data.tokenizer=PATH with the path of its tokenizer.json",
+    )
     require_field(
         _same_tokens(config.data.tokenizer, tokenizer),
         "data.tokenizer",
         config.data.tokenizer,
-        f"the parameters of init_from={config.init_from!r} were trained with other tokens",
+        f"{from_init} other tokens",
         f"use --config.data.tokenizer={tokenizer}",
     )
     return trained

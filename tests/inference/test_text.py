@@ -84,6 +84,38 @@ def test_bytes_that_are_no_text_are_shown_as_such_and_do_not_hold_up_what_follow
     assert got == "�(�a�"
 
 
+@pytest.mark.parametrize("maker", [_byte_level, _sentence_piece])
+@pytest.mark.parametrize("show", [False, True])
+def test_special_tokens_are_left_out_unless_they_are_asked_for(maker, show, tmp_path):
+    """Those that open and end documents, too; what stands around one is whole, and so is a stop that follows it."""
+    maker(tmp_path / "tokenizer.json")
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    tokenizer = HuggingFaceTokenizer(str(tmp_path / "tokenizer.json"))
+    start, end, other = (made.token_to_id(name) for name in ("<s>", "</s>", "<|im_end|>"))
+    ids = [start, *tokenizer.encode("Grüße, 世界!".encode()), other, *tokenizer.encode(b"And more of it"), end]
+
+    def text(**settings):
+        stream = TextStream(tokenizer, (), show_special=show, **settings)
+        return "".join([*map(stream.feed, ids), stream.finish()])
+
+    whole = text()
+    space = " " if maker is _sentence_piece else ""  # of a text that begins; its decoder strips that of the first alone
+    if show:
+        assert whole == f"<s>Grüße, 世界!<|im_end|>{space}And more of it</s>"
+        assert text(stop=["</s>"]) == whole.removesuffix("</s>")
+    else:
+        assert whole == f"Grüße, 世界!{space}And more of it"
+    assert text(stop=["more"]) == whole[: whole.index("more")]
+
+
+def test_the_token_that_ends_a_text_of_bytes_is_shown_where_it_is_asked_for():
+    stream = TextStream(ByteTokenizer(), (), show_special=True)
+    assert "".join([*map(stream.feed, [ord("a"), 0xE4, 256]), stream.finish()]) == "a\N{REPLACEMENT CHARACTER}<s>"
+
+
 def test_an_empty_stop_is_refused():
     with pytest.raises(ValueError, match="stop holds an empty text"):
         TextStream(ByteTokenizer(), np.array([1]), stop=["x", ""])

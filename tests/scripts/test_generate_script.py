@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 from hf_folders import QWEN3, write_folder
+from small_tokenizers import write_tokenizer
 
 import ring_attention as ra
 from ring_attention.data.tokenizers import load_tokenizer
@@ -18,7 +19,7 @@ from ring_attention.inference.ends import end_tokens
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import AttentionConfig, TrainConfig
-from ring_attention.training.exported import write_tokenizer
+from ring_attention.training.exported import write_tokenizer as export_tokenizer
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.step import make_state
 from ring_attention.training.trained import open_trained
@@ -94,6 +95,71 @@ def test_prompts_of_a_file_are_continued_as_each_would_be_alone(generate, tmp_pa
     assert "2 prompts of 2 to 10 tokens" in err
 
 
+@pytest.fixture
+def fed(script, monkeypatch):
+    """fed(flags) -> (what the model is fed for each prompt, what ends continuations); nothing is computed."""
+
+    def run(*flags):
+        seen = []
+        monkeypatch.setattr(script, "open_generator", lambda *_: None)
+        monkeypatch.setattr(script, "continue_prompts", lambda *given, **_: seen.append((given[2], given[4])))
+        assert script.run([*flags]) == 0
+        return [prompt.tokens.tolist() for prompts, _ in seen for prompt in prompts], seen[0][1]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "texts"),
+    [
+        ("a.txt", b"one\r\ntwo\r\n", [b"one\r\ntwo"]),
+        ("a.txt", b"one\r", [b"one\r"]),
+        ("a.txt", b"\xef\xbb\xbfone\n\n", [b"one\n"]),
+        ("a.jsonl", b'"one"\r\n\r\n{"text": "two"}\r\n', [b"one", b"two"]),
+        ("a.jsonl", '"one\u2028\u2029\x85and"\n"two"'.encode(), ["one\u2028\u2029\x85and".encode(), b"two"]),
+        ("a.JSONL", b'\xef\xbb\xbf"one"', [b"one"]),
+        ("a.ndjson", b'"one"\n"two"\n', [b"one", b"two"]),
+    ],
+)
+def test_a_prompt_file_is_cut_at_line_feeds_alone_and_its_line_ends_are_no_text(
+    fed, checkpoint, tmp_path, name, contents, texts
+):
+    (tmp_path / name).write_bytes(contents)
+    prompts, _ = fed(f"--checkpoint={checkpoint}", f"--prompt-file={tmp_path / name}")
+    assert prompts == [[256, *text] for text in texts]
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """The folder of a Hugging Face checkpoint as Qwen's: nothing is put first, texts end with <|im_end|>."""
+    write_folder(tmp_path / "chat", QWEN3 | dict(vocab_size=264, bos_token_id=256, eos_token_id=258))
+    about = dict(bos_token=None, eos_token="<|im_end|>")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|other|>"]
+    write_tokenizer(tmp_path / "chat", special, tokenizer_config=about)
+    return tmp_path / "chat"
+
+
+def test_special_tokens_of_a_prompt_are_tokens_and_a_stop_may_be_one(fed, chat):
+    flags = [f"--checkpoint={chat}", "--prompt=<|im_start|>hi<|im_end|>"]
+    assert fed(*flags) == ([[257, *b"hi", 258]], [256, 258])
+    assert fed(*flags, "--stop=<|other|>", "--stop=x")[1] == [256, 258, 259]
+    assert fed(*flags, "--plain_text")[0] == [[*b"<|im_start|>hi<|im_end|>"]]
+
+
+def test_a_model_of_hugging_face_is_fed_what_transformers_feeds_and_one_trained_here_a_document(
+    fed, chat, checkpoint, capsys
+):
+    assert fed(f"--checkpoint={chat}", "--prompt=hi")[0] == [[*b"hi"]]
+    tokenizer = f"--tokenizer={chat}/tokenizer.json"
+    assert fed(f"--checkpoint={checkpoint}", tokenizer, "--prompt=hi")[0] == [[256, *b"hi"]]
+    write_tokenizer(chat, ["<s>", "</s>"], before=["<s>"])
+    assert fed(f"--checkpoint={chat}", "--prompt=hi")[0] == [[256, *b"hi"]]
+    assert fed(f"--checkpoint={chat}", "--prompt=hi", "--no_document_start")[0] == [[*b"hi"]]
+    assert "put before it" not in capsys.readouterr().err
+    assert fed(f"--checkpoint={chat}", "--prompt=<s>hi")[0] == [[256, 256, *b"hi"]]
+    assert "prompt begins with the token that is put before it, too; --no_document" in capsys.readouterr().err
+
+
 def test_text_ends_before_a_stop(generate):
     _, out, _ = generate("--prompt=def main(", "--max_new_tokens=40")
     stop = out[5:8]
@@ -108,7 +174,7 @@ def test_a_hugging_face_checkpoint_ends_where_its_files_say_and_may_be_computed_
     write_folder(tmp_path / "hf", QWEN3 | dict(vocab_size=264))
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     config = TrainConfig(name="x", model=MODEL, seq_len=64, num_steps=200)
-    write_tokenizer(config, tmp_path / "hf")
+    export_tokenizer(config, tmp_path / "hf")
     trained = open_trained(str(tmp_path / "hf"))
     assert {7, 9} < set(end_tokens(trained, load_tokenizer(trained.config.data.tokenizer)))
     flags = [f"--checkpoint={tmp_path}/hf", "--prompt=abc", "--max_new_tokens=5", "--no_document_start"]

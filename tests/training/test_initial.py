@@ -120,6 +120,25 @@ def test_other_tokens_are_refused_and_a_copy_of_the_tokenizer_is_not(folders, tm
             find_initial(dataclasses.replace(config, data=DataConfig(tokenizer=other)))
 
 
+@pytest.mark.parametrize("kind", ["hf", "imported"])
+def test_bytes_are_refused_where_the_tokenizer_of_the_model_is_not_there(folders, tmp_path, kind):
+    """As of checkpoints that hold tokenizer.model alone; a tokenizer.json that was made from it cannot be compared."""
+    write_folder(tmp_path / "hf", LLAMA)
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"sentencepiece")
+    if kind == "imported":
+        import_hf(open_source(tmp_path / "hf"), tmp_path / "imported", ra.make_mesh(sp=8), _quiet)
+    config = begin_with(tmp_path / kind, tmp_path / "hf", data=DataConfig())
+    with pytest.raises(ConfigError) as caught:
+        find_initial(config)
+    missing = open_trained(config.init_from).config.data.tokenizer
+    assert str(caught.value) == (
+        f"data.tokenizer='bytes': the parameters of init_from={config.init_from!r} were trained with a tokenizer that "
+        f"is not there, {missing}; use --config.data.tokenizer=PATH with the path of its tokenizer.json"
+    )
+    made = str(folders / "hf" / "tokenizer.json")
+    assert find_initial(dataclasses.replace(config, data=DataConfig(tokenizer=made)))
+
+
 def test_a_folder_that_holds_no_model_is_refused_with_the_field(folders, tmp_path):
     config = dataclasses.replace(begin_with(folders / "hf"), init_from=str(tmp_path))
     with pytest.raises(ConfigError, match=f"init_from='{tmp_path}': .* has no config.json; give the folder"):
