@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
 
 
 class Reason(enum.StrEnum):
@@ -9,6 +10,7 @@ class Reason(enum.StrEnum):
 
     EMPTY = "empty"
     UNREADABLE = "unreadable"
+    FORMAT = "in another format"
     NOT_UTF8 = "not UTF-8"
     BINARY = "binary"
     TOO_LONG = "too long"
@@ -33,6 +35,10 @@ class BadDocumentError(Exception):
         self.reason, self.problem, self.remedy, self.field = reason, problem, remedy, field
 
 
+LeaveOut = Callable[[BadDocumentError], None]
+"""Is told of each document that cannot be used: it counts it, or raises."""
+
+
 @dataclasses.dataclass
 class DataReport:
     """What was left out of the data.
@@ -40,10 +46,12 @@ class DataReport:
     Attributes:
       counts: documents for each reason; a file that cannot be read to its end counts as one.
       examples: the problem of the first of them.
+      notes: what else there is to say of how the files were opened, in lines.
     """
 
     counts: dict[Reason, int] = dataclasses.field(default_factory=dict)
     examples: dict[Reason, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, bad: BadDocumentError) -> None:
         """Count a document that is left out."""
@@ -55,6 +63,7 @@ class DataReport:
         for reason, count in later.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.examples.setdefault(reason, later.examples[reason])
+        self.notes += later.notes
 
     @property
     def total(self) -> int:
@@ -62,12 +71,12 @@ class DataReport:
         return sum(self.counts.values())
 
     def lines(self) -> list[str]:
-        """What to tell people: how many were left out, and for each reason the first; [] if none was."""
+        """What to tell people: how many were left out, for each reason the first, and the notes; [] for nothing."""
         if not self.counts:
-            return []
+            return self.notes
         reasons = [
             f"  {self.counts[reason]:,} {reason}, the first: {self.examples[reason]}"
             for reason in Reason
             if reason in self.counts
         ]
-        return [f"Documents left out: {self.total:,}", *reasons]
+        return [f"Documents left out: {self.total:,}", *reasons, *self.notes]

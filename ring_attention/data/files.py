@@ -1,221 +1,165 @@
 """The files that documents come from: plain text and JSON lines, either of them gzipped.
 
-A file is read and checked in full when it is opened, so that a bad line stops a run in its first seconds and not in its
-third hour. What stays in memory afterwards is an index; texts are read again on access, and a checksum tells if they
-have changed meanwhile. The one exception is gzipped JSON lines: gzip cannot be entered in the middle, so their texts
-are held in memory.
+A file is read and checked in full before a run reads it, so that a bad line stops a run in its first seconds and not in
+its third hour. What stays in memory is a table, 28 bytes for each document, that `index.py` keeps for the next start;
+texts are read again on access, and a checksum tells if they have changed meanwhile. Gzip cannot be entered in the
+middle, so the texts of gzipped JSON lines are unpacked into a file once, a `Spool`.
 """
 
 import array
 import codecs
-import json
+import dataclasses
+import hashlib
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 
-from ring_attention.checks import printable, shown
-from ring_attention.data.bad import BadDocumentError, Reason
+from ring_attention.checks import printable
+from ring_attention.data.bad import BadDocumentError, LeaveOut, Reason
 from ring_attention.data.config import DataConfig
-from ring_attention.data.reading import Line, read_lines, read_pieces, read_span
+from ring_attention.data.json_lines import holds_json_lines, read_documents, text_of_line
+from ring_attention.data.reading import Line, is_gzipped, read_pieces, read_span
+from ring_attention.data.spool import Spool
+from ring_attention.data.utf8 import BOM, decode, refuse_json_lines, refuse_nul, refuse_other_formats, too_long
 
-LeaveOut = Callable[[BadDocumentError], None]
-"""Is told of each document that cannot be used: it counts it, or raises."""
+DOCUMENT = np.dtype([("begin", "<u8"), ("length", "<u4"), ("number", "<u4"), ("checksum", "<u4"), ("name_hash", "<u8")])
+"""What is kept of a document: where its bytes stand in its file or spool, its line's number (0 for a whole file), their
+checksum, and the hash of its name that decides whether it is held out."""
 
 
-class DocumentFile(Protocol):
-    """The documents of one file, by number."""
+@dataclasses.dataclass(frozen=True)
+class DocumentFile:
+    """The documents of one file, by number.
 
-    def __len__(self) -> int: ...
+    Attributes:
+      path: of the file.
+      name: what the file is called, wherever it lies.
+      text_field: of a line, that holds the text.
+      table: DOCUMENT [documents].
+      spool: the file's texts, unpacked; None for files that are read where they are.
+    """
 
-    def name(self, index: int) -> str:
+    path: str
+    name: str
+    text_field: str
+    table: np.ndarray
+    spool: Spool | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def document_name(self, index: int) -> str:
         """Return what the document is called: the file's name, and the line's number if a line is a document."""
+        return _document_name(self.name, int(self.table["number"][index]))
 
     def text(self, index: int) -> bytes:
         """Read the document's text, UTF-8 and not empty; raises BadDocumentError if it has changed."""
+        begin, length, number, checksum, _ = self.table[index].tolist()
+        where = f"{printable(self.path)}:{number}" if number else printable(self.path)
+        if self.spool:
+            return _unchanged(self.spool.read(begin, length), checksum, printable(self.spool.path))
+        if number:
+            line = _unchanged(read_span(self.path, begin, begin + length), checksum, where)
+            return text_of_line(Line(number, begin, line), where, self.text_field)
+        return _unchanged(_read_text(self.path, begin + length), checksum, where)[begin:]
+
+    def digest(self, chosen: np.ndarray) -> bytes:
+        """Hash the names, lengths and contents of the documents `chosen`, int [n], in that order."""
+        hashed = hashlib.blake2b(self.name.encode(errors="surrogateescape"), digest_size=16)
+        for column in ("number", "length", "checksum"):
+            hashed.update(self.table[column][chosen].tobytes())
+        return hashed.digest()
 
 
-def open_document_file(path: str, name: str, config: DataConfig, leave_out: LeaveOut) -> DocumentFile:
-    """Open the file at `path` and check all of it.
+class PartOfFile:
+    """The documents of a file, of one of which only a part is left."""
 
-    `*.jsonl` and `*.jsonl.gz` hold one document a line, in the field `config.text_field`; any other file is one
-    document. Blank lines are no documents. `leave_out` is told of lines that cannot be used; for a file that cannot be
-    used, or not be read to its end, BadDocumentError is raised.
+    def __init__(self, file: DocumentFile, index: int, part: slice):
+        self._file, self._index, self._part = file, index, part
+        self.table = file.table
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def document_name(self, index: int) -> str:
+        """Return what the document is called, and after it which of its bytes are left."""
+        part = f"[{self._part.start}:{self._part.stop}]" if index == self._index else ""
+        return self._file.document_name(index) + part
+
+    def text(self, index: int) -> bytes:
+        """Read what is left of the document."""
+        text = self._file.text(index)
+        return text[self._part] if index == self._index else text
+
+    def digest(self, chosen: np.ndarray) -> bytes:
+        """Hash what the file's documents hash to, and the part."""
+        return self._file.digest(chosen) + f"{self._index}[{self._part.start}:{self._part.stop}]".encode()
+
+
+def examine_file(path: str, name: str, config: DataConfig, leave_out: LeaveOut, spool: Spool | None) -> np.ndarray:
+    """Read and check the file at `path`, and return the table of its documents, DOCUMENT [documents].
+
+    Files whose names end as in `json_lines.NAMES`, and *.json that prove to be such, hold one document a line, in the
+    field `config.text_field`; any other file is one document. Blank lines are no documents. `leave_out` is told of
+    lines that cannot be used; for a file that cannot be used, or not be read to its end, BadDocumentError is raised.
+    The texts of gzipped lines are added to `spool`.
     """
-    if path.endswith((".jsonl", ".jsonl.gz")):
-        kind = GzippedJsonLinesFile if path.endswith(".gz") else JsonLinesFile
-        return kind(path, name, config, leave_out)
-    return TextFile(path, name, config)
+    if not holds_json_lines(path):
+        return np.array([(*_examine_text(path, config), name_hash(name))], DOCUMENT)
+    columns = {column: array.array("Q" if DOCUMENT[column].itemsize == 8 else "I") for column in DOCUMENT.names}
+    for line, text in read_documents(path, config, leave_out):
+        begin, content = (spool.append(text), text) if spool else (line.begin, line.content)
+        row = (begin, len(content), line.number, zlib.crc32(content), name_hash(_document_name(name, line.number)))
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    table = np.empty(len(columns["begin"]), DOCUMENT)
+    for column, values in columns.items():
+        table[column] = np.frombuffer(values, values.typecode) if values else ()
+    return table
 
 
-class TextFile:
-    """A file that is one document."""
-
-    def __init__(self, path: str, name: str, config: DataConfig):
-        self._path, self._name = path, name
-        self._length, self._checksum = _examine(path, config.max_document_bytes)
-
-    def __len__(self) -> int:
-        return 1
-
-    def name(self, index: int) -> str:
-        """Return what document `index` is called."""
-        return self._name
-
-    def text(self, index: int) -> bytes:
-        """Read the text of document `index`."""
-        text = bytearray()
-        for piece in read_pieces(self._path):
-            text += piece
-            if len(text) > self._length:
-                break
-        return _unchanged(bytes(text), self._checksum, printable(self._path))
+def needs_spool(path: str) -> bool:
+    """Whether the texts of a file have to be unpacked before they can be read in any order."""
+    return is_gzipped(path) and holds_json_lines(path)
 
 
-class JsonLinesFile:
-    """A file of JSON objects, one a line, reached through the byte offsets of its lines."""
-
-    def __init__(self, path: str, name: str, config: DataConfig, leave_out: LeaveOut):
-        self._path, self._name, self._text_field = path, name, config.text_field
-        index = array.array("q")  # 32 bytes a line: begin, end, line number, checksum
-        for line, _ in _documents(path, config, leave_out):
-            index.extend((line.begin, line.begin + len(line.content), line.number, zlib.crc32(line.content)))
-        self._index = np.array(index, np.int64).reshape(-1, 4)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def name(self, index: int) -> str:
-        """Return what document `index` is called."""
-        return f"{self._name}:{self._index[index, 2]}"
-
-    def text(self, index: int) -> bytes:
-        """Read the text of document `index`."""
-        begin, end, number, checksum = self._index[index].tolist()
-        where = f"{printable(self._path)}:{number}"
-        content = _unchanged(read_span(self._path, begin, end), checksum, where)
-        return _text_of_line(Line(number, begin, content), where, self._text_field)
+def name_hash(name: str) -> int:
+    """Map a name to a number below 2**64, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
-class GzippedJsonLinesFile:
-    """A gzipped file of JSON objects, one a line; its texts are held in memory."""
-
-    def __init__(self, path: str, name: str, config: DataConfig, leave_out: LeaveOut):
-        self._name = name
-        self._texts = [(line.number, text) for line, text in _documents(path, config, leave_out)]
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def name(self, index: int) -> str:
-        """Return what document `index` is called."""
-        return f"{self._name}:{self._texts[index][0]}"
-
-    def text(self, index: int) -> bytes:
-        """Read the text of document `index`."""
-        return self._texts[index][1]
+def _document_name(name: str, number: int) -> str:
+    return f"{name}:{number}" if number else name
 
 
-def _examine(path: str, limit: int) -> tuple[int, int]:
-    """Return (length, checksum) of a text file; raises BadDocumentError unless it is one to read."""
-    where, decoder, length, checksum = printable(path), codecs.getincrementaldecoder("utf-8")(), 0, 0
+def _examine_text(path: str, config: DataConfig) -> tuple[int, int, int, int]:
+    """(begin, length, 0, checksum of all bytes) of a text file; raises BadDocumentError unless it is one to read."""
+    where, limit = printable(path), config.max_document_bytes
+    decoder, end, begin, checksum = codecs.getincrementaldecoder("utf-8")(), 0, 0, 0
     for piece in read_pieces(path):
-        if length + len(piece) > limit:
-            raise _too_long(where, limit)
-        _refuse_nul(piece, where, length)
-        _decode(piece, where, length, decoder)
-        length, checksum = length + len(piece), zlib.crc32(piece, checksum)
-    _decode(b"", where, length, decoder)
-    if not length:
+        if not end:
+            begin = len(BOM) if piece.startswith(BOM) else 0
+            refuse_other_formats(piece[:16], where)
+            refuse_json_lines(piece, where, config.text_field)
+        if end + len(piece) - begin > limit:
+            raise too_long(where, limit)
+        refuse_nul(piece, where, end)
+        decode(piece, where, end, decoder)
+        end, checksum = end + len(piece), zlib.crc32(piece, checksum)
+    decode(b"", where, end, decoder)
+    if end == begin:
         raise BadDocumentError(Reason.EMPTY, f"{where} is empty", "leave it out of the globs")
-    return length, checksum
+    return begin, end - begin, 0, checksum
 
 
-def _documents(path: str, config: DataConfig, leave_out: LeaveOut) -> Iterator[tuple[Line, bytes]]:
-    """Yield each line of a JSONL file that is a document, and its text."""
-    for line in read_lines(path, config.max_document_bytes):
-        where = f"{printable(path)}:{line.number}"
-        try:
-            if line.content is None:
-                raise _too_long(where, config.max_document_bytes)
-            text = _text_of_line(line, where, config.text_field)
-        except BadDocumentError as bad:
-            leave_out(bad)
-        else:
-            yield line, text
-
-
-def _text_of_line(line: Line, where: str, text_field: str) -> bytes:
-    """The text in field `text_field` of the JSON object that a line holds; raises BadDocumentError."""
-    _refuse_nul(line.content, where, line.begin)
-    text = _field_of(_parse(line, where), where, text_field)
-    if not text:
-        raise BadDocumentError(Reason.EMPTY, f"{where} has an empty text", "leave the line out")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        problem = f"{where} escapes half a surrogate pair at character {error.start} of its text"
-        raise BadDocumentError(Reason.HALF_A_CHARACTER, problem, "repair that line") from error
-
-
-def _parse(line: Line, where: str) -> dict:
-    """The JSON object that a line holds; raises BadDocumentError for any other line."""
-    try:
-        fields = json.loads(_decode(line.content, where, line.begin).rstrip("\r\n"))
-    except json.JSONDecodeError as error:
-        problem = f"is not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
-    except RecursionError:
-        problem = "is not JSON that can be read (nested too deeply)"
-    except ValueError:  # Python reads no integer of more than 4300 digits
-        problem = "is not JSON that can be read (a number has too many digits)"
-    else:
-        if isinstance(fields, dict):
-            return fields
-        problem = f"holds a {type(fields).__name__}, not an object"
-        raise BadDocumentError(Reason.NOT_JSON, f"{where} {problem}", 'write {"text": "..."} a line')
-    raise BadDocumentError(Reason.NOT_JSON, f"{where} {problem}", "repair that line") from None
-
-
-def _field_of(fields: dict, where: str, text_field: str) -> str:
-    """The string in the field; raises BadDocumentError if there is none."""
-    if text_field not in fields:
-        problem = f"{where} has only the fields {shown(sorted(fields))}"
-        raise BadDocumentError(Reason.WITHOUT_FIELD, problem, "name the one that holds text", "text_field")
-    text = fields[text_field]
-    if not isinstance(text, str):
-        problem = f"{where} holds a {type(text).__name__} there, not a string"
-        remedy = f"name one of the fields {shown(sorted(fields))} that holds text"
-        raise BadDocumentError(Reason.NOT_TEXT, problem, remedy, "text_field")
-    return text
-
-
-def _decode(content: bytes, where: str, begin: int, decoder: codecs.IncrementalDecoder | None = None) -> str:
-    """Decode what begins at byte `begin` of a file; without `decoder` it must end where a character ends.
-
-    An empty `content` ends what was given to the decoder before.
-    """
-    try:
-        return content.decode() if decoder is None else decoder.decode(content, final=not content)
-    except UnicodeDecodeError as error:
-        carried = len(error.object) - len(content)  # a character that the piece before began
-        problem = f"{where} is not valid UTF-8 at byte offset {begin - carried + error.start}"
-        remedy = "convert it (iconv -t UTF-8) or leave it out of the globs"
-        raise BadDocumentError(Reason.NOT_UTF8, problem, remedy) from error
-
-
-def _refuse_nul(content: bytes, where: str, begin: int) -> None:
-    """Raise BadDocumentError for a NUL byte: no text has one, though it is valid UTF-8."""
-    found = content.find(0)
-    if found >= 0:
-        problem = f"{where} holds a NUL byte at byte offset {begin + found}, so it is binary"
-        remedy = "leave it out of the globs, or convert it if it is text in UTF-16 (iconv -f UTF-16 -t UTF-8)"
-        raise BadDocumentError(Reason.BINARY, problem, remedy)
-
-
-def _too_long(where: str, limit: int) -> BadDocumentError:
-    problem, remedy = f"{where} has more than {limit:,} bytes", "split it, or raise the bound if the memory allows it"
-    return BadDocumentError(Reason.TOO_LONG, problem, remedy, "max_document_bytes")
+def _read_text(path: str, length: int) -> bytes:
+    """Read a file, or a little more than `length` bytes of it if it is longer."""
+    text = bytearray()
+    for piece in read_pieces(path):
+        text += piece
+        if len(text) > length:
+            break
+    return bytes(text)
 
 
 def _unchanged(content: bytes, checksum: int, where: str) -> bytes:
@@ -224,4 +168,5 @@ def _unchanged(content: bytes, checksum: int, where: str) -> bytes:
     if found == checksum:
         return content
     problem = f"{where} has changed since it was opened (checksum {found:08x}, need {checksum:08x})"
-    raise BadDocumentError(Reason.UNREADABLE, problem, "leave the data alone while a run reads them; start it again")
+    remedy = "leave the data alone while a run reads them; start it again, after touching the file if its time is kept"
+    raise BadDocumentError(Reason.UNREADABLE, problem, remedy)

@@ -28,8 +28,9 @@ class TrainLoader:
     A batch is a dict of int32 [rows, seq_len] arrays named tokens, targets, positions, segment_ids and loss_mask
     (`PackedRows` says what each holds), reordered along axis 1 from natural order to the layout's. Documents are
     shuffled by `seed`, differently in each epoch, and dealt to `streams` that are packed side by side; rows are taken
-    from the streams in turn, so that a long document does not fill many rows in a row. Streams, rows and batches run
-    on across epochs.
+    from the streams in turn, so that a long document does not fill many rows in a row. Of fewer documents than streams
+    each has a stream of its own, or they would be packed several times side by side. Streams, rows and batches run on
+    across epochs.
 
     `rows` are the numbers, ascending from 0 to batch_size - 1, of a batch's rows that are wanted; None wants all. The
     others may be other processes': the rows of all are the same whoever loads them. Documents of streams that give no
@@ -61,6 +62,7 @@ class TrainLoader:
         self._corpus = {"documents": len(documents), "digest": documents.digest(), "seed": seed, "streams": streams}
         shuffled = grain.MapDataset.source(documents).shuffle(seed).repeat()
         settings = dict(seq_len=seq_len, train_on_end=train_on_end, special_tokens=special_tokens)
+        streams = min(streams, len(documents))
         self._dealt = [_packed_rows(shuffled[stream::streams], tokenizer, **settings) for stream in range(streams)]
         self._next_row = 0  # counted over the whole run: row n comes from stream n % streams
         self._streams = self._open_streams(self._next_row)

@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
 
 def read_pieces(path: str) -> Iterator[bytes]:
-    """Yield the file's bytes, decompressed if its name ends in ".gz", PIECE at a time.
+    """Yield the file's bytes, decompressed if its name ends in ".gz" or ".GZ", PIECE at a time.
 
     Raises BadDocumentError if it cannot be read to its end.
     """
@@ -81,8 +81,13 @@ def unreadable(path: str, error: Exception) -> BadDocumentError:
     return BadDocumentError(Reason.UNREADABLE, problem, "repair it or leave it out of the globs")
 
 
+def is_gzipped(path: str) -> bool:
+    """Whether the file's name says that it is gzipped."""
+    return path.lower().endswith(".gz")
+
+
 def _open(path: str):
-    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+    return gzip.open(path, "rb") if is_gzipped(path) else open(path, "rb")
 
 
 def _read_line(file, limit: int) -> list[bytes]:

@@ -32,7 +32,7 @@ def run_training(config: TrainConfig, process_flags: ProcessFlags) -> None:
         first = is_first()
         say = print if first else lambda line: None
         check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
-        corpus = Corpus.open(config.data)
+        corpus = Corpus.open(config.data, folder_of(config).documents)
         check_vocabulary(config, corpus.tokenizer)
         initial = None if has_begun(folder_of(config)) else find_initial(config)
         feed, held_out = Feed(config, mesh, corpus), HeldOut(config, mesh, corpus)

@@ -1,6 +1,7 @@
 """The documents of a run and what is held back from it."""
 
 import dataclasses
+from pathlib import Path
 
 from ring_attention.checks import printable
 from ring_attention.data.bad import DataReport
@@ -22,11 +23,14 @@ class Corpus:
     report: DataReport
 
     @staticmethod
-    def open(config: DataConfig) -> "Corpus":
-        """Open and check the files; ConfigError for those that cannot be used."""
+    def open(config: DataConfig, index_dir: Path | None = None) -> "Corpus":
+        """Open and check the files; ConfigError for those that cannot be used.
+
+        `index_dir` keeps what was found for the next start, unless `config.index_dir` names another place.
+        """
         tokenizer = load_tokenizer(config.tokenizer)
-        source = open_documents(config)
-        return Corpus(*split_documents(source, config.holdout_fraction), tokenizer, source.report)
+        train, held_out = split_documents(open_documents(config, index_dir), config.holdout_fraction)
+        return Corpus(train, held_out, tokenizer, train.report)
 
     def describe_tokens(self, config: DataConfig) -> list[str]:
         """Lines that say which tokens stand around documents, and of special tokens that the first few spell out."""

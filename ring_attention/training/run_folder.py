@@ -20,7 +20,10 @@ from ring_attention.training.survival.folder_lock import FolderLock
 VERSION = 1
 """Of the folder's layout and of config.json; raised when an older train.py would misread them."""
 
-FREE_FIELDS = ("name", "run_dir", "log_every", "eval_every", "checkpoint_every", "optimizer.max_skipped_updates")
+FREE_FIELDS = (
+    *("name", "run_dir", "data.index_dir", "log_every", "eval_every", "checkpoint_every"),
+    "optimizer.max_skipped_updates",
+)
 """Fields that say when to look at a run, where to keep it and when to give up."""
 
 PLACEMENT_FIELDS = (
@@ -66,6 +69,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def documents(self) -> Path:
+        """Folder of the documents' index, and of the texts that were unpacked from archives."""
+        return self.path / "documents"
 
     @property
     def loss_plot(self) -> Path:

@@ -63,7 +63,7 @@ def write(folder, files):
             content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
             documents |= {f"{name}:{line}": text.encode() for line, text in enumerate(texts, 1) if text}
         else:
-            content = "".join(texts).replace("\0", "").encode()  # as a file of its own it would be binary
+            content = "".join(texts).replace("\0", "").lstrip("\ufeff").encode()  # binary files and marks are no text
             documents |= {name: content} if content else {}
         (folder / name).write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
     return documents
@@ -119,7 +119,8 @@ def check_an_epoch(files, arguments, resume_after):
         documents = write(folder, files)
         if not documents:
             return
-        loader, layout, streams = open_loader(folder, **arguments), arguments["layout"], arguments["streams"]
+        loader, layout = open_loader(folder, **arguments), arguments["layout"]
+        streams = min(arguments["streams"], len(documents))
         count = enough(documents, seq_len=arguments["seq_len"], streams=streams, batch_size=arguments["batch_size"])
         batches = []
         for index in range(count + 2):

@@ -7,7 +7,7 @@ from small_tokenizers import write_tokenizer
 
 from ring_attention.checks import ConfigError
 from ring_attention.data.config import DataConfig
-from ring_attention.data.files import JsonLinesFile
+from ring_attention.data.files import DocumentFile
 from ring_attention.data.loader import READ_OPTIONS, TrainLoader, deal_batches, held_out_rows, spell_rows
 from ring_attention.data.sources import open_documents, split_documents
 from ring_attention.data.tokenizers import load_tokenizer
@@ -159,8 +159,8 @@ def test_restoring_reads_one_document_not_the_stream(config, monkeypatch):
     take(saved, 900)
     state, expected = saved.get_state(), next(saved)
     restored = train_loader(config, seq_len=8, batch_size=1)
-    read, text_of = [], JsonLinesFile.text
-    monkeypatch.setattr(JsonLinesFile, "text", lambda file, index: read.append(index) or text_of(file, index))
+    read, text_of = [], DocumentFile.text
+    monkeypatch.setattr(DocumentFile, "text", lambda file, index: read.append(index) or text_of(file, index))
     restored.set_state(state)
     assert same([next(restored)], [expected])
     assert state["streams"]["0"]["documents"]["next_index"] > 30
