@@ -27,7 +27,7 @@ class Spool:
     def append(self, text: bytes) -> int:
         """Write a text and return where it begins; raises ConfigError if the disk is full."""
         begin = self._end
-        self._attempt(lambda: self._file.write(text))
+        self._attempt(lambda: self._write(text))
         self._end += len(text)
         return begin
 
@@ -45,6 +45,9 @@ class Spool:
         if self._is_nameless:
             return os.pread(self._file.fileno(), length, begin)
         return read_span(self.path, begin, begin + length)
+
+    def _write(self, text: bytes) -> None:
+        self._file.write(text)
 
     def _attempt(self, write):
         try:
