@@ -70,7 +70,10 @@ def test_every_field_but_the_free_ones_is_refused():
         assert next(iter(change)) in refusal(dataclasses.replace(CONFIG, **change))
 
 
-MAY_CHANGE = {"name", "run_dir", "log_every", "eval_every", "checkpoint_every", "optimizer.max_skipped_updates"}
+MAY_CHANGE = {
+    *("name", "run_dir", "data.index_dir", "log_every", "eval_every", "checkpoint_every"),
+    "optimizer.max_skipped_updates",
+}
 CHANGES_RESULTS = {"attention.stride", "attention.window", "attention.softcap"}
 CHANGES_ROUNDING = {
     *(field for field in field_kinds() if field.startswith(("mesh.", "attention."))),
