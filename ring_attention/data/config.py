@@ -32,7 +32,7 @@ class DataConfig:
       seed: of the order in which documents are read.
       streams: documents that are read side by side, their rows in turn, so that consecutive steps see different ones.
       index_dir: the folder that keeps what was found when the documents were read, so that the next start reads only
-        what changed, and the texts of gzipped JSON lines, unpacked (three to four times the archives' size). Empty: the
+        what changed, and the texts of gzipped JSON lines, unpacked (as large as the lines are without gzip). Empty: the
         folder "documents" of the run, for 16 MiB and more; several runs on the same documents can share one.
     """
 

@@ -11,8 +11,8 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -133,10 +133,8 @@ class DocumentIndex:
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def _part(self, key: str) -> Path:
-        """A new file beside the others that is to become one of them."""
-        file, part = tempfile.mkstemp(".part", f"{key}.", self._folder)
-        os.close(file)
-        return Path(part)
+        """Where to write what is to become a file of the index."""
+        return self._folder / f"{key}.{uuid.uuid4().hex}.part"
 
     @contextlib.contextmanager
     def _lock(self, key: str, wait: bool) -> Iterator[bool]:

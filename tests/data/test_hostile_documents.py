@@ -92,7 +92,9 @@ def random_content(draw):
 
 def zipped(content, draw):
     """A gzip archive, now and then a damaged one, or several strung together."""
-    archive = gzip.compress(content, 1) + draw.choice([b"", b"", b"", gzip.compress(content), b"\0\0", b"garbage"])
+    archive = gzip.compress(content, 1, mtime=0) + draw.choice(
+        [b"", b"", b"", gzip.compress(content, mtime=0), b"\0\0", b"garbage"]
+    )
     damage = draw.choice([None, None, None, "cut", "flip", "swollen"])
     if damage == "cut":
         return archive[: draw.randrange(len(archive))]
@@ -157,15 +159,16 @@ def in_time():
 def check(folder, seed):
     """Draw a folder by its seed; return how reading it ended."""
     draw = random.Random(seed)
-    folder.mkdir()
+    index, folder = folder / "index", folder / "alone" / "corpus"  # links upwards lead to no other corpus
+    folder.mkdir(parents=True)
     for name in draw.sample(NAMES, draw.choice([1, 1, 2, 6])):
         place(folder / name, draw)
     config = DataConfig(
-        paths=f"{folder}/{draw.choice(['*', '**', '**/*', '**/*.[tj]*', '.*'])}",
+        paths=f"{folder}/{draw.choice(['*'] * 4 + ['**', '**/*', '**/*.[tj]*', '.*'])}",
         bad_documents=draw.choice(["refuse", "skip"]),
-        max_document_bytes=draw.choice([1, 100, 10_000, 2**20]),
-        holdout_fraction=draw.choice([0.05, 0.5, 0.999]),
-        index_dir=draw.choice(["", f"{folder}.index"]),
+        max_document_bytes=draw.choice([1, 100, 10_000, 2**20, 2**20, 2**20]),
+        holdout_fraction=draw.choice([0.05, 0.3, 0.5, 0.999]),
+        index_dir=draw.choice(["", str(index)]),
     )
     end = outcome(config)
     if isinstance(end, str):
