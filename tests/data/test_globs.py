@@ -53,7 +53,7 @@ def test_a_tree_without_links_gives_what_glob_gives(tree, pattern, monkeypatch):
 
 
 @pytest.mark.parametrize("pattern", ["**/*.txt", "**", "**/x/**/*.txt", "**/**/**/*.txt"])
-def test_loops_of_links_end_and_no_file_counts_twice(tree, pattern):
+def test_loops_of_links_end_and_no_file_counts_twice(tree, pattern, in_time):
     before = sorted(os.path.realpath(path) for _, path in matching_files(f"{tree}/{pattern}"))
     for number in range(12):  # each doubles the paths of a walk that follows them, to a depth of 40
         (tree / "x" / f"up{number}").symlink_to("..")
@@ -76,7 +76,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed(tree, tmp_path_factor
     assert {"x/linked.txt", "folder/m.txt"} < set(names)
 
 
-def test_pipes_devices_and_folders_are_never_opened(tree, monkeypatch):
+def test_pipes_devices_and_folders_are_never_opened(tree, in_time):
     os.mkfifo(tree / "pipe.txt")
     (tree / "zero.txt").symlink_to("/dev/zero")
     (tree / "folder.txt").mkdir()

@@ -8,12 +8,15 @@ import sys
 import time
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.data import reading, sources
-from ring_attention.data.bad import Reason
+from ring_attention.data.bad import DataReport, Reason
 from ring_attention.data.config import DataConfig
+from ring_attention.data.files import DOCUMENT
+from ring_attention.data.index import DocumentIndex, Examined
 from ring_attention.data.sources import open_documents, split_documents
 
 OLD = (time.time() - 1000) * 10**9
@@ -252,6 +255,28 @@ def test_a_file_that_another_process_reads_is_waited_for_last(corpus, monkeypatc
     monkeypatch.setattr(sources.DocumentIndex, "examined", busy)
     assert len(open_documents(config_of(corpus))) == 8
     assert asked == [("a.txt", False), ("b.txt.gz", False), ("c.jsonl", False), ("d.json.gz", False), ("c.jsonl", True)]
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_another_process_reads_is_left_to_it_until_it_is_gone(corpus):
+    open_documents(config_of(corpus))
+    index, path = DocumentIndex(corpus.parent / "index", config_of(corpus)), corpus / "c.jsonl"
+    os.utime(path, (1, 1))
+    command = [sys.executable, "-c", HOLD, str(corpus.parent / "index" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        assert index.examined(str(path), "c.jsonl", lambda spool: pytest.fail("read it"), wait=False) is None
+        other.kill()
+    result = Examined(np.empty(0, DOCUMENT), DataReport())
+    assert index.examined(str(path), "c.jsonl", lambda spool: result, wait=False) is result
 
 
 def test_an_index_that_cannot_be_kept_is_refused_where_it_was_asked_for(corpus, tmp_path, monkeypatch):
