@@ -2,7 +2,7 @@
 
 A number is the mean bits per byte, -log2 p(byte | the bytes before it): lower is better, 8 is what guessing reaches,
 and a Transformer below the order-2 number has learned more than which letters follow each other. The references are
-fitted on the whole training split, more text than a short training run sees, so they are not straw men.
+fitted on the training split (256 MiB of a larger one), more text than a short run sees, so they are not straw men.
 
 Witten-Bell smoothing (Witten and Bell 1991, method C) mixes each order with the one below it, down to the uniform
 distribution over 256 bytes:

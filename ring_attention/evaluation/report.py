@@ -1,10 +1,12 @@
 """What a person reads when a run is done: its score beside honest references, and where to go from here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from ring_attention.data.sources import DocumentSource
 from ring_attention.evaluation.byte_models import MAX_ORDER, ByteModel
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.corpus import Corpus
@@ -13,14 +15,28 @@ from ring_attention.training.loop import Result
 from ring_attention.training.plots import plot_losses
 from ring_attention.training.run_folder import RunFolder
 
+FITTED_BYTES = 256 * 2**20
+"""Of text that the byte models are fitted on, at most: a large corpus is not read to its end for them."""
+
 
 def byte_references(corpus: Corpus, held_out: HeldOut) -> dict[str, float]:
-    """Bits per byte, on the same held-out bytes, of byte models fitted on the whole training split."""
-    model = ByteModel.fit(document.text for document in corpus.train)
+    """Bits per byte, on the same held-out bytes, of byte models fitted on the training split's first FITTED_BYTES."""
+    model = ByteModel.fit(_first_texts(corpus.train, FITTED_BYTES))
     return {
         f"byte model, order {order}": model.bits_per_byte(held_out.segments, order=order)
         for order in range(MAX_ORDER + 1)
     }
+
+
+def _first_texts(documents: DocumentSource, num_bytes: int) -> Iterator[bytes]:
+    """Yield the texts of documents until they are `num_bytes` together."""
+    read = 0
+    for index in range(len(documents)):
+        if read >= num_bytes:
+            return
+        text = documents[index].text
+        read += len(text)
+        yield text
 
 
 def report(config: TrainConfig, folder: RunFolder, corpus: Corpus, result: Result) -> None:

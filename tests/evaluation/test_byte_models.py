@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ from hypothesis import strategies as st
 
 from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents, split_documents
-from ring_attention.evaluation import byte_models
+from ring_attention.evaluation import byte_models, report
 from ring_attention.evaluation.byte_models import ByteModel
+from ring_attention.training.corpus import Corpus
 
 
 def slow_probability(documents, context, byte, order):
@@ -103,6 +105,18 @@ def test_each_order_beats_the_one_below_on_held_out_python():
     assert 2 < two < one - 0.5
     assert one < zero - 0.5
     assert zero < 6
+
+
+def test_a_large_corpus_is_not_read_to_its_end_for_the_references(tmp_path, monkeypatch):
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text("abcd" * 25)
+    corpus = Corpus.open(DataConfig(paths=f"{tmp_path}/*", holdout_fraction=0.3))
+    fitted, fit = [], ByteModel.fit
+    monkeypatch.setattr(ByteModel, "fit", lambda texts: fit(fitted.append(text) or text for text in texts))
+    monkeypatch.setattr(report, "FITTED_BYTES", 450)
+    references = report.byte_references(corpus, SimpleNamespace(segments=[(b"", b"abcd")]))
+    assert len(fitted) == 5
+    assert sorted(references) == ["byte model, order 0", "byte model, order 1", "byte model, order 2"]
 
 
 @pytest.mark.parametrize("order", [-1, 3])
