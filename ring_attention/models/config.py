@@ -118,9 +118,10 @@ class ModelConfig:
         """Floating-point operations of a training step: 6 per weight and token, plus attention's own.
 
         Attention counts its two products forward, 4*H*D operations for each (query, key) pair that the mask shows, and
-        2.5 times that backward. What rematerialisation repeats is not counted (model FLOPs, PaLM paper, appendix B).
+        twice that backward, as weights do. What is computed again is not counted, neither what rematerialisation
+        repeats nor the scores of attention's backward pass (model FLOPs, PaLM paper, appendix B).
         """
         looked_up = (self.vocab_tables - 1) * self.vocab_size * self.model_dim  # rather than multiplied
         matrices = self.num_parameters - looked_up
         attention = 4 * self.num_heads * self.head_dim * self.num_layers
-        return 6.0 * matrices * tokens + 3.5 * attention * visible_pairs
+        return 6.0 * matrices * tokens + 3.0 * attention * visible_pairs

@@ -153,13 +153,15 @@ class AllGather(Strategy):
         return kv_heads if self.head_groups is None else self.head_groups
 
     def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
-        """The groups must be equal."""
+        """The groups must be equal, and the kernel able to compute all keys at once."""
         groups = self._groups(kv_heads)
         require(
             groups >= 1 and kv_heads % groups == 0,
             f"head_groups={groups} must divide the {kv_heads} key/value heads of a device; leave it out for one head "
             "at a time",
         )
+        queries, keys = setting.layout.runs(q_shape[1]), setting.layout.all_runs(q_shape[1])
+        setting.kernel.check_hop(Hop(Tokens(None, runs=queries), Tokens(None, runs=keys), rule))
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """See `Strategy`."""

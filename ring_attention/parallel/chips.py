@@ -5,6 +5,10 @@ import types
 
 GB, GiB = 1e9, 2**30
 
+GPU_MEMORY_FRACTION = 0.92
+"""Of a GPU's memory that JAX is told to take, by XLA_PYTHON_CLIENT_MEM_FRACTION in the job files: by itself it takes
+0.75. The rest is left to CUDA, cuDNN and NCCL, which allocate beside it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
@@ -63,7 +67,8 @@ def _tpu(name: str, page: str, **fields) -> Chip:
 def _gpu(name: str, sheet: str, machine: str, **fields) -> Chip:
     sources = dict.fromkeys(("flops", "memory_bandwidth"), f"NVIDIA {sheet} datasheet, SXM, without sparsity")
     sources |= {
-        "memory": f"NVIDIA {sheet}: what its driver leaves to programs, with XLA_PYTHON_CLIENT_MEM_FRACTION=1",
+        "memory": f"NVIDIA {sheet}: {GPU_MEMORY_FRACTION:g} of what its driver leaves to programs, by "
+        f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION:g}; JAX takes 0.75 unless that is set",
         "link": f"NVIDIA {sheet} datasheet: NVLink, half of what it states for both ways",
         "links": "one, into the NVSwitch",
         "network": f"NVIDIA {machine} user guide: one InfiniBand adapter for each GPU",
@@ -148,7 +153,7 @@ CHIPS = types.MappingProxyType(
                 "DGX A100",
                 kinds=("A100",),
                 flops=312e12,
-                memory=79.1 * GiB,
+                memory=GPU_MEMORY_FRACTION * 79.1 * GiB,
                 memory_bandwidth=2039 * GB,
                 link=300 * GB,
                 network=25 * GB,
@@ -161,7 +166,7 @@ CHIPS = types.MappingProxyType(
                 "DGX H100",
                 kinds=("H100 80GB HBM3",),
                 flops=989.4e12,
-                memory=79.1 * GiB,
+                memory=GPU_MEMORY_FRACTION * 79.1 * GiB,
                 memory_bandwidth=3352 * GB,
                 link=450 * GB,
                 network=50 * GB,
@@ -174,7 +179,7 @@ CHIPS = types.MappingProxyType(
                 "DGX H200",
                 kinds=("H200",),
                 flops=989.4e12,
-                memory=139.7 * GiB,
+                memory=GPU_MEMORY_FRACTION * 139.7 * GiB,
                 memory_bandwidth=4800 * GB,
                 link=450 * GB,
                 network=50 * GB,

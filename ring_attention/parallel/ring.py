@@ -5,6 +5,7 @@ Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near
 
 import dataclasses
 
+from ring_attention.attention.masks import Hop, Tokens
 from ring_attention.attention.rule import Rule
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
@@ -27,6 +28,16 @@ def rotation_of(setting: Setting, rule: Rule, shard_len: int, *, duplex=False, u
     )
 
 
+def check_hops(setting: Setting, rule: Rule, shard_len: int, *, duplex: bool = False) -> None:
+    """Raise ValueError unless the kernel can compute every hop of such a ring."""
+    routes = plan_routes(setting.layout, shard_len, causal=rule.causal, reach=rule.window, duplex=duplex)
+    shard = Tokens(None, runs=setting.layout.runs(shard_len))
+    setting.kernel.check_hop(Hop(shard, shard, rule, own=True))
+    for start, stop in {(route.start, route.stop) for route in routes if route.hops}:
+        part = Tokens(None, runs=setting.layout.runs(shard_len, start, stop))
+        setting.kernel.check_hop(Hop(shard, part, rule))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ring(Strategy):
     """Keys and values go around the ring, queries stay.
@@ -44,6 +55,10 @@ class Ring(Strategy):
 
     duplex: bool = False
     unroll: bool = False
+
+    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+        """The kernel must be able to compute every hop."""
+        check_hops(setting, rule, q_shape[1], duplex=self.duplex)
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """See `Strategy`."""
@@ -88,6 +103,7 @@ class SlidingWindow(Ring):
             'strategy="sliding_window" needs neighbours in the sequence to be neighbours in the ring, but '
             'layout="striped" deals them to all devices; use "contiguous" or "zigzag", or strategy="ring"',
         )
+        super().check(setting, q_shape, kv_heads, rule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +123,7 @@ class SingleDevice(Strategy):
             f"strategy={self.name!r} needs the whole sequence on one device, but {setting.axis_name!r} has "
             f"{setting.devices}; make the mesh with {setting.axis_name}=1 or choose another strategy",
         )
+        check_hops(setting, rule, q_shape[1])
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """A ring of one."""

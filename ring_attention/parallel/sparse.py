@@ -22,7 +22,7 @@ from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.ring import Ring, rotation_of
+from ring_attention.parallel.ring import Ring, check_hops, rotation_of
 from ring_attention.parallel.rotation import Rotation
 from ring_attention.parallel.strategy import Setting, Strategy, Workload, closest_divisor
 
@@ -149,6 +149,9 @@ class Sparse(Strategy):
             f'strategy="sparse" got stride={stride}, need a multiple of the {P} devices that divides the {chunk} '
             f"consecutive tokens of a {layout.kind} shard; {remedy}",
         )
+        check_hops(setting, dataclasses.replace(rule, window=near_window(rule.window, stride)), shard_len)
+        residues = Tokens(None)
+        setting.kernel.check_hop(Hop(residues, residues, dataclasses.replace(rule, beyond=stride)))
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """See `Strategy`."""

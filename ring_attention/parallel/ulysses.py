@@ -17,7 +17,7 @@ from ring_attention.attention.rule import Rule
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.ring import rotation_of
+from ring_attention.parallel.ring import check_hops, rotation_of
 from ring_attention.parallel.routes import plan_routes, token_hops
 from ring_attention.parallel.strategy import Setting, Strategy, Workload, closest_divisor
 
@@ -96,7 +96,8 @@ class Usp(Strategy):
             f"strategy={self.name!r} shares {heads} query heads out among {size} devices, which do not divide them; "
             f'use strategy="usp" with ulysses_size={math.gcd(heads, devices)}, or strategy="ring"',
         )
-        setting.layout.merged(size)  # raises for a layout that cannot be merged
+        merged = dataclasses.replace(setting, layout=setting.layout.merged(size))  # raises where it cannot be merged
+        check_hops(merged, rule, size * q_shape[1])
 
     def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
         """See `Strategy`."""

@@ -19,8 +19,16 @@ from ring_attention.planning.prediction.topology import Topology
 from ring_attention.planning.programs import compile_step
 from ring_attention.training.config import TrainConfig
 
-_NEEDED = re.compile(r"required for HLO temporaries \(([\d.]+)([MGT])\)")
-_UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
+_NUMBER = r"([\d.]+)([KMGT]?)"
+_NEEDED = (
+    re.compile(rf"required for HLO temporaries \({_NUMBER}\)"),
+    re.compile(rf"Used {_NUMBER} of [\d.]+[KMGT]?i?B? hbm", re.IGNORECASE),
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SMALL = {"vmem": "VMEM", "smem": "SMEM", "shared memory": "shared memory"}
+_OF_SMALL = re.compile(rf"\b({'|'.join(_SMALL)})\b", re.IGNORECASE)
+_OF_HBM = re.compile(r"\bhbm\b", re.IGNORECASE)
+_BLOCKS = ("block_q", "block_kv", "block_heads")
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt")
 
 
@@ -57,8 +65,9 @@ def compile_for(config: TrainConfig, topology: Topology):
     """(compiled step, seconds) for the pod.
 
     Raises:
-      DoesNotFitError: if the compiler refuses for want of memory.
-      ConfigError: if the compiler is not installed or the pod cannot run the config.
+      DoesNotFitError: if the compiler refuses for want of the device's memory.
+      ConfigError: if the compiler is not installed, the pod cannot run the config, or a kernel's tiles do not
+        fit the memory beside the cores (VMEM and SMEM of a TPU, shared memory of a GPU), which no shorter context helps.
     """
     devices, start = pod_devices(topology.name), time.monotonic()
     try:
@@ -66,6 +75,12 @@ def compile_for(config: TrainConfig, topology: Topology):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if small := small_memory(str(error)):
+            blocks = ", ".join(f"attention.{name}={getattr(config.attention, name)}" for name in _BLOCKS)
+            raise ConfigError(
+                f"{blocks}: the compiler for {topology.name} ran out of {small}, not of the device's memory: "
+                f"{_excerpt(str(error), small)}; give smaller blocks"
+            ) from error
         needed = needed_bytes(str(error))
         words = f"{needed / GiB:.1f} GiB" if needed else "more"
         raise DoesNotFitError(
@@ -131,9 +146,26 @@ def longest_compiled(plan: Plan, report) -> int:
 
 
 def needed_bytes(message: str) -> float | None:
-    """What the TPU compiler says it would have needed, in bytes; None if it does not say."""
-    match = _NEEDED.search(message)
+    """What the TPU compiler says it would have needed of HBM, in bytes; None if it does not say."""
+    match = next(filter(None, (pattern.search(message) for pattern in _NEEDED)), None)
     return float(match[1]) * _UNITS[match[2]] if match else None
+
+
+def small_memory(message: str) -> str | None:
+    """The memory beside a device's cores that a compiler ran out of: VMEM, SMEM or shared memory; None if it was HBM.
+
+    A message is judged by its first mention of a memory: one about HBM may list buffers in others after it.
+    """
+    small, hbm = _OF_SMALL.search(message), _OF_HBM.search(message)
+    if not small or (hbm and hbm.start() < small.start()):
+        return None
+    return _SMALL[small[1].lower()]
+
+
+def _excerpt(message: str, word: str) -> str:
+    """The line of a compiler's message that names a memory, cut where it is long."""
+    lines = (line.strip() for line in message.splitlines())
+    return next(line for line in lines if word.lower() in line.lower())[:200]
 
 
 def versions() -> dict[str, str]:

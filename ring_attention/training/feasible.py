@@ -8,10 +8,9 @@ from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.rule import Rule
 from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.tokenizers import Tokenizer
-from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import check_fits
-from ring_attention.parallel.strategy import Setting
+from ring_attention.parallel.strategy import Setting, Strategy
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
 
@@ -43,7 +42,7 @@ def check_feasible(config: TrainConfig, mesh_shape: dict[str, int], platform: st
             mesh_shape[TENSOR] * model.head_groups,
             "use fewer groups",
         )
-        _check_attention(config, layout, mesh_shape[TENSOR] * model.head_groups)
+        check_attention(config, mesh_shape, config.attention.make_strategy())
         if platform is not None:
             require_platform(find_kernel(config.attention.impl), platform)
         require(
@@ -64,15 +63,19 @@ def _check_sizes(config: TrainConfig) -> None:
         )
 
 
-def _check_attention(config: TrainConfig, layout: SequenceLayout, head_parts: int) -> None:
-    """Raise ValueError unless the strategy can do what is asked of it on each device."""
+def check_attention(config: TrainConfig, mesh_shape: dict[str, int], strategy: Strategy) -> None:
+    """Raise ValueError unless the strategy, and the config's kernel under it, can do what is asked on each device.
+
+    Nothing is traced: that what passes here can be traced is held by a test.
+    """
     attention, model = config.attention, config.model
+    layout, head_parts = attention.make_layout(mesh_shape[SEQUENCE]), mesh_shape[TENSOR] * model.head_groups
     shard = (1, config.seq_len // layout.ring_size, model.num_heads // head_parts, model.head_dim)
     setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=find_kernel(attention.impl), blocks=BlockSizes())
-    rule = Rule(scale=1.0, window=attention.window or None)
+    rule = Rule(scale=1.0, window=attention.window or None, softcap=attention.softcap or None)
     queries = (shard[0], shard[2], shard[1], shard[3])
     setting.kernel.check(rule, jax.ShapeDtypeStruct(queries, model.compute_dtype))
-    attention.make_strategy().check(setting, shard, model.num_kv_heads // head_parts, rule)
+    strategy.check(setting, shard, model.num_kv_heads // head_parts, rule)
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:

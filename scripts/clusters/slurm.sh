@@ -35,6 +35,8 @@ if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 ]]; then
 fi
 # The processes talk to each other by gRPC, which would send that through a proxy.
 unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
+# Of a GPU's memory JAX takes three quarters by itself; scripts/plan.py counts on this much.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 export PYTHONUNBUFFERED=1
 
 # When one process ends, the others get 120 s to notice (train.py takes at most 60), to say so and to stop.

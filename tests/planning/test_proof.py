@@ -5,6 +5,7 @@ import types
 import jax
 import pytest
 
+from ring_attention.checks import ConfigError
 from ring_attention.planning import proof
 from ring_attention.planning.prediction.plan import make_plan
 from ring_attention.planning.prediction.topology import find_topology
@@ -49,20 +50,53 @@ def test_where_no_context_fits_it_is_none(monkeypatch, plan):
     assert proof.longest_compiled(plan, lambda *_: None) == 0
 
 
-def test_a_refusal_for_want_of_memory_says_how_much_and_what_to_do(monkeypatch, plan):
-    message = (
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (23.72G) exceeds"
-    )
-
+def _refusing(monkeypatch, message: str):
     def refuse(*_):
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(proof, "compile_step", refuse)
     monkeypatch.setattr(proof, "pod_devices", lambda name: [])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (23.72G) exceeds",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.72G of "
+        "15.75G hbm. Exceeded hbm capacity by 7.97G.\n\nTotal hbm usage >= 24.72G:\n    reserved 1.00G\n    vmem 16M",
+    ],
+)
+def test_a_refusal_for_want_of_memory_says_how_much_and_what_to_do(monkeypatch, plan, message):
+    _refusing(monkeypatch, message)
     with pytest.raises(proof.DoesNotFitError, match=r"23\.7 GiB") as error:
         proof.compile_for(plan.share.config, plan.share.topology)
     assert error.value.needed == 23.72 * 2**30
     assert "\n" not in str(error.value)
+
+
+VMEM = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 32.42M of "
+    "16.00M vmem. Exceeded vmem capacity by 16.42M.\n\nProgram hbm requirement 4.00G",
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for %splash. Scoped "
+    "allocation with size 31.07M and limit 16.00M exceeded scoped vmem limit by 15.07M.",
+)
+SMEM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space smem. Used 2.00M of 1.00M smem."
+SHARED = "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 270336, available: 232448"
+
+
+@pytest.mark.parametrize(
+    ("message", "name"), [*((message, "VMEM") for message in VMEM), (SMEM, "SMEM"), (SHARED, "shared memory")]
+)
+def test_memory_beside_the_cores_is_not_taken_for_the_devices(monkeypatch, plan, message, name):
+    _refusing(monkeypatch, message)
+    for ask in (
+        lambda: proof.compile_for(plan.share.config, plan.share.topology),
+        lambda: proof.longest_compiled(plan, lambda *_: None),  # no shorter context would help
+    ):
+        with pytest.raises(ConfigError, match=rf"attention\.block_q=.* ran out of {name}, not .*give smaller") as error:
+            ask()
+        assert not isinstance(error.value, proof.DoesNotFitError)
+        assert "\n" not in str(error.value)
 
 
 def test_other_failures_of_a_compiler_are_not_taken_for_that(monkeypatch, plan):

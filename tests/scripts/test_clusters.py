@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ring_attention.parallel.chips import CHIPS, GPU_MEMORY_FRACTION
 from ring_attention.training.flags import parse_config
 from ring_attention.training.survival import errors
 
@@ -291,3 +292,11 @@ def test_every_file_that_the_docs_name_is_there():
     missing = [name for name in named if not (REPOSITORY / name).exists() and not (REPOSITORY / "docs" / name).exists()]
     assert not missing
     assert len(set(named)) > 8
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "gke_jobset_gpu.yaml"])
+def test_jobs_on_gpus_take_as_much_of_their_memory_as_the_planner_counts_on(name):
+    text = (CLUSTERS / name).read_text()
+    found = re.findall(r"XLA_PYTHON_CLIENT_MEM_FRACTION(?::-| #.*\n +value: \")([\d.]+)", text)
+    assert [float(number) for number in found] == [GPU_MEMORY_FRACTION]
+    assert f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION:g}" in CHIPS["h100"].sources["memory"]

@@ -14,12 +14,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ring_attention.attention.masks import Hop
 from ring_attention.attention.rule import Rule
 from ring_attention.checks import require
 
 
 def no_check(rule: Rule, q) -> None:
     """Every rule, size and dtype will do."""
+
+
+def no_hop_check(hop: Hop) -> None:
+    """Every way in which queries and keys meet will do."""
 
 
 def require_signature(kernel: str, called: Callable, arguments: Collection[str]) -> None:
@@ -51,6 +56,8 @@ class Kernel(NamedTuple):
       name: by which it is chosen.
       forward, backward: as above.
       check: (rule, q), of which it reads the shape [B,H,t,D] and the dtype; raises ValueError for what it cannot do.
+      check_hop: (hop), of which it reads the rule and the runs of queries and keys, so that it costs no tracing; raises
+        ValueError where the kernel cannot compute such a hop.
       platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
       merge_waits: whether a ring lets `running` and dq wait for what is on its way. For a kernel that computes a hop by
         itself and only then takes these in, on TPU: with merging to put beside it, that compiler starts a transfer
@@ -62,6 +69,7 @@ class Kernel(NamedTuple):
     forward: Callable
     backward: Callable
     check: Callable = no_check
+    check_hop: Callable = no_hop_check
     platform: str | None = None
     merge_waits: bool = False
     differentiates_lse: bool = True

@@ -22,7 +22,7 @@ from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import xla
 from ring_attention.attention.kernels.contract import Kernel, Whole, refuse_unless_bound, require_signature
-from ring_attention.attention.kernels.rectangles import CAUSAL, OTHER, Rectangle, plan
+from ring_attention.attention.kernels.rectangles import CAUSAL, OTHER, Rectangle, plan, plans_of
 from ring_attention.attention.masks import Hop
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import Rule
@@ -138,7 +138,7 @@ def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes):
     return dq + here.astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
 
 
-CUDNN = Kernel("cudnn", _forward, _backward, check=check, platform="gpu", differentiates_lse=False)
+CUDNN = Kernel("cudnn", _forward, _backward, check=check, check_hop=plans_of, platform="gpu", differentiates_lse=False)
 
 
 def _plan_that_holds(hop: Hop, follow: Callable):

@@ -76,7 +76,19 @@ class _Spans(NamedTuple):
 def plan(hop: Hop) -> tuple[list[list[Rectangle]], jax.Array | None]:
     """(plans, number): the ways in which queries and keys may meet here, and which of them holds; None if only one may.
 
-    The rectangles of a plan are disjoint, and every score outside of them is hidden.
+    The rectangles of a plan are disjoint, and every score outside of them is hidden. Raises as `plans_of`.
+    """
+    plans, bands = plans_of(hop)
+    if len(plans) == 1:
+        return plans, None
+    sides = [(tokens.positions, _Spans.of(tokens.runs)) for tokens in (hop.queries, hop.keys)]
+    starts = [positions[0, np.array(spans.offsets)] for positions, spans in sides]
+    here = _bands(hop.rule, *starts, *(spans for _, spans in sides), hop.queries.runs.step)
+    return plans, jnp.argmax((bands == here).all((1, 2, 3)))
+
+
+def plans_of(hop: Hop) -> tuple[list[list[Rectangle]], np.ndarray]:
+    """(plans, bands of each, see `_bands`): all ways in which queries and keys may meet, by their runs and the rule.
 
     Raises:
       ValueError: where nobody says how the tokens are spaced, or for more than MOST_RECTANGLES.
@@ -100,11 +112,7 @@ def plan(hop: Hop) -> tuple[list[list[Rectangle]], jax.Array | None]:
         f"this kernel would need {number} calls for the ways in which shards of this layout can meet, at most "
         f'{MOST_RECTANGLES} are allowed; use strategy="ring" with layout="zigzag", or impl="xla"',
     )
-    if len(plans) == 1:
-        return plans, None
-    starts = [x.positions[0, np.array(y.offsets)] for x, y in ((queries, q), (keys, kv))]
-    here = _bands(rule, *starts, q, kv, step)
-    return plans, jnp.argmax((bands == here).all((1, 2, 3)))
+    return plans, bands
 
 
 def _bands(rule: Rule, q_starts, kv_starts, q: _Spans, kv: _Spans, step: int):

@@ -59,6 +59,15 @@ def check(rule: Rule, q) -> None:
     )
 
 
+def check_hop(hop: Hop) -> None:
+    """Raise ValueError unless the keys are in runs that are known."""
+    require(
+        hop.keys.runs is not None,
+        'impl="splash" needs to know how keys are spaced, and here they are dealt in a way it does not know; use '
+        'impl="xla"',
+    )
+
+
 @functools.cache
 def _require_bindings() -> None:
     """Raise ValueError unless JAX's kernels take what is given to them here."""
@@ -149,11 +158,7 @@ def _next_seen(seen: jax.Array, axis: int) -> jax.Array:
 
 def _calls(hop: Hop, blocks: BlockSizes) -> Iterator[_Call]:
     """The calls of a hop of one sequence."""
-    require(
-        hop.keys.runs is not None,
-        'impl="splash" needs to know how keys are spaced, and here they are dealt in a way it does not know; use '
-        'impl="xla"',
-    )
+    check_hop(hop)
     start = 0
     for length in hop.keys.runs.lengths:
         padding = -length % LANES
@@ -297,4 +302,4 @@ def _scaled(q, rule: Rule):
     return (q.astype(jnp.float32) * rule.scale).astype(q.dtype)
 
 
-SPLASH = Kernel("splash", _forward, _backward, check=check, platform="tpu", merge_waits=True)
+SPLASH = Kernel("splash", _forward, _backward, check=check, check_hop=check_hop, platform="tpu", merge_waits=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ring_attention.checks import require_field
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.planning.prediction.attention_times import usp_sizes
@@ -12,6 +13,7 @@ from ring_attention.planning.prediction.shares import Share
 from ring_attention.planning.prediction.step_times import StepTime, pace_of, step_time
 from ring_attention.planning.prediction.topology import Topology
 from ring_attention.training.config import TrainConfig
+from ring_attention.training.feasible import check_attention
 
 EQUAL = 0.02
 """Steps whose predicted times differ by no more than this part count as equally fast."""
@@ -99,7 +101,16 @@ def step_flops(share: Share) -> float:
 
 
 def make_plan(config: TrainConfig, topology: Topology) -> Plan:
-    """Plan without compiling anything; raises ConfigError if the pod cannot run the config, whatever its memory."""
+    """Plan without compiling anything; raises ConfigError if the pod cannot run the config, whatever its memory, or if
+    the planner does not know how long its attention takes.
+    """
+    require_field(
+        not config.attention.speeds,
+        "attention.speeds",
+        config.attention.speeds,
+        "a plan takes all devices for alike",
+        "leave it out for planning, and see scripts/simulate_ring.py for unequal devices",
+    )
     share = Share.of(config, topology)
     candidates = candidates_of(share)
     own = _candidate(share, config.attention.make_strategy())
@@ -150,19 +161,31 @@ def _reason(share: Share, best: Candidate, candidates: list[Candidate], equal: l
     return "; ".join(words)
 
 
-def candidates_of(share: Share) -> list[Candidate]:
-    """Every exact strategy that can do this attention, the fastest first."""
-    if share.ring == 1:
-        return [_candidate(share, find_strategy("single_device"))]
+def candidates_of(share: Share, strategies: list[Strategy] | None = None) -> list[Candidate]:
+    """Of these strategies, or of all that can do this attention, the fastest first."""
+    strategies = strategies_of(share) if strategies is None else strategies
+    return sorted((_candidate(share, strategy) for strategy in strategies), key=lambda c: c.time.total)
+
+
+def strategies_of(share: Share) -> list[Strategy]:
+    """Every exact strategy that this mesh, shape and kernel can run; see `feasible.check_attention`."""
     work = share.work()
+    if share.ring == 1:
+        return [find_strategy("single_device")]
     strategies = [find_strategy("ring"), find_strategy("all_gather")]
     if share.topology.tpu:  # a GPU's one link carries no more if it sends both ways
         strategies.append(find_strategy("ring", {"duplex": True}))
     strategies += [find_strategy("usp", {"ulysses_size": size}) for size in usp_sizes(work)]
-    if work.heads % work.devices == 0:
-        strategies.append(find_strategy("ulysses"))
-    candidates = [_candidate(share, strategy) for strategy in strategies]
-    return sorted(candidates, key=lambda candidate: candidate.time.total)
+    strategies.append(find_strategy("ulysses"))
+    return [strategy for strategy in strategies if _can_run(share, strategy)]
+
+
+def _can_run(share: Share, strategy: Strategy) -> bool:
+    try:
+        check_attention(share.config, share.mesh, strategy)
+    except ValueError:
+        return False
+    return True
 
 
 def _candidate(share: Share, strategy: Strategy) -> Candidate:

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from ring_attention.checks import ConfigError
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
+from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.planning.prediction.attention_times import (
@@ -18,6 +20,9 @@ from ring_attention.planning.prediction.attention_times import (
 from ring_attention.planning.prediction.memory import kept_for_backward
 from ring_attention.planning.prediction.rates import EFFICIENCY, Wires, wires_of
 from ring_attention.planning.prediction.shares import Share
+
+TIMED = ("ring", "sliding_window", "all_gather", "ulysses", "usp")
+"""Strategies whose times are known."""
 
 RERUN = ("full", "offload_input")
 """Policies under which the backward pass of a layer runs its attention once more."""
@@ -50,9 +55,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the step."""
-        parts = ["dense", "attention", "attention_waits", "weights_wait", "sums_wait", "memory_bound"]
-        return sum(getattr(self, part) for part in parts)
+        """Seconds of the whole step: every field that is seconds, so that none can be left out."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self) if field.type is float)
 
 
 def pace_of(share: Share) -> Pace:
@@ -80,7 +84,16 @@ def attention_times(share: Share, strategy: Strategy, backward: bool) -> Times:
         size = strategy.size(work.devices, work.heads, work.kv_heads)
         inner = wires_of(share.topology, size, tp)
         return usp_times(work, pace, inner, wires_across(share, size), backward, size)
-    return ring_times(work, pace, wires, backward, getattr(strategy, "duplex", False))
+    if isinstance(strategy, Ring):  # sliding_window too, which goes as far as the window reaches
+        return ring_times(work, pace, wires, backward, strategy.duplex)
+    raise _unknown_time(share, strategy)
+
+
+def _unknown_time(share: Share, strategy: Strategy) -> ConfigError:
+    return ConfigError(
+        f"attention.strategy={strategy.name!r}: the planner does not know how long it takes on {share.ring} devices; "
+        f"plan with one of {', '.join(TIMED)}"
+    )
 
 
 def layer_steps(share: Share, backward: bool) -> list[Step]:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from ring_attention.parallel.chips import GB
-from ring_attention.planning.prediction.plan import Candidate, candidates_of, recommend
+from ring_attention.planning.prediction.plan import Candidate, candidates_of, recommend, strategies_of
 from ring_attention.planning.prediction.shares import Share
 
 FAMILIES = ("ring", "all_gather", "usp", "none fits")
@@ -35,10 +35,11 @@ def map_strategies(share: Share, columns: int = 15, rows: int = 13) -> StrategyM
     columns = len(tokens)
     bandwidths = np.geomspace(5 * GB, 900 * GB, rows)
     best = np.zeros((rows, columns), int)
+    strategies = strategies_of(share)  # other contexts of the same mesh run the same ones
     for y, bandwidth in enumerate(bandwidths):
         for x, t in enumerate(tokens):
             other = _other(share, int(t), bandwidth)
-            recommended, _ = recommend(other, candidates_of(other))
+            recommended, _ = recommend(other, candidates_of(other, strategies))
             best[y, x] = FAMILIES.index(_family(recommended))
     return StrategyMap(tokens=tokens, bandwidths=bandwidths, families=FAMILIES, best=best)
 

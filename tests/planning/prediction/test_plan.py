@@ -1,20 +1,27 @@
+import contextlib
 import dataclasses
 import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from ring_attention.attention.kernels import cudnn
 from ring_attention.checks import ConfigError
-from ring_attention.planning.prediction.plan import Plan, longest_context, make_plan
+from ring_attention.models.config import REMAT_POLICIES, ModelConfig
+from ring_attention.parallel.mesh import SEQUENCE
+from ring_attention.parallel.strategies import STRATEGIES, find_strategy
+from ring_attention.planning.prediction.plan import Plan, longest_context, make_plan, strategies_of
 from ring_attention.planning.prediction.published import COMPARISONS
 from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.prediction.step_times import TIMED, attention_times
 from ring_attention.planning.prediction.strategy_map import map_strategies
 from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.planning.report import as_json
-from ring_attention.training.config import MeshConfig
+from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
 from ring_attention.training.flags import load_config
-from ring_attention.training.step import abstract_state, state_shardings
+from ring_attention.training.step import abstract_state, attention_of, state_shardings
 
 GPU, TPU = "configs/gpu_8xh100_7b.py", "configs/tpu_v5e_256_7b.py"
 
@@ -76,12 +83,96 @@ def test_the_longest_context_fits_and_a_longer_one_does_not():
 
 
 def test_the_parts_of_the_time_and_of_the_memory_add_up(plan):
-    for candidate in plan.candidates:
-        assert 0 < plan.mfu(candidate) < 1
+    model = dataclasses.replace(load_config(TPU).model, remat="offload")
+    topology = plan.share.topology
+    slow = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, host_link=1e8))
+    waiting = make_plan(dataclasses.replace(load_config(TPU), model=model, seq_len=2**18), slow)
+    assert waiting.own.time.host_wait > 0, "a control: otherwise the sum would hold without it"
+    for planned, candidate in [(p, c) for p in (plan, waiting) for c in p.candidates]:
+        assert 0 < planned.mfu(candidate) < 1
         assert candidate.time.total == pytest.approx(
             sum(value for value in vars(candidate.time).values() if isinstance(value, float))
         )
     assert plan.memory.total == sum(plan.memory.parts.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_flops_are_those_of_a_forward_pass_three_times(tied):
+    """The backward pass counts twice the forward pass, attention too; what is computed again does not count."""
+    sizes = dict(vocab_size=64, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32)
+    layer = 2 * 16 * 8 * (4 + 2) + 3 * 16 * 32 + 2 * 16  # matrices and norms
+    tokens, pairs = 10, 10 * 11 // 2
+    forward = 2 * tokens * (3 * layer + 64 * 16 + 16) + 3 * 4 * 4 * 8 * pairs
+    for remat in REMAT_POLICIES:
+        model = ModelConfig(**sizes, tied_embeddings=tied, remat=remat)
+        assert model.training_flops(tokens, pairs) == 3 * forward
+
+
+@pytest.mark.parametrize("strategy", ["sparse", "ring_self_attention"])
+def test_a_strategy_whose_time_nobody_knows_is_refused_rather_than_given_a_rings(strategy):
+    config = load_config("configs/tiny.py")
+    attention = dataclasses.replace(config.attention, strategy=strategy, stride=64 if strategy == "sparse" else 0)
+    with pytest.raises(ConfigError, match=f"attention.strategy='{strategy}': the planner does not know.*plan with one"):
+        make_plan(dataclasses.replace(config, attention=attention), find_topology("v5e:2x4"))
+
+
+def test_every_strategy_has_a_time_or_is_refused_by_name():
+    share = make_plan(load_config("configs/tiny.py"), find_topology("v5e:2x4")).share
+    timed = set()
+    for name in STRATEGIES:
+        with contextlib.suppress(ConfigError):
+            timed |= {name} if attention_times(share, find_strategy(name), False).total else set()
+    assert timed == set(TIMED)
+
+
+def test_unequal_devices_are_refused_since_a_plan_takes_all_for_alike():
+    config = load_config("configs/tiny.py")
+    attention = dataclasses.replace(config.attention, speeds="1 1 1 1 1 1 1 2")
+    with pytest.raises(ConfigError, match="attention.speeds='1 1 1 1 1 1 1 2': .*leave it out"):
+        make_plan(dataclasses.replace(config, attention=attention), find_topology("v5e:2x4"))
+
+
+@pytest.mark.parametrize(
+    ("impl", "pod", "hosts_fit"), [("cudnn", "h100:1x8", True), ("cudnn", "h100:2x8", False), ("xla", "h100:2x8", True)]
+)
+def test_only_what_the_kernel_can_compute_is_advised(monkeypatch, impl, pod, hosts_fit):
+    zeros = lambda q, *_: (jnp.zeros_like(q), jnp.zeros_like(q[..., 0], jnp.float32))  # noqa: E731
+    monkeypatch.setattr(cudnn, "_attention", zeros)  # JAX takes 0.1 s to trace a real call
+    config = load_config(GPU)
+    attention = dataclasses.replace(config.attention, impl=impl)
+    config = dataclasses.replace(config, attention=attention, mesh=MeshConfig(), seq_len=2**19)
+    share = make_plan(config, find_topology(pod)).share
+    labels = [candidate.label for candidate in make_plan(config, find_topology(pod)).candidates]
+    assert ("all_gather" in labels) == hosts_fit
+    if pod == "h100:2x8":  # the very call that a training step makes is traced, nothing compiled
+        for strategy in strategies_of(share):
+            assert trace_attention(config.attention, share, strategy).shape == (1, 2**19, 32, 128)
+
+
+def test_what_is_not_advised_cannot_be_traced():
+    config = load_config(GPU)
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, impl="cudnn"), seq_len=2**19)
+    share = Share.of(dataclasses.replace(config, mesh=MeshConfig()), find_topology("h100:2x8"))
+    with pytest.raises(ValueError, match="this kernel would need 303 calls"):
+        trace_attention(config.attention, share, find_strategy("all_gather"))
+
+
+def trace_attention(attention, share, strategy):
+    """What a step's attention by `strategy` gives, traced for the share's mesh."""
+    options = {name: getattr(strategy, name, 0) or 0 for name in STRATEGY_OPTIONS}
+    fn = attention_of(dataclasses.replace(attention, strategy=strategy.name, **options), share.ring)
+    shape, tokens = (1, share.config.seq_len), jax.P(None, SEQUENCE)
+    q, kv = (
+        jax.ShapeDtypeStruct((*shape, heads, share.model.head_dim), share.model.compute_dtype)
+        for heads in (share.heads, share.kv_heads)
+    )
+    specs = dict(in_specs=(tokens,) * 4, out_specs=tokens)
+    sharded = jax.shard_map(
+        lambda q, k, v, segments: fn(q, k, v, segment_ids=segments),
+        mesh=jax.sharding.AbstractMesh((share.ring,), (SEQUENCE,)),
+        **specs,
+    )
+    return jax.eval_shape(sharded, q, kv, kv, jax.ShapeDtypeStruct(shape, jnp.int32))
 
 
 def test_twice_the_context_takes_twice_the_activations_and_more_than_twice_the_time(plan):

@@ -1,0 +1,97 @@
+"""What `check_feasible` lets pass can be traced, and what cannot be traced it refuses, before anything compiles."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ring_attention.attention.kernels import cudnn
+from ring_attention.checks import ConfigError
+from ring_attention.parallel.mesh import SEQUENCE
+from ring_attention.parallel.strategies import STRATEGIES
+from ring_attention.training.feasible import check_feasible
+from ring_attention.training.flags import load_config
+from ring_attention.training.step import attention_of
+
+MESH = dict(dp=1, fsdp=1, sp=2, tp=1)
+SHARD = 256
+HARDER = {  # what a kernel or a strategy may be unable to do
+    "softcap": dict(softcap=30.0),
+    "window": dict(window=100),
+    "striped": dict(layout="striped"),
+}
+
+
+def config_of(dtype="bfloat16", **attention):
+    config = load_config("configs/tiny.py")
+    model = dataclasses.replace(config.model, compute_dtype=dtype, head_dim=32)
+    attention = dataclasses.replace(config.attention, **attention)
+    return dataclasses.replace(config, model=model, attention=attention, seq_len=2 * SHARD)
+
+
+def traced(config):
+    """Trace the attention of a training step as it is called on a device, and compile nothing."""
+    model, tokens, shape = config.model, jax.P(None, SEQUENCE), (1, config.seq_len)
+    q, kv = (
+        jax.ShapeDtypeStruct((*shape, heads, model.head_dim), model.compute_dtype)
+        for heads in (model.num_heads, model.num_kv_heads)
+    )
+    fn = attention_of(config.attention, MESH[SEQUENCE])
+    sharded = jax.shard_map(
+        lambda q, k, v, segments: fn(q, k, v, segment_ids=segments),
+        mesh=jax.sharding.AbstractMesh((MESH[SEQUENCE],), (SEQUENCE,)),
+        in_specs=(tokens,) * 4,
+        out_specs=tokens,
+    )
+    return jax.eval_shape(sharded, q, kv, kv, jax.ShapeDtypeStruct(shape, jnp.int32))
+
+
+@pytest.fixture
+def _calls_cost_nothing(monkeypatch):
+    """cuDNN's calls are planned and refused as ever, but each is traced as two zeros, which takes JAX no 0.1 s."""
+    monkeypatch.setattr(
+        cudnn, "_attention", lambda q, k, v, *_: (jnp.zeros_like(q), jnp.zeros_like(q[..., 0], jnp.float32))
+    )
+
+
+CASES = [("cudnn", name) for name in (*HARDER, "plain")] + [
+    ("splash", "striped"),
+    ("splash", "plain"),
+    ("xla", "plain"),
+]
+
+
+@pytest.mark.usefixtures("_calls_cost_nothing")
+@pytest.mark.parametrize(("impl", "name"), CASES)
+def test_what_cannot_be_traced_is_refused_before_and_what_is_not_refused_can_be_traced(impl, name):
+    for strategy in STRATEGIES:
+        config = config_of(strategy=strategy, impl=impl, **HARDER.get(name, {}))
+        try:
+            traced(config)
+            refusal = None
+        except ValueError as error:
+            refusal = str(error)
+        if refusal is None:
+            check_feasible(config, MESH)
+        else:
+            with pytest.raises(ConfigError) as error:
+                check_feasible(config, MESH)
+            assert str(error.value) == refusal
+
+
+def test_the_control_both_kinds_are_among_these():
+    outcomes = set()
+    for strategy, impl in itertools.product(("ring", "single_device"), ("xla", "cudnn")):
+        try:
+            check_feasible(config_of(strategy=strategy, impl=impl, softcap=30.0), MESH)
+            outcomes.add("passes")
+        except ConfigError:
+            outcomes.add("refused")
+    assert outcomes == {"passes", "refused"}
+
+
+def test_a_cap_that_the_kernel_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match='impl="cudnn" has no softcap; leave it out, or use impl="xla"'):
+        check_feasible(config_of(impl="cudnn", softcap=30.0), MESH)
