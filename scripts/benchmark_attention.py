@@ -26,8 +26,10 @@ from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.evaluation import rivals, timing
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.exactness import random_qkv
 from ring_attention.evaluation.rivals import DENSE, MATMUL, MATMUL_SIZE, PAPER, TORCH
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.simulate import simulate_devices
 
@@ -155,8 +157,8 @@ def table_of(args: argparse.Namespace, case: Case, results: dict[str, dict[str, 
     )
     table.add_column("system")
     for direction in results:
-        for name in (direction, "x paper", "x torch", "of matmul"):
-            table.add_column(name, justify="right")
+        for name in ("GFLOP/s", "x paper", "x torch", "of matmul"):
+            table.add_column(f"{direction} {name}", justify="right")
     first = next(iter(results.values()))
     for system in names_in_order(first):
         cells = []
@@ -222,7 +224,7 @@ def versions() -> dict[str, str]:
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--case",
         type=int,
@@ -249,14 +251,14 @@ def main() -> None:
     simulate_devices(args.devices)
     mesh = ra.make_mesh(sp=args.devices, devices=jax.devices()[: args.devices])
     directions = {"forward": False} | ({} if args.forward else {"fwd+bwd": True})
-    results, console = {}, Console(width=130)
+    results, console = {}, Console(highlight=False)
     for case in args.case:
         results[case] = {name: measure(args, case, mesh, backward) for name, backward in directions.items()}
-        console.print(table_of(args, case, results[case]))
+        show(table_of(args, case, results[case]), console)
     masks, last = {}, args.case[-1]
     if not args.no_masks:
         masks = {name: measure_masks(args, last, mesh, backward) for name, backward in directions.items()}
-        console.print(table_of_masks(last, masks))
+        show(table_of_masks(last, masks), console)
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
@@ -21,7 +20,9 @@ from ring_attention.attention import online_softmax
 from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.rule import make_rule
 from ring_attention.evaluation import timing
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.rivals import System
+from ring_attention.evaluation.tables import show
 
 FILLED = (1.0, 0.5, 0.1)
 """Shares of the cache that are in use."""
@@ -80,14 +81,12 @@ def main(argv: list[str]) -> None:
             temporary = program.memory_analysis().temp_size_in_bytes / 2**20
             table.add_row(f"{filled:.0%}", name, f"{1000 * seconds[name]:.2f}", f"{temporary:.1f}")
         table.add_section()
-    Console(width=110, highlight=False).print(table)
+    show(table)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     for name, default in dict(rows=1, slots=8192, heads=32, kv_heads=8, head_dim=128, repeats=15).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args = parser.parse_args(argv)

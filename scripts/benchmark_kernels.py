@@ -9,7 +9,6 @@ The hops also pay for picking their blocks out of one array, and give gradients 
 Beside them the figures that FlashAttention-3 was published with for an H100 (Shah et al. 2024). docs/kernels.md
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -28,8 +26,10 @@ from ring_attention.attention.kernels import KERNELS, require_platform
 from ring_attention.attention.rule import Rule
 from ring_attention.checks import require
 from ring_attention.evaluation import timing
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.lone_device import LoneDevice
 from ring_attention.evaluation.rivals import System
+from ring_attention.evaluation.tables import show
 
 FLASH_ATTENTION_3 = {"forward": 648, "backward": 561}
 """TFLOP/s, head dim 128, 16K tokens, bidirectional, bf16/fp16, H100 SXM (Shah et al. 2024, figures 5 and 6)."""
@@ -125,7 +125,7 @@ def measure(case: Case, impl: str, repeats: int, advance) -> dict[str, dict[str,
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--impl", choices=KERNELS, default="cudnn")
     parser.add_argument("--shard", type=int, nargs="+", default=[8192, 16384], metavar="t", help="tokens of a device")
     parser.add_argument("--devices", type=int, default=8, metavar="P", help="of the ring")
@@ -159,7 +159,7 @@ def main() -> None:
         for name, row in result.items():
             numbers = f"{row['hops']:.4g}", f"{row['one call']:.4g}", f"{row['ratio']:.3f}"
             table.add_row(f"{case.shard}", f"{case.place}", name, *numbers, f"{FLASH_ATTENTION_3[name]}")
-    Console(width=110).print(table)
+    show(table)
     for name in PRODUCTS:
         ratios = [result[name]["ratio"] for result in results]
         print(f"{name}: the hops reach {statistics.median(ratios):.3f} of one call's rate ({min(ratios):.3f} at least)")

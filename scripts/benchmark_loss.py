@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.evaluation import timing
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.rivals import System
+from ring_attention.evaluation.tables import show
 from ring_attention.models.loss import chunked_cross_entropy, weighted_cross_entropy
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     for name, program in programs.items():
         temporary = program.memory_analysis().temp_size_in_bytes / 2**20
         table.add_row(name, f"{1000 * seconds[name]:.1f}", f"{seconds[name] / first:.2f}", f"{temporary:.1f}")
-    Console(width=100, highlight=False).print(table)
+    show(table)
 
 
 def compiled(way, mesh, arrays, chunk: int) -> jax.stages.Compiled:
@@ -94,9 +95,7 @@ def compiled(way, mesh, arrays, chunk: int) -> jax.stages.Compiled:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     defaults = dict(seq_len=8192, sp=2, model_dim=256, vocab_size=32_000, chunk=1024, repeats=7)
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)

@@ -29,6 +29,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from ring_attention.checks import ConfigError
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.evaluation.trainer_process import Step, TrainerProcess
 from ring_attention.evaluation.trainers import OURS, RIVALS, has_rivals, write_text
 from ring_attention.models.config import ModelConfig
@@ -69,7 +71,7 @@ def default_config() -> TrainConfig:
 def main(argv: list[str]) -> None:
     """Measure all trainers; print tables; write a picture and all numbers."""
     args, config = parse(argv)
-    console, kinds = Console(width=100, highlight=False), [OURS, *(RIVALS if has_rivals() else ())]
+    console, kinds = Console(highlight=False), [OURS, *(RIVALS if has_rivals() else ())]
     if len(kinds) == 1:
         print(
             "Note: without PyTorch and transformers ours is measured alone; pip install -e '.[interop]'",
@@ -93,10 +95,10 @@ def main(argv: list[str]) -> None:
             for trainer in trainers:
                 parts[trainer.kind] = trainer.parts()
                 bar.advance(task)
-    console.print(table_of_speed(config, steps))
+    show(table_of_speed(config, steps), console)
     for kind, seconds in parts.items():
         if kind == OURS or kind == fastest_rival(steps):
-            console.print(table_of_parts(kind, seconds))
+            show(table_of_parts(kind, seconds), console)
     args.out.mkdir(parents=True, exist_ok=True)
     draw(steps, parts, args.out / "training.png")
     write_numbers(config, steps, parts, args.out / "training.json")
@@ -214,8 +216,7 @@ def cores() -> int:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
     """The flags, and the config with its overrides."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="steps of each that are timed")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_training"), help="folder for the results")
     args, rest = parser.parse_known_args(argv)

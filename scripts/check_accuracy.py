@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.evaluation import exactness
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.simulate import simulate_devices
 
 MOST_DEVICES = 8
@@ -149,7 +150,7 @@ def table_of(results: list[dict], tokens: int, limit: float) -> Table:
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512, metavar="T", help="length of the sequence")
     parser.add_argument(
         "--rings", type=int, nargs="*", default=[2, 8, 64], metavar="P", help="ring sizes compared in bfloat16"
@@ -171,7 +172,7 @@ def main() -> int:
     cases = [case for case in cases if case.mask in args.masks and case.dtype in args.dtypes] + rings(args.rings)
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), simulate_devices, (MOST_DEVICES,)) as workers:
         results = list(workers.map(functools.partial(check, tokens=args.tokens, seed=args.seed), cases))
-    Console(width=110).print(table_of(results, args.tokens, args.limit))
+    show(table_of(results, args.tokens, args.limit))
     if args.out:
         args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return int(any(not result["worst_ratio"] <= args.limit for result in results))

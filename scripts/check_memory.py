@@ -9,7 +9,6 @@ the weights of the layer at hand, must not differ by more than 5% between the sm
 status is 1 if they do. docs/table3.md shows the table.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -21,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_attention.checks import ConfigError
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.chips import GiB
 from ring_attention.planning.pods import pod_devices
 from ring_attention.planning.prediction.published import LLAMA_7B
@@ -92,20 +93,20 @@ def table_of(rows: list[Row], shard: int) -> Table:
 
 def main() -> None:
     """Compile, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
     parser.add_argument("--shard", type=int, default=4096, metavar="t", help="tokens of one device")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON to this file")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
-    console, rows = Console(width=110), []
+    console, rows = Console(highlight=False), []
     for pod in args.pods:
         with console.status(f"compiling for {pod}"):
             rows.append(compile_row(pod, args.shard))
         if args.out:
             flat = [dataclasses.asdict(row) for row in rows]
             args.out.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
-    console.print(table_of(rows, args.shard))
+    show(table_of(rows, args.shard), console)
     first = rows[0].activations
     off = [f"{row.devices} devices" for row in rows if abs(row.activations / first - 1) > TOLERANCE]
     print(f"more than {TOLERANCE:.0%} off the first: {', '.join(off)}" if off else f"the same within {TOLERANCE:.0%}")

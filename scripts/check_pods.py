@@ -10,7 +10,6 @@ between the start and the end of every other. The last line says whether all of 
 it was not. docs/kernels.md shows the table.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -22,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_attention.checks import ConfigError
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.wires import hops_of
@@ -133,17 +134,17 @@ def table_of(rows: list[Row], shard: int) -> Table:
 
 def main() -> None:
     """Compile, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
     parser.add_argument("--shard", type=int, default=2048, metavar="t", help="tokens of one device")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON to this file")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
-    console, rows = Console(width=110), []
+    console, rows = Console(highlight=False), []
     for pod in args.pods:
         with console.status(f"compiling for {pod}"):
             rows += check(pod, args.shard)
-    console.print(table_of(rows, args.shard))
+    show(table_of(rows, args.shard), console)
     if args.out:
         flat = [dataclasses.asdict(row) for row in rows]
         args.out.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ Each case is a config with some fields changed, one to three minutes on two core
 compiled again, but predicted again. The exit status is 1 if a prediction is off by more than 15%.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -17,6 +16,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.chips import GiB
 from ring_attention.planning.hlo.compiled import memory_of as memory_of_program
 from ring_attention.planning.prediction.memory import memory_of
@@ -100,13 +101,13 @@ def table_of(rows: list[dict]) -> Table:
 
 def main() -> int:
     """Compile what is missing, predict, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("prediction.json"), help="rows that are done")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     compiled = {(row["pod"], row["fields"]): row["compiler"] for row in known}
-    console, rows = Console(width=118, highlight=False), []
+    console, rows = Console(highlight=False), []
     for case in CASES:
         share, key = case.share(), (case.pod, case.fields)
         if key not in compiled:
@@ -115,7 +116,7 @@ def main() -> int:
         predicted = memory_of(share, share.config.attention.make_strategy()).total
         rows.append(dict(pod=case.pod, fields=case.fields, predicted=predicted, compiler=compiled[key]))
         args.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    console.print(table_of(rows))
+    show(table_of(rows), console)
     off = [row for row in rows if abs(row["predicted"] / row["compiler"] - 1) > TOLERANCE]
     print(f"{len(off)} of {len(rows)} are off by more than {TOLERANCE:.0%}")
     return 1 if off else 0

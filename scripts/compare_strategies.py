@@ -18,12 +18,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.evaluation import exactness, rivals, timing
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.ulysses import even_size
@@ -239,8 +240,9 @@ def table_of(args: argparse.Namespace, rows: dict[str, Row]) -> Table:
     )
     table = Table(title=title, caption=caption)
     table.add_column("approach", no_wrap=True)
-    for name in ("memory", "MiB", "n^", "P^", "+bwd", "sends", "MiB", "n^", "P^", "+bwd"):
-        table.add_column(name, justify="left" if name in ("memory", "sends") else "right", no_wrap=name != "sends")
+    for of in ("memory", "sends"):
+        for name in (of, f"{of} MiB", f"{of} n^", f"{of} P^", f"{of} +bwd"):
+            table.add_column(name, justify="right")
     for name in ("error", "far", "leak", "s"):
         table.add_column(name, justify="right", no_wrap=True)
     for approach in APPROACHES:
@@ -296,7 +298,7 @@ def draw(args: argparse.Namespace, rows: dict[str, Row], path: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--seq-len", type=int, default=4096, metavar="n", help="tokens")
     parser.add_argument("--devices", type=int, default=8, metavar="P", help="simulated devices")
     parser.add_argument("--batch", type=int, default=1, metavar="B")
@@ -316,7 +318,7 @@ def main() -> None:
     args = parse_args()
     simulate_devices(args.devices)
     rows = measure(args)
-    Console(width=178, highlight=False).print(table_of(args, rows))
+    show(table_of(args, rows))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         facts = {"settings": vars(args) | dict(out=None, cores=os.cpu_count(), jax=jax.__version__)}

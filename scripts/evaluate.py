@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ring_attention.checks import ConfigError, printable, shown
 from ring_attention.data.sources import open_documents
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.needle_accuracy import AnswerScorer, NeedleTest, measure_needles
 from ring_attention.evaluation.needle_report import HeatMap, accuracy_table, draw_heat_maps, read_heat_map
 from ring_attention.evaluation.needles import NAMES, STYLES
@@ -30,6 +31,7 @@ from ring_attention.evaluation.opened import Opened, open_model, output_folder, 
 from ring_attention.evaluation.position_loss import LossReader, bin_edges, long_documents, measure_position_loss
 from ring_attention.evaluation.position_report import AS_IT_IS, draw_position_loss, position_table, position_values
 from ring_attention.evaluation.questions import make_questions
+from ring_attention.evaluation.tables import show
 from ring_attention.training.corpus import Corpus
 from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTAKE
 
@@ -46,8 +48,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the words that are left: overrides of the config."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_needle(commands)
     add_perplexity(commands)
@@ -114,7 +115,7 @@ def needle(args: argparse.Namespace, overrides: list[str]) -> None:
     title = f"{words_of(args, opened)}\nright answers of {scores.count}"
     heat_map = HeatMap(title, test.lengths, test.depths, scores.answers)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(accuracy_table(heat_map))
+    show(accuracy_table(heat_map), console)
     draw_heat_maps(out / "needle.png", [heat_map])
     results = dict(
         kind="needle", key=args.key, needles=test.needles, samples=test.samples, seed=test.seed, count=scores.count
@@ -185,7 +186,7 @@ def perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
             losses[name] = measure_position_loss(reader.losses, documents, opened.tokenizer, **settings)
     title, edges = f"{words_of(args, opened)}\n{len(documents)} documents of {length:,} tokens", bin_edges(length)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(position_table(title, edges, losses))
+    show(position_table(title, edges, losses), console)
     draw_position_loss(out / "perplexity.png", title, edges, losses)
     results = dict(kind="perplexity", length=length, windows=windows, paths=args.paths or "held out")
     write_results(out / "perplexity.json", opened, results | position_values(edges, losses))

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 from ring_attention.checks import require_field
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.run import run_training
 from ring_attention.models.hf.manifest import TOKENIZER
 from ring_attention.models.hf.source import Source, open_source
@@ -63,9 +64,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own flags, and those that are the config's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of a Hugging Face checkpoint")
     parser.add_argument("--data", required=True, metavar="GLOBS", help="your documents: text or JSONL, as data.paths")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")

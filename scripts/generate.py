@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, printable, require_field, shown
 from ring_attention.data.tokenizers import Tokenizer, load_tokenizer
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.inference.ends import end_tokens, prompt_start
 from ring_attention.inference.generator import Generator
 from ring_attention.inference.sampling import Sampling
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags; dashes and underscores are the same."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         usage="generate.py --checkpoint=FOLDER (--prompt=TEXT | --prompt-file=FILE) [flags, see --help]",
         formatter_class=argparse.RawDescriptionHelpFormatter,

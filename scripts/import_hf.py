@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 
 from ring_attention.checks import ConfigError
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.models.hf.source import Source, open_source
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.training.imported import import_hf
@@ -38,9 +39,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="with config.json and safetensors files")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
     return parser.parse_args(argv)

@@ -23,11 +23,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.checks import ConfigError, require_field
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.mesh import compiler_options
 from ring_attention.parallel.simulate import simulate_devices
@@ -294,7 +295,7 @@ def table_of(rows: list[Row], columns, where: str, args: argparse.Namespace) -> 
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rings", type=int, nargs="+", default=[2, 4, 8, 32], metavar="P", help="ring sizes")
     parser.add_argument("--layout", choices=LAYOUT_KINDS, nargs="+", default=["zigzag"])
     parser.add_argument(
@@ -338,7 +339,7 @@ def main() -> None:
     fields = [field.name for field in dataclasses.fields(Case)]
     rows = [inspect(Case(**dict(zip(fields, choice, strict=True))), devices, args) for choice in choices]
     columns = of_schedules if args.compare or args.topology else of_transfers
-    Console(width=110).print(table_of(rows, columns, args.topology or "CPU", args))
+    show(table_of(rows, columns, args.topology or "CPU", args))
     if any(row.permutes is not None and row.permutes < row.permutes_bound for row in rows):
         print(
             "Fewer permutes than needed: hops outside of loops serve both passes, which keeps their blocks in memory."

@@ -64,7 +64,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if "--" in ours:
         place = ours.index("--")
         ours, dashes, rest = ours[:place], ours[place : place + 1], ours[place + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    # One line, as ring_attention.evaluation.arguments has it, but without importing JAX here.
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}; see --help\n")
     parser.add_argument("--processes", type=int, default=2, help="how many (default: %(default)s)")
     parser.add_argument("--grace", type=float, default=60, help="seconds for others to stop (default: %(default)s)")
     parser.add_argument("--program", type=Path, default=REPOSITORY / "train.py", help="what to run (default: train.py)")

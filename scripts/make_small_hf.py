@@ -22,6 +22,7 @@ from flax import nnx
 from ring_attention.checks import ConfigError
 from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.config import FAMILIES, HFConfig
 from ring_attention.models.hf.export import write_standard
@@ -64,9 +65,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llama")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.exactness import random_qkv
 from ring_attention.evaluation.rivals import with_gradients
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.strategy import Workload
 from ring_attention.planning.simulator import Machine, simulate
 
@@ -211,7 +212,7 @@ def table_of(args: argparse.Namespace, calibration: dict, measured: dict, predic
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--seq-len", type=int, default=8192, metavar="T", help="tokens")
     parser.add_argument("--heads", type=int, default=4, metavar="H")
     parser.add_argument("--head-dim", type=int, default=64, metavar="D")
@@ -240,7 +241,7 @@ def main() -> None:
         for key in facts[0]["seconds"]
     }
     predicted, free = (predict(args, calibration, blocking) for blocking in (True, False))
-    Console(width=130, highlight=False).print(table_of(args, calibration, measured, predicted, free))
+    show(table_of(args, calibration, measured, predicted, free))
     if args.out:
         rows = [
             dict(strategy=key[0], layout=key[1], passes=key[2], measured=measured[key], predicted=predicted[key])

@@ -15,19 +15,22 @@ map.png. docs/planner.md explains every column.
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from ring_attention.checks import ConfigError
-from ring_attention.parallel.chips import CHIPS, GiB
+from ring_attention.checks import ConfigError, printable
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
+from ring_attention.parallel.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
 from ring_attention.planning import proof_report, report
 from ring_attention.planning.prediction.plan import Plan, make_plan
 from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.planning.proof import Proof, longest_compiled, prove
-from ring_attention.training.flags import parse_config
+from ring_attention.training.flags import parse_config, split_path
 
 DEFAULT_CONFIG = "configs/tpu_v5e_256_7b.py"
 
@@ -35,14 +38,16 @@ DEFAULT_CONFIG = "configs/tpu_v5e_256_7b.py"
 def main(argv: list[str]) -> int:
     """Plan, print, and write; returns the exit status: 1 if the config does not fit."""
     args, flags = parse(argv)
-    console = Console(width=110, highlight=False)
+    console = Console(highlight=False)
     if args.table2:
-        console.print(report.paper_table())
+        if flags:
+            raise ConfigError(f"{printable(flags[0])}: --table2 plans nothing; leave it out, or see plan.py --help")
+        show(report.paper_table(), console)
         return 0
     topology = find_topology(args.topology)
     plan = make_plan(parse_config(flags, DEFAULT_CONFIG), topology)
     proof = compile_plan(plan, console) if args.compile else None
-    describe(plan, proof, console)
+    describe(plan, proof, flags, console)
     if args.max_context:
         find_longest(plan, console)
     if args.out:
@@ -53,9 +58,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own flags, and those that are the config's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--topology", default="v5e:16x16", help=f"such as v5e:16x16 or h100:4x8; {', '.join(CHIPS)}")
     parser.add_argument("--compile", action="store_true", help="ask the pod's own compiler as well")
     parser.add_argument("--max-context", action="store_true", help="find the longest context that compiles in memory")
@@ -84,8 +87,8 @@ def find_longest(plan: Plan, console: Console) -> None:
     console.print(f"Longest context that compiles within the memory: [bold]{longest:,}[/bold] tokens")
 
 
-def describe(plan: Plan, proof: Proof | None, console: Console) -> None:
-    """Print the tables and the advice."""
+def describe(plan: Plan, proof: Proof | None, flags: list[str], console: Console) -> None:
+    """Print the tables and the advice; `flags` are the config's own."""
     share = plan.share
     mesh = " ".join(f"{name}={size}" for name, size in share.mesh.items() if size > 1)
     console.print(
@@ -93,17 +96,17 @@ def describe(plan: Plan, proof: Proof | None, console: Console) -> None:
         f"{share.tokens:,} on each device; mesh {mesh or 'of one device'}"
     )
     console.print(f"model FLOPs of a step: {plan.model_flops:.3g}")
-    console.print(report.hardware_table(plan))
-    console.print(report.memory_table(plan, proof and proof.memory.total))
+    show(report.hardware_table(plan), console)
+    show(report.memory_table(plan, proof and proof.memory.total), console)
     for table in (report.wire_table, report.hiding_table, report.strategy_table):
-        console.print(table(plan))
+        show(table(plan), console)
     if proof:
         describe_proof(proof, console)
     if plan.recommended is None:
         console.print(f"[red]Nothing fits[/red]: {plan.reason}.")
     else:
         console.print(f"Take [bold green]{plan.recommended.label}[/bold green]: {plan.reason}.")
-        console.print(f"  train.py {' '.join(plan.recommended.flags)}")
+        console.print(command(plan, flags), soft_wrap=True, markup=False)  # whole, so that it can be pasted
     if not plan.own.fits:
         chip = share.topology.chip
         console.print(
@@ -118,12 +121,25 @@ def describe(plan: Plan, proof: Proof | None, console: Console) -> None:
         console.print(f"Longest context that fits, predicted: {plan.longest:,} tokens")
 
 
+def command(plan: Plan, flags: list[str]) -> str:
+    """The line for a shell that trains what was planned by the strategy that is advised.
+
+    Args:
+      plan: which advises one.
+      flags: those of this command line that are the config's, which the plan holds for; the advice overrides them.
+    """
+    path, overrides = split_path(flags, DEFAULT_CONFIG)
+    words = ["python", "train.py", f"--config={path}", *overrides, *plan.recommended.flags]
+    setting = "" if plan.share.topology.tpu else f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION:g} "
+    return setting + shlex.join(words)
+
+
 def describe_proof(proof: Proof, console: Console) -> None:
     """Print what the compiler said."""
     names = ", ".join(f"{name} {version}" for name, version in proof.versions.items())
     console.print(f"Compiled in {proof.seconds:.0f} s by {names}")
-    console.print(proof_report.collectives_table(proof))
-    console.print(proof_report.transfers_table(proof))
+    show(proof_report.collectives_table(proof), console)
+    show(proof_report.transfers_table(proof), console)
     console.print(proof_report.verdict(proof))
     for warning in proof.warnings:
         console.print(f"[red]warning[/red]: {warning}")

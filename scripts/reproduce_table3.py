@@ -13,7 +13,6 @@ leaves of 80. Rows that --out already has, compiled by the same versions, are no
 The exit status is 1 if a context of the paper does not fit. docs/table3.md shows the table.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -29,6 +28,8 @@ from rich.table import Table
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.checks import ConfigError
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.chips import CHIPS, GiB
 from ring_attention.planning.pods import pod_devices
 from ring_attention.planning.prediction.published import LLAMA_7B
@@ -233,7 +234,7 @@ def read(path: Path | None) -> dict[str, Row]:
 
 def main() -> None:
     """Compile, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--cells", nargs="+", default=[*CELLS], choices=CELLS, metavar="MODEL/TOPOLOGY")
     parser.add_argument("--times", nargs="+", type=int, default=[1, 4], metavar="N", help="multiples of the paper's")
     parser.add_argument("--out", type=Path, help="JSON of rows, written after each; what is there is not done again")
@@ -241,7 +242,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     # Triton's tiles are chosen by trying them, and there is no GPU to try them on; of some shapes it finds none.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false".strip()
-    console, known, rows = Console(width=120), read(args.out), []
+    console, known, rows = Console(highlight=False), read(args.out), []
     wanted = [(name, times) for name in args.cells for times in args.times]
     for number, (name, times) in enumerate(wanted, 1):
         key = key_of(name, times, dataclasses.asdict(CELLS[name]), versions_of(name))
@@ -252,7 +253,7 @@ def main() -> None:
         if args.out:
             flat = [dataclasses.asdict(row) for row in known.values()]
             args.out.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
-    console.print(table_of(rows))
+    show(table_of(rows), console)
     failed = [row.cell for row in rows if row.times == 1 and not row.fits]
     print(
         f"the paper's context does not fit: {', '.join(failed)}"

@@ -17,11 +17,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.checks import ConfigError, require_field
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
 from ring_attention.planning.balance import balance_of, work_by_hop
 
@@ -204,7 +205,7 @@ def draw(panels: list[Panel], args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--devices", type=int, default=8, metavar="P", help="places in the ring")
     parser.add_argument("--seq-len", type=int, default=65536, metavar="T", help="tokens")
     parser.add_argument("--window", type=int, default=0, metavar="W", help="tokens that a token sees; 0: no bound")
@@ -225,7 +226,7 @@ def main() -> None:
     args = parse_args()
     require_field(args.devices > 0, "devices", args.devices, "a ring needs at least one", "choose 1 or more")
     panels = panels_of(args)
-    Console(width=110).print(table_of(panels, args))
+    show(table_of(panels, args))
     if args.out:
         draw(panels, args)
 

@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.checks import require_field
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
 from ring_attention.parallel.strategy import Workload
 from ring_attention.parallel.ulysses import even_size
@@ -107,7 +108,7 @@ def draw(timelines: list[dict[str, Timeline]], devices: int, path: Path) -> None
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--speeds", default="1 1 1 0.5 1 1 1 1", help="of the devices along the ring")
     parser.add_argument("--seq-len", type=int, default=131072, metavar="T", help="tokens")
     parser.add_argument("--heads", type=int, default=32, metavar="H")
@@ -133,7 +134,7 @@ def main() -> None:
     need = [layout.padded_length(args.seq_len) for layout in layouts.values()]
     remedy = f"use a multiple, for example {max(need)}"
     require_field(max(need) == args.seq_len, "seq-len", args.seq_len, "all layouts must divide it", remedy)
-    Console(width=110, highlight=False).print(table_of(args, speeds, work, layouts))
+    show(table_of(args, speeds, work, layouts))
     if args.out:
         machine = machine_of(args, speeds, blocking=False)
         columns = []

@@ -22,12 +22,17 @@ from soaking.report import as_json, line_of, summary_of, table_of
 from soaking.session import FAULTS, Session
 from soaking.trainer import make_trainers
 
+from ring_attention.evaluation.tables import show
+
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    # One line, as ring_attention.evaluation.arguments has it, but without importing JAX here.
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}; see --help\n")
     parser.add_argument("--minutes", type=float, default=30, help="after which no fault is begun any more")
     parser.add_argument("--seed", type=int, default=0, help="of the order, the moments and the places")
     parser.add_argument(
@@ -59,7 +64,7 @@ def soak(args: argparse.Namespace, out: Path) -> int:
     console.print(f"Training {args.steps} steps undisturbed first, which compiles; logs in {out / 'logs'}")
     session.run(seconds=60 * args.minutes)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()}
-    Console(width=110).print(table_of(session))
+    show(table_of(session))
     console.print(summary_of(session))
     record = as_json(session) | {"date": f"{datetime.date.today()}", "seed": args.seed, "versions": versions}
     (out / "soak.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

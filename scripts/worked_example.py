@@ -9,6 +9,8 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
+from ring_attention.evaluation.arguments import Parser
+from ring_attention.evaluation.tables import show
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.parallel.strategy import Workload
 from ring_attention.planning.traffic import GIB, attention_seconds, broadcast_bytes, worked_example
@@ -16,7 +18,7 @@ from ring_attention.planning.traffic import GIB, attention_seconds, broadcast_by
 
 def parse_args() -> argparse.Namespace:
     """Flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--seq-len", type=int, default=2**20, metavar="n", help="tokens")
     parser.add_argument("--model-dim", type=int, default=4096, metavar="d", help="a multiple of 128, the head dim")
     parser.add_argument("--devices", type=int, default=8, metavar="P")
@@ -30,7 +32,7 @@ def main() -> None:
     args = parse_args()
     bandwidth = args.bandwidth * GIB
     reckoned = broadcast_bytes(args.seq_len, args.model_dim, args.devices)
-    console = Console(width=100, highlight=False)
+    console = Console(highlight=False)
     console.print(
         f"As reckoned: n * d * P * 2 bytes = {reckoned / GIB:.0f} GiB, {reckoned / bandwidth:.2f} s at "
         f"{args.bandwidth:.0f} GiB/s."
@@ -45,7 +47,7 @@ def main() -> None:
             table.add_row(f"{label}: cannot do it", "-", "-", "-")
             continue
         table.add_row(label, f"{found.sent / GIB:.2f} GiB", f"{found.total / GIB:.1f} GiB", f"{found.seconds:.3f}")
-    console.print(table)
+    show(table, console)
     heads = args.model_dim // 128
     work = Workload(seq_len=args.seq_len, devices=args.devices, heads=heads, kv_heads=heads, head_dim=128)
     seconds = attention_seconds(work, args.tflops * 1e12)

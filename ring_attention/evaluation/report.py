@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ring_attention.data.sources import DocumentSource
 from ring_attention.evaluation.byte_models import MAX_ORDER, ByteModel
+from ring_attention.evaluation.tables import show
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.corpus import Corpus
 from ring_attention.training.heldout import HeldOut
@@ -60,7 +61,7 @@ def report(config: TrainConfig, folder: RunFolder, corpus: Corpus, result: Resul
         style = "bold" if name == "this Transformer" else ""
         table.add_row(name, f"{bits:.3f}", style=style)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    show(table, console)
     console.print(f"Run folder: {folder.path}  (loss.png, metrics.jsonl, tensorboard/, checkpoints/, config.json)")
     if Path("configs", f"{config.name}.py").is_file():
         console.print("Next, for example:")

@@ -40,10 +40,10 @@ class RopeConfig:
         wavelength.
       factor: how many times longer the window becomes; 1: as it was.
       original_len: tokens of that window, for "dynamic", "yarn" and "llama3".
-      low_freq_factor, high_freq_factor: "llama3": wavelengths longer than original_len / low_freq_factor are stretched
-        by `factor`, those shorter than original_len / high_freq_factor not at all, those between by degrees.
-      beta_fast, beta_slow: "yarn": pairs that turn more often than beta_fast times in the window are left, those that
-        turn less often than beta_slow times are stretched, those between by degrees.
+      low_freq_factor: "llama3": wavelengths longer than original_len / low_freq_factor are stretched by `factor`.
+      high_freq_factor: "llama3": those shorter than original_len / high_freq_factor are not, those between by degrees.
+      beta_fast: "yarn": pairs that turn more often than beta_fast times in the window are left.
+      beta_slow: "yarn": those that turn less often than beta_slow times are stretched, those between by degrees.
       attention_factor: "yarn": queries and keys are multiplied by it; 0: 0.1 * ln(factor) + 1.
     """
 

@@ -67,7 +67,7 @@ def compile_for(config: TrainConfig, topology: Topology):
     Raises:
       DoesNotFitError: if the compiler refuses for want of the device's memory.
       ConfigError: if the compiler is not installed, the pod cannot run the config, or a kernel's tiles do not
-        fit the memory beside the cores (VMEM and SMEM of a TPU, shared memory of a GPU), which no shorter context helps.
+        fit the memory beside the cores (VMEM or SMEM of a TPU, shared memory of a GPU): a shorter context is no help.
     """
     devices, start = pod_devices(topology.name), time.monotonic()
     try:

@@ -100,25 +100,26 @@ def strategy_table(plan: Plan) -> Table:
     """The step by every strategy, the fastest first."""
     table = Table(
         title="A step by each strategy",
-        caption="seconds predicted; waits: for attention's transfers; other waits: for weights, sums, the host "
-        "and the optimizer",
+        caption="seconds predicted; waits: for attention's transfers; other: waits for weights, sums, the host "
+        "and the optimizer; yours: the config's own",
     )
-    table.add_column("strategy", no_wrap=True)
-    for name in ("step s", "MFU", "dense", "attention", "waits", "other waits", "GiB", ""):
+    table.add_column("strategy")
+    for name in ("step", "MFU", "dense", "attn", "waits", "other", "GiB"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
     for candidate in plan.candidates:
         time = candidate.time
         others = time.weights_wait + time.sums_wait + time.host_wait + time.memory_bound
         marks = ["fits" if candidate.fits else "too large"]
-        marks += ["config"] * (candidate.label == plan.own.label)
+        marks += ["yours"] * (candidate.label == plan.own.label)
         style = "" if candidate.fits else "red"
         if plan.recommended and candidate.label == plan.recommended.label:
             style = "bold green"
-        cells = [f"{x:.2f}" for x in (time.dense, time.attention, time.attention_waits, others)]
+        cells = [_seconds(x) for x in (time.dense, time.attention, time.attention_waits, others)]
         gib = f"{candidate.memory.total / GiB:.1f}"
         table.add_row(
             candidate.label,
-            f"{time.total:.2f}",
+            _seconds(time.total),
             f"{plan.mfu(candidate):.0%}",
             *cells,
             gib,
@@ -128,11 +129,17 @@ def strategy_table(plan: Plan) -> Table:
     return table
 
 
+def _seconds(seconds: float) -> str:
+    """Of a step: hundredths, where there are fewer than 100."""
+    return f"{seconds:.2f}" if seconds < 100 else f"{seconds:.1f}"
+
+
 def paper_table() -> Table:
     """Table 2 of the Ring Attention paper: printed, and by its own formula."""
     table = Table(title="Ring Attention paper, Table 2", caption="thousands of tokens: printed | by its formula")
     for name in ("hardware", "TFLOP/s", "GB/s", "block", "tokens of a device", "causal", "causal, 4 queries a key"):
-        table.add_column(name, justify="left" if name == "hardware" else "right")
+        left = name == "hardware"
+        table.add_column(name, justify="left" if left else "right")
     for row in PAPER_TABLE_2:
         block, tokens = row.reckoned
         forms = [

@@ -147,7 +147,9 @@ class OptimizerConfig:
       learning_rate: at the end of the warm-up.
       warmup_steps: of the linear warm-up from 0.
       final_fraction: of `learning_rate`, reached at the last step.
-      b1, b2, epsilon: AdamW's.
+      b1: how much of AdamW's mean of gradients stays at a step.
+      b2: how much of AdamW's mean of their squares stays at a step.
+      epsilon: added to the root of that mean, by which AdamW divides.
       weight_decay: on matrices; norms and biases are not decayed.
       clip_norm: global gradient norm above which gradients are scaled down.
       accumulation_steps: micro-batches whose gradients make one update.
@@ -185,7 +187,7 @@ class TrainConfig:
     """One run of train.py.
 
     Attributes:
-      name: of the run; its folder is `run_dir`, or `runs/<name>` when that is empty.
+      name: of the run.
       seq_len: T, tokens of a sequence, over all devices of the ring.
       batch_size: sequences of a step, over all devices and micro-batches.
       num_steps: updates.
@@ -193,8 +195,11 @@ class TrainConfig:
       init_from: begin with the parameters of a trained model rather than random ones: the folder of a run, of an import
         (scripts/import_hf.py) or of a Hugging Face checkpoint. The model must be the same but for the section rope and
         for how it is computed. A run that has a checkpoint goes on from that.
-      log_every, eval_every, checkpoint_every: steps between lines of metrics, held-out losses, checkpoints.
+      log_every: steps between lines of metrics.
+      eval_every: steps between held-out losses.
+      checkpoint_every: steps between checkpoints.
       eval_sequences: held-out sequences that the loss is measured on.
+      run_dir: folder for the run's checkpoints, metrics and config; empty: `runs/<name>`.
     """
 
     name: str

@@ -43,8 +43,8 @@ def parse_config(argv: list[str], default: str) -> TrainConfig:
     """Return the config that a command line asks for.
 
     Args:
-      argv: the arguments after the program's name: `--config=PATH` and `--config.FIELD=VALUE`s, of which the last wins.
-        With `--help` the usage is printed and the process exits with 0.
+      argv: the arguments after the program's name: `--config=PATH`, or the name of a config beside the default, and
+        `--config.FIELD=VALUE`s, of which the last wins. With `--help` the usage is printed and the process exits.
       default: the config file to take without `--config`; its folder is where files to suggest are looked for.
 
     Raises:
@@ -53,7 +53,7 @@ def parse_config(argv: list[str], default: str) -> TrainConfig:
     if not {"-h", "-help", "--help"}.isdisjoint(argv):
         print(usage(default))
         raise SystemExit(0)
-    path, rest = _split_path(argv, default)
+    path, rest = split_path(argv, default)
     return override(load_config(path, folder=Path(default).parent), rest)
 
 
@@ -80,13 +80,14 @@ def parse_processes(argv: list[str]) -> tuple[ProcessFlags, list[str]]:
 
 
 def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainConfig:
-    """Return what `get_config()` of the file at `path` returns; `folder` holds the files to suggest if there is none.
+    """Return what `get_config()` of the file at `path` returns, or of the config in `folder` whose name `path` is.
 
     Raises:
       ConfigError: if the file is missing, fails, or does not give a TrainConfig.
     """
     flag = printable(f"--config={path}")
-    if not Path(path).is_file():
+    path = _shipped(path, folder)
+    if not path.is_file():
         files = _config_files(folder)
         hint = did_you_mean(Path(path).stem, [file.stem for file in files])
         choices = f"choose one of {', '.join(map(str, files))}" if files else f"{folder} holds no config to choose"
@@ -103,15 +104,22 @@ def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainCon
     return config
 
 
+def _shipped(path: str | Path, folder: str | Path) -> Path:
+    """`path`, or the config in `folder` that is called so: tiny and tiny.py are configs/tiny.py."""
+    path = Path(path)
+    own = Path(folder) / f"{path.name.removesuffix('.py')}.py"
+    return own if path.name == str(path) and not path.is_file() and own.is_file() else path
+
+
 def usage(default: str) -> str:
     """Return the text of `--help`: how to write the command, the config files, and every field."""
-    files = [f"  {file}\n      {_first_line(file)}" for file in _config_files(Path(default).parent)]
+    files = [f"  {file}\n{_indented(_first_line(file))}" for file in _config_files(Path(default).parent)]
     lines = [
         "Train a Transformer on sequences that are sharded across devices.",
         "",
         f"  python {_PROGRAM}   (the same as --config={default})",
-        f"  python {_PROGRAM} --config=configs/NAME.py",
-        f"  python {_PROGRAM} --config=configs/NAME.py --config.model.num_layers=4 --config.mesh.sp=8",
+        f"  python {_PROGRAM} --config=configs/NAME.py   (--config=NAME does as well)",
+        f"  python {_PROGRAM} --config=NAME --config.model.num_layers=4 --config.mesh.sp=8",
         "",
         "On several processes, where no cluster says which is which (see docs/pods.md):",
         *_describe(ProcessFlags, prefix="--"),
@@ -119,13 +127,14 @@ def usage(default: str) -> str:
         "Config files:",
         *files,
         "",
-        "Fields (a config file sets them, --config.FIELD=VALUE overrides them):",
+        "Fields and their defaults (a config file sets them, --config.FIELD=VALUE",
+        "overrides them):",
         *_describe(TrainConfig, prefix="--config."),
     ]
     return "\n".join(lines)
 
 
-def _split_path(argv: list[str], default: str) -> tuple[str, list[str]]:
+def split_path(argv: list[str], default: str) -> tuple[str, list[str]]:
     """Return the path that `--config` names, or `default`, and the arguments that remain."""
     values = flags.FlagValues()
     flags.DEFINE_string("config", default, "path of the config file", flag_values=values)
@@ -190,7 +199,7 @@ def _read_text(field: str, text: str, *, example: Any) -> Any:
     except ValueError:
         value = None
     if value is None or (kind is float and not math.isfinite(value)):
-        remedy = f"write it like --config.{field}={str(example).lower() if kind is bool else example}"
+        remedy = f"write it like --config.{field}={spelt(example)}"
         raise ConfigError(f"{field}={shown(text)}: must be {KIND_WORDS[kind]}; {remedy}")
     return value
 
@@ -218,5 +227,23 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
             yield from ["", *_describe(kinds[name], f"{prefix}{name}.")]
         else:
             kind, *_ = typing.get_args(kinds[name]) or [kinds[name]]  # int of int | None
-            yield f"  {prefix}{name}  {kind.__name__}"
-            yield from textwrap.wrap(words.get(name, ""), 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            yield f"  {prefix}{name}  {kind.__name__}, {_default_of(cls, name)}"
+            yield _indented(words.get(name, ""))
+
+
+def _indented(text: str) -> str:
+    """A paragraph that fits a terminal of 80 columns."""
+    return textwrap.fill(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _default_of(cls: type, name: str) -> str:
+    """What a field is where neither a config file nor a flag says anything, as a flag would spell it."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
+    if field.default is dataclasses.MISSING:
+        return "no default"
+    return f"default {'none' if field.default is None else spelt(field.default) or 'empty'}"
+
+
+def spelt(value: Any) -> str:
+    """A value as it stands behind the equals sign of a flag."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

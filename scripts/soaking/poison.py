@@ -3,7 +3,6 @@
 python scripts/soaking/poison.py --config.run_dir=soak/copy --layer=1
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from ring_attention.evaluation.arguments import Parser
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.training.checkpoints import Checkpoints
@@ -22,7 +22,7 @@ MESH = dict(dp=1, fsdp=1, sp=1, tp=1)  # checkpoints come back on any
 
 def main() -> None:
     """Read the checkpoint, change one layer of one weight, write it in the old one's place."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config.run_dir", dest="run_dir", type=Path, required=True)
     parser.add_argument("--layer", type=int, required=True)
     args = parser.parse_args()

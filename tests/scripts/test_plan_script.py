@@ -2,11 +2,16 @@
 
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ring_attention.planning.prediction.plan import make_plan
+from ring_attention.planning.prediction.topology import find_topology
+from ring_attention.training.flags import override, parse_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -31,7 +36,7 @@ def test_a_config_that_does_not_fit_is_said_with_the_context_that_would():
     done = _plan("--topology=v5e:16x16", "--config.seq_len=33554432")
     assert done.returncode == 1
     assert "This config does not fit" in done.stdout
-    assert "tokens would" in done.stdout
+    assert "tokens would" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,37 @@ def test_without_the_compiler_the_extra_that_brings_it_is_named():
     done = _plan("--config=configs/tiny.py", "--topology=v5e:2x4", "--compile")
     assert done.returncode == 2
     assert "pip install -e '.[compile-tpu]'" in done.stderr.splitlines()[-1]
+
+
+def _advised(done):
+    (line,) = (line for line in done.stdout.splitlines() if "train.py" in line)
+    words = shlex.split(line)
+    start = words.index("train.py")
+    return words[:start], parse_config(words[start + 1 :], str(REPOSITORY / "configs" / "cpu_demo.py"))
+
+
+def test_the_advice_is_a_whole_command_that_trains_what_was_planned(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    flags = ["--config=gpu_8xh100_7b", "--config.attention.strategy=usp", "--config.attention.ulysses_size=2"]
+    done = _plan(*flags, "--config.name=with spaces", "--topology=h100:1x8")
+    assert done.returncode == 0, done.stderr
+    before, config = _advised(done)
+    assert before == ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "python"]
+    assert (config.name, config.model.num_layers) == ("with spaces", 32)
+    assert config.attention.strategy != "usp"
+    assert config.attention.ulysses_size == 0, "it would be refused with another strategy"
+    others = [line for line in done.stdout.splitlines() if "train.py" not in line]
+    assert max(map(len, others)) <= 80
+
+
+def test_the_flags_of_every_candidate_choose_it():
+    overrides = ["--config.attention.duplex=true", "--config.mesh.tp=1"]
+    config = parse_config(["--config=tpu_v5e_256_7b", *overrides], str(REPOSITORY / "configs" / "cpu_demo.py"))
+    plan = make_plan(config, find_topology("v5e:16x16"))
+    for candidate in plan.candidates:
+        strategy = override(config, list(candidate.flags)).attention.make_strategy()
+        assert candidate.label.split()[0] == strategy.name
+        assert ("duplex=True" in candidate.label) == getattr(strategy, "duplex", False)
 
 
 def test_table_2_is_printed():

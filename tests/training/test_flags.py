@@ -112,6 +112,36 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_field_value_and_re
     assert not missing, f"{missing} not in {message!r}"
 
 
+@pytest.mark.parametrize("name", ["small", "small.py", "configs/small.py"])
+def test_a_config_beside_the_default_is_taken_by_its_name(name):
+    assert parse(f"--config={name}").name == "small"
+
+
+def test_a_file_of_that_name_goes_before_a_config_that_is_called_so(configs):
+    (configs.parent / "small").write_text(CONFIG.replace('"tiny"', '"here"'))
+    assert parse("--config=small").name == "here"
+
+
+def test_help_gives_every_field_a_text_of_its_own_and_its_default():
+    lines = usage("configs/tiny.py").splitlines()
+    fields = {}
+    for line in lines[lines.index("overrides them):") + 1 :]:
+        if line.startswith("  --config."):
+            head, _, default = line.strip().partition(", ")
+            texts = fields[head.split()[0].removeprefix("--config.")] = [default]
+        elif line:
+            texts.append(line.strip())
+    assert set(fields) == set(field_kinds())
+    words = [" ".join(texts[1:]) for texts in fields.values()]
+    assert all(words)
+    assert len(set(words)) == len(words)
+    assert fields["optimizer.learning_rate"][0] == "default 0.001"
+    assert fields["attention.duplex"][0] == "default false"
+    assert fields["run_dir"][0] == "default empty"
+    assert fields["seq_len"][0] == "no default"
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("flag", ["--flagfile=f", "--undefok=x", "-undefok=x"])
 def test_flags_of_absl_are_refused_before_those_of_processes_are_read_too(flag):
     with pytest.raises(ConfigError, match="there is no such flag"):

@@ -12,8 +12,9 @@ from ring_attention.planning.prediction.rates import wires_of
 from ring_attention.planning.prediction.shares import Share
 from ring_attention.planning.prediction.step_times import StepTime, pace_of, step_time
 from ring_attention.planning.prediction.topology import Topology
-from ring_attention.training.config import TrainConfig
+from ring_attention.training.config import STRATEGY_OPTIONS, TrainConfig
 from ring_attention.training.feasible import check_attention
+from ring_attention.training.flags import spelt
 
 EQUAL = 0.02
 """Steps whose predicted times differ by no more than this part count as equally fast."""
@@ -196,7 +197,9 @@ def _candidate(share: Share, strategy: Strategy) -> Candidate:
     }
     label = " ".join([strategy.name, *(f"{name}={value}" for name, value in options.items())])
     flags = [f"--config.attention.strategy={strategy.name}"]
-    flags += [f"--config.attention.{name}={value}" for name, value in options.items()]
+    own = share.config.attention  # of which the options of another strategy must go
+    others = {name: type(getattr(own, name))() for name in STRATEGY_OPTIONS if getattr(own, name)}
+    flags += [f"--config.attention.{name}={spelt(value)}" for name, value in (others | options).items()]
     memory = memory_of(share, strategy)
     return Candidate(
         label=label,
