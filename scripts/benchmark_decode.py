@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
             temporary = program.memory_analysis().temp_size_in_bytes / 2**20
             table.add_row(f"{filled:.0%}", name, f"{1000 * seconds[name]:.2f}", f"{temporary:.1f}")
         table.add_section()
-    show(table)
+    show(table, keys=2)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -159,7 +159,7 @@ def main() -> None:
         for name, row in result.items():
             numbers = f"{row['hops']:.4g}", f"{row['one call']:.4g}", f"{row['ratio']:.3f}"
             table.add_row(f"{case.shard}", f"{case.place}", name, *numbers, f"{FLASH_ATTENTION_3[name]}")
-    show(table)
+    show(table, keys=3)
     for name in PRODUCTS:
         ratios = [result[name]["ratio"] for result in results]
         print(f"{name}: the hops reach {statistics.median(ratios):.3f} of one call's rate ({min(ratios):.3f} at least)")

@@ -172,7 +172,7 @@ def main() -> int:
     cases = [case for case in cases if case.mask in args.masks and case.dtype in args.dtypes] + rings(args.rings)
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), simulate_devices, (MOST_DEVICES,)) as workers:
         results = list(workers.map(functools.partial(check, tokens=args.tokens, seed=args.seed), cases))
-    show(table_of(results, args.tokens, args.limit))
+    show(table_of(results, args.tokens, args.limit), keys=4)
     if args.out:
         args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return int(any(not result["worst_ratio"] <= args.limit for result in results))

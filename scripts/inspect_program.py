@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import platform
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jaxlib
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from rich.table import Table
@@ -277,7 +279,8 @@ def table_of(rows: list[Row], columns, where: str, args: argparse.Namespace) -> 
     farthest = max(row.longest_hop for row in rows)
     links = [f"longest hop {farthest} link{'s' * (farthest > 1)}"] if farthest else []
     title = ", ".join([where, *kernel, args.dtype, *named, *sizes, *links])
-    table = Table(title=title, caption=CAPTIONS[columns])
+    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, {platform.machine()}"
+    table = Table(title=title, caption=f"{CAPTIONS[columns]}; {versions}")
     shown = [name for name, differs in differing.items() if differs]
     for name in shown:
         justify = "right" if name in ("ring_size", "window", "shard") else "left"
@@ -339,7 +342,8 @@ def main() -> None:
     fields = [field.name for field in dataclasses.fields(Case)]
     rows = [inspect(Case(**dict(zip(fields, choice, strict=True))), devices, args) for choice in choices]
     columns = of_schedules if args.compare or args.topology else of_transfers
-    show(table_of(rows, columns, args.topology or "CPU", args))
+    table = table_of(rows, columns, args.topology or "CPU", args)
+    show(table, keys=len(table.columns) - sum(1 for _ in columns(rows[0])) or None)
     if any(row.permutes is not None and row.permutes < row.permutes_bound for row in rows):
         print(
             "Fewer permutes than needed: hops outside of loops serve both passes, which keeps their blocks in memory."

@@ -10,31 +10,32 @@ _GAP = 3
 """Characters of a column beside its content: a space on both sides and a border; a table has one border more."""
 
 
-def show(table: Table, console: Console | None = None) -> None:
-    """Print a table on a console, by default a plain one on stdout, no wider than that is."""
+def show(table: Table, console: Console | None = None, *, keys: int | None = None) -> None:
+    """Print a table on a console, by default a plain one on stdout, no wider than that is; `keys` as for `fitted`."""
     console = console or Console(highlight=False)
-    for part in fitted(table, console.width):
+    for part in fitted(table, console.width, keys):
         console.print(part)
 
 
-def fitted(table: Table, width: int) -> list[Table]:
+def fitted(table: Table, width: int, keys: int | None = None) -> list[Table]:
     """The same table at most `width` characters wide, in as few parts as that takes.
 
-    Each part begins with the columns of words that the table begins with (or its first one). Headers wrap
-    between words, and so do the cells of columns that are not `no_wrap` and stand on the left; other cells are whole.
+    Each part begins with the first `keys` columns, by which a row is known: by default the columns of words that the
+    table begins with, or its first one. Headers wrap between words, and so do the cells of columns that are not
+    `no_wrap` and stand on the left; other cells are whole.
     """
-    groups = _groups(table.columns, width)
+    groups = _groups(table.columns, width, keys)
     parts = [_part(table, columns, width) for columns in groups]
     parts[0].title, parts[-1].caption = table.title, table.caption
     return parts
 
 
-def _groups(columns: list[Column], width: int) -> list[list[Column]]:
+def _groups(columns: list[Column], width: int, number: int | None) -> list[list[Column]]:
     """The columns of each part."""
     if _table_width(map(_least, columns)) <= width:
         return [columns]
-    names = next((i for i, column in enumerate(columns) if column.justify == "right"), 1)
-    keys, rest = columns[: max(names, 1)], columns[max(names, 1) :]
+    number = number or max(next((i for i, column in enumerate(columns) if column.justify == "right"), 1), 1)
+    keys, rest = columns[:number], columns[number:]
     groups: list[list[Column]] = [[*keys]]
     for column in rest:
         if len(groups[-1]) > len(keys) and _table_width(map(_least, [*groups[-1], column])) > width:

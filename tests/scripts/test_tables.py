@@ -95,3 +95,14 @@ def test_no_program_prints_a_table_by_itself_or_makes_a_terminal_wider_than_it_i
     assert not re.search(r"Console\([^)]*width=", text)
     if "rich.table" in text and path.name != "tables.py":
         assert not re.search(r"print\((table\b|[a-z_.]*_?table(_of)?[a-z_]*\()", text)
+
+
+def test_every_part_begins_with_the_columns_by_which_a_row_is_known():
+    table = Table()
+    table.add_column("P", justify="right")
+    table.add_column("program")
+    for name in "abcdefgh":
+        table.add_column(name, justify="right")
+    table.add_row("8", "forward", *["1234567890"] * 8)
+    begun = [[column.header for column in part.columns][:2] for part in fitted(table, 80, keys=2)]
+    assert begun == [["P", "program"]] * 2
