@@ -41,7 +41,7 @@ def traced(config):
     fn = attention_of(config.attention, MESH[SEQUENCE])
     sharded = jax.shard_map(
         lambda q, k, v, segments: fn(q, k, v, segment_ids=segments),
-        mesh=jax.sharding.AbstractMesh((MESH[SEQUENCE],), (SEQUENCE,)),
+        mesh=jax.sharding.AbstractMesh((MESH[SEQUENCE],), (SEQUENCE,), axis_types=(jax.sharding.AxisType.Auto,)),
         in_specs=(tokens,) * 4,
         out_specs=tokens,
     )

@@ -169,7 +169,7 @@ def trace_attention(attention, share, strategy):
     specs = dict(in_specs=(tokens,) * 4, out_specs=tokens)
     sharded = jax.shard_map(
         lambda q, k, v, segments: fn(q, k, v, segment_ids=segments),
-        mesh=jax.sharding.AbstractMesh((share.ring,), (SEQUENCE,)),
+        mesh=jax.sharding.AbstractMesh((share.ring,), (SEQUENCE,), axis_types=(jax.sharding.AxisType.Auto,)),
         **specs,
     )
     return jax.eval_shape(sharded, q, kv, kv, jax.ShapeDtypeStruct(shape, jnp.int32))
