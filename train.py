@@ -5,6 +5,10 @@ python train.py --config=configs/NAME.py --config.model.num_layers=4 --config.me
 python train.py --help                           every config and every field
 """
 
+from scripts import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import logging
 import sys
 import traceback

@@ -9,6 +9,10 @@ passes. All systems are checked to agree before any is timed. A second part time
 the causal rate of the same layout. docs/benchmarks.md shows a run.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import importlib.metadata
 import json

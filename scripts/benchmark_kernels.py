@@ -9,6 +9,10 @@ The hops also pay for picking their blocks out of one array, and give gradients 
 Beside them the figures that FlashAttention-3 was published with for an H100 (Shah et al. 2024). docs/kernels.md
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import functools

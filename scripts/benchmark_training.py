@@ -10,6 +10,10 @@ Ours reads documents and packs them while it computes, PyTorch finds its tokens 
 the time of a step goes, by a profile of one step. Any field of the config can be set. docs/benchmarks.md shows a run.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import contextlib
 import dataclasses

@@ -6,6 +6,10 @@ Exits with 1 if any of out, dq, dk, dv is more than twice as far from the oracle
 docs/accuracy.md shows the table.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import functools
 import itertools

@@ -9,6 +9,10 @@ the weights of the layer at hand, must not differ by more than 5% between the sm
 status is 1 if they do. docs/table3.md shows the table.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import json

@@ -10,6 +10,10 @@ between the start and the end of every other. The last line says whether all of 
 it was not. docs/kernels.md shows the table.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import json

@@ -7,6 +7,10 @@ Each case is a config with some fields changed, one to three minutes on two core
 compiled again, but predicted again. The exit status is 1 if a prediction is off by more than 15%.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import json

@@ -7,6 +7,10 @@ Memory and bytes are read from programs compiled for simulated devices; exponent
 over rings of up to --devices. docs/problems.md shows a run and says where it contradicts what is commonly claimed.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import functools

@@ -3,6 +3,10 @@
 python scripts/draw_ring.py docs/ring.png
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 from pathlib import Path
 

@@ -12,6 +12,10 @@ trained but for --config.FIELD=VALUE, for FIELDs of mesh, attention and model.ro
 JSON, with a picture, to --out. docs/retrieval.md says how it works.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import sys

@@ -10,6 +10,10 @@ length did. An import that was not trained gives the same bytes. Any other model
 config.json, a tokenizer, and safetensors files of at most 5 GB in --dtype.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import sys
 from pathlib import Path

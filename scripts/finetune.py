@@ -11,6 +11,10 @@ can be set; `python train.py --help` lists them. By default: 100 steps of one se
 8,192 tokens at most, at a learning rate of 2e-5.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import logging

@@ -10,6 +10,10 @@ config.json and not implemented is refused by name. Tensors are read one at a ti
 finds; without accelerators, into the host's memory: 4 bytes a parameter. docs/long_context.md says more.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import sys
 from pathlib import Path

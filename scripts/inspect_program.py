@@ -9,6 +9,10 @@ The first three compile for simulated CPU devices, the last one for a pod that i
 '.[compile-tpu]' or '.[compile-gpu]'). docs/structure.md shows the tables and says what each column proves.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import functools

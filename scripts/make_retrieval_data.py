@@ -11,6 +11,10 @@ short documents, packed many to a row, and then carries that to long ones; from 
 their answers are too few among the filler.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import json
 import sys

@@ -8,6 +8,10 @@ standard library's source. It takes a few seconds and needs neither torch nor tr
 it is for seeing every step from a folder to a fine-tuned folder work.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import itertools

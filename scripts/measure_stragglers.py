@@ -7,6 +7,10 @@ core of its own; an endless loop on the second core takes half of it. Each proce
 both how fast they send; from that the simulator predicts, and tokens are dealt. Needs Linux and two cores.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import functools
 import json

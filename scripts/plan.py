@@ -13,6 +13,10 @@ found that compiles within the chip's memory. --out writes plan.json and the pic
 map.png. docs/planner.md explains every column.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import json
 import sys

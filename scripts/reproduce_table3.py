@@ -13,6 +13,10 @@ leaves of 80. Rows that --out already has, compiled by the same versions, are no
 The exit status is 1 if a context of the paper does not fit. docs/table3.md shows the table.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import importlib.metadata

@@ -8,6 +8,10 @@
 A device's work is the number of pairs of a query and a key that see each other; times are work / speed.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import sys

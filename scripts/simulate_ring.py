@@ -7,6 +7,10 @@ A speed of 1 computes --tflops. Times are over those of devices that share all w
 never wait. scripts/measure_stragglers.py checks the simulator against a real run.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import statistics
