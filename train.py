@@ -15,8 +15,7 @@ import traceback
 
 from ring_attention.evaluation.run import run_training
 from ring_attention.training.flags import parse_config, parse_processes
-from ring_attention.training.survival.errors import FINISHED, Preempted, is_expected, last_words
-from ring_attention.training.survival.peers import leave
+from ring_attention.training.survival.errors import FINISHED, Preempted, is_expected, last_words, leave
 
 DEFAULT_CONFIG = "configs/cpu_demo.py"
 
