@@ -16,6 +16,7 @@ from ring_attention.training.initial import describe_initial, find_initial, has_
 from ring_attention.training.loop import train
 from ring_attention.training.processes import ProcessFlags, compile_anew_where_needed, is_first, join_processes
 from ring_attention.training.run_folder import folder_of, open_run_folder
+from ring_attention.training.survival.disk import require_there
 from ring_attention.training.survival.peers import Peers
 from ring_attention.training.trained import Trained
 
@@ -41,6 +42,7 @@ def run_training(config: TrainConfig, process_flags: ProcessFlags) -> None:
             result = train(config, mesh, folder, feed, held_out)
             peers.part()
             if first:
+                require_there(folder.metrics)
                 report(config, folder, corpus, result)
 
 

@@ -22,6 +22,11 @@ EXPECTED = [
         1,
         "train.py: error: the disk is full; make room, and start the run again",
     ),
+    (
+        FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/runs/a/loss\n.png"),
+        1,
+        "train.py: error: '/runs/a/loss\\n.png': No such file or directory; mend it, and start the run again",
+    ),
 ]
 UNEXPECTED = [
     (ValueError("two\nlines"), "train.py: error: ValueError: two lines"),

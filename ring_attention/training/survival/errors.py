@@ -5,7 +5,7 @@ import os
 import sys
 from typing import NoReturn
 
-from ring_attention.checks import ConfigError, one_line
+from ring_attention.checks import ConfigError, one_line, printable
 
 FINISHED, FAILED, MISTAKE, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
 """Exit statuses. A scheduler should start a run again after FAILED and PREEMPTED (128 + SIGTERM; 0 would tell it that
@@ -29,8 +29,8 @@ class Interrupted(Preempted):
 
 def is_expected(error: BaseException) -> bool:
     """Whether the line of `last_words` says all; a traceback would say more of any other error."""
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return full or isinstance(error, (ConfigError, RunError, Preempted, KeyboardInterrupt))
+    of_a_file = isinstance(error, OSError) and (error.errno == errno.ENOSPC or error.filename is not None)
+    return of_a_file or isinstance(error, (ConfigError, RunError, Preempted, KeyboardInterrupt))
 
 
 def last_words(error: BaseException) -> tuple[int, str]:
@@ -49,6 +49,8 @@ def last_words(error: BaseException) -> tuple[int, str]:
         case OSError(errno=errno.ENOSPC):
             where = f" ({error.filename})" if error.filename else ""
             return FAILED, f"{ERROR}the disk is full{where}; make room, and start the run again"
+        case OSError(filename=str() | os.PathLike() as file, strerror=str() as reason):
+            return FAILED, f"{ERROR}{printable(str(file))}: {reason}; mend it, and start the run again"
     return FAILED, f"{ERROR}{type(error).__name__}: {one_line(error)[:300]}"
 
 
