@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from ring_attention.checks import ConfigError, one_line, require
 from ring_attention.training.processes import is_first
-from ring_attention.training.survival.disk import require_room, require_there
+from ring_attention.training.survival.disk import require_room, require_there, silence_threads
 from ring_attention.training.survival.errors import RunError
 from ring_attention.training.survival.fingerprint import fingerprints
 
@@ -69,6 +69,7 @@ class Checkpoints:
 
     def __init__(self, path: Path):
         """Open `path`, a folder, made if there is none; the KEEP newest checkpoints stay in it."""
+        silence_threads()
         options = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(KEEP))
         self._path = Path(path).absolute()
         self._remove_unfinished()

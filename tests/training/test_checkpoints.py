@@ -407,9 +407,9 @@ def test_a_folder_that_vanishes_is_said_and_not_made_anew(tmp_path, ring, monkey
 
         monkeypatch.setattr(ocp.AsyncCheckpointer, "_make_on_commit_callback", lambda *_args, **_kwargs: vanish)
         checkpoints.save(1, state, {})
+    go_on = checkpoints.wait if moment == "while it is written" else lambda: checkpoints.save(2, state, {})
     with pytest.raises(RunError, match=rf"^{run}/checkpoints was removed while the run goes on") as error:
-        checkpoints.wait()
-        checkpoints.save(2, state, {})
+        go_on()
     assert "\n" not in str(error.value)
     assert not run.exists()
 

@@ -169,9 +169,13 @@ def test_a_file_that_vanishes_while_a_run_goes_on_ends_it_with_a_line_that_names
     writer.write(1, {"loss": 1.0})
     writer.sync()
     remove(folder)
-    with pytest.raises(RunError) as error:
+
+    def go_on():
         writer.write(2, {"loss": 1.0})
         writer.sync()
+
+    with pytest.raises(RunError) as error:
+        go_on()
     writer.close()
     assert str(error.value).startswith(str(folder))
     assert "while the run goes on; leave its folder alone" in str(error.value)

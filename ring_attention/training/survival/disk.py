@@ -2,8 +2,12 @@
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
+import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +54,27 @@ def require_there(path: Path, file: int | None = None) -> None:
         raise RunError(f"{path} was removed while the run goes on; leave its folder alone, and {_GONE}") from None
     if file is not None and not os.path.samestat(found, os.fstat(file)):
         raise RunError(f"{path} was replaced while the run goes on; leave its folder alone, and {_GONE}")
+
+
+def silence_threads() -> None:
+    """Keep what fails in orbax's own threads off the terminal: orbax raises it, too, and `Checkpoints` words it."""
+    if getattr(threading.excepthook, "silences_orbax", False):
+        return
+    before, of_threads = sys.excepthook, threading.excepthook
+
+    def excepthook(kind, error, trace):  # tensorstore's callbacks print to it, when the event loop ended before them
+        if not _is_orbax(trace, error):
+            before(kind, error, trace)
+
+    def thread_excepthook(args):
+        if not _is_orbax(args.exc_traceback, args.exc_value):
+            of_threads(args)
+
+    thread_excepthook.silences_orbax = True
+    sys.excepthook, threading.excepthook = excepthook, thread_excepthook
+    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+def _is_orbax(trace, error: BaseException | None) -> bool:
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
+    return any(f"{os.sep}orbax{os.sep}" in file for file in files) or str(error) == "Event loop is closed"
