@@ -60,18 +60,18 @@ def silence_threads() -> None:
     """Keep what fails in orbax's own threads off the terminal: orbax raises it, too, and `Checkpoints` words it."""
     if getattr(threading.excepthook, "silences_orbax", False):
         return
-    before, of_threads = sys.excepthook, threading.excepthook
-
-    def excepthook(kind, error, trace):  # tensorstore's callbacks print to it, when the event loop ended before them
-        if not _is_orbax(trace, error):
-            before(kind, error, trace)
+    of_threads, unraisable = threading.excepthook, sys.unraisablehook
 
     def thread_excepthook(args):
         if not _is_orbax(args.exc_traceback, args.exc_value):
             of_threads(args)
 
+    def unraisablehook(args):  # of tensorstore's callbacks, where the event loop ended before them
+        if not _is_orbax(args.exc_traceback, args.exc_value):
+            unraisable(args)
+
     thread_excepthook.silences_orbax = True
-    sys.excepthook, threading.excepthook = excepthook, thread_excepthook
+    threading.excepthook, sys.unraisablehook = thread_excepthook, unraisablehook
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
