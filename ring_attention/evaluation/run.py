@@ -15,6 +15,7 @@ from ring_attention.training.heldout import HeldOut
 from ring_attention.training.host_memory import keep_freed_memory, return_freed_memory
 from ring_attention.training.initial import describe_initial, find_initial, has_begun
 from ring_attention.training.loop import train
+from ring_attention.training.memory import require_memory
 from ring_attention.training.processes import ProcessFlags, compile_anew_where_needed, is_first, join_processes
 from ring_attention.training.run_folder import folder_of, open_run_folder
 from ring_attention.training.survival.agreement import program_fields, require_agreement
@@ -38,6 +39,7 @@ def run_training(config: TrainConfig, process_flags: ProcessFlags) -> None:
         first = is_first()
         say = print if first else lambda line: None
         check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
+        require_memory(config, mesh)
         corpus = Corpus.open(config.data, folder_of(config).documents)
         check_vocabulary(config, corpus.tokenizer)
         contents = digests(config.data, corpus)
