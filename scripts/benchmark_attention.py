@@ -29,6 +29,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation import rivals, timing
 from ring_attention.evaluation.exactness import random_qkv
 from ring_attention.evaluation.rivals import DENSE, MATMUL, MATMUL_SIZE, PAPER, TORCH
@@ -241,7 +242,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="cpu: for a machine that others use too")
     parser.add_argument("--forward", action="store_true", help="leave out forward+backward")
     parser.add_argument("--no-masks", action="store_true", help="leave out packed documents and the window")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and a bar chart PATH.png")
+    parser.add_argument("--out", type=local_path, metavar="PATH", help="write PATH.json and a bar chart PATH.png")
     args = parser.parse_args()
     args.case = tuple(Case(*sizes) for sizes in args.case) if args.case else CASES
     return args

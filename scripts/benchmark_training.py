@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.trainer_process import Step, TrainerProcess
 from ring_attention.evaluation.trainers import OURS, RIVALS, has_rivals, write_text
 from ring_attention.models.config import ModelConfig
@@ -221,7 +221,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=9, help="steps of each that are timed")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_training"), help="folder for the results")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("runs/benchmark_training"), help="folder for the results"
+    )
     args, rest = parser.parse_known_args(argv)
     if args.repeats < 1:
         raise ConfigError(f"repeats={args.repeats}: must be positive; give at least 1")

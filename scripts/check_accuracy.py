@@ -17,7 +17,6 @@ import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation import exactness
 from ring_attention.parallel.simulate import simulate_devices
 
@@ -164,7 +164,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=2.0, help="largest ratio of our error to dense attention's")
     parser.add_argument("--jobs", type=int, default=2, help="processes that share the cases: compilation uses one core")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="also write the results as JSON to this file")
+    parser.add_argument("--out", type=local_path, help="also write the results as JSON to this file")
     return parser.parse_args()
 
 

@@ -18,13 +18,12 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.parallel.chips import GiB
 from ring_attention.planning.pods import pod_devices
 from ring_attention.planning.prediction.published import LLAMA_7B
@@ -99,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
     parser.add_argument("--shard", type=int, default=4096, metavar="t", help="tokens of one device")
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON to this file")
+    parser.add_argument("--out", type=local_path, help="also write the rows as JSON to this file")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     console, rows = Console(width=110), []

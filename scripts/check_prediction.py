@@ -21,6 +21,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from ring_attention.checks import local_path
 from ring_attention.parallel.chips import GiB
 from ring_attention.planning.hlo.compiled import memory_of as memory_of_program
 from ring_attention.planning.prediction.memory import memory_of
@@ -105,7 +106,7 @@ def table_of(rows: list[dict]) -> Table:
 def main() -> int:
     """Compile what is missing, predict, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("prediction.json"), help="rows that are done")
+    parser.add_argument("--out", type=local_path, default=Path("prediction.json"), help="rows that are done")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []

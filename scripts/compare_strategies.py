@@ -27,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation import exactness, rivals, timing
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import find_strategy
@@ -311,7 +312,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layout", choices=["contiguous", "zigzag"], default="zigzag")
     parser.add_argument("--window", type=int, default=256, metavar="W", help="of the sliding window")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timing; the median counts")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and a figure PATH.png")
+    parser.add_argument("--out", type=local_path, metavar="PATH", help="write PATH.json and a figure PATH.png")
     return parser.parse_args()
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 
 WIDTH, HEIGHT, DPI = 9.0, 5.0, 200  # inches: 1800 x 1000 pixels, meant to be shown at 900
 RING_SIZE = 4
@@ -139,7 +140,7 @@ def draw(path: Path) -> None:
 def main() -> None:
     """Draw into the file that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("png", type=Path, help="where the picture goes")
+    parser.add_argument("png", type=local_path, help="where the picture goes")
     draw(parser.parse_args().png)
 
 

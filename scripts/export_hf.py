@@ -16,11 +16,10 @@ import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others
 
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.models.hf.export import DTYPE_NAMES
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.training.exported import NEW_DTYPE, export_hf, exported_bytes
@@ -44,8 +43,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="of an import or a run, or one of its checkpoints")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
+    parser.add_argument("folder", type=local_path, help="of an import or a run, or one of its checkpoints")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPE_NAMES),

@@ -22,7 +22,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ring_attention.checks import require_field
+from ring_attention.checks import local_path, require_field
 from ring_attention.evaluation.run import run_training
 from ring_attention.models.hf.manifest import TOKENIZER
 from ring_attention.models.hf.source import Source, open_source
@@ -70,9 +70,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="of a Hugging Face checkpoint")
+    parser.add_argument("folder", type=local_path, help="of a Hugging Face checkpoint")
     parser.add_argument("--data", required=True, metavar="GLOBS", help="your documents: text or JSONL, as data.paths")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
     return parser.parse_known_args(argv)
 
 

@@ -16,11 +16,10 @@ import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others
 
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.models.hf.source import Source, open_source
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.training.imported import import_hf
@@ -45,8 +44,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="with config.json and safetensors files")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
+    parser.add_argument("folder", type=local_path, help="with config.json and safetensors files")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
     return parser.parse_args(argv)
 
 

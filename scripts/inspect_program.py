@@ -22,7 +22,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import ConfigError, require_field
+from ring_attention.checks import ConfigError, local_path, require_field
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.mesh import compiler_options
 from ring_attention.parallel.simulate import simulate_devices
@@ -315,7 +314,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads")
     parser.add_argument("--kv-heads", type=int, default=2, metavar="K", help="key/value heads")
     parser.add_argument("--head-dim", type=int, default=64, metavar="D")
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON to this file")
+    parser.add_argument("--out", type=local_path, help="also write the rows as JSON to this file")
     return parser.parse_args()
 
 

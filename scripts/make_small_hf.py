@@ -23,7 +23,7 @@ import jax
 import tokenizers
 from flax import nnx
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents
 from ring_attention.models.config import ModelConfig
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llama")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation.exactness import random_qkv
 from ring_attention.evaluation.rivals import with_gradients
 from ring_attention.parallel.strategy import Workload
@@ -225,7 +226,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=7, help="rounds; the median counts")
     parser.add_argument("--timeout", type=float, default=900, help="seconds until the processes are given up")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write what was measured and predicted as JSON")
+    parser.add_argument(
+        "--out", type=local_path, metavar="FILE", help="also write what was measured and predicted as JSON"
+    )
     for name, kind in dict(rank=int, port=int, folder=Path).items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     return parser.parse_args()

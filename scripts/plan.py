@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.parallel.chips import CHIPS, GiB
 from ring_attention.planning import proof_report, report
 from ring_attention.planning.prediction.plan import Plan, make_plan
@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--compile", action="store_true", help="ask the pod's own compiler as well")
     parser.add_argument("--max-context", action="store_true", help="find the longest context that compiles in memory")
     parser.add_argument("--table2", action="store_true", help="the Ring Attention paper's Table 2, and end")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write plan.json and pictures there")
+    parser.add_argument("--out", type=local_path, metavar="FOLDER", help="write plan.json and pictures there")
     return parser.parse_known_args(argv)
 
 

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.parallel.chips import CHIPS, GiB
 from ring_attention.planning.pods import pod_devices
 from ring_attention.planning.prediction.published import LLAMA_7B
@@ -240,7 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=[*CELLS], choices=CELLS, metavar="MODEL/TOPOLOGY")
     parser.add_argument("--times", nargs="+", type=int, default=[1, 4], metavar="N", help="multiples of the paper's")
-    parser.add_argument("--out", type=Path, help="JSON of rows, written after each; what is there is not done again")
+    parser.add_argument(
+        "--out", type=local_path, help="JSON of rows, written after each; what is there is not done again"
+    )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     # Triton's tiles are chosen by trying them, and there is no GPU to try them on; of some shapes it finds none.

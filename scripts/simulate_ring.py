@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import require_field
+from ring_attention.checks import local_path, require_field
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
 from ring_attention.parallel.strategy import Workload
 from ring_attention.parallel.ulysses import even_size
@@ -122,7 +122,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=10, help="microseconds of a transfer")
     parser.add_argument("--jitter", type=float, default=0, help="standard deviation of the logarithm of a hop's time")
     parser.add_argument("--chunks", type=int, default=16, help="chunks of a shard in the layout for speeds")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the forward and backward pass of a ring")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="draw the forward and backward pass of a ring")
     return parser.parse_args()
 
 

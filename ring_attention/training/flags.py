@@ -23,7 +23,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from ring_attention.checks import ConfigError, one_line, printable, shown
+from ring_attention.checks import ConfigError, one_line, printable, require_local, shown
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import (
     KIND_WORDS,
@@ -87,6 +87,7 @@ def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainCon
       ConfigError: if the file is missing, fails, or does not give a TrainConfig.
     """
     flag = printable(f"--config={path}")
+    require_local("--config", path)
     if not Path(path).is_file():
         files = _config_files(folder)
         hint = did_you_mean(Path(path).stem, [file.stem for file in files])
