@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import socket
+import sys
 import time
 
 from ring_attention.checks import ConfigError
@@ -20,6 +21,7 @@ ANSWER_SECONDS = 5.0
 BIND_SECONDS = 10.0
 """For which process 0 tries to have the port: the run before may still be ending."""
 
+_TWICE = "--process_id={}: two processes have this number; give each its own"
 _POLL = 0.2
 _LONGEST = 4096
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -42,7 +44,8 @@ def meet(address: str, *, num_processes: int, process_id: int, seconds: float) -
     place, deadline = (host.strip("[]"), int(port)), time.monotonic() + seconds
     hello = {"process_id": process_id, "num_processes": num_processes}
     if process_id:
-        _report(place, hello, deadline, seconds)
+        with _claim(place, hello) as claim:
+            _report(place, hello, claim, deadline, seconds)
         return
     with _listen(place, hello, min(deadline, time.monotonic() + BIND_SECONDS)) as server:
         problem = _gather(server, num_processes, deadline, seconds)
@@ -92,7 +95,7 @@ def _gather(server: socket.socket, num_processes: int, deadline: float, seconds:
                 if count != num_processes:
                     problem = {"mistake": _counted_otherwise(number, count, num_processes)}
                 elif number == 0 or number in heard:
-                    problem = {"mistake": f"--process_id={number}: two processes have this number; give each its own"}
+                    problem = {"mistake": _TWICE.format(number)}
                 heard[number] = connection
         for connection in late:
             with contextlib.suppress(OSError):
@@ -116,8 +119,31 @@ def _counted_otherwise(number: int, count: int, num_processes: int) -> str:
     )
 
 
-def _report(place: tuple[str, int], hello: dict, deadline: float, seconds: float) -> None:
+def _claim(place: tuple[str, int], hello: dict) -> socket.socket:
+    """A socket that says that the process `number` of a run is on this machine, until it is closed.
+
+    Process 0 may never come to tell two that have one number; on one machine they can tell each other. Only Linux has
+    such sockets, which need no file.
+    """
+    claim = socket.socket(socket.AF_UNIX)
+    if sys.platform.startswith("linux"):
+        name = f"\0ring_attention/{place}/{hello['process_id']}"
+        try:
+            claim.bind(name)
+            claim.listen()
+        except OSError:
+            with contextlib.suppress(OSError):
+                claim.connect(name)  # that one hears of it, and process 0, if it is there
+            claim.close()
+            _ask(place, hello, time.monotonic() + ANSWER_SECONDS)
+            raise _error({"mistake": _TWICE.format(hello["process_id"])}) from None
+    claim.setblocking(False)
+    return claim
+
+
+def _report(place: tuple[str, int], hello: dict, claim: socket.socket, deadline: float, seconds: float) -> None:
     """Tell process 0 that this one is here, as often as it takes, and wait for the others with it."""
+    silent_since = None  # from when on something at the port took connections, and did not answer
     while True:
         started = time.monotonic()
         problem = _ask(place, hello, deadline + ANSWER_SECONDS)
@@ -125,9 +151,14 @@ def _report(place: tuple[str, int], hello: dict, deadline: float, seconds: float
             return
         if problem:
             raise _error(problem)
-        if time.monotonic() > deadline:
+        with contextlib.suppress(OSError):  # mostly: nobody has come
+            claim.accept()[0].close()
+            raise _error({"mistake": _TWICE.format(hello["process_id"])})
+        silent_since = (silent_since or started) if _is_open(place) else silent_since
+        silent = silent_since is not None and time.monotonic() - silent_since > BIND_SECONDS + ANSWER_SECONDS
+        if silent or time.monotonic() > deadline:
             where = f"--coordinator_address={place[0]}:{place[1]}"
-            if _is_open(place):
+            if silent_since is not None:
                 raise ConfigError(
                     f"{where}: something listens there and does not answer as process 0 of this run; another program "
                     "has the port, or the run has begun without this process: give a port that is free"
