@@ -5,14 +5,17 @@ python train.py --config=configs/NAME.py --config.model.num_layers=4 --config.me
 python train.py --help                           every config and every field
 """
 
+from scripts import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import logging
 import sys
 import traceback
 
 from ring_attention.evaluation.run import run_training
 from ring_attention.training.flags import parse_config, parse_processes
-from ring_attention.training.survival.errors import FINISHED, Preempted, is_expected, last_words
-from ring_attention.training.survival.peers import leave
+from ring_attention.training.survival.errors import FINISHED, Preempted, is_expected, last_words, leave
 
 DEFAULT_CONFIG = "configs/cpu_demo.py"
 

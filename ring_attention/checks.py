@@ -3,13 +3,17 @@
 Every check runs on static facts (shapes, dtypes, names, config values), so that a mistake costs no compilation.
 """
 
+import argparse
 import numbers
+import re
 import reprlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 _LONGEST = 500  # characters of a value that a message shows
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: `Path` makes one of two
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 20
@@ -48,6 +52,23 @@ def require_field(condition: bool, field: str, value: object, need: str, remedy:
     """Raise ConfigError naming `field` and `value` unless `condition`."""
     if not condition:
         raise ConfigError(f"{field}={shown(value)}: {need}; {remedy}")
+
+
+def require_local(field: str, path: object) -> None:
+    """Raise ConfigError naming `field` if `path` is the address of a bucket or the like; only files are read here."""
+    found = _URL.match(str(path).strip())
+    remedy = "mount it (gcsfuse, mount-s3) or copy it here, and give the path of that"
+    kind = f"begins with {found[0]!r}" if found else ""
+    require_field(found is None, field, str(path), f"{kind} and is no path of this machine, need one", remedy)
+
+
+def local_path(text: str) -> Path:
+    """`text` as a path, for argparse; ArgumentTypeError if it is the address of a bucket or the like."""
+    try:
+        require_local("path", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("path=")) from error
+    return Path(text)
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:

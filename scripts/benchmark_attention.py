@@ -9,6 +9,10 @@ passes. All systems are checked to agree before any is timed. A second part time
 the causal rate of the same layout. docs/benchmarks.md shows a run.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import importlib.metadata
 import json
@@ -25,6 +29,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation import rivals, timing
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.exactness import random_qkv
@@ -239,7 +244,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="cpu: for a machine that others use too")
     parser.add_argument("--forward", action="store_true", help="leave out forward+backward")
     parser.add_argument("--no-masks", action="store_true", help="leave out packed documents and the window")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and a bar chart PATH.png")
+    parser.add_argument("--out", type=local_path, metavar="PATH", help="write PATH.json and a bar chart PATH.png")
     args = parser.parse_args()
     args.case = tuple(Case(*sizes) for sizes in args.case) if args.case else CASES
     return args

@@ -8,6 +8,10 @@ people write it; "blockwise" is ra.blockwise_attention with explicit positions. 
 and what the compiled program takes beside its arguments. The results of all three must agree. docs/generation.md
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import sys
 

@@ -9,12 +9,15 @@ The hops also pay for picking their blocks out of one array, and give gradients 
 Beside them the figures that FlashAttention-3 was published with for an H100 (Shah et al. 2024). docs/kernels.md
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import dataclasses
 import functools
 import json
 import statistics
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention.attention.kernels import KERNELS, require_platform
 from ring_attention.attention.rule import Rule
-from ring_attention.checks import require
+from ring_attention.checks import local_path, require
 from ring_attention.evaluation import timing
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.lone_device import LoneDevice
@@ -135,7 +138,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128, metavar="D")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON to this file")
+    parser.add_argument("--out", type=local_path, help="also write the figures as JSON to this file")
     args = parser.parse_args()
     require_platform(KERNELS[args.impl], jax.default_backend())
     queries = jax.ShapeDtypeStruct((1, args.heads, args.shard[0], args.head_dim), args.dtype)

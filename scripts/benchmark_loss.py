@@ -10,6 +10,10 @@ medians of milliseconds, and what the compiled program takes on a device beside 
 must agree. docs/benchmarks.md
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import functools
 import sys

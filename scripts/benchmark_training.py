@@ -10,6 +10,10 @@ Ours reads documents and packs them while it computes, PyTorch finds its tokens 
 the time of a step goes, by a profile of one step. Any field of the config can be set. docs/benchmarks.md shows a run.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import contextlib
 import dataclasses
@@ -28,7 +32,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.evaluation.trainer_process import Step, TrainerProcess
@@ -218,7 +222,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
     """The flags, and the config with its overrides."""
     parser = Parser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="steps of each that are timed")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_training"), help="folder for the results")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("runs/benchmark_training"), help="folder for the results"
+    )
     args, rest = parser.parse_known_args(argv)
     if args.repeats < 1:
         raise ConfigError(f"repeats={args.repeats}: must be positive; give at least 1")

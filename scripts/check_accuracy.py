@@ -6,6 +6,10 @@ Exits with 1 if any of out, dq, dk, dv is more than twice as far from the oracle
 docs/accuracy.md shows the table.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import functools
 import itertools
@@ -13,7 +17,6 @@ import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,6 +24,7 @@ import numpy as np
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation import exactness
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
@@ -161,7 +165,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=2.0, help="largest ratio of our error to dense attention's")
     parser.add_argument("--jobs", type=int, default=2, help="processes that share the cases: compilation uses one core")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="also write the results as JSON to this file")
+    parser.add_argument("--out", type=local_path, help="also write the results as JSON to this file")
     return parser.parse_args()
 
 

@@ -9,17 +9,20 @@ the weights of the layer at hand, must not differ by more than 5% between the sm
 status is 1 if they do. docs/table3.md shows the table.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.chips import GiB
@@ -96,7 +99,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
     parser.add_argument("--shard", type=int, default=4096, metavar="t", help="tokens of one device")
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON to this file")
+    parser.add_argument("--out", type=local_path, help="also write the rows as JSON to this file")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     console, rows = Console(highlight=False), []

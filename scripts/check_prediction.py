@@ -7,6 +7,10 @@ Each case is a config with some fields changed, one to three minutes on two core
 compiled again, but predicted again. The exit status is 1 if a prediction is off by more than 15%.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import dataclasses
 import json
 import sys
@@ -16,6 +20,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from ring_attention.checks import local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.chips import GiB
@@ -102,7 +107,7 @@ def table_of(rows: list[dict]) -> Table:
 def main() -> int:
     """Compile what is missing, predict, print."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("prediction.json"), help="rows that are done")
+    parser.add_argument("--out", type=local_path, default=Path("prediction.json"), help="rows that are done")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []

@@ -6,6 +6,10 @@ Factors are speeds over that of the first rival. The order agrees if every pair 
 more than 3%, is predicted in its order. The exit status is 1 if one is not.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import sys
 
 from rich.table import Table

@@ -7,6 +7,10 @@ Memory and bytes are read from programs compiled for simulated devices; exponent
 over rings of up to --devices. docs/problems.md shows a run and says where it contradicts what is commonly claimed.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import functools
@@ -22,6 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation import exactness, rivals, timing
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
@@ -309,7 +314,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layout", choices=["contiguous", "zigzag"], default="zigzag")
     parser.add_argument("--window", type=int, default=256, metavar="W", help="of the sliding window")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timing; the median counts")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and a figure PATH.png")
+    parser.add_argument("--out", type=local_path, metavar="PATH", help="write PATH.json and a figure PATH.png")
     return parser.parse_args()
 
 

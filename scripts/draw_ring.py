@@ -3,6 +3,10 @@
 python scripts/draw_ring.py docs/ring.png
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation.arguments import Parser
 
 WIDTH, HEIGHT, DPI = 9.0, 5.0, 200  # inches: 1800 x 1000 pixels, meant to be shown at 900
@@ -135,7 +140,7 @@ def draw(path: Path) -> None:
 def main() -> None:
     """Draw into the file that the command line names."""
     parser = Parser(description=__doc__)
-    parser.add_argument("png", type=Path, help="where the picture goes")
+    parser.add_argument("png", type=local_path, help="where the picture goes")
     draw(parser.parse_args().png)
 
 

@@ -12,16 +12,19 @@ trained but for --config.FIELD=VALUE, for FIELDs of mesh, attention and model.ro
 JSON, with a picture, to --out. docs/retrieval.md says how it works.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ring_attention.checks import ConfigError, printable, shown
+from ring_attention.checks import ConfigError, local_path, printable, shown
 from ring_attention.data.sources import open_documents
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.needle_accuracy import AnswerScorer, NeedleTest, measure_needles
@@ -54,9 +57,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add_perplexity(commands)
     help_ = "draw what `needle` measured side by side"
     command = commands.add_parser("heat-maps", help=help_, description=help_, allow_abbrev=False)
-    command.add_argument("files", nargs="+", type=Path, help="needle.json of each")
+    command.add_argument("files", nargs="+", type=local_path, help="needle.json of each")
     command.add_argument("--titles", nargs="+", help="one for each; by default what was measured")
-    command.add_argument("--out", type=Path, required=True, help="PNG to write")
+    command.add_argument("--out", type=local_path, required=True, help="PNG to write")
     args, rest = parser.parse_known_args(argv)
     if args.command == "heat-maps" and rest:
         raise ConfigError(f"{printable(rest[0])}: there is no such flag; see evaluate.py heat-maps --help")

@@ -10,13 +10,16 @@ length did. An import that was not trained gives the same bytes. Any other model
 config.json, a tokenizer, and safetensors files of at most 5 GB in --dtype.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.models.hf.export import DTYPE_NAMES
 from ring_attention.parallel.mesh import make_mesh
@@ -39,8 +42,8 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="of an import or a run, or one of its checkpoints")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
+    parser.add_argument("folder", type=local_path, help="of an import or a run, or one of its checkpoints")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPE_NAMES),

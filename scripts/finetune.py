@@ -11,6 +11,10 @@ can be set; `python train.py --help` lists them. By default: 100 steps of one se
 8,192 tokens at most, at a learning rate of 2e-5.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import logging
@@ -18,7 +22,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ring_attention.checks import require_field
+from ring_attention.checks import local_path, require_field
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.run import run_training
 from ring_attention.models.hf.manifest import TOKENIZER
@@ -65,9 +69,9 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own flags, and those that are the config's."""
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="of a Hugging Face checkpoint")
+    parser.add_argument("folder", type=local_path, help="of a Hugging Face checkpoint")
     parser.add_argument("--data", required=True, metavar="GLOBS", help="your documents: text or JSONL, as data.paths")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
     return parser.parse_known_args(argv)
 
 

@@ -11,6 +11,10 @@ to stdout, all else to stderr. Special tokens that a prompt spells out, such as 
 it works.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import functools

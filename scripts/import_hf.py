@@ -10,13 +10,16 @@ config.json and not implemented is refused by name. Tensors are read one at a ti
 finds; without accelerators, into the host's memory: 4 bytes a parameter. docs/long_context.md says more.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.models.hf.source import Source, open_source
 from ring_attention.parallel.mesh import make_mesh
@@ -40,8 +43,8 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="with config.json and safetensors files")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
+    parser.add_argument("folder", type=local_path, help="with config.json and safetensors files")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
     return parser.parse_args(argv)
 
 

@@ -9,6 +9,10 @@ The first three compile for simulated CPU devices, the last one for a pod that i
 '.[compile-tpu]' or '.[compile-gpu]'). docs/structure.md shows the tables and says what each column proves.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import functools
@@ -19,7 +23,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jaxlib
@@ -28,7 +31,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import ConfigError, require_field
+from ring_attention.checks import ConfigError, local_path, require_field
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.layouts import LAYOUT_KINDS
@@ -315,7 +318,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads")
     parser.add_argument("--kv-heads", type=int, default=2, metavar="K", help="key/value heads")
     parser.add_argument("--head-dim", type=int, default=64, metavar="D")
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON to this file")
+    parser.add_argument("--out", type=local_path, help="also write the rows as JSON to this file")
     return parser.parse_args()
 
 

@@ -12,6 +12,10 @@ status is that of the process that failed first, 128 + N if signal N ended it. N
 Linux not even if that is killed with SIGKILL.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import contextlib
 import ctypes

@@ -11,14 +11,17 @@ short documents, packed many to a row, and then carries that to long ones; from 
 their answers are too few among the filler.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from ring_attention.checks import ConfigError, shown
+from ring_attention.checks import ConfigError, local_path, shown
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.needles import STYLES, draw_length, shortest_text, training_document
 from ring_attention.evaluation.opened import require_positive
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write, .jsonl")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="to write, .jsonl")
     parser.add_argument("--shortest", type=int, default=20, help="characters of a document")
     parser.add_argument("--longest", type=int, default=8192, help="characters of a document")
     parser.add_argument("--documents", type=int, required=True, help="how many")

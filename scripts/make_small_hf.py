@@ -8,6 +8,10 @@ standard library's source. It takes a few seconds and needs neither torch nor tr
 it is for seeing every step from a folder to a fine-tuned folder work.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import itertools
@@ -19,7 +23,7 @@ import jax
 import tokenizers
 from flax import nnx
 
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents
 from ring_attention.evaluation.arguments import Parser
@@ -66,7 +70,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; new or empty")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llama")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

@@ -7,6 +7,10 @@ core of its own; an endless loop on the second core takes half of it. Each proce
 both how fast they send; from that the simulator predicts, and tokens are dealt. Needs Linux and two cores.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import functools
 import json
@@ -27,6 +31,7 @@ from jax.experimental import multihost_utils
 from rich.table import Table
 
 import ring_attention as ra
+from ring_attention.checks import local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.exactness import random_qkv
 from ring_attention.evaluation.rivals import with_gradients
@@ -222,7 +227,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=7, help="rounds; the median counts")
     parser.add_argument("--timeout", type=float, default=900, help="seconds until the processes are given up")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write what was measured and predicted as JSON")
+    parser.add_argument(
+        "--out", type=local_path, metavar="FILE", help="also write what was measured and predicted as JSON"
+    )
     for name, kind in dict(rank=int, port=int, folder=Path).items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -13,6 +13,10 @@ found that compiles within the chip's memory. --out writes plan.json and the pic
 map.png. docs/planner.md explains every column.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import json
 import shlex
@@ -22,7 +26,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from ring_attention.checks import ConfigError, printable
+from ring_attention.checks import ConfigError, local_path, printable
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
@@ -63,7 +67,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--compile", action="store_true", help="ask the pod's own compiler as well")
     parser.add_argument("--max-context", action="store_true", help="find the longest context that compiles in memory")
     parser.add_argument("--table2", action="store_true", help="the Ring Attention paper's Table 2, and end")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write plan.json and pictures there")
+    parser.add_argument("--out", type=local_path, metavar="FOLDER", help="write plan.json and pictures there")
     return parser.parse_known_args(argv)
 
 

@@ -13,6 +13,10 @@ leaves of 80. Rows that --out already has, compiled by the same versions, are no
 The exit status is 1 if a context of the paper does not fit. docs/table3.md shows the table.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import dataclasses
 import importlib.metadata
 import json
@@ -27,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.chips import CHIPS, GiB
@@ -237,7 +241,9 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--cells", nargs="+", default=[*CELLS], choices=CELLS, metavar="MODEL/TOPOLOGY")
     parser.add_argument("--times", nargs="+", type=int, default=[1, 4], metavar="N", help="multiples of the paper's")
-    parser.add_argument("--out", type=Path, help="JSON of rows, written after each; what is there is not done again")
+    parser.add_argument(
+        "--out", type=local_path, help="JSON of rows, written after each; what is there is not done again"
+    )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     # Triton's tiles are chosen by trying them, and there is no GPU to try them on; of some shapes it finds none.

@@ -8,10 +8,13 @@
 A device's work is the number of pairs of a query and a key that see each other; times are work / speed.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
@@ -20,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import ConfigError, require_field
+from ring_attention.checks import ConfigError, local_path, require_field
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
@@ -212,7 +215,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=0, metavar="N", help="packed documents; 0: all one text")
     parser.add_argument("--bidirectional", action="store_true", help="tokens see later ones too")
     parser.add_argument("--speeds", default="", metavar='"S ..."', help="of the devices: also deal tokens by them")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="also draw a picture into this file")
+    parser.add_argument("--out", type=local_path, metavar="PNG", help="also draw a picture into this file")
     args = parser.parse_args()
     try:
         args.speeds = parse_speeds(args.speeds) if args.speeds else []

@@ -7,6 +7,10 @@ A speed of 1 computes --tflops. Times are over those of devices that share all w
 never wait. scripts/measure_stragglers.py checks the simulator against a real run.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import dataclasses
 import statistics
@@ -17,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import require_field
+from ring_attention.checks import local_path, require_field
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
@@ -119,7 +123,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=10, help="microseconds of a transfer")
     parser.add_argument("--jitter", type=float, default=0, help="standard deviation of the logarithm of a hop's time")
     parser.add_argument("--chunks", type=int, default=16, help="chunks of a shard in the layout for speeds")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the forward and backward pass of a ring")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="draw the forward and backward pass of a ring")
     return parser.parse_args()
 
 

@@ -7,6 +7,10 @@ checkpoints damaged, its disk filled; after every restart each loss must be, bit
 docs/reliability.md says what is promised. Exits with 1 if any of it was not kept. Needs Linux.
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 import datetime
 import importlib.metadata

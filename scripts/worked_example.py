@@ -4,6 +4,10 @@ python scripts/worked_example.py
 python scripts/worked_example.py --seq-len 131072 --devices 64 --tflops 990
 """
 
+import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
+
+# isort: split
+
 import argparse
 
 from rich.console import Console

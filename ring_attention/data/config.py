@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ring_attention.checks import require_field
+from ring_attention.checks import require_field, require_local
 
 PYTHON_STDLIB = "python-stdlib"
 REFUSE, SKIP = "refuse", "skip"
@@ -56,6 +56,9 @@ class DataConfig:
             "names no file",
             "give globs such as 'corpus/**/*.txt'",
         )
+        for path in self.paths.split(","):
+            require_local("data.paths", path)
+        require_local("data.tokenizer", self.tokenizer)
         require_field(
             self.bad_documents in (REFUSE, SKIP),
             "data.bad_documents",

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ring_attention.checks import ConfigError, require_field
+from ring_attention.checks import ConfigError, require_field, require_local
 from ring_attention.data.tokenizers import Tokenizer, load_tokenizer
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE
 from ring_attention.training.config import AttentionConfig, TrainConfig
@@ -87,6 +87,7 @@ def output_folder(checkpoint: str, out: str | None) -> Path:
     Raises:
       ConfigError: if it cannot be made.
     """
+    require_local("out", out or "")
     folder = Path(out) if out else Path("runs", "evaluation", Path(checkpoint).resolve().name)
     try:
         folder.mkdir(parents=True, exist_ok=True)

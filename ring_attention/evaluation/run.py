@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from ring_attention.evaluation.report import report
 from ring_attention.training.config import TrainConfig
+from ring_attention.training.contents import digests, require_same_contents
 from ring_attention.training.corpus import Corpus
 from ring_attention.training.devices import open_mesh
 from ring_attention.training.feasible import check_feasible, check_vocabulary
@@ -14,10 +15,15 @@ from ring_attention.training.heldout import HeldOut
 from ring_attention.training.host_memory import keep_freed_memory, return_freed_memory
 from ring_attention.training.initial import describe_initial, find_initial, has_begun
 from ring_attention.training.loop import train
+from ring_attention.training.memory import require_memory
 from ring_attention.training.processes import ProcessFlags, compile_anew_where_needed, is_first, join_processes
 from ring_attention.training.run_folder import folder_of, open_run_folder
+from ring_attention.training.survival.agreement import program_fields, require_agreement
+from ring_attention.training.survival.disk import require_there
 from ring_attention.training.survival.peers import Peers
 from ring_attention.training.trained import Trained
+
+_ALIKE = "start all processes with the same flags, config, versions and settings"
 
 
 def run_training(config: TrainConfig, process_flags: ProcessFlags) -> None:
@@ -25,6 +31,7 @@ def run_training(config: TrainConfig, process_flags: ProcessFlags) -> None:
     keep_freed_memory()
     num_processes = join_processes(process_flags)
     with Peers() as peers:
+        require_agreement("program", program_fields(config), _ALIKE)
         mesh = open_mesh(config.mesh, num_processes)
         compile_anew_where_needed(mesh)
         if mesh.devices.flat[0].platform != "cpu":
@@ -32,15 +39,21 @@ def run_training(config: TrainConfig, process_flags: ProcessFlags) -> None:
         first = is_first()
         say = print if first else lambda line: None
         check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
+        require_memory(config, mesh)
         corpus = Corpus.open(config.data, folder_of(config).documents)
         check_vocabulary(config, corpus.tokenizer)
-        initial = None if has_begun(folder_of(config)) else find_initial(config)
+        contents = digests(config.data, corpus)
+        require_agreement("contents", contents, "let all processes read the same files")
+        resumed = has_begun(folder_of(config))
+        initial = None if resumed else find_initial(config)
         feed, held_out = Feed(config, mesh, corpus), HeldOut(config, mesh, corpus)
         with open_run_folder(config, say=say) as folder:
+            require_same_contents(folder, contents, has_begun=resumed)
             say(describe(config, mesh, corpus, initial))
             result = train(config, mesh, folder, feed, held_out)
             peers.part()
             if first:
+                require_there(folder.metrics)
                 report(config, folder, corpus, result)
 
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from ring_attention.checks import ConfigError, one_line, require
 from ring_attention.training.processes import is_first
-from ring_attention.training.survival.disk import require_room
+from ring_attention.training.survival.disk import require_room, require_there, silence_threads
 from ring_attention.training.survival.errors import RunError
 from ring_attention.training.survival.fingerprint import fingerprints
 
@@ -69,6 +69,7 @@ class Checkpoints:
 
     def __init__(self, path: Path):
         """Open `path`, a folder, made if there is none; the KEEP newest checkpoints stay in it."""
+        silence_threads()
         options = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(KEEP))
         self._path = Path(path).absolute()
         self._remove_unfinished()
@@ -92,6 +93,7 @@ class Checkpoints:
             latest is None or step > latest,
             f"step={step} is not newer than the latest checkpoint, {latest}; save each step once",
         )
+        require_there(self._path)  # orbax would make it anew, in a folder that has lost the rest of the run
         contents = {"data": data, "fingerprints": fingerprints(state)}
         contents["digest"] = _digest(contents)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(contents))
@@ -226,11 +228,12 @@ class Checkpoints:
             raise
         except Exception as error:  # OSError, or tensorstore's ValueError that holds one, from this thread or another
             reason = one_line(error)
-            if os.strerror(errno.ENOSPC) in reason:
+            if os.strerror(errno.ENOSPC) in reason and self._path.is_dir():
                 free = shutil.disk_usage(self._path).free
                 reason, remedy = f"the disk is full ({free / 2**20:.0f} MiB free)", "make room"
             else:
                 reason, remedy = _shorten(reason), "mend it"
+            require_there(self._path)
             self._remove_unfinished()
             kept = _committed(self._path)
             last = f"the last good one is {self._path / str(kept[-1])}" if kept else "there is none yet"

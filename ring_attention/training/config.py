@@ -3,7 +3,7 @@
 import dataclasses
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.checks import ConfigError, require_field
+from ring_attention.checks import ConfigError, require_field, require_local
 from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.layouts import LAYOUT_KINDS, SequenceLayout, as_layout, parse_speeds
@@ -238,6 +238,8 @@ class TrainConfig:
             require_field(
                 bool(fit), name, value, "must be the name of a folder", "write it in letters that can be printed"
             )
+        for name in ("name", "run_dir", "init_from"):
+            require_local(name, getattr(self, name))
         accumulation = self.optimizer.accumulation_steps
         require_field(
             self.batch_size % accumulation == 0,

@@ -75,6 +75,7 @@ def parse_processes(argv: list[str]) -> tuple[ProcessFlags, list[str]]:
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
     flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
+    flags.DEFINE_integer("join_timeout", None, "seconds to wait for the others", flag_values=values)
     rest = _parse(values, argv, known_only=True)
     return ProcessFlags(**{field.name: values[field.name].value for field in dataclasses.fields(ProcessFlags)}), rest
 
@@ -86,6 +87,7 @@ def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainCon
       ConfigError: if the file is missing, fails, or does not give a TrainConfig.
     """
     flag = printable(f"--config={path}")
+    require_local("--config", path)
     path = _shipped(path, folder)
     if not path.is_file():
         files = _config_files(folder)

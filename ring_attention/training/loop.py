@@ -13,7 +13,6 @@ from ring_attention.training.initial import initial_state
 from ring_attention.training.processes import is_first
 from ring_attention.training.run_folder import RunFolder
 from ring_attention.training.step import TrainState, make_train_step, sharded_abstract_state
-from ring_attention.training.survival.errors import Preempted
 from ring_attention.training.survival.nonfinite import NonFiniteGuard
 from ring_attention.training.survival.preemption import Preemption
 from ring_attention.training.train_log import TrainLog
@@ -43,7 +42,7 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, feed: Feed, held_o
     Raises:
       ConfigError: if the disk has no room for the checkpoints, or they are of another model or other documents.
       RunError: if a checkpoint cannot be written, none can be read, or too many steps in a row were not finite.
-      Preempted: after SIGTERM, when a checkpoint of the last step is on disk.
+      Preempted: after SIGTERM or Ctrl-C, when a checkpoint of the last step is on disk.
     """
     with Preemption() as preemption, Checkpoints(folder.checkpoints) as checkpoints:
         state, evaluated = _start_or_resume(config, mesh, folder, checkpoints, feed)
@@ -75,10 +74,7 @@ def train(config: TrainConfig, mesh: Mesh, folder: RunFolder, feed: Feed, held_o
                     checkpoints.save(step, state, {"position": feed.get_state(), "evaluated": not preempted})
                 if preempted:
                     checkpoints.wait()
-                    raise Preempted(
-                        f"Stopped by SIGTERM after step {step} of {config.num_steps}; it is in {folder.checkpoints}, "
-                        "and the same command goes on from there."
-                    )
+                    preemption.stop(step, config.num_steps, folder.checkpoints)
     loss = held_out.loss(state.params) if log.heldout_loss is None else log.heldout_loss
     return Result(
         loss * held_out.bits_per_byte_of, None if initial is None else initial * held_out.bits_per_byte_of, held_out

@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from ring_attention.checks import require
+from ring_attention.training.survival.disk import require_there, writing
 
 
 class MetricsWriter:
@@ -31,13 +32,20 @@ class MetricsWriter:
           tensorboard_dir: the folder of TensorBoard's event files.
           resume_step: the step of the checkpoint that the run goes on from; None starts over and keeps nothing.
           evaluated: whether that step was, when the checkpoint was written; if not, it will be, and counts once.
+
+        Raises RunError, here and later, where a file cannot be written or was removed; OSError where the disk is full.
         """
+        self._path = metrics_path
+        with writing(metrics_path):
+            self._open(metrics_path, tensorboard_dir, resume_step, evaluated)
+
+    def _open(self, metrics_path: Path, tensorboard_dir: Path, resume_step: int | None, evaluated: bool) -> None:
         kept = [] if resume_step is None else _lines_up_to(metrics_path, resume_step, evaluated)
         partial = metrics_path.with_name(f".{metrics_path.name}.partial")
         partial.write_text("".join(map(_to_line, kept)), encoding="utf-8")
         partial.replace(metrics_path)
-        self._file = metrics_path.open("a", encoding="utf-8")
         self._tensorboard = _EventFile(tensorboard_dir, purge_step=0 if resume_step is None else resume_step + 1)
+        self._file = metrics_path.open("a", encoding="utf-8")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write `numbers` (anything that float() takes; ints stay ints) of `step`, and flush the JSONL file.
@@ -47,22 +55,27 @@ class MetricsWriter:
         require("step" not in numbers, "numbers holds 'step'; give the step as the first argument alone")
         line = {"step": step}
         line |= {name: value if type(value) is int else float(value) for name, value in numbers.items()}
-        self._file.write(_to_line(line))
-        self._file.flush()
-        for name in numbers:
-            self._tensorboard.add(step, name, line[name])
+        with writing(self._path):
+            self._file.write(_to_line(line))
+            self._file.flush()
+            for name in numbers:
+                self._tensorboard.add(step, name, line[name])
+        require_there(self._path, self._file.fileno())
 
     def sync(self) -> None:
         """Return when what was written would survive a crash of the machine."""
-        self._tensorboard.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            self._tensorboard.flush()
+            os.fsync(self._file.fileno())
+        self._tensorboard.require_there()
 
     def close(self) -> None:
         """Close both files; what was written stays."""
-        try:
-            self._file.close()
-        finally:
-            self._tensorboard.close()
+        with writing(self._path):
+            try:
+                self._file.close()
+            finally:
+                self._tensorboard.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -81,6 +94,7 @@ class _EventFile:
     def __init__(self, folder: Path, *, purge_step: int):
         """Open a new file; TensorBoard hides earlier files' events of `purge_step` and of all steps after it."""
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         for event in ({"file_version": "brain.Event:2"}, {"session_log": SessionLog(status=SessionLog.START)}):
             self._write(purge_step, **event)
@@ -95,6 +109,10 @@ class _EventFile:
     def flush(self) -> None:
         """Hand what was written to the system."""
         self._events.flush()
+
+    def require_there(self) -> None:
+        """Raise RunError if the folder was removed, or emptied."""
+        require_there(next(self._folder.glob("events*"), self._folder / "events*"))
 
     def close(self) -> None:
         """Flush and close."""

@@ -5,12 +5,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ring_attention.checks import ConfigError, require_field
+from ring_attention.checks import ConfigError, require_field, require_local
 from ring_attention.training.survival.errors import RunError
 
 
 def require_new(path: Path, flag: str) -> None:
     """Raise ConfigError unless `path`, which `flag` names, does not exist or is an empty folder."""
+    require_local(flag, path)
     held = path.exists() and (not path.is_dir() or any(path.iterdir()))
     require_field(not held, flag, str(path), "is there already, and not empty", "remove it, or give another folder")
 
@@ -28,6 +29,7 @@ def new_folder(path: Path, num_bytes: int, flag: str) -> Iterator[Path]:
       ConfigError: if `path` cannot be made, holds something, or its disk has no room.
       RunError: if the disk refuses while it is written.
     """
+    require_local(flag, path)
     path = path.absolute()
     try:
         require_new(path, flag)

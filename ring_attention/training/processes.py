@@ -8,10 +8,14 @@ from jax._src import clusters, distributed  # neither what it found nor whether 
 from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, one_line, require_field
+from ring_attention.training.rendezvous import meet
 from ring_attention.training.survival.errors import RunError
 
 HEARTBEAT_SECONDS = 60
 """After so long without a heartbeat JAX's own coordination service ends a run; `peers.py` is quicker and says more."""
+
+JOIN_SECONDS = 50
+"""For which processes wait for each other where flags say who is who: what is amiss is said within a minute."""
 
 _ALONE = {"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"}
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -25,17 +29,20 @@ class ProcessFlags:
       coordinator_address: host:port at which process 0 listens.
       num_processes: of the run.
       process_id: of this process, from 0.
+      join_timeout: seconds to wait for the others; 50 by default.
     """
 
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    join_timeout: int | None = None
 
     def __post_init__(self):
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if not given:
             return
-        missing = [f"--{name}" for name in dataclasses.asdict(self) if name not in given]
+        needed = ("coordinator_address", "num_processes", "process_id")
+        missing = [f"--{name}" for name in needed if name not in given]
         name = next(iter(given))
         together = "the three flags go together, or none where the cluster says who is who"
         require_field(not missing, f"--{name}", given[name], f"{' and '.join(missing)} missing", together)
@@ -57,6 +64,8 @@ class ProcessFlags:
             f"must lie in [0, {self.num_processes})",
             "number the processes from 0",
         )
+        timeout = self.join_timeout
+        require_field(timeout is None or timeout > 0, "--join_timeout", timeout, "must be positive", "give seconds")
 
 
 def join_processes(flags: ProcessFlags) -> int:
@@ -65,10 +74,11 @@ def join_processes(flags: ProcessFlags) -> int:
     Call it before anything that touches a device.
 
     With flags, those decide. Without, the environment does: SLURM (srun), Open MPI, GKE and Cloud TPU are recognised by
-    JAX. Waits up to five minutes for the others.
+    JAX. Waits for the others: as long as the flags say, or up to five minutes in a cluster.
 
     Raises:
-      ConfigError: if JAX has started already, or the environment speaks of a cluster and not of this process's place.
+      ConfigError: if JAX has started already, the environment speaks of a cluster and not of this process's place, the
+        coordinator's port is another program's, or two processes have one number.
       RunError: if the others cannot be reached.
     """
     if flags.num_processes == 1 or (flags.num_processes is None and not _in_cluster()):
@@ -77,9 +87,12 @@ def join_processes(flags: ProcessFlags) -> int:
         if flags.num_processes is None:
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         else:
+            who = {"num_processes": flags.num_processes, "process_id": flags.process_id}
+            meet(flags.coordinator_address, **who, seconds=flags.join_timeout or JOIN_SECONDS)
             loopback = flags.coordinator_address.rpartition(":")[0] in _LOOPBACK
             jax.distributed.initialize(
-                **dataclasses.asdict(flags),
+                flags.coordinator_address,
+                **who,
                 cluster_detection_method="deactivate",
                 coordinator_bind_address=flags.coordinator_address if loopback else None,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -90,6 +103,8 @@ def join_processes(flags: ProcessFlags) -> int:
             f"cannot join the other processes at {where} ({str(error).splitlines()[0][:200]}); see that all of them "
             "were started, with the same --coordinator_address and --num_processes, and that its port is free"
         ) from error
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError, KeyError) as error:  # what the environment says of a cluster may not fit together
         got = one_line(error)[:300]
         remedy = "mend the environment, or say who is who with --coordinator_address, --num_processes and --process_id"

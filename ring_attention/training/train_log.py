@@ -1,5 +1,6 @@
 """The numbers of a run's steps, on their way to the files and the terminal."""
 
+import contextlib
 import io
 import time
 from types import TracebackType
@@ -14,6 +15,7 @@ from ring_attention.training.metrics import MetricsWriter
 from ring_attention.training.processes import is_first
 from ring_attention.training.progress import TrainProgress
 from ring_attention.training.run_folder import RunFolder
+from ring_attention.training.survival.errors import RunError
 from ring_attention.training.throughput import machine_peak_flops
 
 
@@ -113,7 +115,8 @@ class TrainLog:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._progress.__exit__(kind, error, traceback)
         if self._metrics:
-            self._metrics.close()
+            with contextlib.suppress(RunError, OSError) if error else contextlib.nullcontext():  # the first says why
+                self._metrics.close()
 
 
 def visible_pairs(segment_ids: np.ndarray) -> int:

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from ring_attention.checks import ConfigError, one_line, require_field
+from ring_attention.checks import ConfigError, one_line, require_field, require_local
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.loading import Progress, load_parameters
@@ -94,6 +94,7 @@ def open_trained(path: str) -> Trained:
     Raises:
       ConfigError: if there is none.
     """
+    require_local("checkpoint", path)
     folder = Path(path)
     if is_hf_folder(folder):
         source = open_source(folder)

@@ -2,6 +2,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -387,6 +388,30 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, ring, 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["1", "2", "3"], "the room of the unfinished is needed"
     monkeypatch.undo()
     assert restore_newest(tmp_path, states[3])[0].step == 3
+
+
+@pytest.mark.parametrize("moment", ["before a checkpoint", "while it is written"])
+def test_a_folder_that_vanishes_is_said_and_not_made_anew(tmp_path, ring, monkeypatch, moment):
+    run, state = tmp_path / "run", make_state(ring)
+    run.mkdir()
+    checkpoints = Checkpoints(run / "checkpoints")
+    if moment == "before a checkpoint":
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        shutil.rmtree(run)
+    else:
+
+        def vanish(*_args, **_kwargs):
+            shutil.rmtree(run)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run))
+
+        monkeypatch.setattr(ocp.AsyncCheckpointer, "_make_on_commit_callback", lambda *_args, **_kwargs: vanish)
+        checkpoints.save(1, state, {})
+    go_on = checkpoints.wait if moment == "while it is written" else lambda: checkpoints.save(2, state, {})
+    with pytest.raises(RunError, match=rf"^{run}/checkpoints was removed while the run goes on") as error:
+        go_on()
+    assert "\n" not in str(error.value)
+    assert not run.exists()
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first(tmp_path, ring):

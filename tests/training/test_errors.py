@@ -7,19 +7,25 @@ import jax
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.training.survival.errors import Preempted, RunError, is_expected, last_words
+from ring_attention.training.survival.errors import Interrupted, Preempted, RunError, is_expected, last_words
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/metrics.jsonl")
 EXPECTED = [
     (ConfigError("seed=x: must be whole"), 2, "train.py: error: seed=x: must be whole"),
     (RunError("no checkpoint"), 1, "train.py: error: no checkpoint"),
     (Preempted("Stopped after step 3."), 143, "Stopped after step 3."),
-    (KeyboardInterrupt(), 130, "\nInterrupted. The same command goes on from the newest checkpoint."),
+    (Interrupted("Stopped after step 3."), 130, "Stopped after step 3."),
+    (KeyboardInterrupt(), 130, "Interrupted. The same command goes on from the newest checkpoint, if there is one."),
     (FULL, 1, "train.py: error: the disk is full (/runs/a/metrics.jsonl); make room, and start the run again"),
     (
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         1,
         "train.py: error: the disk is full; make room, and start the run again",
+    ),
+    (
+        FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/runs/a/loss\n.png"),
+        1,
+        "train.py: error: '/runs/a/loss\\n.png': No such file or directory; mend it, and start the run again",
     ),
 ]
 UNEXPECTED = [

@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from ring_attention.training.metrics import MetricsWriter, read_metrics
+from ring_attention.training.survival.errors import RunError
 
 
 def write(folder, steps, *, resume_step=None):
@@ -146,3 +148,50 @@ def test_a_full_disk_under_tensorboard_is_an_error_and_not_a_wait(tmp_path):
 def fill(writer):
     for step in range(10_000):
         writer.write(step, {"loss": 1.0})
+
+
+VANISHED = {
+    "metrics.jsonl": lambda folder: (folder / "metrics.jsonl").unlink(),
+    "metrics.jsonl of another run": lambda folder: (
+        shutil.copy(folder / "metrics.jsonl", folder / "new") and (folder / "new").replace(folder / "metrics.jsonl")
+    ),
+    "tensorboard": lambda folder: shutil.rmtree(folder / "tensorboard"),
+    "events": lambda folder: [file.unlink() for file in (folder / "tensorboard").iterdir()],
+    "the whole folder": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("remove", VANISHED.values(), ids=VANISHED)
+def test_a_file_that_vanishes_while_a_run_goes_on_ends_it_with_a_line_that_names_it(tmp_path, remove):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    writer = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", resume_step=None)
+    writer.write(1, {"loss": 1.0})
+    writer.sync()
+    remove(folder)
+
+    def go_on():
+        writer.write(2, {"loss": 1.0})
+        writer.sync()
+
+    with pytest.raises(RunError) as error:
+        go_on()
+    writer.close()
+    assert str(error.value).startswith(str(folder))
+    assert "while the run goes on; leave its folder alone" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_opened_or_written_any_more_are_said_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "tensorboard").write_text("no folder")
+    with pytest.raises(RunError, match=rf"^{tmp_path}/tensorboard can no longer be written \(File exists\); mend it"):
+        MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None)
+    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "events", resume_step=None) as writer:
+
+        def stale(file):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        monkeypatch.setattr(os, "fsync", stale)
+        with pytest.raises(RunError, match=rf"metrics.jsonl can no longer be written \({os.strerror(errno.ESTALE)}\)"):
+            writer.sync()
+        monkeypatch.undo()

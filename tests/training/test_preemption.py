@@ -5,6 +5,7 @@ import types
 import pytest
 
 from ring_attention.training.survival import preemption as preemption_module
+from ring_attention.training.survival.errors import INTERRUPTED, Interrupted, Preempted
 from ring_attention.training.survival.preemption import Preemption
 
 
@@ -12,13 +13,27 @@ from ring_attention.training.survival.preemption import Preemption
 def handled():
     """Signals that reach this process outside of a run's steps; they would end it."""
     arrived = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    before = {n: signal.signal(n, lambda n, frame: arrived.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     yield arrived
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """(status, line) of each time that this process would have ended at once."""
+    left = []
+    monkeypatch.setattr(preemption_module, "leave_with", lambda *words: left.append(words))
+    monkeypatch.setattr(preemption_module, "SAME_PRESS", 0.0)
+    return left
 
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_among_the_steps_is_noticed_after_the_step_and_stays(handled):
@@ -67,5 +82,60 @@ def test_several_processes_ask_jax_once_a_step_counting_and_leave_the_signal_to_
     with Preemption() as preemption:
         assert [preemption.reached() for _ in range(3)] == [False, False, True]
         terminate()
+        assert handled == [signal.SIGTERM]
+        press_ctrl_c()
+        assert handled == [signal.SIGTERM] * 2, "the service knows of SIGTERM alone"
+        with pytest.raises(Interrupted):
+            preemption.stop(3, 9, "runs/a")
     assert asked == [1, 2, 3]
-    assert handled == [signal.SIGTERM]
+
+
+def test_ctrl_c_among_the_steps_stops_the_run_like_sigterm_and_says_that_it_was_ctrl_c(handled):
+    with Preemption() as preemption:
+        assert not preemption.reached()
+        press_ctrl_c()
+        assert preemption.reached()
+        with pytest.raises(Interrupted, match=r"^Stopped by Ctrl-C after step 3 of 9; it is in runs/a, and the same"):
+            preemption.stop(3, 9, "runs/a")
+    assert handled == []
+    press_ctrl_c()
+    assert handled == [signal.SIGINT]
+
+
+def test_sigterm_says_that_it_was_sigterm():
+    with Preemption() as preemption:
+        preemption.reached()
+        terminate()
+        with pytest.raises(Preempted, match="^Stopped by SIGTERM after") as stopped:
+            preemption.stop(3, 9, "runs/a")
+        assert not isinstance(stopped.value, Interrupted)
+
+
+@pytest.mark.parametrize("first", [terminate, press_ctrl_c])
+def test_ctrl_c_after_another_signal_ends_the_process_at_once_with_a_line(left, first):
+    with Preemption() as preemption:
+        preemption.reached()
+        first()
+        assert left == []
+        press_ctrl_c()
+        ((status, line),) = left
+    assert status == INTERRUPTED
+    assert "before the checkpoint was written" in line
+
+
+def test_one_press_that_arrives_twice_and_sigterm_after_it_leave_the_checkpoint_its_time(left, monkeypatch):
+    monkeypatch.setattr(preemption_module, "SAME_PRESS", 60.0)
+    with Preemption() as preemption:
+        preemption.reached()
+        press_ctrl_c()
+        press_ctrl_c()
+        terminate()
+    assert left == []
+
+
+def test_a_signal_that_a_shell_has_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Preemption() as preemption:
+        preemption.reached()
+        press_ctrl_c()
+        assert not preemption.reached()

@@ -12,7 +12,6 @@ ours.
 
 import ctypes
 import json
-import os
 import signal
 import socket
 import sys
@@ -23,7 +22,7 @@ from types import TracebackType
 import jax
 from jax._src import distributed  # the store has no public name; orbax takes it from here, too
 
-from ring_attention.training.survival.errors import ERROR, FAILED, Preempted, is_expected, last_words
+from ring_attention.training.survival.errors import ERROR, FAILED, Preempted, is_expected, last_words, leave
 
 BEAT = 2.0
 """Seconds between signs of life."""
@@ -150,13 +149,6 @@ def _failed_together(error: BaseException | None) -> bool:
         chain.append(cause)
     from_runtime = any(isinstance(link, jax.errors.JaxRuntimeError) or "Gloo" in str(link) for link in chain)
     return from_runtime or not is_expected(error)
-
-
-def leave(status: int) -> None:
-    """End this process without waiting for the others, as the end of the interpreter would where there are any."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _end(status: int, line: str) -> None:
