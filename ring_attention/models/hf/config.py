@@ -102,7 +102,7 @@ def config_from_hf(values: Mapping[str, Any]) -> HFConfig:
     """
     family = _family(values)
     given = FAMILIES[family]
-    _require_known(values)
+    _require_known(values, given)
     for key, default in given.defaults.items():
         if key not in values:
             values = {**values, key: default}
@@ -217,9 +217,28 @@ def _family(values: Mapping[str, Any]) -> str:
     return model_type
 
 
-def _require_known(values: Mapping[str, Any]) -> None:
+def _require_no_code(values: Mapping[str, Any], family: Family) -> None:
+    """Raise ConfigError where a checkpoint comes with code for another model than its family's.
+
+    Code for classes of the family's own names, as with Yarn-Llama, is what `transformers` leaves out too unless it is
+    told to trust it: the class that it has computes the same from the other keys.
+    """
+    code, stem = values.get("auto_map"), family.architecture.removesuffix("ForCausalLM")
+    ours = [f"{stem}{end}" for end in ("Config", "Model", "ForCausalLM", "ForSequenceClassification")]
+    own = code is None or (
+        isinstance(code, dict)
+        and all(isinstance(place, str) and place.rpartition(".")[2] in ours for place in code.values())
+    )
+    need, remedy = "code that comes with a checkpoint is not run", "take a checkpoint that needs none"
+    require_field(own, "auto_map", code, need, remedy)
+
+
+def _require_known(values: Mapping[str, Any], family: Family) -> None:
     """Raise ConfigError for the first key that asks for what is not implemented, or is not known at all."""
+    _require_no_code(values, family)
     for key, value in values.items():
+        if key == "auto_map":
+            continue
         if key in FIXED:
             fixed = FIXED[key]
             require_field(value in fixed.allowed, printable(key), value, fixed.need, fixed.remedy)
