@@ -41,7 +41,7 @@ def rope_from_hf(values: Mapping[str, Any], max_len: int) -> RopeConfig:
     section, given = _table(values)
     kind = _one_of(given, "rope_type", "type", section) or "default"
     require_field(
-        kind in _SCALINGS,
+        isinstance(kind, str) and kind in _SCALINGS,
         f"{section}.rope_type",
         kind,
         f"is not implemented; known are {', '.join(_SCALINGS)}",
