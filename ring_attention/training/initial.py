@@ -21,6 +21,10 @@ FREE_FIELDS = ("compute_dtype", "remat", "head_groups", "ffn_chunk", "loss_chunk
 say how the same parameters are computed with, or how others would have been drawn."""
 
 
+_SAID = ("attention.window", "attention.softcap")
+"""Of attention: fields that change the function of a model, and may."""
+
+
 def find_initial(config: TrainConfig) -> Trained | None:
     """The trained model that `config.init_from` names, if it names one; reads no arrays.
 
@@ -34,14 +38,14 @@ def find_initial(config: TrainConfig) -> Trained | None:
     except ConfigError as error:
         raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
     theirs = flatten_dict(config_to_dict(trained.config)["model"], sep=".")
-    for field, ours in flatten_dict(config_to_dict(config)["model"], sep=".").items():
-        require_field(
-            ours == theirs[field] or field in FREE_FIELDS or field.startswith("rope."),
-            f"model.{field}",
-            ours,
-            f"init_from={config.init_from!r} holds a model with {theirs[field]!r}",
-            f"use --config.model.{field}={theirs[field]}",
-        )
+    ours = flatten_dict(config_to_dict(config)["model"], sep=".")
+    free = lambda field: field in FREE_FIELDS or field.startswith("rope.")  # noqa: E731
+    wrong = [field for field, value in ours.items() if value != theirs[field] and not free(field)]
+    if wrong:
+        got = ", ".join(f"model.{field}={ours[field]!r}" for field in wrong)
+        need = f"init_from={config.init_from!r} holds a model with {', '.join(repr(theirs[field]) for field in wrong)}"
+        remedy = f"use {' '.join(f'--config.model.{field}={theirs[field]}' for field in wrong)}"
+        raise ConfigError(f"{got}: {need}; {remedy}")
     tokenizer = trained.config.data.tokenizer
     from_init = f"the parameters of init_from={config.init_from!r} were trained with"
     require_field(
@@ -66,7 +70,7 @@ def describe_initial(config: TrainConfig, trained: Trained) -> list[str]:
     lines = [f"Beginning with the parameters of {trained.checkpoint}."]
     theirs = flatten_dict(config_to_dict(trained.config), sep=".")
     for field, ours in flatten_dict(config_to_dict(config), sep=".").items():
-        if ours != theirs[field] and (field == "attention.window" or field.startswith("model.rope.")):
+        if ours != theirs[field] and (field in _SAID or field.startswith("model.rope.")):
             lines.append(f"{field} was {theirs[field]!r} and is {ours!r}.")
     made_for = trained.config.seq_len
     if config.model.rope == trained.model.rope and config.seq_len > made_for:
