@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.data.tokenizers import BYTES
+from ring_attention.models.hf.files import is_regular
 from ring_attention.models.hf.manifest import FOLDER, keep
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
@@ -49,7 +50,7 @@ def find_initial(config: TrainConfig) -> Trained | None:
     tokenizer = trained.config.data.tokenizer
     from_init = f"the parameters of init_from={config.init_from!r} were trained with"
     require_field(
-        config.data.tokenizer != BYTES or tokenizer == BYTES or Path(tokenizer).is_file(),
+        config.data.tokenizer != BYTES or tokenizer == BYTES or is_regular(Path(tokenizer)),
         "data.tokenizer",
         config.data.tokenizer,
         f"{from_init} a tokenizer that is not there, {tokenizer}",
@@ -113,6 +114,8 @@ def _keep(trained: Trained, target: Path) -> None:
 
 def _same_tokens(ours: str, theirs: str) -> bool:
     """Whether two tokenizers are one; True where theirs is not there to be compared."""
-    if ours == theirs or theirs != BYTES and not Path(theirs).is_file():
+    if ours == theirs or theirs != BYTES and not is_regular(Path(theirs)):
         return True
-    return BYTES not in (ours, theirs) and Path(ours).is_file() and Path(ours).read_bytes() == Path(theirs).read_bytes()
+    return (
+        BYTES not in (ours, theirs) and is_regular(Path(ours)) and Path(ours).read_bytes() == Path(theirs).read_bytes()
+    )

@@ -32,6 +32,7 @@ from hostile import (
 import ring_attention as ra
 from ring_attention.checks import ConfigError
 from ring_attention.data.tokenizers import load_tokenizer
+from ring_attention.inference.ends import end_tokens
 from ring_attention.models.hf.export import write_again
 from ring_attention.models.hf.files import inside
 from ring_attention.models.hf.loading import load_parameters
@@ -78,7 +79,7 @@ def import_folder(folder, out, params):
     source = trained.source or open_source(folder)
     assert source.tensor_bytes > 0
     with contextlib.suppress(ConfigError):  # a checkpoint without a tokenizer can be imported
-        load_tokenizer(trained.config.data.tokenizer)
+        end_tokens(trained, load_tokenizer(trained.config.data.tokenizer))
     if COUNT:
         import_hf(source, out, _mesh(), _quiet)
     else:
