@@ -3,13 +3,10 @@
 The folder is that of a run of train.py, of an import (scripts/import_hf.py), or of a Hugging Face checkpoint itself.
 """
 
-import contextlib
 import dataclasses
 import functools
 import gc
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,33 +122,19 @@ def _read(checkpoint: Path, wanted: Any) -> Any:
     """The parameters in a checkpoint, compared with the fingerprints that were written beside them."""
     remedy = "give an older one (.../checkpoints/STEP), or train on: train.py goes back to one that is whole"
     require_regular_tree(checkpoint, remedy)
-    with _nothing_unraisable():
-        try:
-            params, found = _read_arrays(checkpoint, wanted)
-            known, reason = dict(read_json(checkpoint / "data" / "metadata", remedy)["fingerprints"]), ""
-        except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
-            raise
-        except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
-            reason = one_line(error)[:200] or type(error).__name__
-        if reason:
-            gc.collect()  # what the traceback held
+    try:
+        params, found = _read_arrays(checkpoint, wanted)
+        known, reason = dict(read_json(checkpoint / "data" / "metadata", remedy)["fingerprints"]), ""
+    except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
+        reason = one_line(error)[:200] or type(error).__name__
     if reason:
         raise ConfigError(f"checkpoint={str(checkpoint)!r}: cannot be read ({reason}); {remedy}")
     wrong = [name for name, word in found.items() if known.get(name) != word]
     if wrong:
         raise ConfigError(f"checkpoint={str(checkpoint)!r}: {wrong[0]} changed since it was written; {remedy}")
     return unflatten_dict(params)["params"]
-
-
-@contextlib.contextmanager
-def _nothing_unraisable() -> Iterator[None]:
-    """Keep quiet about what the coroutines of a failed read raise while they are taken away: orbax says it in pages."""
-    before = sys.unraisablehook
-    sys.unraisablehook = lambda unraisable: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
 
 
 def _read_arrays(checkpoint: Path, wanted: Any) -> tuple[dict[tuple[str, ...], jax.Array], dict[str, int]]:

@@ -106,7 +106,7 @@ def load_run(folder, out, params):
     export_folder(folder, out, params)
 
 
-QUICK = {import_folder: 40, export_folder: 60, load_run: 6}
+QUICK = {import_folder: 40, export_folder: 60, load_run: 12}
 """Folders of each kind without HOSTILE_FOLDERS."""
 
 CHECKPOINT = [
@@ -129,12 +129,12 @@ MANIFEST = [
 RUN = [
     ("config.json", mutate_json),
     ("config.json", mutate_bytes),
-    ("checkpoints/0/**/*metadata*", mutate_bytes),
     ("checkpoints/0/**/_METADATA", mutate_json),
     ("checkpoints/0/data/metadata", mutate_json),
-    ("checkpoints/0/**/*", mutate_bytes),
     ("**/*", mutate_kind),
 ]
+if COUNT:  # not in the quick part: what orbax makes of such bytes is bounded neither in memory nor in what it prints
+    RUN += [("checkpoints/0/**/*metadata*", mutate_bytes), ("checkpoints/0/**/*", mutate_bytes)]
 KINDS = {
     "a sharded checkpoint": ("sharded", CHECKPOINT, import_folder),
     "a checkpoint in one file": ("single", CHECKPOINT, import_folder),
