@@ -19,7 +19,7 @@ import sys
 
 import jax
 
-from ring_attention.checks import ConfigError, local_path
+from ring_attention.checks import ConfigError, local_path, printable
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.models.hf.source import Source, open_source
 from ring_attention.parallel.mesh import make_mesh
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     with tensor_progress("Reading", source.tensor_bytes) as progress:
         kept = import_hf(source, args.out, make_mesh(sp=jax.device_count()), progress)
     for name in kept.left_out:
-        print(f"Left out: {name}, which export_hf.py will not write again.")
+        print(f"Left out: {printable(name)}, which export_hf.py will not write again.")
     print(f"Written: {args.out}")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def token_ids(path: Path, values: dict[str, Any], field: str) -> list[int]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The values of a JSON file; none where there is no such file."""
-    return read_values(path) if path.is_file() else {}
+    return read_values(path) if os.path.isfile(path) else {}  # False for pipes, devices and links that are too long
 
 
 def read_values(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ So a forward pass over question and answer tells, and no token has to be generat
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -65,7 +66,8 @@ class AnswerScorer:
 
     def __init__(self, config: TrainConfig, params: Any, *, mesh: Mesh, vocab_size: int):
         """`params` as `Trained.load` gives them; tokens from `vocab_size` on, the tokenizer's, do not count."""
-        self._params, self._mesh, self._program = params, mesh, make_answer_program(config, mesh, vocab_size)
+        self._params, self._mesh, self._rope = params, mesh, config.model.rope
+        self._program_for = functools.cache(functools.partial(make_answer_program, config, mesh, vocab_size))
         self._layout = config.attention.make_layout(mesh.shape[SEQUENCE])
 
     def right(self, questions: Sequence[Question], *, length: int, rows: int) -> list[np.ndarray]:
@@ -74,6 +76,7 @@ class AnswerScorer:
         Args:
           questions: at most `rows`.
           length: tokens that are read, of which those past a question's end are padding: nothing before looks there.
+            Rotary scaling "dynamic" goes by it, on any mesh.
           rows: of the batch, a multiple of the devices that share it; the last question fills up what is left.
         """
         T = self._layout.padded_length(length)
@@ -86,18 +89,19 @@ class AnswerScorer:
             where_BA[row, :answer] = np.arange(tokens.size - 1 - answer, tokens.size - 1)
         place_T = np.argsort(self._layout.positions(T)).astype(np.int32)  # of a position, in the layout's order
         sharded = jax.device_put(self._layout.permute(tokens_BT, 1), NamedSharding(self._mesh, BATCH_SPEC))
-        chosen_BA = self._program(
+        program = self._program_for(self._rope.scaled_length(length))
+        chosen_BA = program(
             self._params, sharded, jax.device_put(place_T[where_BA], NamedSharding(self._mesh, _ROWS_SPEC))
         )
         chosen_BA = np.asarray(chosen_BA)
         return [row[: q.answer] == q.tokens[-q.answer :] for row, q in zip(chosen_BA, questions, strict=False)]
 
 
-def make_answer_program(config: TrainConfig, mesh: Mesh, vocab_size: int):
+def make_answer_program(config: TrainConfig, mesh: Mesh, vocab_size: int, length: int):
     """choose(params, tokens int32 [B,T], places int32 [B,A]) -> int32 [B,A], compiled for `mesh`.
 
     The likeliest token below `vocab_size` after each place; tokens and places are in the layout's order. Scores are
-    made of these places alone.
+    made of these places alone. Rotary scaling "dynamic" goes by `length`.
     """
     build, P = model_builder(config.model), mesh.shape[SEQUENCE]
     attend, layout = attention_of(config.attention, P), config.attention.make_layout(P)
@@ -105,7 +109,7 @@ def make_answer_program(config: TrainConfig, mesh: Mesh, vocab_size: int):
     def on_device(params, tokens_bt, places_bA):
         (b, t), me, model = tokens_bt.shape, lax.axis_index(SEQUENCE), build(params)
         positions_bt = jnp.broadcast_to(layout.shard_positions(me, t), (b, t))
-        hidden_btM = model.hidden(tokens_bt, positions=positions_bt, segment_ids=None, attend=attend)
+        hidden_btM = model.hidden(tokens_bt, positions=positions_bt, segment_ids=None, attend=attend, length=length)
         found_bAM = jnp.take_along_axis(hidden_btM, (places_bA % t)[..., None], axis=1)
         mine_bA = places_bA // t == me
         hidden_bAM = lax.psum(jnp.where(mine_bA[..., None], found_bAM, 0), SEQUENCE)

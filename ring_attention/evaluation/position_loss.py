@@ -6,6 +6,7 @@ curve does not mix short ones with long ones.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -60,9 +61,9 @@ class LossReader:
 
     def __init__(self, config: TrainConfig, attention: AttentionConfig, params: Any, mesh: Mesh):
         """`params` as `Trained.load` gives them; `attention` may have another window than the config's."""
-        self._params, self._mesh = params, mesh
+        self._params, self._mesh, self._rope = params, mesh, config.model.rope
         self._layout = attention.make_layout(mesh.shape[SEQUENCE])
-        self._program = make_loss_program(config, attention, mesh)
+        self._program_for = functools.cache(functools.partial(make_loss_program, config, attention, mesh))
 
     def losses(self, documents: np.ndarray, *, rows: int) -> np.ndarray:
         """Nats, float32 [n,T], of documents [n,T+1], n <= `rows`, a multiple of the devices that share the rows."""
@@ -71,12 +72,16 @@ class LossReader:
         padded[0, :n, :T], padded[1, :n, :T] = documents[:, :-1], documents[:, 1:]
         dealt = self._layout.permute(padded, 2)
         sharding = NamedSharding(self._mesh, BATCH_SPEC)
-        nats = self._program(self._params, *(jax.device_put(part, sharding) for part in dealt))
+        program = self._program_for(self._rope.scaled_length(T))
+        nats = program(self._params, *(jax.device_put(part, sharding) for part in dealt))
         return self._layout.unpermute(np.asarray(nats), 1)[:n, :T]
 
 
-def make_loss_program(config: TrainConfig, attention: AttentionConfig, mesh: Mesh):
-    """losses(params, tokens, targets) -> nats float32 [B,T], compiled for `mesh`; all in the layout's order."""
+def make_loss_program(config: TrainConfig, attention: AttentionConfig, mesh: Mesh, length: int):
+    """losses(params, tokens, targets) -> nats float32 [B,T], compiled for `mesh`; all in the layout's order.
+
+    `length`, of the documents without padding, is what rotary scaling "dynamic" goes by.
+    """
     build, P = model_builder(config.model), mesh.shape[SEQUENCE]
     attend, layout = attention_of(attention, P), attention.make_layout(P)
 
@@ -85,7 +90,8 @@ def make_loss_program(config: TrainConfig, attention: AttentionConfig, mesh: Mes
             layout.shard_positions(lax.axis_index(SEQUENCE), tokens_bt.shape[1]), tokens_bt.shape
         )
         model = build(params)
-        return model.token_losses(tokens_bt, targets_bt, positions=positions_bt, segment_ids=None, attend=attend)
+        tokens = dict(positions=positions_bt, segment_ids=None, length=length)
+        return model.token_losses(tokens_bt, targets_bt, attend=attend, **tokens)
 
     specs = (parameter_specs(config.model), BATCH_SPEC, BATCH_SPEC)
     sharded = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=BATCH_SPEC)

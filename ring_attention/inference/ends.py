@@ -1,5 +1,6 @@
 """The tokens that stand before what a model continues, and those with which it says that a text has ended."""
 
+import os
 from pathlib import Path
 
 from ring_attention.data.special_tokens import read_values, token_ids
@@ -37,4 +38,4 @@ def _files(trained: Trained) -> list[Path]:
         paths = [trained.checkpoint / name for name in _FILES]
     else:
         paths = [] if trained.kept is None else [trained.kept.other(name) for name in _FILES]
-    return [path for path in paths if path.is_file()]
+    return [path for path in paths if os.path.isfile(path)]

@@ -106,6 +106,10 @@ class RopeConfig:
             return 1.0
         return self.attention_factor or 0.1 * math.log(self.factor) + 1
 
+    def scaled_length(self, tokens: int) -> int:
+        """What `frequencies` needs to know of the length of a sequence: 0 but for "dynamic", which grows with it."""
+        return max(tokens, self.original_len) if self.scaling == "dynamic" else 0
+
 
 def frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
     """Radians a token of each pair, float64 [head_dim/2]; `length`, of the sequence, matters to "dynamic" alone."""
@@ -114,7 +118,7 @@ def frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
     if rope.scaling == "linear":
         return plain / rope.factor
     if rope.scaling == "dynamic":
-        times = max(length, rope.original_len) / rope.original_len
+        times = rope.scaled_length(length) / rope.original_len
         growth = (rope.factor * times - (rope.factor - 1)) ** (head_dim / max(head_dim - 2, 1))
         return (rope.theta * growth) ** -exponents
     if rope.scaling == "yarn":
@@ -148,7 +152,7 @@ def rotary_tables(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines times `rope.magnitude`, float32 [..., head_dim/2], for integer `positions` [...] in [0, 2**31).
 
-    `length` is that of the whole sequence, which "dynamic" scaling goes by.
+    `length` is that of the whole sequence without padding, which "dynamic" scaling goes by.
     """
     turns = frequencies(rope, head_dim, length) / (2 * math.pi)
     fixed = [int(turn * 2.0**64) for turn in turns]  # Python integers: 64 bits after the point, none lost

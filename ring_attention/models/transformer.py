@@ -43,6 +43,7 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         attend: Attend,
+        length: int | None = None,
     ) -> jax.Array:
         """Negative log-likelihood of `targets` in nats, float32 [b,t].
 
@@ -52,8 +53,10 @@ class Transformer(nnx.Module):
           positions: int32 [b,t], for the rotary embedding; those within a document where several are packed.
           segment_ids: int32 [b,t], or None.
           attend: the attention over all devices' tokens.
+          length: tokens of the whole sequence but for padding, which rotary scaling "dynamic" goes by; None: none of
+            the tokens is padding. A row of packed documents is one sequence.
         """
-        hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
+        hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend, length=length)
         unembed_Mv = self._unembedding(GATHERED)
         return chunked_cross_entropy(hidden_btM, unembed_Mv, targets, chunk_size=self.config.loss_chunk)
 
@@ -81,9 +84,18 @@ class Transformer(nnx.Module):
         """float32 [b,t,v]: scores of this device's share of the vocabulary, of hidden states after the last norm."""
         return products.contract("btm,mv->btv", hidden_btM, self._unembedding(products), dtype=jnp.float32)[0]
 
-    def hidden(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
-        """Hidden states after the last norm, [b,t,M] in the compute dtype."""
-        x_btM, _ = self._run_layers(tokens, positions, segment_ids, attend, observe=lambda x_btM: None)
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        attend: Attend,
+        length: int | None = None,
+    ):
+        """Hidden states after the last norm, [b,t,M] in the compute dtype; `length` as for `token_losses`."""
+        observe = lambda x_btM: None  # noqa: E731
+        x_btM, _ = self._run_layers(tokens, positions, segment_ids, attend, observe, length)
         return self.norm(x_btM)
 
     def finite_layers(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
@@ -120,11 +132,11 @@ class Transformer(nnx.Module):
         (x_btM, cache), _ = lax.scan(run_layer, (x_btM, cache), (layers, numbers))
         return self.norm(x_btM), cache
 
-    def _run_layers(self, tokens, positions, segment_ids, attend: Attend, observe):
+    def _run_layers(self, tokens, positions, segment_ids, attend: Attend, observe, length: int | None = None):
         """The residual stream after the last layer, and what `observe` returns of it after each, stacked."""
         config = self.config
         x_btM = self._embed(tokens, GATHERED)
-        length = tokens.shape[1] * lax.axis_size(SEQUENCE)
+        length = tokens.shape[1] * lax.axis_size(SEQUENCE) if length is None else length
         rotary = rotary_tables(positions, config.head_dim, config.rope, length=length)
         layer_def, layers = nnx.split(self.layers)
 

@@ -193,8 +193,10 @@ class TrainConfig:
       num_steps: updates.
       seed: of the initial parameters.
       init_from: begin with the parameters of a trained model rather than random ones: the folder of a run, of an import
-        (scripts/import_hf.py) or of a Hugging Face checkpoint. The model must be the same but for the section rope and
-        for how it is computed. A run that has a checkpoint goes on from that.
+        (scripts/import_hf.py) or of a Hugging Face checkpoint. What the config leaves at its default of the model, and
+        of attention's window and softcap, is that model's; a config file that says something else is refused. The
+        command line may change the section rope, the window and how the model is computed. A run that has a checkpoint
+        goes on from that.
       log_every: steps between lines of metrics.
       eval_every: steps between held-out losses.
       checkpoint_every: steps between checkpoints.

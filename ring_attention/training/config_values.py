@@ -12,6 +12,9 @@ from ring_attention.checks import ConfigError, one_line, printable, shown
 from ring_attention.training.config import TrainConfig
 
 KIND_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+NO_DEFAULT = object()
+"""What no field is left at that has no default."""
+
 MOST = 2**63
 """Whole numbers lie below, and not below -MOST: JSON's readers and arrays hold no others."""
 
@@ -34,6 +37,16 @@ def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
 def field_kinds() -> dict[str, type]:
     """Return the declared type of every field that holds a value, by dotted name: {"model.num_layers": int, ...}."""
     return dict(_walk(TrainConfig, prefix=""))
+
+
+@functools.cache
+def field_default(field: str) -> Any:
+    """Return the default of a field by its dotted name; NO_DEFAULT where it must be given."""
+    cls, (*sections, name) = TrainConfig, field.split(".")
+    for section in sections:
+        cls = typing.get_type_hints(cls)[section]
+    default = next(each.default for each in dataclasses.fields(cls) if each.name == name)
+    return NO_DEFAULT if default is dataclasses.MISSING else default
 
 
 def unknown_field(field: str, value: Any) -> ConfigError:

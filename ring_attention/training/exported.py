@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, require_choice, require_field
 from ring_attention.data.tokenizers import BYTES, byte_level_letters, load_tokenizer
+from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.config import HFConfig, config_from_hf, config_to_hf, family_for, update_hf
 from ring_attention.models.hf.export import DTYPE_NAMES, numpy_dtype, write_again, write_standard
 from ring_attention.models.hf.loading import Progress
 from ring_attention.models.hf.manifest import TOKENIZER
+from ring_attention.models.hf.names import tensors_of
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.new_folder import new_folder
@@ -40,10 +42,18 @@ def export_config(config: TrainConfig, values: Mapping[str, Any] | None) -> HFCo
     before = config_from_hf(values) if values else None
     rope = config.model.rope
     max_len = rope.original_len if rope.scaling == "dynamic" else max(config.seq_len, before.max_len if before else 0)
+    same = before is None or _shapes(before.model) == _shapes(config.model)
+    theirs = "the checkpoint that it came from has tensors of other shapes"
+    require_field(same, "parameters", config.model.num_parameters, theirs, "take the folder as train.py wrote it")
     family = before.family if before else family_for(config.model, attention.window)
     exported = HFConfig(family=family, model=config.model, window=attention.window, max_len=max_len)
     update_hf(values, exported) if values else config_to_hf(exported)  # raises for what the family cannot say
     return exported
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that a model of Hugging Face has."""
+    return {name: tensor.shape for name, tensor in tensors_of(model).items()}
 
 
 def export_hf(trained: Trained, out: Path, mesh: Mesh, progress: Progress, dtype: str | None = None) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 import re
 import runpy
 import textwrap
@@ -23,7 +24,8 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from ring_attention.checks import ConfigError, one_line, printable, shown
+from ring_attention.checks import ConfigError, one_line, printable, require_local, shown
+from ring_attention.models.hf.source import CONFIG
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import (
     KIND_WORDS,
@@ -33,6 +35,7 @@ from ring_attention.training.config_values import (
     field_kinds,
     unknown_field,
 )
+from ring_attention.training.inherited import config_from_folder, inherit
 from ring_attention.training.processes import ProcessFlags
 
 _LONGEST_NAME = 200
@@ -44,7 +47,8 @@ def parse_config(argv: list[str], default: str) -> TrainConfig:
 
     Args:
       argv: the arguments after the program's name: `--config=PATH`, or the name of a config beside the default, and
-        `--config.FIELD=VALUE`s, of which the last wins. With `--help` the usage is printed and the process exits.
+        `--config.FIELD=VALUE`s, of which the last wins. What neither says of the model comes from the one that
+        init_from names (`inherit`). With `--help` the usage is printed and the process exits with 0.
       default: the config file to take without `--config`; its folder is where files to suggest are looked for.
 
     Raises:
@@ -54,7 +58,8 @@ def parse_config(argv: list[str], default: str) -> TrainConfig:
         print(usage(default))
         raise SystemExit(0)
     path, rest = split_path(argv, default)
-    return override(load_config(path, folder=Path(default).parent), rest)
+    texts = _override_texts(rest)
+    return override(inherit(load_config(path, folder=Path(default).parent), texts), rest)
 
 
 def override(config: TrainConfig, argv: list[str]) -> TrainConfig:
@@ -83,11 +88,15 @@ def parse_processes(argv: list[str]) -> tuple[ProcessFlags, list[str]]:
 def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainConfig:
     """Return what `get_config()` of the file at `path` returns, or of the config in `folder` whose name `path` is.
 
+    Of a folder that holds a Hugging Face checkpoint, return a config for a model like it (`config_from_folder`).
+
     Raises:
       ConfigError: if the file is missing, fails, or does not give a TrainConfig.
     """
     flag = printable(f"--config={path}")
     require_local("--config", path)
+    if os.path.lexists(os.path.join(path, CONFIG)):
+        return config_from_folder(Path(path))
     path = _shipped(path, folder)
     if not path.is_file():
         files = _config_files(folder)
@@ -122,6 +131,7 @@ def usage(default: str) -> str:
         f"  python {_PROGRAM}   (the same as --config={default})",
         f"  python {_PROGRAM} --config=configs/NAME.py   (--config=NAME does as well)",
         f"  python {_PROGRAM} --config=NAME --config.model.num_layers=4 --config.mesh.sp=8",
+        f"  python {_PROGRAM} --config=FOLDER   (a Hugging Face checkpoint's shape, rope, window and dtype)",
         "",
         "On several processes, where no cluster says which is which (see docs/pods.md):",
         *_describe(ProcessFlags, prefix="--"),

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.data.tokenizers import BYTES
+from ring_attention.models.hf.files import is_regular
 from ring_attention.models.hf.manifest import FOLDER, keep
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
@@ -19,6 +20,10 @@ from ring_attention.training.trained import Trained, open_trained
 FREE_FIELDS = ("compute_dtype", "remat", "head_groups", "ffn_chunk", "loss_chunk", "start_local")
 """Of the model: fields that may differ from those of the model that a run begins with, as may the section rope. They
 say how the same parameters are computed with, or how others would have been drawn."""
+
+
+_SAID = ("attention.window", "attention.softcap")
+"""Of attention: fields that change the function of a model, and may."""
 
 
 def find_initial(config: TrainConfig) -> Trained | None:
@@ -34,18 +39,18 @@ def find_initial(config: TrainConfig) -> Trained | None:
     except ConfigError as error:
         raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
     theirs = flatten_dict(config_to_dict(trained.config)["model"], sep=".")
-    for field, ours in flatten_dict(config_to_dict(config)["model"], sep=".").items():
-        require_field(
-            ours == theirs[field] or field in FREE_FIELDS or field.startswith("rope."),
-            f"model.{field}",
-            ours,
-            f"init_from={config.init_from!r} holds a model with {theirs[field]!r}",
-            f"use --config.model.{field}={theirs[field]}",
-        )
+    ours = flatten_dict(config_to_dict(config)["model"], sep=".")
+    free = lambda field: field in FREE_FIELDS or field.startswith("rope.")  # noqa: E731
+    wrong = [field for field, value in ours.items() if value != theirs[field] and not free(field)]
+    if wrong:
+        got = ", ".join(f"model.{field}={ours[field]!r}" for field in wrong)
+        need = f"init_from={config.init_from!r} holds a model with {', '.join(repr(theirs[field]) for field in wrong)}"
+        remedy = f"use {' '.join(f'--config.model.{field}={theirs[field]}' for field in wrong)}"
+        raise ConfigError(f"{got}: {need}; {remedy}")
     tokenizer = trained.config.data.tokenizer
     from_init = f"the parameters of init_from={config.init_from!r} were trained with"
     require_field(
-        config.data.tokenizer != BYTES or tokenizer == BYTES or Path(tokenizer).is_file(),
+        config.data.tokenizer != BYTES or tokenizer == BYTES or is_regular(Path(tokenizer)),
         "data.tokenizer",
         config.data.tokenizer,
         f"{from_init} a tokenizer that is not there, {tokenizer}",
@@ -66,7 +71,7 @@ def describe_initial(config: TrainConfig, trained: Trained) -> list[str]:
     lines = [f"Beginning with the parameters of {trained.checkpoint}."]
     theirs = flatten_dict(config_to_dict(trained.config), sep=".")
     for field, ours in flatten_dict(config_to_dict(config), sep=".").items():
-        if ours != theirs[field] and (field == "attention.window" or field.startswith("model.rope.")):
+        if ours != theirs[field] and (field in _SAID or field.startswith("model.rope.")):
             lines.append(f"{field} was {theirs[field]!r} and is {ours!r}.")
     made_for = trained.config.seq_len
     if config.model.rope == trained.model.rope and config.seq_len > made_for:
@@ -109,6 +114,8 @@ def _keep(trained: Trained, target: Path) -> None:
 
 def _same_tokens(ours: str, theirs: str) -> bool:
     """Whether two tokenizers are one; True where theirs is not there to be compared."""
-    if ours == theirs or theirs != BYTES and not Path(theirs).is_file():
+    if ours == theirs or theirs != BYTES and not is_regular(Path(theirs)):
         return True
-    return BYTES not in (ours, theirs) and Path(ours).is_file() and Path(ours).read_bytes() == Path(theirs).read_bytes()
+    return (
+        BYTES not in (ours, theirs) and is_regular(Path(ours)) and Path(ours).read_bytes() == Path(theirs).read_bytes()
+    )

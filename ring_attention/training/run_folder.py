@@ -12,6 +12,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ring_attention.checks import ConfigError, require_field
+from ring_attention.models.hf.files import read_json
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds
@@ -154,10 +155,7 @@ def _require_same(folder: RunFolder, config: TrainConfig) -> list[str]:
 
 def _stored(folder: RunFolder) -> dict[str, Any]:
     """The fields of config.json; ConfigError where it is none, or of a newer version."""
-    try:
-        stored = flatten_dict(json.loads(folder.config.read_text(encoding="utf-8")), sep=".")
-    except (ValueError, AssertionError) as error:  # flatten_dict asserts that it got a dict
-        raise ConfigError(f"{folder.config} is not a config in JSON; mend it or {_OTHER_FOLDER}") from error
+    stored = flatten_dict(read_json(folder.config, f"mend it or {_OTHER_FOLDER}", kind="a config in JSON"), sep=".")
     version = stored.pop("version", None)
     stored = {field: value for field, value in BEFORE.items() if field.partition(".")[0] not in stored} | stored
     require_field(

@@ -6,7 +6,7 @@ The folder is that of a run of train.py, of an import (scripts/import_hf.py), or
 import dataclasses
 import functools
 import gc
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from ring_attention.checks import ConfigError, one_line, require_field, require_local
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.hf.files import is_regular, read_json, require_regular_tree
 from ring_attention.models.hf.loading import Progress, load_parameters
 from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Kept, open_kept
 from ring_attention.models.hf.source import Source, is_hf_folder, open_source
@@ -78,7 +79,7 @@ class Trained:
         if self.source is not None:
             return None
         folder = self.checkpoint.parents[1] / FOLDER
-        return open_kept(folder) if folder.is_dir() else None
+        return open_kept(folder) if os.path.isdir(folder) else None
 
     @property
     def model(self) -> ModelConfig:
@@ -101,50 +102,58 @@ def open_trained(path: str) -> Trained:
         return Trained(folder, config_of(source), source)
     chosen = folder if folder.parent.name == "checkpoints" else None
     run = RunFolder(folder.parents[1] if chosen else folder)
-    require_field(run.config.is_file(), "checkpoint", path, "has no config.json", _NEED)
+    require_field(is_regular(run.config), "checkpoint", path, "has no config.json", _NEED)
     if chosen is None:
         steps = [int(file.name) for file in run.checkpoints.glob("*") if file.name.isdecimal()]
         require_field(bool(steps), "checkpoint", path, "holds no checkpoint yet", "wait for the first, or train on")
         chosen = run.checkpoints / str(max(steps))
-    require_field((chosen / "state").is_dir(), "checkpoint", path, "is no checkpoint", _NEED)
+    require_field(os.path.isdir(chosen / "state"), "checkpoint", path, "is no checkpoint", _NEED)
     return Trained(chosen, _with_tokenizer(read_config(run), run))
 
 
 def _with_tokenizer(config: TrainConfig, run: RunFolder) -> TrainConfig:
     copy = run.path.absolute() / FOLDER / FILES / TOKENIZER
-    if config.data.tokenizer == BYTES or Path(config.data.tokenizer).is_file() or not copy.is_file():
+    if config.data.tokenizer == BYTES or is_regular(Path(config.data.tokenizer)) or not is_regular(copy):
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(copy)))
 
 
 def _read(checkpoint: Path, wanted: Any) -> Any:
-    """The parameters in a checkpoint, compared with the fingerprints that were written beside them.
+    """The parameters in a checkpoint, compared with the fingerprints that were written beside them."""
+    remedy = "give an older one (.../checkpoints/STEP), or train on: train.py goes back to one that is whole"
+    require_regular_tree(checkpoint, remedy)
+    try:
+        params, found = _read_arrays(checkpoint, wanted)
+        known, reason = dict(read_json(checkpoint / "data" / "metadata", remedy)["fingerprints"]), ""
+    except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
+        reason = one_line(error)[:200] or type(error).__name__
+    if reason:
+        raise ConfigError(f"checkpoint={str(checkpoint)!r}: cannot be read ({reason}); {remedy}")
+    wrong = [name for name, word in found.items() if known.get(name) != word]
+    if wrong:
+        raise ConfigError(f"checkpoint={str(checkpoint)!r}: {wrong[0]} changed since it was written; {remedy}")
+    return unflatten_dict(params)["params"]
+
+
+def _read_arrays(checkpoint: Path, wanted: Any) -> tuple[dict[tuple[str, ...], jax.Array], dict[str, int]]:
+    """The arrays by their paths below the state, and their fingerprints by name.
 
     One array at a time: orbax copies all that it is asked for at once on the host, and fingerprints may copy it too.
     Orbax leaves its copy in a circle of references, so garbage is collected for every `_GARBAGE` bytes of copies; for
     every array it would take most of the time in a process that holds many objects.
     """
-    remedy = "give an older one (.../checkpoints/STEP), or train on: train.py goes back to one that is whole"
     params, found, garbage = {}, {}, 0
-    try:
-        for path, array in flatten_dict(wanted).items():
-            part = _read_array(checkpoint, ("params", *path), array)
-            params |= flatten_dict(part)
-            found |= fingerprints(part)
-            garbage += array.size * array.dtype.itemsize
-            if garbage >= _GARBAGE:
-                gc.collect()
-                garbage = 0
-        known = json.loads((checkpoint / "data" / "metadata").read_text())["fingerprints"]
-    except (jax.errors.JaxRuntimeError, MemoryError):
-        raise
-    except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
-        reason = one_line(error)[:200]
-        raise ConfigError(f"checkpoint={str(checkpoint)!r}: cannot be read ({reason}); {remedy}") from error
-    wrong = [name for name, word in found.items() if known.get(name) != word]
-    if wrong:
-        raise ConfigError(f"checkpoint={str(checkpoint)!r}: {wrong[0]} changed since it was written; {remedy}")
-    return unflatten_dict(params)["params"]
+    for path, array in flatten_dict(wanted).items():
+        part = _read_array(checkpoint, ("params", *path), array)
+        params |= flatten_dict(part)
+        found |= fingerprints(part)
+        garbage += array.size * array.dtype.itemsize
+        if garbage >= _GARBAGE:
+            gc.collect()
+            garbage = 0
+    return params, found
 
 
 def _read_array(checkpoint: Path, path: tuple[str, ...], array: jax.ShapeDtypeStruct) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from ring_attention.evaluation.needle_accuracy import AnswerScorer, NeedleTest, 
 from ring_attention.evaluation.needles import STYLES
 from ring_attention.evaluation.questions import Question
 from ring_attention.inference.generator import Generator
+from ring_attention.models import transformer
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.rope import RopeConfig
 from ring_attention.models.transformer import parameter_specs
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.step import make_state
@@ -138,3 +140,18 @@ def test_tokens_that_the_tokenizer_does_not_have_never_count(params):
         chosen[size] = right.index(True)
     assert chosen[KNOWN] < KNOWN
     assert chosen[40] >= KNOWN, "the control"
+
+
+def test_dynamic_rotary_scaling_goes_by_the_length_that_was_asked_for_and_not_by_the_padded_one(params, monkeypatch):
+    lengths, real = [], transformer.rotary_tables
+
+    def recording(*args, length):
+        lengths.append(length)
+        return real(*args, length=length)
+
+    monkeypatch.setattr(transformer, "rotary_tables", recording)
+    dynamic = RopeConfig(theta=100.0, scaling="dynamic", factor=4.0, original_len=16)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, rope=dynamic))
+    scorer = AnswerScorer(config, params, mesh=mesh_of("1"), vocab_size=KNOWN)
+    scorer.right([Question(np.arange(20), 3)], length=33, rows=1)  # padded to 34
+    assert lengths == [33]

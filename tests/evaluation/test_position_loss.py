@@ -14,6 +14,7 @@ from ring_attention.data.sources import Document
 from ring_attention.data.tokenizers import ByteTokenizer
 from ring_attention.evaluation.position_loss import LossReader, bin_edges, long_documents, measure_position_loss
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.rope import RopeConfig
 from ring_attention.models.transformer import parameter_specs
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.step import make_eval_step, make_state
@@ -34,10 +35,11 @@ def documents():
     return np.random.default_rng(2).integers(256, size=(3, 46)).astype(np.int32)
 
 
-def reader(params, mesh, window=0):
+def reader(params, mesh, window=0, rope=None):
     placed = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(MODEL)))
     attention = dataclasses.replace(CONFIG.attention, window=window)
-    return LossReader(CONFIG, attention, placed, mesh)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, rope=rope or MODEL.rope))
+    return LossReader(config, attention, placed, mesh)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,23 @@ def test_losses_are_the_same_on_any_mesh_and_padding_changes_nothing(params, doc
     assert abs(got - want).max() < 1e-4
     other = reader(params, ra.make_mesh(**ALONE)).losses(documents, rows=3)
     assert abs(other - want).max() > 1e-2, "the control: another window is seen"
+
+
+def grown_to(length):
+    """Dynamic scaling's frequencies at a length, which are those of another theta (as `transformers` has it)."""
+    return RopeConfig(theta=100.0 * (4 * length / 16 - 3) ** (6 / (6 - 2)))
+
+
+def test_dynamic_rotary_scaling_goes_by_the_documents_length_on_any_mesh_however_they_are_padded(params, documents):
+    dynamic = RopeConfig(theta=100.0, scaling="dynamic", factor=4.0, original_len=16)
+    ring, alone = reader(params, ra.make_mesh(sp=4, devices=jax.devices()[:4]), rope=dynamic), ra.make_mesh(**ALONE)
+    got = ring.losses(documents, rows=3)  # 45 tokens, padded to 48
+    want = reader(params, alone, rope=grown_to(45)).losses(documents, rows=3)
+    assert abs(got - want).max() < 1e-4
+    padded = reader(params, alone, rope=grown_to(48)).losses(documents, rows=3)
+    assert abs(padded - want).max() > 1e-2, "the control: three tokens more are seen"
+    shorter = reader(params, alone, rope=grown_to(43)).losses(documents[:, :44], rows=3)  # padded to as many
+    assert abs(ring.losses(documents[:, :44], rows=3) - shorter).max() < 1e-4
 
 
 @pytest.mark.slow

@@ -13,10 +13,13 @@ from jax.sharding import PartitionSpec as Spec
 import ring_attention as ra
 from ring_attention.attention.masks import Tokens, visible
 from ring_attention.attention.rule import Rule
+from ring_attention.evaluation.position_loss import LossReader
 from ring_attention.models.hf.loading import load_parameters
 from ring_attention.models.hf.source import open_source
 from ring_attention.models.rope import RopeConfig, frequencies, rotary_tables
 from ring_attention.models.transformer import Transformer, parameter_specs
+from ring_attention.training.config import AttentionConfig
+from ring_attention.training.trained import open_trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -227,6 +230,24 @@ def test_a_part_that_is_left_out_or_wrong_is_seen(tmp_path, control):
         window = change and window + change
     ours = our_logits(config, params, mesh, window, length=LENGTH // 2)
     assert np.abs(ours - their_logits(model, length=LENGTH // 2)).max() > 30 * BOUND
+
+
+def test_losses_of_documents_of_any_length_with_dynamic_scaling_are_theirs_on_any_number_of_devices(tmp_path):
+    model = make_checkpoint(tmp_path, "llama", "dynamic", 1e4)
+    trained, attention = open_trained(str(tmp_path)), AttentionConfig(layout="zigzag")
+    worst = {}
+    for length in (WINDOW + 1, 101):  # ever longer: theirs remembers the longest
+        with torch.no_grad():
+            logits = model(torch.as_tensor(TOKENS[:, :length]), use_cache=False).logits[0]
+        want = torch.nn.functional.cross_entropy(
+            logits, torch.as_tensor(TOKENS[0, 1 : length + 1]), reduction="none"
+        ).numpy()
+        for size in (1, 8):
+            mesh = ra.make_mesh(sp=size, devices=jax.devices()[:size])
+            reader = LossReader(trained.config, attention, trained.load(mesh), mesh)
+            got = reader.losses(TOKENS[:, : length + 1].astype(np.int32), rows=1)[0]
+            worst[length, size] = np.abs(got - want).max()
+    assert max(worst.values()) < BOUND, worst
 
 
 # --- What transformers itself does ------------------------------------------------------------------------------------

@@ -112,7 +112,99 @@ def test_a_window_holds_in_all_layers_or_in_none(values, window):
     assert config_from_hf(values).window == window
 
 
+PUBLISHED = {  # the keys that each has beside those of LLAMA_2_7B, as published
+    "SmolLM2-135M": LLAMA
+    | {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "mlp_bias": False,
+        "initializer_range": 0.041666666666666664,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    },
+    "Yarn-Llama-2-7b-128k": LLAMA
+    | {
+        "_flash_attn_2_enabled": True,
+        "auto_map": {
+            "AutoConfig": "configuration_llama.LlamaConfig",
+            "AutoModelForCausalLM": "modeling_llama_together_yarn.LlamaForCausalLM",
+        },
+        "rope_scaling": {
+            "factor": 32.0,
+            "finetuned": True,
+            "original_max_position_embeddings": 128,
+            "type": "yarn",
+        },
+    },
+    "Yarn-Mistral-7b-128k": MISTRAL
+    | {
+        "auto_map": {
+            "AutoConfig": "configuration_mistral.MistralConfig",
+            "AutoModelForCausalLM": "modeling_mistral_yarn.MistralForCausalLM",
+        },
+        "max_sequence_length": 4096,
+        "sliding_window": 4096,
+        "use_cache": True,
+        "rope_scaling": {
+            "factor": 16.0,
+            "finetuned": True,
+            "original_max_position_embeddings": 256,
+            "type": "yarn",
+        },
+    },
+    "DeepSeek-R1-Distill-Qwen-1.5B": QWEN2
+    | {
+        "attention_dropout": 0.0,
+        "max_window_layers": 21,
+        "sliding_window": 4096,
+        "use_mrope": False,
+        "use_sliding_window": False,
+    },
+    "Yi-1.5-6B": LLAMA | {"attention_bias": False, "pad_token_id": 0, "rope_theta": 5000000.0},
+    "vicuna-7b-v1.5-16k": LLAMA
+    | {
+        "max_sequence_length": 4096,
+        "rope_scaling": {"factor": 4.0, "type": "linear"},
+        "pad_token_id": 0,
+        "use_cache": True,
+    },
+    "transformers 5": LLAMA
+    | {
+        "dtype": "bfloat16",
+        "rope_parameters": {
+            "rope_theta": 1e4,
+            "rope_type": "linear",
+            "factor": 2.0,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_of_published_checkpoints_that_change_nothing_are_taken(name):
+    config_from_hf(PUBLISHED[name])
+
+
+@pytest.mark.parametrize("name", ["Yarn-Llama-2-7b-128k", "Yarn-Mistral-7b-128k"])
+def test_a_yarn_checkpoint_is_that_of_the_same_keys_without_its_code(name):
+    values = PUBLISHED[name]
+    scaling = {key: value for key, value in values["rope_scaling"].items() if key != "finetuned"}
+    plain = {key: value for key, value in values.items() if key != "auto_map"} | {"rope_scaling": scaling}
+    assert config_from_hf(values) == config_from_hf(plain)
+    assert config_from_hf(values).model.rope.scaling == "yarn"
+
+
 REFUSED = [
+    (LLAMA, "rope_interleaved", True, "two halves"),
+    (LLAMA, "auto_map", {"AutoModelForCausalLM": "modeling_x.LlamaMoEForCausalLM"}, "code"),
+    (LLAMA, "auto_map", {"AutoModelForCausalLM": "modeling_x.MistralForCausalLM"}, "code"),
+    (LLAMA, "auto_map", "modeling_x.LlamaForCausalLM", "code"),
+    (LLAMA, "dual_chunk_attention_config", {"chunk_size": 262144}, "chunks"),
+    (LLAMA, "quantization", {"group_size": 64, "bits": 4}, "bfloat16"),
+    (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "finetuned": False}, "finetuned"),
+    (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "attn_factor": 1.2}, "attn_factor"),
     (LLAMA, "model_type", "gemma2", "llama, mistral, qwen2, qwen3"),
     (LLAMA, "model_type", None, "llama, mistral, qwen2, qwen3"),
     (LLAMA, "model_type", ["llama"], "llama, mistral, qwen2, qwen3"),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from hf_folders import LLAMA, contents, write_folder
+from hf_folders import LLAMA, MISTRAL, contents, write_folder
 
 import ring_attention as ra
 from ring_attention.checks import ConfigError
@@ -17,6 +17,7 @@ from ring_attention.models.rope import RopeConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import AttentionConfig
 from ring_attention.training.exported import export_hf
+from ring_attention.training.flags import parse_config
 from ring_attention.training.imported import config_of, import_hf
 from ring_attention.training.initial import describe_initial, find_initial, has_begun, initial_state
 from ring_attention.training.run_folder import RunFolder, open_run_folder
@@ -160,3 +161,119 @@ def test_what_changes_of_the_model_is_said(folders):
 def test_a_run_that_has_a_checkpoint_no_longer_asks_what_it_began_with(folders, tmp_path):
     assert has_begun(RunFolder(folders / "run"))
     assert not has_begun(RunFolder(tmp_path))
+
+
+# --- What a config need not say ---------------------------------------------------------------------------------------
+
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+STRETCHED = RopeConfig(theta=3e4, scaling="llama3", factor=8.0, original_len=16)
+SIZES = dict(vocab_size=48, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=40)
+
+
+@pytest.fixture(scope="module")
+def stretched(tmp_path_factory):
+    """A Mistral folder with a scaling, a window, a theta and an epsilon that are no defaults."""
+    path = tmp_path_factory.mktemp("stretched") / "hf"
+    rope = {"rope_theta": 3e4, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}
+    write_folder(path, MISTRAL | rope | {"rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"})
+    return path
+
+
+def config_file(tmp_path, model="", attention=""):
+    """A config file with the sizes of the folder, and these arguments."""
+    sizes = ", ".join(f"{name}={size}" for name, size in SIZES.items())
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ring_attention.models.config import ModelConfig\n"
+        "from ring_attention.models.rope import RopeConfig\n"
+        "from ring_attention.training.config import AttentionConfig, TrainConfig\n"
+        f"def get_config():\n    model = ModelConfig(**dict(dict({sizes}), {model}))\n"
+        f"    attention = AttentionConfig({attention})\n"
+        "    return TrainConfig(name='mine', model=model, attention=attention, seq_len=64, num_steps=200)\n"
+    )
+    return path
+
+
+def parsed(path, *words, begin=None):
+    begin = [f"--config.init_from={begin}"] if begin else []
+    return parse_config([f"--config={path}", *begin, *words], "configs/tiny.py")
+
+
+def test_what_a_config_leaves_out_is_that_of_the_model_that_it_begins_with(stretched, tmp_path):
+    before = parsed(config_file(tmp_path))
+    assert (before.model.rope.scaling, before.attention.window) == ("none", 0)  # the control
+    config = parsed(config_file(tmp_path), begin=stretched)
+    assert config.model.rope == STRETCHED
+    assert (config.attention.window, config.model.norm_epsilon) == (24, 1e-6)
+    assert (config.model.compute_dtype, config.seq_len, config.name) == ("float32", 64, "mine")
+    same = parsed(config_file(tmp_path, model="rope=RopeConfig(theta=3e4)", attention="window=24"), begin=stretched)
+    assert same == config
+
+
+def test_what_a_config_file_says_otherwise_is_refused_with_all_fields_and_both_values(stretched, tmp_path):
+    rope = "rope=RopeConfig(theta=1e6, scaling='yarn', factor=4.0, original_len=16)"
+    path = config_file(tmp_path, model=f"num_layers=2, qk_norm=True, {rope}", attention="window=9, softcap=30.0")
+    with pytest.raises(ConfigError) as caught:
+        parsed(path, begin=stretched)
+    message = str(caught.value)
+    for part in (
+        "model.num_layers=2 (there 3)",
+        "model.qk_norm=True (there False)",
+        "model.rope.theta=1000000.0 (there 30000.0)",
+        "model.rope.scaling='yarn' (there 'llama3')",
+        "model.rope.factor=4.0 (there 8.0)",
+        "attention.window=9 (there 24)",
+        "attention.softcap=30.0 (there 0.0)",
+        f"init_from='{stretched}' holds another model; leave them out",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_the_command_line_may_change_the_scaling_and_the_window_of_the_model_and_says_so(stretched, tmp_path):
+    path = config_file(tmp_path)
+    words = ["--config.model.rope.scaling=yarn", "--config.model.rope.factor=4", "--config.model.rope.original_len=64"]
+    config = parsed(path, *words, "--config.attention.window=0", begin=stretched)
+    assert config.model.rope == RopeConfig(theta=3e4, scaling="yarn", factor=4.0, original_len=64)
+    assert config.attention.window == 0
+    longer = parsed(path, "--config.model.rope.factor=16", begin=stretched)
+    assert longer.model.rope == dataclasses.replace(STRETCHED, factor=16.0)
+    bytes_ = dataclasses.replace(config, data=DataConfig(tokenizer="bytes"))
+    lines = describe_initial(bytes_, open_trained(str(stretched)))
+    assert "attention.window was 24 and is 0." in lines
+    assert "model.rope.scaling was 'llama3' and is 'yarn'." in lines
+
+
+def test_a_run_that_has_begun_keeps_to_its_own_config_when_what_it_began_with_is_gone(stretched, tmp_path):
+    path, gone = config_file(tmp_path), tmp_path / "gone"
+    shutil.copytree(stretched, gone)
+    words = [f"--config.run_dir={tmp_path / 'run'}"]
+    config = parsed(path, *words, begin=gone)
+    with open_run_folder(config) as folder:
+        (folder.checkpoints / "1").mkdir(parents=True)
+    shutil.rmtree(gone)
+    assert parsed(path, *words, begin=gone) == config
+    with pytest.raises(ConfigError, match="init_from='.*gone': "):  # the control: another run
+        parsed(path, begin=gone)
+
+
+def test_several_fields_of_another_model_are_refused_at_once(folders):
+    config = of_model(begin_with(folders / "hf"), num_layers=4, ffn_dim=48)
+    with pytest.raises(ConfigError, match=r"model.num_layers=4, model.ffn_dim=48: .* holds a model with 3, 40; use --"):
+        find_initial(config)
+
+
+def test_a_folder_given_as_the_config_says_shape_rope_window_and_dtype_without_its_weights(stretched, tmp_path):
+    (tmp_path / "hf").mkdir()
+    shutil.copy(stretched / "config.json", tmp_path / "hf")
+    config = parsed(tmp_path / "hf", "--config.seq_len=32")
+    want = open_source(stretched).config
+    assert config.model == dataclasses.replace(want.model, compute_dtype="bfloat16")
+    assert (config.attention.window, config.seq_len, config.name, config.init_from) == (24, 32, "hf", "")
+    assert config.data.tokenizer == str(tmp_path / "hf" / "tokenizer.json")
+    (tmp_path / "config.json").write_text('{"version": 1}')
+    with pytest.raises(ConfigError, match="is a folder without a config.json of Hugging Face; give a config file, or"):
+        parsed(tmp_path)
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gemma2"}')
+    with pytest.raises(ConfigError, match=f"--config={tmp_path / 'hf'}: model_type='gemma2': is not implemented"):
+        parsed(tmp_path / "hf")

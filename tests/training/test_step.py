@@ -9,7 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from oracle import random_qkv, relative_error
 
 import ring_attention as ra
+from ring_attention.models import transformer
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.rope import RopeConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.optimizer import make_optimizer, make_schedule
 from ring_attention.training.step import (
@@ -218,3 +220,21 @@ def test_gradients_are_clipped_by_their_global_norm(alone):
     np.testing.assert_allclose(norm(0.1), 0.1, rtol=1e-3)
     np.testing.assert_allclose(norm(0.4), 0.4, rtol=1e-3)
     np.testing.assert_allclose(norm(50.0), 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("ring", [1, 8])
+def test_dynamic_rotary_scaling_takes_a_row_of_packed_documents_for_one_sequence_on_any_ring(ring, monkeypatch):
+    lengths, real = [], transformer.rotary_tables
+
+    def recording(*args, length):
+        lengths.append(length)
+        return real(*args, length=length)
+
+    monkeypatch.setattr(transformer, "rotary_tables", recording)
+    rope = RopeConfig(scaling="dynamic", factor=2.0, original_len=16)
+    config = _config(sp=ring)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, rope=rope))
+    mesh = ra.make_mesh(sp=ring, devices=jax.devices()[:ring])
+    params = jax.eval_shape(lambda: make_state(config, mesh).params)
+    jax.eval_shape(make_eval_step(config, mesh), params, _natural_batch())
+    assert lengths == [SEQ_LEN]

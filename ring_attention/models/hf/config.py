@@ -5,12 +5,10 @@ Whatever the model cannot do is refused by name: a key that is not read here or 
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ring_attention.checks import ConfigError, one_line, printable, require_field, shown
+from ring_attention.checks import printable, require_field
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.keys import FIXED, IGNORED
 from ring_attention.models.hf.rope import ROPE_KEYS, rope_from_hf, rope_to_hf
@@ -20,6 +18,9 @@ _SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attenti
 _OTHERS = "rms_norm_eps max_position_embeddings tie_word_embeddings"
 _WINDOW = "sliding_window use_sliding_window max_window_layers layer_types"
 _READ = frozenset(f"{_SHAPE} {_OTHERS} {_WINDOW}".split())
+MOST_LAYERS = 10_000
+"""Of a model: a hundred times those of the deepest in use. Each has a dozen tensors, which are listed."""
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -77,23 +78,6 @@ class HFConfig:
     max_len: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ConfigError where there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{printable(str(path))} cannot be read ({error.strerror}); give a folder that holds it"
-        ) from error
-    except ValueError as error:  # JSON's and Unicode's
-        raise ConfigError(f"{printable(str(path))} is not JSON ({one_line(error)}); download it again") from error
-    except RecursionError as error:
-        raise ConfigError(f"{printable(str(path))} is nested too deeply; download it again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{printable(str(path))} holds {shown(values)}, need an object; download it again")
-    return values
-
-
 def config_from_hf(values: Mapping[str, Any]) -> HFConfig:
     """Translate the contents of a config.json.
 
@@ -102,7 +86,7 @@ def config_from_hf(values: Mapping[str, Any]) -> HFConfig:
     """
     family = _family(values)
     given = FAMILIES[family]
-    _require_known(values)
+    _require_known(values, given)
     for key, default in given.defaults.items():
         if key not in values:
             values = {**values, key: default}
@@ -112,7 +96,7 @@ def config_from_hf(values: Mapping[str, Any]) -> HFConfig:
         fits = width % heads == 0
         require_field(fits, "hidden_size", width, f"is not divisible by num_attention_heads={heads}", "give head_dim")
         head_dim = width // heads
-    layers, max_len = whole(values, "num_hidden_layers"), whole(values, "max_position_embeddings")
+    layers, max_len = whole(values, "num_hidden_layers", most=MOST_LAYERS), whole(values, "max_position_embeddings")
     model = ModelConfig(
         vocab_size=whole(values, "vocab_size"),
         num_layers=layers,
@@ -217,9 +201,28 @@ def _family(values: Mapping[str, Any]) -> str:
     return model_type
 
 
-def _require_known(values: Mapping[str, Any]) -> None:
+def _require_no_code(values: Mapping[str, Any], family: Family) -> None:
+    """Raise ConfigError where a checkpoint comes with code for another model than its family's.
+
+    Code for classes of the family's own names, as with Yarn-Llama, is what `transformers` leaves out too unless it is
+    told to trust it: the class that it has computes the same from the other keys.
+    """
+    code, stem = values.get("auto_map"), family.architecture.removesuffix("ForCausalLM")
+    ours = [f"{stem}{end}" for end in ("Config", "Model", "ForCausalLM", "ForSequenceClassification")]
+    own = code is None or (
+        isinstance(code, dict)
+        and all(isinstance(place, str) and place.rpartition(".")[2] in ours for place in code.values())
+    )
+    need, remedy = "code that comes with a checkpoint is not run", "take a checkpoint that needs none"
+    require_field(own, "auto_map", code, need, remedy)
+
+
+def _require_known(values: Mapping[str, Any], family: Family) -> None:
     """Raise ConfigError for the first key that asks for what is not implemented, or is not known at all."""
+    _require_no_code(values, family)
     for key, value in values.items():
+        if key == "auto_map":
+            continue
         if key in FIXED:
             fixed = FIXED[key]
             require_field(value in fixed.allowed, printable(key), value, fixed.need, fixed.remedy)

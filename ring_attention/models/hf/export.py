@@ -14,10 +14,12 @@ import numpy as np
 from ring_attention.checks import ConfigError, printable, require_field
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.config import HFConfig, config_to_hf, update_hf
+from ring_attention.models.hf.files import inside
+from ring_attention.models.hf.header import DTYPES, parse_header
 from ring_attention.models.hf.loading import Progress
-from ring_attention.models.hf.manifest import Kept, offsets
+from ring_attention.models.hf.manifest import Kept
 from ring_attention.models.hf.names import TIED_COPY, Tensor, is_no_parameter, leaf, tensors_of
-from ring_attention.models.hf.source import CONFIG, DTYPES, INDEX, SINGLE, all_finite
+from ring_attention.models.hf.source import CONFIG, INDEX, SINGLE, all_finite
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of a file in the standard layout, as `save_pretrained` cuts them."""
@@ -44,8 +46,9 @@ def write_again(kept: Kept, params: Any, config: HFConfig, out: Path, progress: 
       progress: told of each tensor.
     """
     for name in kept.others:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept.other(name), out / name)
+        target = inside(out, name, said_by=kept.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept.other(name), target)
     values = kept.values
     updated = update_hf(values, config)
     if updated != values:
@@ -53,7 +56,8 @@ def write_again(kept: Kept, params: Any, config: HFConfig, out: Path, progress: 
     tensors = _with_tied_copy(config.model)
     for shard in kept.shards:
         header = kept.header(shard)
-        _write(out / shard, header, _contents(header, kept, tensors, params), progress)
+        target = inside(out, shard, said_by=kept.path)
+        _write(target, header, _contents(header, target, kept, tensors, params), progress)
 
 
 def write_standard(
@@ -83,9 +87,9 @@ def write_standard(
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header = _header(shard, DTYPE_NAMES[dtype])
-        _write(out / name, header, _contents(header, None, shard, params), progress)
+        _write(out / name, header, _contents(header, out / name, None, shard, params), progress)
         places |= dict.fromkeys(shard, name)
-        total += sum(end - begin for begin, end in offsets(header).values())
+        total += sum(entry.end - entry.begin for entry in parse_header(header, out / name).values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         _write_json(out / INDEX, index)
@@ -111,17 +115,16 @@ def _with_tied_copy(model: ModelConfig) -> dict[str, Tensor]:
 
 
 def _contents(
-    header: bytes, kept: Kept | None, tensors: dict[str, Tensor], params: Any
+    header: bytes, path: Path, kept: Kept | None, tensors: dict[str, Tensor], params: Any
 ) -> Iterator[tuple[str, bytes | memoryview]]:
-    """The name and the bytes of each tensor of a file, in their order there."""
-    entries = json.loads(header[8:])
-    for name in offsets(header):
+    """The name and the bytes of each tensor of the file at `path`, in their order there."""
+    for name, entry in parse_header(header, path).items():
         if is_no_parameter(name):
             yield name, kept.tensor(name)
             continue
         tensor = tensors[name]
         values = tensor.to_tensor(host_array(leaf(params, tensor.parameter), tensor.layer))
-        dtype = DTYPES[entries[name]["dtype"]]
+        dtype = DTYPES[entry.dtype]
         with np.errstate(over="ignore"):
             stored = values.astype(dtype, order="C")
         if not all_finite(stored):

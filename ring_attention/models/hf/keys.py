@@ -39,7 +39,17 @@ FIXED: dict[str, Fixed] = {
         _ABSENT, "quantized weights are not implemented", "take the checkpoint in bfloat16, float16 or float32"
     ),
     "compression_config": Fixed(_ABSENT, "quantized weights are not implemented", "take the checkpoint in bfloat16"),
-    "auto_map": Fixed(_ABSENT, "code that comes with a checkpoint is not run", "take a checkpoint that needs none"),
+    "rope_interleaved": Fixed(_OFF, "pairs of a head are its two halves here"),
+    "rotary_interleaved": Fixed(_OFF, "pairs of a head are its two halves here"),
+    "use_qk_norm": Fixed(_OFF, "norms of queries and keys come with the family here"),
+    "qk_layernorm": Fixed(_OFF, "norms of queries and keys come with the family here"),
+    "embedding_dropout": Fixed((None, 0), "dropout is not implemented in the model", _RETRAINED),
+    "ffn_dropout": Fixed((None, 0), "dropout is not implemented in the model", _RETRAINED),
+    "neftune_noise_alpha": Fixed((None, 0), "noise on embeddings is not implemented", _RETRAINED),
+    "dual_chunk_attention_config": Fixed(_ABSENT, "attention in chunks is not implemented"),
+    "quantization": Fixed(
+        _ABSENT, "quantized weights are not implemented", "take the checkpoint in bfloat16, float16 or float32"
+    ),
     "final_logit_softcapping": Fixed(_ABSENT, "a cap on logits is not implemented"),
     "attn_logit_softcapping": Fixed(_ABSENT, "a cap on attention scores is not translated"),
     "query_pre_attn_scalar": Fixed(_ABSENT, "scores are divided by the root of head_dim here"),
@@ -65,15 +75,21 @@ _FOR_READERS = "architectures model_type dtype torch_dtype transformers_version 
 _FOR_PROGRAMS = """
     use_cache use_flash_attn _attn_implementation attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
     _experts_implementation output_attentions output_hidden_states return_dict use_return_dict torchscript
-    chunk_size_feed_forward use_bfloat16 tf_legacy_loss is_decoder unsloth_version unsloth_fixed
+    chunk_size_feed_forward use_bfloat16 tf_legacy_loss is_decoder unsloth_version unsloth_fixed is_llama_config
+    transformers.js_config cache_implementation kv_cache_dtype gradient_checkpointing use_flash_attention
+    use_flash_attention_2 _use_flash_attention_2 _attn_implementation_internal is_composition base_model_tp_plan
+    tie_weights_keys
 """
-_FOR_A_NEW_MODEL = "initializer_range"
+_FOR_A_NEW_MODEL = "initializer_range init_std initializer_factor"
 _FOR_TOKENIZERS = """
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class
-    max_sequence_length prefix
+    max_sequence_length prefix model_max_length tokenizer_model_max_length seq_length max_seq_len max_seq_length
+    bos_token eos_token pad_token unk_token padding_side truncation_side tokenizer_padding_side add_bos_token
+    add_eos_token chat_template
 """
 _FOR_OTHER_TASKS = """
     id2label label2id num_labels problem_type finetuning_task task_specific_params tie_last_hidden_states
+    classifier_dropout summary_first_dropout license language tags base_model
 """
 _FOR_GENERATING = """
     do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams num_beam_groups

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ring_attention.checks import ConfigError, printable
-from ring_attention.models.hf.config import HFConfig, config_from_hf, read_json
-from ring_attention.models.hf.names import is_no_parameter
-from ring_attention.models.hf.source import CONFIG, Source, read_header
+from ring_attention.checks import ConfigError, printable, require_field, shown
+from ring_attention.models.hf.config import HFConfig, config_from_hf
+from ring_attention.models.hf.files import inside, is_regular, read_json, require_regular
+from ring_attention.models.hf.header import DTYPES, Entry, parse_header, read_header
+from ring_attention.models.hf.names import TIED_COPY, is_no_parameter, tensors_of
+from ring_attention.models.hf.source import CONFIG, Source
 
 FOLDER = "hf"
 """Of a run or an import: where the manifest lies."""
@@ -41,7 +43,8 @@ class Kept:
       path: of the folder.
       shards: names of the safetensors files.
       others: relative paths of the other files.
-      left_out: relative paths of files that were not kept: weights in another form, and what is very large.
+      left_out: relative paths of files that were not kept: weights in another form, what is very large, and what is
+        no file, such as a link that leads nowhere.
     """
 
     path: Path
@@ -62,7 +65,7 @@ class Kept:
     @property
     def tensor_bytes(self) -> int:
         """Of the safetensors files, but for their headers."""
-        return sum(end - begin for shard in self.shards for begin, end in offsets(self.header(shard)).values())
+        return sum(entry.end for shard in self.shards for entry in list(self.entries(shard).values())[-1:])
 
     def other(self, name: str) -> Path:
         """Where a file lies that is no safetensors file."""
@@ -70,7 +73,13 @@ class Kept:
 
     def header(self, shard: str) -> bytes:
         """The first bytes of a safetensors file, up to its data."""
-        return (self.path / _HEADERS / shard).read_bytes()
+        path = self.path / _HEADERS / shard
+        require_regular(path, _COPY)
+        return path.read_bytes()
+
+    def entries(self, shard: str) -> dict[str, Entry]:
+        """What a header says of the tensors, in the order of their data."""
+        return parse_header(self.header(shard), self.path / _HEADERS / shard)
 
     def tensor(self, name: str) -> bytes:
         """The bytes of a tensor that is no parameter."""
@@ -86,7 +95,7 @@ def keep(source: Source, folder: Path) -> Kept:
     others, left_out = [], []
     for name in _others(source):
         path = source.path / name
-        if path.suffix in _WEIGHTS or path.stat().st_size > _MOST_BYTES:
+        if not is_regular(path) or path.suffix in _WEIGHTS or path.stat().st_size > _MOST_BYTES:
             left_out.append(name)
         else:
             others.append(name)
@@ -96,10 +105,10 @@ def keep(source: Source, folder: Path) -> Kept:
         header = read_header(source.path / shard)
         (partial / _HEADERS / shard).write_bytes(header)
         with (source.path / shard).open("rb") as file:
-            for name, (begin, end) in offsets(header).items():
+            for name, entry in parse_header(header, source.path / shard).items():
                 if is_no_parameter(name):
-                    file.seek(len(header) + begin)
-                    (partial / _TENSORS / name).write_bytes(file.read(end - begin))
+                    file.seek(len(header) + entry.begin)
+                    (partial / _TENSORS / name).write_bytes(file.read(entry.end - entry.begin))
     values = {
         "version": VERSION,
         "shards": list(source.files),
@@ -113,32 +122,57 @@ def keep(source: Source, folder: Path) -> Kept:
 
 
 def open_kept(folder: Path) -> Kept:
-    """Open what `keep` wrote; ConfigError where it is damaged or of a newer version."""
-    where = printable(str(folder))
-    values = read_json(folder / _MANIFEST)
+    """Open what `keep` wrote; ConfigError where it is damaged, of a newer version, or names what is not in it."""
+    where, manifest = printable(str(folder)), folder / _MANIFEST
+    values = read_json(manifest, _COPY)
     version = values.get("version")
     if not isinstance(version, int) or version > VERSION:
-        raise ConfigError(f"{where}: version={version!r}: this ring_attention knows up to {VERSION}; update it")
-    for name, digest in values["digests"].items():
-        path = folder / name
-        if not path.is_file() or _digest(path) != digest:
+        raise ConfigError(f"{where}: version={shown(version)}: this ring_attention knows up to {VERSION}; update it")
+    digests = values.get("digests")
+    require_field(isinstance(digests, dict), f"{where}: digests", digests, "must be an object", _COPY)
+    for name, digest in digests.items():
+        path = inside(folder, name, said_by=manifest)
+        if not is_regular(path) or _digest(path) != digest:
             raise ConfigError(f"{where}: {printable(name)} is not as it was written; {_COPY}")
-    return Kept(folder, *(tuple(values[key]) for key in ("shards", "others", "left_out")))
+    for key in ("shards", "others", "left_out"):
+        named = values.get(key)
+        require_field(isinstance(named, list), f"{where}: {key}", named, "must be a list", _COPY)
+        if key != "left_out":  # which names what is not here
+            for name in named:
+                inside(folder, name, said_by=manifest)
+    kept = Kept(folder, *(tuple(values[key]) for key in ("shards", "others", "left_out")))
+    for path in map(kept.other, kept.others):
+        require_regular(path, _COPY)
+    twice = len({*kept.shards, *kept.others}) < len(kept.shards) + len(kept.others)
+    require_field(not twice, f"{where}: shards", list(kept.shards), "a file is named twice", _COPY)
+    _require_tensors(kept)
+    return kept
 
 
-def offsets(header: bytes) -> dict[str, tuple[int, int]]:
-    """Where each tensor lies in a safetensors file's data, in their order there."""
-    entries = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
-    return {
-        name: tuple(entries[name]["data_offsets"]) for name in sorted(entries, key=lambda n: entries[n]["data_offsets"])
-    }
+def _require_tensors(kept: Kept) -> None:
+    """Raise ConfigError unless the headers name just the tensors that config.json asks for, in their shapes."""
+    where, missing = printable(str(kept.path)), tensors_of(kept.config.model)
+    tied = next(tensor for tensor in missing.values() if tensor.parameter == "embed")
+    for shard in kept.shards:
+        for name, entry in kept.entries(shard).items():
+            if is_no_parameter(name):
+                path = kept.path / _TENSORS / name
+                fits = is_regular(path) and path.stat().st_size == entry.end - entry.begin
+            else:
+                tensor = missing.pop(name, tied if name == TIED_COPY and kept.config.model.tied_embeddings else None)
+                fits = tensor is not None and entry.shape == tensor.shape and entry.dtype in DTYPES
+            if not fits:
+                raise ConfigError(f"{where}: tensor {printable(name)} is none of the model of {CONFIG}; {_COPY}")
+    if missing:
+        raise ConfigError(f"{where}: tensor {next(iter(missing))} is missing; {_COPY}")
 
 
 def _others(source: Source) -> Iterator[str]:
     """Relative paths of the files that hold no parameters; hidden ones, such as .git, are not the checkpoint's."""
     for folder, folders, names in os.walk(source.path):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # which may form circles
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+        for name in sorted(names + links):
             relative = Path(folder, name).relative_to(source.path)
             if not name.startswith(".") and str(relative) not in source.files:
                 yield str(relative)

@@ -7,7 +7,7 @@ which holds them all (transformers 5).
 from collections.abc import Mapping
 from typing import Any
 
-from ring_attention.checks import require_field
+from ring_attention.checks import printable, require_field
 from ring_attention.models.hf.values import number, whole
 from ring_attention.models.rope import RopeConfig
 
@@ -15,13 +15,21 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 DEFAULT_THETA = 10_000.0
 
 _SCALINGS = {
-    "default": (),
-    "linear": ("factor",),
+    "default": ("original_max_position_embeddings",),  # which changes nothing
+    "linear": ("factor", "original_max_position_embeddings"),  # nor here
     "dynamic": ("factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
 """Kinds of scaling, and the keys that each may have."""
+
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1,),
+    "finetuned": (True,),  # Yarn-Llama's: a checkpoint that is not is scaled by its length, too
+    "attn_factor": (1,),
+    "extrapolation_factor": (1,),
+}
+"""Keys of any kind of scaling that change nothing, with the values that they do so with."""
 
 
 def rope_from_hf(values: Mapping[str, Any], max_len: int) -> RopeConfig:
@@ -33,7 +41,7 @@ def rope_from_hf(values: Mapping[str, Any], max_len: int) -> RopeConfig:
     section, given = _table(values)
     kind = _one_of(given, "rope_type", "type", section) or "default"
     require_field(
-        kind in _SCALINGS,
+        isinstance(kind, str) and kind in _SCALINGS,
         f"{section}.rope_type",
         kind,
         f"is not implemented; known are {', '.join(_SCALINGS)}",
@@ -44,9 +52,10 @@ def rope_from_hf(values: Mapping[str, Any], max_len: int) -> RopeConfig:
     require_field(agree, f"{section}.rope_theta", inner, f"but rope_theta={outer!r}", "give one of them")
     theta = number({"rope_theta": outer if inner is None else inner}, "rope_theta", DEFAULT_THETA)
     for key, value in given.items():
+        harmless = key in _HARMLESS and value in _HARMLESS[key]
         require_field(
-            value is None or key in _SCALINGS[kind] or (key == "partial_rotary_factor" and value == 1),
-            f"{section}.{key}",
+            value is None or key in _SCALINGS[kind] or harmless,
+            f"{section}.{printable(key)}",
             value,
             f"is not implemented for rope_type={kind!r}",
             "take a checkpoint without it",

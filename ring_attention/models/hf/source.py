@@ -6,22 +6,21 @@ Everything wrong with it is one line, a ConfigError, that names the file and the
 import contextlib
 import dataclasses
 import math
-import struct
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ring_attention.checks import ConfigError, one_line, printable, shown
-from ring_attention.models.hf.config import HFConfig, config_from_hf, read_json
+from ring_attention.models.hf.config import HFConfig, config_from_hf
+from ring_attention.models.hf.files import inside, is_regular, read_json, require_regular
+from ring_attention.models.hf.header import DTYPES
 from ring_attention.models.hf.names import TIED_COPY, Tensor, is_no_parameter, tensors_of
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-"""Dtypes of weights, as safetensors names them."""
 
 _DOWNLOAD = "download it again"
 
@@ -90,7 +89,7 @@ def open_source(path: str | Path) -> Source:
         missing, unexpected, of another shape or of a dtype that is not read.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ConfigError(f"{printable(str(path))} is no folder; give the folder of a Hugging Face checkpoint")
     values = read_json(path / CONFIG)
     try:
@@ -114,37 +113,31 @@ def open_source(path: str | Path) -> Source:
     return source
 
 
-def read_header(path: Path) -> bytes:
-    """The first bytes of a safetensors file, up to its data: the header's length and its JSON, as they stand."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        return length + file.read(struct.unpack("<Q", length)[0])
-
-
 def _places(path: Path) -> dict[str, str]:
     """The file of each tensor as the index says; empty where one file holds them all."""
     index, single = path / INDEX, path / SINGLE
-    if not index.exists():
-        if single.exists():
+    if not os.path.lexists(index):
+        if os.path.lexists(single):
+            require_regular(single, _DOWNLOAD)
             return {}
-        others = sorted(file.name for file in path.glob("*.bin"))
+        others = sorted(printable(file.name) for file in path.glob("*.bin"))
         remedy = "save it with save_pretrained of transformers 4.35 or later" if others else _DOWNLOAD
         held = f"; it holds {others[0]}, which can run code and is not read" if others else ""
         raise ConfigError(f"{printable(str(path))} holds neither {SINGLE} nor {INDEX}{held}; {remedy}")
-    if single.exists():
+    if os.path.lexists(single):
         raise ConfigError(
             f"{printable(str(path))} holds both {SINGLE} and {INDEX}; take the one away that is not meant"
         )
     places = read_json(index).get("weight_map")
-    plain = isinstance(places, dict) and all(
-        isinstance(file, str) and Path(file).name == file for file in places.values()
-    )
-    if not plain or not places:
+    if not places or not isinstance(places, dict):
         raise ConfigError(
             f"{printable(str(index))}: weight_map={shown(places)}: must give each tensor's file; {_DOWNLOAD}"
         )
+    for file in {repr(file): file for file in places.values()}.values():
+        if inside(path, file, said_by=f"{index}: weight_map must give each tensor's file").parent != path:
+            raise ConfigError(f"{printable(str(index))}: weight_map: {shown(file)} must lie beside it; {_DOWNLOAD}")
     for name, file in places.items():
-        if not (path / file).is_file():
+        if not is_regular(path / file):
             count = list(places.values()).count(file)
             held = f"holds {count} tensors such as {printable(name)}, as {INDEX} says"
             raise ConfigError(f"{printable(str(path / file))} is missing; it {held}; {_DOWNLOAD}")
@@ -180,7 +173,7 @@ def _require_tensors(source: Source, listing: Path) -> None:
             need = f"is not part of a {source.config.family} model of this config"
             raise _wrong(path, name, need, f"correct {CONFIG}, or take another checkpoint")
         if stored.shape != tensor.shape:
-            need = f"has shape {list(stored.shape)}, need {list(tensor.shape)} by {CONFIG}"
+            need = f"has shape {shown(list(stored.shape))}, need {list(tensor.shape)} by {CONFIG}"
             raise _wrong(path, name, need, f"take the {CONFIG} that belongs to the weights")
         if stored.dtype not in DTYPES:
             raise _wrong(path, name, f"has dtype {stored.dtype}, need one of {', '.join(DTYPES)}", "convert it")
