@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ring_attention.attention import sinks as attention_sinks
+from ring_attention.attention.axis_types import type_of, with_auto_axes
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
@@ -108,7 +109,8 @@ def blockwise_attention(
     sinks = as_sinks(sinks, H)
     hop = Hop(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), rule_of())
     q, k, v, hop, sinks = vary_together(q, k, v, hop, sinks)
-    out, lse = _attend(static, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), hop, sinks)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    out, lse = with_auto_axes(_attend, static, (q, k, v, hop, sinks), type_of(q, (k, v, hop, sinks)))
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     return (out, lse) if return_lse else out
 

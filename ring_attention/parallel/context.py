@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.kernels import find_kernel, require_platform
@@ -21,11 +21,12 @@ from ring_attention.checks import (
     require_attention_shapes,
     require_integers,
     require_shape,
-    shown,
 )
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
+from ring_attention.parallel.mesh import find_mesh, platform_of
+from ring_attention.parallel.on_mesh import on_mesh
 from ring_attention.parallel.ring import Ring
-from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec
+from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec, known_spec, spec_on
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Setting, Strategy
 
@@ -146,7 +147,7 @@ def context_attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh | None = None,
     strategy: str | Strategy = "ring",
     axis_name: str = "sp",
     spec: PartitionSpec | None = None,
@@ -205,13 +206,13 @@ def context_attention(
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
-    require(isinstance(mesh, Mesh), f"mesh={shown(mesh)} is no jax.sharding.Mesh; make one with make_mesh(sp=...)")
-    has = f"is not an axis of the mesh, which has {dict(mesh.shape)}"
-    require(axis_name in mesh.shape, f"axis_name={axis_name!r} {has}; name one of these")
+    given, mesh = mesh, find_mesh(mesh, axis_name)
     require_shape("k", k.shape, (q.shape[0], q.shape[1], None, q.shape[3]), "BTKD")
     layout = as_layout(layout, mesh.shape[axis_name])
-    require_platform(find_kernel(impl), mesh.devices.flat[0].platform)
-    spec = default_spec(mesh, axis_name) if spec is None else spec
+    require_platform(find_kernel(impl), platform_of(mesh))
+    if spec is None:
+        spec = default_spec(mesh, axis_name, known_spec(q, mesh), sizes=(k.shape[0], k.shape[2]))
+    spec = spec_on(spec, given, mesh)
     check_spec(spec, mesh, axis_name, q, k)
     if segment_ids is not None:
         require_integers("segment_ids", segment_ids, q.shape[:2], "BT")
@@ -243,7 +244,7 @@ def ring_attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh | None = None,
     axis_name: str = "sp",
     spec: PartitionSpec | None = None,
     layout: str | SequenceLayout = "contiguous",
@@ -311,12 +312,12 @@ def ring_attention_shard(q: jax.Array, k: jax.Array, v: jax.Array, **arguments) 
 
 
 @functools.lru_cache(maxsize=128)
-def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
+def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, **settings):
     """`context_attention_shard` over global arrays, compiled once for each set of choices."""
     layout = settings["layout"]
     batch_axes, _, head_axes, _ = axes_of_spec(spec)
 
-    def run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key):
+    def run(shard_map, q, k, v, segment_ids, sinks, alibi_slopes, dropout_key):
         T = q.shape[1]
         padded = layout.padded_length(T)
         # Padding comes last in the natural order; in the layout's it may stand anywhere.
@@ -339,7 +340,7 @@ def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
 
         heads = PartitionSpec(head_axes or None)
         in_specs = (spec, spec, spec, PartitionSpec(*spec[:2]), heads, heads, PartitionSpec())
-        sharded = jax.shard_map(on_shards, mesh=mesh, in_specs=in_specs, out_specs=spec)
+        sharded = shard_map(on_shards, in_specs, spec)
         if real is not None:
             q, k, v, segment_ids = (
                 None if x is None else jnp.zeros((x.shape[0], padded, *x.shape[2:]), x.dtype).at[:, real].set(x)
@@ -348,7 +349,7 @@ def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
         out = sharded(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
         return out if real is None else out[:, real]
 
-    return jax.jit(run)
+    return on_mesh(mesh, spec, run)
 
 
 def _shard_number(axes: tuple[str, ...]):

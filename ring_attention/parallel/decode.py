@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention import sinks as attention_sinks
@@ -25,10 +25,11 @@ from ring_attention.checks import (
     require_attention_shapes,
     require_integers,
     require_shape,
-    shown,
 )
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
-from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec
+from ring_attention.parallel.mesh import find_mesh
+from ring_attention.parallel.on_mesh import on_mesh
+from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec, known_spec, spec_on
 
 
 def decode_attention_shard(
@@ -122,7 +123,7 @@ def decode_attention(
     k_cache: jax.Array,
     v_cache: jax.Array,
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh | None = None,
     lengths: jax.Array,
     axis_name: str = "sp",
     spec: PartitionSpec | None = None,
@@ -170,13 +171,14 @@ def decode_attention(
     Raises:
       ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
     """
-    require(isinstance(mesh, Mesh), f"mesh={shown(mesh)} is no jax.sharding.Mesh; make one with make_mesh(sp=...)")
-    has = f"is not an axis of the mesh, which has {dict(mesh.shape)}"
-    require(axis_name in mesh.shape, f"axis_name={axis_name!r} {has}; name one of these")
+    given, mesh = mesh, find_mesh(mesh, axis_name)
     layout = as_layout(layout, mesh.shape[axis_name])
     whole = [_whole(x, q, Cache(k_cache, v_cache, None, heads_first), 1) for x in (k_cache, v_cache)]
     _check(q, *whole, lengths, layout, impl)
-    spec = default_spec(mesh, axis_name) if spec is None else spec
+    if spec is None:
+        known = _known_spec(k_cache, mesh, heads_first)
+        spec = default_spec(mesh, axis_name, known, sizes=(q.shape[0], whole[0].shape[2]))
+    spec = spec_on(spec, given, mesh)
     check_spec(spec, mesh, axis_name, q, whole[0])
     check_rule(True, window, softcap, scale, 0.0, None)
     for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
@@ -198,24 +200,34 @@ def decode_attention(
 
 
 @functools.lru_cache(maxsize=128)
-def _sharded(mesh: Mesh, spec: PartitionSpec, **settings):
+def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, **settings):
     """`decode_attention_shard` over global arrays, compiled once for each set of choices."""
     batch_axes, slot_axes, head_axes, _ = axes_of_spec(spec)
     batch, heads = batch_axes or None, head_axes or None
+    queries = PartitionSpec(batch, None, heads)
     cache = PartitionSpec(batch, heads, slot_axes) if settings["heads_first"] else spec
 
-    def run(q, k_cache, v_cache, lengths, sinks, alibi_slopes):
+    def run(shard_map, q, k_cache, v_cache, lengths, sinks, alibi_slopes):
         def on_shards(q, k_cache, v_cache, lengths, sinks, alibi_slopes):
             return decode_attention_shard(
                 q, k_cache, v_cache, lengths=lengths, sinks=sinks, alibi_slopes=alibi_slopes, **settings
             )
 
-        queries, of_heads = PartitionSpec(batch, None, heads), PartitionSpec(heads)
+        of_heads = PartitionSpec(heads)
         in_specs = (queries, cache, cache, PartitionSpec(batch), of_heads, of_heads)
-        sharded = jax.shard_map(on_shards, mesh=mesh, in_specs=in_specs, out_specs=queries)
+        sharded = shard_map(on_shards, in_specs, queries)
         return sharded(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
 
-    return jax.jit(run)
+    return on_mesh(mesh, queries, run)
+
+
+def _known_spec(cache, mesh: Mesh | AbstractMesh, heads_first: bool) -> PartitionSpec | None:
+    """How a cache is sharded, as a spec of [B,S,K,D], where that is known now."""
+    known = known_spec(cache, mesh)
+    if known is None or not heads_first:
+        return known
+    batch, heads, slots, features = [*known, None, None, None, None][:4]
+    return PartitionSpec(batch, slots, heads, features)
 
 
 def _check(q, k_cache, v_cache, lengths, layout: SequenceLayout, impl: str) -> None:

@@ -5,13 +5,15 @@ is dropped in silence gives a model that trains, and is another one than was ask
 """
 
 import inspect
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ring_attention.attention.axis_types import names_of, type_of
 from ring_attention.checks import require
 from ring_attention.parallel.context import context_attention
 from ring_attention.parallel.strategies import find_strategy
@@ -24,7 +26,7 @@ _SETTINGS = {
 }
 
 
-def flax_attention_fn(*, mesh: Mesh, **settings) -> Callable[..., jax.Array]:
+def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings) -> Callable[..., jax.Array]:
     """An `attention_fn` for `flax.nnx.MultiHeadAttention` and for linen's `MultiHead(DotProduct)Attention`.
 
         attention_fn = ra.flax_attention_fn(mesh=mesh, layout="zigzag")
@@ -110,12 +112,34 @@ def flax_attention_fn(*, mesh: Mesh, **settings) -> Callable[..., jax.Array]:
         _check_shapes(query, key, value, segment_ids)
 
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
-        q_BTHD, k_BTKD, v_BTKD = (jnp.asarray(x, dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-        ids_BT = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[-1])
+        q_BTHD, k_BTKD, v_BTKD = (_folded(jnp.asarray(x, dtype), 3) for x in (query, key, value))
+        ids_BT = None if segment_ids is None else _folded(segment_ids, 1)
         out_BTHD = context_attention(q_BTHD, k_BTKD, v_BTKD, mesh=mesh, segment_ids=ids_BT, **settings, **dropout)
-        return out_BTHD.reshape(query.shape)
+        return _unfolded(out_BTHD, query)
 
     return attention_fn
+
+
+def _folded(x, trailing: int):
+    """`x` with all axes but the last `trailing` as one, which is sharded over what shards any of them."""
+    shape = (-1, *x.shape[-trailing:])
+    typed = None if x.ndim == trailing + 1 else type_of(x)
+    if typed is None:
+        return x.reshape(shape)
+    rows, last = typed.spec[: x.ndim - trailing], typed.spec[x.ndim - trailing :]
+    names = tuple(name for entry in rows for name in names_of(entry))
+    sharding = NamedSharding(typed.mesh, PartitionSpec(names or None, *last))
+    return jax.lax.reshape(x, (math.prod(x.shape[:-trailing]), *shape[1:]), out_sharding=sharding)
+
+
+def _unfolded(out_BTHD, like):
+    """`out_BTHD` with the axes of `like` before its tokens, sharded like them."""
+    typed = None if like.ndim == out_BTHD.ndim else type_of(out_BTHD)
+    if typed is None:
+        return out_BTHD.reshape(like.shape)
+    rows = [*jax.typeof(like).sharding.spec, *[None] * like.ndim][: like.ndim - 3]
+    sharding = NamedSharding(typed.mesh, PartitionSpec(*rows, *typed.spec[1:]))
+    return jax.lax.reshape(out_BTHD, like.shape, out_sharding=sharding)
 
 
 def _check_settings(settings: dict) -> None:

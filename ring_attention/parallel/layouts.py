@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ring_attention.attention.axis_types import type_of, with_auto_axes
 from ring_attention.attention.masks import Runs
 from ring_attention.checks import is_number, is_whole, require, require_choice, require_divisible, shown
 
@@ -201,16 +202,22 @@ class SequenceLayout:
 
     def permute(self, x, axis: int):
         """Reorder `axis` of a NumPy or JAX array from natural to layout order."""
-        return self._take(x, self.positions(x.shape[axis]), axis)
+        return self._reordered(x, axis, back=False)
 
     def unpermute(self, x, axis: int):
         """Reorder `axis` of a NumPy or JAX array from layout order back to natural order."""
-        return self._take(x, np.argsort(self.positions(x.shape[axis])), axis)
+        return self._reordered(x, axis, back=True)
 
-    def _take(self, x, order: np.ndarray, axis: int):
+    def _reordered(self, x, axis: int, *, back: bool):
         if self.kind == "contiguous":
             return x
-        return x.take(order, axis=axis)
+        return with_auto_axes(_take, (self, axis, back), (x,), None if isinstance(x, np.ndarray) else type_of(x))
+
+
+def _take(how: tuple[SequenceLayout, int, bool], x):
+    layout, axis, back = how
+    order = layout.positions(x.shape[axis])
+    return x.take(np.argsort(order) if back else order, axis=axis)
 
 
 def as_layout(layout: "str | SequenceLayout", ring_size: int) -> SequenceLayout:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, get_abstract_mesh
 
 from ring_attention.checks import is_whole, require, shown
 from ring_attention.parallel.wires import arrange
@@ -36,6 +36,48 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     shape = resolve_mesh_shape(dict(dp=dp, fsdp=fsdp, sp=sp, tp=tp), len(devices))
     return Mesh(arrange(devices, tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def find_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | AbstractMesh:
+    """The mesh to compute on: the one given, or the one set, by `jax.set_mesh` or by a shard_map around the call.
+
+    A mesh that differs from the one set in nothing but the types of its axes, and in axes of one device, is that one:
+    JAX takes no other in its place, and types and Manual axes are those of the call's surroundings.
+
+    Raises:
+      ValueError: where none is given and none set, for what is no mesh, and for one that has no such axis.
+    """
+    here = get_abstract_mesh()
+    if mesh is None:
+        require(not here.empty, "mesh is left out, but none is set; give mesh=make_mesh(sp=...), or jax.set_mesh(mesh)")
+        mesh = here
+    is_mesh = isinstance(mesh, Mesh | AbstractMesh)
+    require(is_mesh, f"mesh={shown(mesh)} is no jax.sharding.Mesh; make one with make_mesh(sp=...)")
+    has = f"is not an axis of the mesh, which has {dict(mesh.shape)}"
+    require(axis_name in mesh.shape, f"axis_name={axis_name!r} {has}; name one of these")
+    if axis_name in here.shape and _large_axes(mesh) == _large_axes(here):
+        mesh = here
+    require(
+        here.empty or mesh.size == here.size,
+        f"mesh has {mesh.size} devices, but the one set by jax.set_mesh has {here.size}; leave mesh= out to take that",
+    )
+    require(
+        axis_name not in mesh.manual_axes,
+        f"axis_name={axis_name!r} is an axis that the shard_map around this call goes over already; "
+        "call context_attention_shard, or decode_attention_shard, there",
+    )
+    return mesh
+
+
+def _large_axes(mesh: Mesh | AbstractMesh) -> list[tuple[str, int]]:
+    return [(name, size) for name, size in mesh.shape.items() if size > 1]
+
+
+def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
+    """Of its devices, as `jax.Device.platform` has it; None for an abstract mesh that does not say."""
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].platform
+    return getattr(mesh.abstract_device, "platform", None)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, int]:

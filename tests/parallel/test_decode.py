@@ -344,7 +344,7 @@ def test_tiles_that_no_row_sees_are_not_read():
         (dict(axis_name="seq"), "axis_name='seq' is not an axis of the mesh"),
         (dict(window=0), "window=0 must be a whole number of tokens"),
         (dict(sinks=np.zeros(2)), "sinks has shape (2,), need [H=6]"),
-        (dict(mesh=None), "mesh=None is no jax.sharding.Mesh"),
+        (dict(mesh=None), "mesh is left out, but none is set; give mesh=make_mesh(sp=...)"),
         (dict(heads_first=True), "q has H=6 heads and k has K=80"),
         (dict(sizes=dict(S=81)), "seq_len=81 is not divisible by the ring size sp=4"),
         (dict(sizes=dict(T=81)), "q holds T=81 new tokens, the cache has S=80 slots"),

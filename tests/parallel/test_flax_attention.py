@@ -266,9 +266,13 @@ def test_settings_that_it_does_not_have_are_refused_at_once(settings, message):
         ra.flax_attention_fn(mesh=_mesh(2), **settings)
 
 
-def test_a_mesh_is_needed_at_once():
-    with pytest.raises(TypeError, match="mesh"):
-        ra.flax_attention_fn()
+def test_without_a_mesh_it_takes_the_one_that_is_set_and_refuses_where_none_is():
+    q = jax.ShapeDtypeStruct((1, 8, 2, 4), jnp.float32)
+    attention_fn = ra.flax_attention_fn()
+    with pytest.raises(ValueError, match="mesh is left out, but none is set"):
+        jax.eval_shape(attention_fn, q, q, q)
+    with jax.set_mesh(_mesh(2)):
+        assert jax.eval_shape(attention_fn, q, q, q).shape == q.shape
 
 
 # --- What it refuses --------------------------------------------------------------------------------------------------

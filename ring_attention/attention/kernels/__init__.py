@@ -22,9 +22,12 @@ def find_kernel(impl: str) -> Kernel:
     return KERNELS[impl]
 
 
-def require_platform(kernel: Kernel, platform: str) -> None:
-    """Raise ValueError unless the kernel runs on devices of this platform, as `jax.Device.platform` has it."""
+def require_platform(kernel: Kernel, platform: str | None) -> None:
+    """Raise ValueError unless the kernel runs on devices of this platform, as `jax.Device.platform` has it.
+
+    None, for devices that are not known yet, is any platform.
+    """
     require(
-        kernel.platform in (None, platform),
+        platform is None or kernel.platform in (None, platform),
         f'impl={kernel.name!r} runs on {kernel.platform} devices, but these are {platform}; use impl="auto"',
     )
