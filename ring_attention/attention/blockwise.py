@@ -50,6 +50,9 @@ def blockwise_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention on one device, a tile of scores at a time (Rabe & Staats 2021; Dao et al. 2022).
 
+    Arrays that are sharded, over whichever axis, give the right result, but its loops gather them: call it inside a
+    `shard_map` over what shards batch and heads, and `context_attention` where the sequence is sharded.
+
     Args:
       q: [B,T,H,D], float32, bfloat16 or float16.
       k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads. S may differ from T.

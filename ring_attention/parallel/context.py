@@ -173,12 +173,15 @@ def context_attention(
         not divide T, the arrays are padded inside, which moves all of them: pad in your loader to spare that.
       k: [B,T,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
       v: [B,T,K,D].
-      mesh: the devices; `axis_name` is one of its axes.
+      mesh: the devices; `axis_name` is one of its axes. Axes may be Auto, Explicit or, of a `shard_map` around the
+        call, Manual; an AbstractMesh does for `eval_shape` and for compiling ahead of time. By default the mesh that
+        `jax.set_mesh` set.
       strategy: how queries and keys of different devices meet: a name from `STRATEGIES`, or one of its values with
         other options. Most are exact; `STRATEGIES[name].exact` says so.
       axis_name: the mesh axis that T is sharded over.
-      spec: PartitionSpec of q, of k and of v. By default B over those of dp and fsdp, and heads over tp, that the mesh
-        has.
+      spec: PartitionSpec of q, of k and of v. By default B and heads over the axes that shard those of q already, where
+        that is known (Explicit types and concrete arrays tell it, Auto axes inside `jit` do not), and over those of dp
+        and fsdp, and of tp, that the mesh has. Needed where other axes of the mesh would be left.
       layout: "contiguous", "zigzag", "striped" or a SequenceLayout. The last two share causal work out evenly.
       causal: a token sees itself and those before it in the natural order; otherwise all of them.
       window: a token sees itself and the window-1 tokens before it, and after it where causal is False. A ring sends
@@ -192,14 +195,16 @@ def context_attention(
       alibi_slopes: [H]; a score falls by the slope for each position of distance. Constants: no gradient flows to them.
       dropout_rate: of weights. Which ones are dropped depends on the key and their global batch row, head and positions
         alone: the same on any mesh and in any layout.
-      dropout_key: a `jax.random` key, needed with dropout.
+      dropout_key: a `jax.random` key, needed with dropout; inside a `shard_map` over other axes, one for each device
+        along these.
       impl: name of the kernel that computes tiles, or "auto".
       block_sizes: sizes of the kernel's tiles.
       **options: of the strategy, for example `duplex=True` for "ring" or `ulysses_size=4` for "usp"; its class in
         `STRATEGIES` describes them.
 
     Returns:
-      [B,T,H,D] in the dtype of q and sharded like it; 0 where a query sees no key.
+      [B,T,H,D] in the dtype of q and sharded as `spec` says; 0 where a query sees no key. Where q's type, or the mesh
+      set, has Explicit axes, so has the result's; an axis that the devices do not divide is whole there.
 
     Raises:
       ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
@@ -271,7 +276,7 @@ def ring_attention(
     Args:
       q: [B,T,H,D], in the layout's order.
       k, v: [B,T,K,D].
-      mesh: the devices.
+      mesh: the devices, by default those of `jax.set_mesh`.
       duplex: send the second half of each shard the other way round, for links that carry both directions at once.
       unroll: write the steps of the ring out instead of looping over them (docs/structure.md compares the programs).
       others: as in `context_attention`.

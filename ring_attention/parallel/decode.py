@@ -149,12 +149,13 @@ def decode_attention(
       k_cache: [B,S,K,D] in the dtype of q, S slots in the layout's order; K divides H. The T newest tokens are in it.
         Slots at positions from a row's length on are not seen, but must hold finite numbers.
       v_cache: [B,S,K,D].
-      mesh: the devices; `axis_name` is one of its axes.
+      mesh: the devices; `axis_name` is one of its axes. Of any types of axes, and by default the one set, as in
+        `context_attention`.
       lengths: integers [B], tokens of each row that are in the cache, 0 to S. Queries before a row's first token, as
         there are where it holds fewer than T, see nothing.
       axis_name: the mesh axis that S is sharded over.
-      spec: PartitionSpec of caches [B,S,K,D]; q and the result have the same but whole tokens. By default B over those
-        of dp and fsdp, and heads over tp, that the mesh has.
+      spec: PartitionSpec of caches [B,S,K,D]; q and the result have the same but whole tokens. By default as in
+        `context_attention`, by the sharding of k_cache.
       heads_first: the caches are [B,K,S,D]. Keep them so on GPUs, whose compiler otherwise puts heads first by copying
         all of them in every call.
       layout: the order of the slots, "striped", "contiguous", "zigzag" or a SequenceLayout.

@@ -48,7 +48,7 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings) ->
     and an nnx layer after `nnx.merge` takes `layer.attention_fn = ra.flax_attention_fn(mesh=mesh, segment_ids=ids)`.
 
     Args:
-      mesh: the devices of the ring.
+      mesh: the devices of the ring; by default those that `jax.set_mesh` has set when the layer is called.
       **settings: the other keyword arguments of `context_attention`, all but its dropout: strategy and its options,
         axis_name, spec (of the arrays with one batch axis), layout, causal, window, segment_ids, max_segment_len,
         softcap, scale, sinks, alibi_slopes, impl, block_sizes. segment_ids has the shape of the layer's input without

@@ -4,10 +4,12 @@ Inside, all axes that no shard_map goes over are Auto and one `shard_map` goes o
 has the type that its surroundings ask for.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from ring_attention.attention.axis_types import auto_axes, auto_mesh, explicit_part, mesh_of, names_of
@@ -22,7 +24,10 @@ def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec, work: Callable[..., 
     axes = frozenset(inner.axis_names) - frozenset(inner.manual_axes)
 
     def shard_map(fn, in_specs, out_specs):
-        return jax.shard_map(fn, mesh=inner, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
+        over = functools.partial(jax.shard_map, mesh=inner, axis_names=axes)
+        if inner.manual_axes:
+            return _nested(over, fn, in_specs, out_specs)
+        return over(fn, in_specs=in_specs, out_specs=out_specs)
 
     def run(first, *others):
         with auto_axes(inner, (first, *others)) as arrays:
@@ -30,6 +35,30 @@ def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec, work: Callable[..., 
         return _typed(out, spec, mesh, first)
 
     return jax.jit(run)
+
+
+def _nested(over: Callable, fn: Callable, in_specs: tuple, out_specs: PartitionSpec) -> Callable[..., jax.Array]:
+    """`fn` over shards inside another shard_map, with a gradient that is taken on each device, forward pass included.
+
+    JAX (0.10 to 0.12) cuts what its own gradient keeps by the outer axes once more, and then cannot lower it.
+    """
+    call = jax.custom_vjp(over(fn, in_specs=in_specs, out_specs=out_specs))
+
+    def backward(args, dout):
+        moving = [i for i, x in enumerate(args) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
+
+        def on_shards(dout, *args):
+            def of(*chosen):
+                return fn(*(chosen[moving.index(i)] if i in moving else x for i, x in enumerate(args)))
+
+            return jax.vjp(of, *(args[i] for i in moving))[1](dout)
+
+        specs = tuple(in_specs[i] for i in moving)
+        grads = over(on_shards, in_specs=(out_specs, *in_specs), out_specs=specs)(dout, *args)
+        return tuple(grads[moving.index(i)] if i in moving else None for i in range(len(args)))
+
+    call.defvjp(lambda *args: (call(*args), args), backward)
+    return call
 
 
 def _typed(out: jax.Array, spec: PartitionSpec, mesh: Mesh | AbstractMesh, first: jax.Array) -> jax.Array:
