@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,14 +99,47 @@ def visible(rule: Rule, queries: Tokens, keys: Tokens) -> jax.Array | None:
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
-def tile_kinds(hop: Hop) -> jax.Array:
-    """int32 [..., n, m]: EMPTY, PARTIAL or FULL for each pair of n query tiles and m key tiles.
+class Bounds(NamedTuple):
+    """Between what the positions and the segments of each of n tiles lie, int32 [..., n]; no segments: None."""
 
-    `hop` holds tiles, [..., n, size]. The kinds come from the bounds of positions and segments in each tile, so an
-    EMPTY or FULL is proved, while a PARTIAL may hide more than it seems.
+    low: jax.Array
+    high: jax.Array
+    first: jax.Array | None
+    last: jax.Array | None
+
+    @staticmethod
+    def of(tokens: Tokens) -> "Bounds":
+        """Those of tiles [..., n, size]."""
+        pairs = [(None, None) if x is None else (x.min(-1), x.max(-1)) for x in (tokens.positions, tokens.segments)]
+        return Bounds(*pairs[0], *pairs[1])
+
+    def joined(self, size: int) -> "Bounds":
+        """Those of tiles that each hold `size` of these, [..., n / size]; what is left over is with the last ones."""
+        ways = (jnp.min, jnp.max, jnp.min, jnp.max)
+        return Bounds(*(None if x is None else way(in_rows(x, size), -1) for way, x in zip(ways, self, strict=True)))
+
+
+def in_rows(x: jax.Array, size: int) -> jax.Array:
+    """[..., n] as rows [..., n / size, size], the last of which is filled up with its last element."""
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
+    return jnp.pad(x, widths, mode="edge").reshape(*x.shape[:-1], -1, size)
+
+
+def tile_kinds(hop: Hop) -> jax.Array:
+    """int32 [..., n, m]: EMPTY, PARTIAL or FULL for each pair of n query tiles and m key tiles; `hop` holds tiles.
+
+    It grows with the square of the length: for few queries, or few keys.
     """
-    rule, positions = hop.rule, (hop.queries.positions, hop.keys.positions)
-    (q_low, q_high), (k_low, k_high) = _bounds(*positions)
+    return kinds_between(hop.rule, Bounds.of(hop.queries), Bounds.of(hop.keys))
+
+
+def kinds_between(rule: Rule, queries: Bounds, keys: Bounds) -> jax.Array:
+    """int32 [..., n, m]: EMPTY, PARTIAL or FULL for each pair of n query tiles and m key tiles with these bounds.
+
+    An EMPTY or FULL is proved by the bounds, while a PARTIAL may hide more than it seems.
+    """
+    q_low, q_high, q_first, q_last = (None if x is None else jnp.expand_dims(x, -1) for x in queries)
+    k_low, k_high, k_first, k_last = (None if x is None else jnp.expand_dims(x, -2) for x in keys)
     nearest, farthest = q_low - k_high, q_high - k_low  # how far the queries stand behind the keys
     empty, full = jnp.zeros_like(nearest, bool), jnp.ones_like(nearest, bool)
     if rule.causal:
@@ -120,16 +154,7 @@ def tile_kinds(hop: Hop) -> jax.Array:
     if rule.seq_len is not None:
         empty |= jnp.maximum(q_low, k_low) >= rule.seq_len
         full &= jnp.maximum(q_high, k_high) < rule.seq_len
-    if hop.queries.segments is not None:
-        (q_first, q_last), (k_first, k_last) = _bounds(hop.queries.segments, hop.keys.segments)
+    if q_first is not None:
         empty |= (q_last < k_first) | (k_last < q_first)
         full &= (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
     return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL))
-
-
-def _bounds(of_queries: jax.Array, of_keys: jax.Array):
-    """((low, high) [..., n, 1], (low, high) [..., 1, m]) of tiles [..., n, size] and [..., m, size]."""
-    return tuple(
-        (jnp.expand_dims(x.min(-1), axis), jnp.expand_dims(x.max(-1), axis))
-        for x, axis in ((of_queries, -1), (of_keys, -2))
-    )

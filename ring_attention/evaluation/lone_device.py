@@ -71,13 +71,13 @@ class LoneDevice:
             hop = self._home(place, segments, q, rule, start, stop)
             return take(dq, hop, k[place][:, :, here], v[place][:, :, here])
 
-        abroad = []
-        dq, later = at_home(jnp.zeros(q.shape, jnp.float32), length // 2, length)
+        abroad, cut = [], self.kernel.halve(length, self.blocks)
+        dq, later = at_home(jnp.zeros(q.shape, jnp.float32), cut, length)
         for number in range(1, self.layout.ring_size):
             source, hop = self._abroad(place, number, segments, q, rule)
             dq, dkv = take(dq, hop, k[source], v[source])
             abroad.append(dkv)
-        dq, earlier = at_home(dq, 0, length // 2)
+        dq, earlier = at_home(dq, 0, cut)
         home = [jnp.concatenate(pair, 2) for pair in zip(earlier, later, strict=True)]
         return dq, [home, *abroad]
 

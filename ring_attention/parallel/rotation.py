@@ -102,7 +102,7 @@ class Rotation:
         if not self.routes:
             dq, (dk, dv) = at_home(dq, (k, v), 0, length)
             return dq, dk, dv
-        cut = length // 2 or 1  # a single token is all in the earlier part
+        cut = self.kernel.halve(length, self.blocks)
         arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
         dq, arriving = self.after(dq, arriving)
         dq, later = at_home(dq, (k, v), cut, length)  # in most layouts the half that fewer queries see

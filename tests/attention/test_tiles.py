@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels import tiles
 from ring_attention.attention.kernels.tiles import Tiles
 from ring_attention.attention.masks import Hop, Tokens, visible
 from ring_attention.attention.rule import Rule
@@ -31,8 +32,8 @@ def _mask(hop, t, s):
 def _counts(hop, t, s, blocks):
     """How often each score [B,K,t,s] is computed, and how often without a mask."""
     q, k = jnp.zeros((B, H, t, D)), jnp.zeros((B, K, s, D))
-    tiles = Tiles.of(hop, q, k, blocks)
-    padded = (-(-t // tiles.size.q) * tiles.size.q, -(-s // tiles.size.kv) * tiles.size.kv)
+    cut = Tiles.of(hop, q, k, blocks)
+    padded = (-(-t // cut.size.q) * cut.size.q, -(-s // cut.size.kv) * cut.size.kv)
     computed, unmasked = np.zeros((2, B, K, *padded), int)
 
     def take(area, carry):
@@ -54,9 +55,8 @@ def _counts(hop, t, s, blocks):
             return carry
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ring_attention.attention.kernels.tiles.lax", Loop)
-        for number in range(int(tiles.number)):
-            tiles.visit(tiles.area(number), take, 0)
+        patch.setattr(tiles, "lax", Loop)
+        cut.each(lambda area, visits, carry: cut.visit(area, visits, take, carry), 0)
     return computed[:, :, :t, :s], unmasked[:, :, :t, :s]
 
 
@@ -73,8 +73,10 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("group", [tiles.GROUP, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a_mask(case):
+def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a_mask(case, group, monkeypatch):
+    monkeypatch.setattr(tiles, "GROUP", group)
     sizes = dict(CASES[case])
     hop, blocks = _hop(**sizes), BlockSizes(q=16, kv=8, cut=2)
     mask = _mask(hop, sizes["t"], sizes["s"])[:, None]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.masks import Hop
 from ring_attention.attention.rule import Rule
 from ring_attention.checks import require
@@ -25,6 +26,11 @@ def no_check(rule: Rule, q) -> None:
 
 def no_hop_check(hop: Hop) -> None:
     """Every way in which queries and keys meet will do."""
+
+
+def halve(length: int, blocks: BlockSizes) -> int:
+    """How many of a shard's `length` own keys are in the first of the two parts that a backward pass takes them in."""
+    return length // 2 or 1  # a single token is all in the earlier part
 
 
 def require_signature(kernel: str, called: Callable, arguments: Collection[str]) -> None:
@@ -62,6 +68,8 @@ class Kernel(NamedTuple):
       merge_waits: whether a ring lets `running` and dq wait for what is on its way. For a kernel that computes a hop by
         itself and only then takes these in, on TPU: with merging to put beside it, that compiler starts a transfer
         after the hop that was to hide it.
+      halve: where a ring's backward pass cuts the keys at home in two, for a kernel whose forward pass must compute the
+        scores of both parts just as they are there.
       differentiates_lse: whether its backward uses `Whole.delta`, in which the cotangent of lse is, rather than out.
     """
 
@@ -72,6 +80,7 @@ class Kernel(NamedTuple):
     check_hop: Callable = no_hop_check
     platform: str | None = None
     merge_waits: bool = False
+    halve: Callable = halve
     differentiates_lse: bool = True
 
 

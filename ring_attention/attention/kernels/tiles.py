@@ -9,11 +9,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+import numpy as np
 from jax import lax
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.masks import EMPTY, FULL, PADDED_KEY, PADDED_QUERY, PARTIAL, Hop, Tokens, tile_kinds
+from ring_attention.attention.masks import (
+    EMPTY,
+    FULL,
+    PADDED_KEY,
+    PADDED_QUERY,
+    PARTIAL,
+    Bounds,
+    Hop,
+    Tokens,
+    in_rows,
+    kinds_between,
+)
+
+GROUP = 64
+"""Lists of what a tile of queries visits are for so many key tiles at most, so that memory is linear in tokens."""
 
 
 class Area(NamedTuple):
@@ -91,18 +105,32 @@ class Worklist(NamedTuple):
         return Worklist(jnp.sort(jnp.where(wanted, numbers, numbers.size)), wanted.sum(-1, dtype=jnp.int32))
 
 
+class Visits(NamedTuple):
+    """What a tile of queries visits of one group of key tiles.
+
+    Attributes:
+      start: number of the first key tile of the group.
+      full: those that are visited whole and without a mask.
+      parts: pieces of those that the mask cuts, numbered tile after tile, in a tile by query and then key.
+    """
+
+    start: jax.Array
+    full: Worklist
+    parts: Worklist
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """The tiles of a hop, as a loop over query tiles visits them.
 
     There are lists of what to visit rather than a branch in the loop, because a branch copies what it passes through.
+    They are made inside the loop, from the bounds of tiles: for all pairs of tiles at once they would be quadratic.
 
     Attributes:
       hop: with tokens [B,t] and [B,s], padded to whole tiles.
-      visited: those of the B*n query tiles of all sequences that have anything to visit.
-      full: key tiles that are visited whole and without a mask, for each query tile.
-      parts: pieces of those that the mask cuts, numbered tile after tile, in a tile by query and then key.
+      queries: bounds of the pieces of n query tiles, [B,n,cut_q].
+      keys: bounds of the pieces of m key tiles, [B,m,cut_kv].
       slopes: float32 [K,G] or None, ALiBi's.
       heads: int32 [K,G] or None, global indices of query heads, for dropout.
       size: of a tile.
@@ -110,9 +138,8 @@ class Tiles:
     """
 
     hop: Hop
-    visited: Worklist
-    full: Worklist
-    parts: Worklist
+    queries: Bounds
+    keys: Bounds
     slopes: jax.Array | None
     heads: jax.Array | None
     size: Sizes = dataclasses.field(metadata={"static": True})
@@ -122,26 +149,18 @@ class Tiles:
     def of(hop: Hop, q_BHtD: jax.Array, k_BKsD: jax.Array, blocks: BlockSizes) -> "Tiles":
         """Cut the meeting of these queries and keys."""
         (B, _, t, _), (_, K, s, _) = q_BHtD.shape, k_BKsD.shape
-        q, kv = _tile_size(t, blocks.q), _tile_size(s, blocks.kv)
+        q, kv = _tile_size(t, blocks.q), _home_tile(t, blocks) if hop.own else _tile_size(s, blocks.kv)
         size = Sizes(q, kv, math.gcd(blocks.cut, q), math.gcd(blocks.cut, kv), math.gcd(blocks.heads, K))
         queries, keys, rule = hop.queries, hop.keys, hop.rule
         if t % q or s % kv:  # segments on one side need segments on the other
             queries, keys = queries.pad(-t % q, PADDED_QUERY), keys.pad(-s % kv, PADDED_KEY)
         hop = Hop(queries.of_batch(B), keys.of_batch(B), rule)
-
-        def kinds(cut_q, cut_kv):
-            """[B,n,m,cut_q,cut_kv]."""
-            tiles = Hop(hop.queries.tiles(q // cut_q), hop.keys.tiles(kv // cut_kv), rule)
-            return rearrange(tile_kinds(tiles), "B (n x) (m y) -> B n m x y", x=cut_q, y=cut_kv)
-
-        whole, pieces = kinds(1, 1)[..., 0, 0], kinds(size.cut_q, size.cut_kv)
-        cut = (whole == PARTIAL)[..., None, None] & (pieces != EMPTY)
-        full, parts = Worklist.of(whole == FULL), Worklist.of(rearrange(cut, "B n m x y -> B n (m x y)"))
+        sides = ((hop.queries, q, size.cut_q), (hop.keys, kv, size.cut_kv))
+        bounds = [Bounds.of(tokens.tiles(tile // cut)) for tokens, tile, cut in sides]
         return Tiles(
             hop=hop,
-            visited=Worklist.of((full.count + parts.count > 0).reshape(-1)),
-            full=full,
-            parts=parts,
+            queries=jax.tree.map(lambda x: in_rows(x, size.cut_q), bounds[0]),
+            keys=jax.tree.map(lambda x: in_rows(x, size.cut_kv), bounds[1]),
             slopes=None if rule.slopes is None else rule.slopes.reshape(K, -1),
             heads=None if rule.dropout is None else rule.dropout.heads.reshape(K, -1),
             size=size,
@@ -156,34 +175,68 @@ class Tiles:
         """An array of keys with zeros for the padding."""
         return _pad(x_BKs, 2, self.size.kv)
 
-    @property
-    def number(self) -> jax.Array:
-        """How many query tiles of all sequences and heads have anything to visit."""
-        return self.visited.count * (self.num_kv_heads // self.size.heads)
+    def each(self, body, carry):
+        """`body(area, visits, carry) -> carry` for all tiles of queries and groups of key tiles that they may see.
 
-    def area(self, number) -> Area:
-        """The area of query tile `number` of those; it has no keys yet."""
-        groups, n = self.num_kv_heads // self.size.heads, self.full.count.shape[1]
-        item = self.visited.items[number // groups]
-        b, tile, h, size = item // n, item % n, number % groups * self.size.heads, self.size
-        return Area(b, h, tile * size.q, 0, size.heads, size.q, 0, False)
+        The area has no keys yet; `visit` goes through its `visits`, which all heads share.
+        """
+        (B, n, _), m, size = self.queries.low.shape, self.keys.low.shape[1], self.size
+        groups = -(-m // GROUP)
+        length = -(-m // groups)
+        pieces = jax.tree.map(lambda x: x.reshape(B, -1), self.keys)  # in groups of whole tiles
+        of_groups = pieces.joined(length * size.cut_kv)
+        pieces = jax.tree.map(lambda x: in_rows(x, length * size.cut_kv), pieces)
 
-    def visit(self, tile: Area, take, carry):
+        def row(number, carry):
+            b, i = number // n, number % n
+            queries = jax.tree.map(lambda x: x[b, i], self.queries)
+
+            def group(number, carry):
+                keys = jax.tree.map(lambda x: x[b, number], pieces)
+                visits = self._visits(queries, keys, number * length, jnp.minimum(m - number * length, length))
+
+                def head(number, carry):
+                    return body(
+                        Area(b, number * size.heads, i * size.q, 0, size.heads, size.q, 0, False), visits, carry
+                    )
+
+                some = visits.full.count + visits.parts.count > 0
+                return lax.fori_loop(0, some * (self.num_kv_heads // size.heads), head, carry)
+
+            if groups == 1:
+                return group(0, carry)
+            kinds = kinds_between(self.hop.rule, queries.joined(size.cut_q), jax.tree.map(lambda x: x[b], of_groups))
+            seen = Worklist.of(kinds[0] != EMPTY)
+            return lax.fori_loop(0, seen.count, lambda number, carry: group(seen.items[number], carry), carry)
+
+        return lax.fori_loop(np.int32(0), np.int32(B * n), row, carry)
+
+    def _visits(self, queries: Bounds, keys: Bounds, start, number) -> Visits:
+        """What the pieces of a query tile visit of those of a group of key tiles; the first `number` of these exist."""
+        rule, size = self.hop.rule, self.size
+        whole = kinds_between(rule, queries.joined(size.cut_q), keys.joined(size.cut_kv))[0]
+        whole = jnp.where(jnp.arange(whole.size) < number, whole, EMPTY)
+        pieces = kinds_between(rule, queries, keys).reshape(size.cut_q, -1, size.cut_kv).swapaxes(0, 1)
+        cut = (whole == PARTIAL)[:, None, None] & (pieces != EMPTY)
+        return Visits(start, Worklist.of(whole == FULL), Worklist.of(cut.reshape(-1)))
+
+    def visit(self, tile: Area, visits: Visits, take, carry):
         """`take(area, carry) -> carry` over the areas that are visible to a query tile."""
-        size, here = self.size, (tile.b, tile.q // self.size.q)
+        size = self.size
 
         def whole(number, carry):
-            return take(tile._replace(kv=self.full.items[*here, number] * size.kv, kv_size=size.kv), carry)
+            j = visits.start + visits.full.items[number]
+            return take(tile._replace(kv=j * size.kv, kv_size=size.kv), carry)
 
         def part(number, carry):
-            item, pieces = self.parts.items[*here, number], size.cut_q * size.cut_kv
-            j, x, y = item // pieces, item % pieces // size.cut_kv, item % size.cut_kv
+            item, pieces = visits.parts.items[number], size.cut_q * size.cut_kv
+            j, x, y = visits.start + item // pieces, item % pieces // size.cut_kv, item % size.cut_kv
             q_size, kv_size = size.q // size.cut_q, size.kv // size.cut_kv
             q, kv = tile.q + x * q_size, j * size.kv + y * kv_size
             return take(tile._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True), carry)
 
-        carry = lax.fori_loop(0, self.full.count[here], whole, carry)
-        return lax.fori_loop(0, self.parts.count[here], part, carry)
+        carry = lax.fori_loop(0, visits.full.count, whole, carry)
+        return lax.fori_loop(0, visits.parts.count, part, carry)
 
     def tokens(self, area: Area) -> tuple[Tokens, Tokens]:
         """Where the area's queries [t] and keys [s] stand."""
@@ -197,6 +250,21 @@ class Tiles:
             lambda x: lax.dynamic_slice_in_dim(x, area.h, area.heads), (self.slopes, self.heads)
         )
         return slopes, heads, None if heads is None else self.hop.rule.dropout.batch[area.b]
+
+
+def halve(length: int, blocks: BlockSizes) -> int:
+    """How many of a shard's own keys are in the first of two parts: about half, in whole tiles of the shard."""
+    size = _home_tile(length, blocks)
+    return min(-(-length // (2 * size)) * size, length)
+
+
+def _home_tile(length: int, blocks: BlockSizes) -> int:
+    """Keys of a tile where a shard meets its own: as many in a pass that takes them by halves as in one that does not.
+
+    Products of another shape are summed in another order. Where logits are large, the scores of a backward pass would
+    then differ from those in the lse by enough to make dv several times as wrong (docs/accuracy.md).
+    """
+    return _tile_size(-(-length // 2), blocks.kv)
 
 
 def _tile_size(tokens: int, wanted: int) -> int:

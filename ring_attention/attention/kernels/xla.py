@@ -9,12 +9,11 @@ ring themselves: to loop over heads with `lax.map` would copy each head's part a
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax import lax
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import Whole
-from ring_attention.attention.kernels.tiles import Area, Tiles
+from ring_attention.attention.kernels.tiles import Area, Tiles, Visits
 from ring_attention.attention.masks import Hop
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.varying import vary_together
@@ -29,19 +28,17 @@ def forward(q_BHtD, k_BKsD, v_BKsD, hop: Hop, running: Running, blocks: BlockSiz
     arrays += [tiles.pad_keys(x) for x in (k_BKsD, v_BKsD)]
     tiles, q, *running, k, v = vary_together(tiles, *arrays)
 
-    def query_tile(number, running):
-        row = tiles.area(number)
-
+    def query_tile(row: Area, visits: Visits, running):
         def take(area: Area, tile):
             """Take the keys of an area into the statistics of this tile."""
             here = [area.of_tile(x, 2, row) for x in tile]
             here = _each_head(_take_keys, tiles, area)(area.of_queries(q), area.of_keys(k), area.of_keys(v), *here)
             return [area.into_tile(x, new, 2, row) for x, new in zip(tile, here, strict=True)]
 
-        tile = tiles.visit(row, take, [row.of_queries(x) for x in running])
+        tile = tiles.visit(row, visits, take, [row.of_queries(x) for x in running])
         return [row.into_queries(x, new) for x, new in zip(running, tile, strict=True)]
 
-    running = lax.fori_loop(0, tiles.number, query_tile, running)
+    running = tiles.each(query_tile, running)
     return Running(*(_ungroup(x[:, :, :, :t]) for x in running))
 
 
@@ -67,8 +64,7 @@ def backward(q_BHtD, k_BKsD, v_BKsD, whole: Whole, hop: Hop, dq_BHtD, blocks: Bl
     zeros = jnp.zeros_like(_turn(arrays[-1]), jnp.float32)
     tiles, *of_queries, dq, k, v, dk, dv = vary_together(tiles, *arrays, zeros, zeros)
 
-    def query_tile(number, grads):
-        row = tiles.area(number)
+    def query_tile(row: Area, visits: Visits, grads):
         q, dout, *statistics = [row.of_queries(x) for x in of_queries]
         turned = [rearrange(x, "h G t D -> h D G t") for x in (q, dout)]
 
@@ -83,10 +79,10 @@ def backward(q_BHtD, k_BKsD, v_BKsD, whole: Whole, hop: Hop, dq_BHtD, blocks: Bl
             return [tile, *(area.into_columns(x, new) for x, new in zip(dkv, dkv_here, strict=True))]
 
         dq, *dkv = grads
-        tile, *dkv = tiles.visit(row, add, [row.of_queries(dq), *dkv])
+        tile, *dkv = tiles.visit(row, visits, add, [row.of_queries(dq), *dkv])
         return [row.into_queries(dq, tile), *dkv]
 
-    dq, dk, dv = lax.fori_loop(0, tiles.number, query_tile, [dq, dk, dv])
+    dq, dk, dv = tiles.each(query_tile, [dq, dk, dv])
     return _ungroup(dq[:, :, :, :t]), _turn(dk)[:, :, :s], _turn(dv)[:, :, :s]
 
 
