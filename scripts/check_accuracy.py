@@ -28,6 +28,7 @@ from ring_attention.checks import local_path
 from ring_attention.evaluation import exactness
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
+from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.simulate import simulate_devices
 
 MOST_DEVICES = 8
@@ -42,6 +43,9 @@ UNITS = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-4}
 MASKS = ("causal", "bidirectional", "packed", "window", "softcap", "sinks", "alibi", "dropout", "everything")
 """Causal but for "bidirectional"; "packed" is causal within each of several documents, "everything" is all of these."""
 
+SHARP = {"logits x 10": 10, "logits x 50": 50}
+"""Further rows in float32: by how much more than D**-0.5 products are scaled, and so the logits' standard deviation."""
+
 
 class Case(NamedTuple):
     """What one row checks."""
@@ -49,14 +53,18 @@ class Case(NamedTuple):
     ring_size: int
     layout: str
     dtype: str
-    mask: str  # one of MASKS
+    mask: str  # one of MASKS or of SHARP
 
 
 def grid() -> list[Case]:
-    """On 8 devices every dtype x mask in one layout, and the other layouts with the least and the most of masks."""
+    """On 8 devices every dtype x mask in one layout, and the other layouts with the least and the most of masks.
+
+    And in float32 every ring size and layout with sharp attention: there the order of sums shows.
+    """
     cases = [Case(8, "zigzag", dtype, mask) for dtype in UNITS for mask in MASKS]
     ends = itertools.product(("contiguous", "striped"), ("float32", "bfloat16"), ("causal", "everything"))
-    return cases + [Case(8, *choice) for choice in ends]
+    sharp = itertools.product((1, 2, 4, 8), LAYOUT_KINDS, ("float32",), SHARP)
+    return cases + [Case(*choice) for choice in itertools.chain(((8, *end) for end in ends), sharp)]
 
 
 def rings(ring_sizes: list[int]) -> list[Case]:
@@ -66,6 +74,8 @@ def rings(ring_sizes: list[int]) -> list[Case]:
 
 def arguments_of(mask: str, tokens: int, seed: int) -> dict:
     """Arguments of `ring_attention`, of the oracle and of dense attention, in natural order."""
+    if mask in SHARP:
+        return dict(scale=SHARP[mask] * HEAD_DIM**-0.5)
     sinks = np.random.default_rng(seed).standard_normal(HEADS)
     arguments = dict(
         causal={},
@@ -160,7 +170,9 @@ def parse_args() -> argparse.Namespace:
         "--rings", type=int, nargs="*", default=[2, 8, 64], metavar="P", help="ring sizes compared in bfloat16"
     )
     parser.add_argument("--only-rings", action="store_true", help="leave out the layouts, dtypes and masks")
-    parser.add_argument("--masks", choices=MASKS, nargs="+", default=MASKS, help="of the layouts and dtypes")
+    parser.add_argument(
+        "--masks", choices=(*MASKS, *SHARP), nargs="+", default=(*MASKS, *SHARP), help="of the layouts and dtypes"
+    )
     parser.add_argument("--dtypes", choices=list(UNITS), nargs="+", default=list(UNITS), help="of the layouts")
     parser.add_argument("--limit", type=float, default=2.0, help="largest ratio of our error to dense attention's")
     parser.add_argument("--jobs", type=int, default=2, help="processes that share the cases: compilation uses one core")

@@ -56,7 +56,8 @@ def blockwise_attention(
     Args:
       q: [B,T,H,D], float32, bfloat16 or float16.
       k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads. S may differ from T.
-      v: [B,S,K,D].
+      v: [B,S,K,D]. Keys and values must be finite even where they are hidden, as in dense attention: 0 x NaN is NaN.
+        What is not finite reaches all queries that see it and may reach others, which ones depends on tiles.
       causal: a query sees the keys at its own position and before; otherwise all of them.
       window: a query sees itself and the window-1 positions before it, and after it where causal is False.
       segment_ids: integers [B,T]; a query sees the keys of its own segment only.

@@ -9,6 +9,8 @@ from ring_attention.attention import dropout
 from ring_attention.attention.masks import Tokens, visible
 from ring_attention.attention.rule import Rule
 
+_LEAST = float(jnp.finfo(jnp.float32).min)
+
 
 class Meeting(NamedTuple):
     """Some queries of the G heads of one group and the keys that they meet, with axes in any order.
@@ -44,7 +46,10 @@ class Meeting(NamedTuple):
             distance = jnp.abs(self.queries.positions - self.keys.positions)
             scores -= self.slopes * distance.astype(jnp.float32)
         mask = visible(rule, self.queries, self.keys) if self.masked else None
-        return (scores if mask is None else jnp.where(mask, scores, -jnp.inf)), slope
+        # Either way the product is rounded here. A compiler that fuses it with what is subtracted from it next, once in
+        # one pass and not in the other, makes the dv of sharp attention several times as wrong (docs/accuracy.md).
+        rounded = jnp.maximum(scores, _LEAST) if mask is None else jnp.where(mask, scores, -jnp.inf)
+        return rounded, slope
 
     def dropout_factor(self) -> jax.Array | None:
         """What dropout multiplies each weight by, 0 or 1 / (1 - rate); None without dropout."""

@@ -172,7 +172,8 @@ def context_attention(
       q: [B,T,H,D], in the layout's order (`SequenceLayout.permute`); float32, bfloat16 or float16. Where the devices do
         not divide T, the arrays are padded inside, which moves all of them: pad in your loader to spare that.
       k: [B,T,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
-      v: [B,T,K,D].
+      v: [B,T,K,D]. Keys and values must be finite even where they are hidden, as in dense attention: 0 x NaN is NaN.
+        What is not finite reaches all queries that see it and may reach others, which ones depends on layout and tiles.
       mesh: the devices; `axis_name` is one of its axes. Axes may be Auto, Explicit or, of a `shard_map` around the
         call, Manual; an AbstractMesh does for `eval_shape` and for compiling ahead of time. By default the mesh that
         `jax.set_mesh` set.

@@ -1,9 +1,11 @@
 """Tiles: what is visible is computed once, and not much else is."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ring_attention as ra
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import tiles
 from ring_attention.attention.kernels.tiles import Tiles
@@ -99,3 +101,31 @@ def test_several_heads_of_one_tile_are_visited_together():
     together, _ = _counts(_hop(32, 32), 32, 32, BlockSizes(q=16, kv=16, heads=2))
     alone, _ = _counts(_hop(32, 32), 32, 32, BlockSizes(q=16, kv=16))
     np.testing.assert_array_equal(together, alone)
+
+
+def test_memory_is_linear_in_length_with_segments_and_backwards():
+    def bytes_of_a_token(T):
+        x, ids = jax.ShapeDtypeStruct((1, T, 1, D), "bfloat16"), jax.ShapeDtypeStruct((1, T), "int32")
+        loss = lambda q, k, v, ids: ra.blockwise_attention(q, k, v, segment_ids=ids).astype("float32").sum()  # noqa: E731
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / T
+
+    assert bytes_of_a_token(2**20) < 1.05 * bytes_of_a_token(2**15)
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_what_is_not_a_number_reaches_all_that_see_it_and_no_other_sequence_or_head(size):
+    rng, blocks, bad = np.random.default_rng(0), BlockSizes(q=size, kv=size), 20
+    q, k, v = (jnp.asarray(rng.standard_normal((B, 32, heads, D)), "float32") for heads in (H, K, K))
+    clean = ra.blockwise_attention(q, k, v, block_sizes=blocks)
+    out = np.isfinite(ra.blockwise_attention(q, k, v.at[0, bad, 0].set(jnp.nan), block_sizes=blocks))
+    assert not out[0, bad:, : H // K].any()
+    assert out[1:].all()
+    assert out[:, :, H // K :].all()
+    # Hidden numbers of any ordinary size change no bit.
+    ids = jnp.where(jnp.arange(32) < bad, 0, 1)[None].repeat(B, 0)
+    hidden = [
+        ra.blockwise_attention(q, k, v.at[:, bad:].set(x), segment_ids=ids, block_sizes=blocks) for x in (0, 1e30)
+    ]
+    np.testing.assert_array_equal(*(x[:, :bad] for x in hidden))
+    np.testing.assert_allclose(hidden[0][:, :bad], clean[:, :bad], atol=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from oracle import errors, random_qkv, random_segments
+from oracle import dense_attention, errors, random_qkv, random_segments
 from ring_helpers import PLAIN, assert_exact, expected, quickly, results, ring_mesh, sharded, simulate
 
 import ring_attention as ra
@@ -72,6 +72,27 @@ def test_a_device_may_hold_a_single_token(layout):
 @pytest.mark.parametrize(("layout", "P", "K", "packed", "causal", "dtype"), TRAINED)
 def test_what_people_train_with_is_as_exact_compiled_by_default(layout, P, K, packed, causal, dtype):
     _check(layout, P, K, packed, causal, dtype, jax.jit)
+
+
+SHARP = [("contiguous", 4), ("zigzag", 2), ("striped", 8)]
+OTHERS = [pair for pair in itertools.product(LAYOUT_KINDS, (1, 2, 4, 8)) if pair not in SHARP]
+
+
+@pytest.mark.parametrize(("layout", "P"), [*SHARP, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)])
+def test_logits_of_large_standard_deviation_are_as_exact_too(layout, P):
+    run = quickly(lambda q, k, v, dout: _and_gradients(sharded(ring_mesh(P), layout), q, k, v, dout))
+    dense = quickly(lambda q, k, v, dout: _and_gradients(dense_attention, q, k, v, dout))
+    for deviation in (1, 10, 50):
+        q, k, v, dout = random_qkv(0, 1, 256, 4, 2, 32)
+        qkv = q, k * deviation, v, dout
+        want = expected(qkv)
+        bound = 2 * np.array(errors(dense(*qkv), want))
+        np.testing.assert_array_less(errors(run(*qkv), want), bound, err_msg=f"deviation {deviation}")
+
+
+def _and_gradients(fn, q, k, v, dout):
+    out, vjp = jax.vjp(fn, q, k, v)
+    return out, *vjp(dout)
 
 
 # --- Large rings ------------------------------------------------------------------------------------------------------

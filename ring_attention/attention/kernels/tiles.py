@@ -181,11 +181,16 @@ class Tiles:
         The area has no keys yet; `visit` goes through its `visits`, which all heads share.
         """
         (B, n, _), m, size = self.queries.low.shape, self.keys.low.shape[1], self.size
+        heads = np.int32(self.num_kv_heads // size.heads)
         groups = -(-m // GROUP)
         length = -(-m // groups)
         pieces = jax.tree.map(lambda x: x.reshape(B, -1), self.keys)  # in groups of whole tiles
         of_groups = pieces.joined(length * size.cut_kv)
         pieces = jax.tree.map(lambda x: in_rows(x, length * size.cut_kv), pieces)
+
+        if groups == 1:  # few enough for all at once
+            of_rows = jax.vmap(lambda queries, keys: self._visits(queries, keys, 0, m), (0, None))
+            of_all = jax.vmap(of_rows)(self.queries, jax.tree.map(lambda x: x[:, 0], pieces))
 
         def row(number, carry):
             b, i = number // n, number % n
@@ -193,32 +198,33 @@ class Tiles:
 
             def group(number, carry):
                 keys = jax.tree.map(lambda x: x[b, number], pieces)
-                visits = self._visits(queries, keys, number * length, jnp.minimum(m - number * length, length))
+                rest = jnp.minimum(m - number * length, length)
+                return meet(self._visits(queries, keys, number * length, rest), carry)
 
+            def meet(visits: Visits, carry):
                 def head(number, carry):
-                    return body(
-                        Area(b, number * size.heads, i * size.q, 0, size.heads, size.q, 0, False), visits, carry
-                    )
+                    h, q = number * size.heads, i * size.q
+                    return body(Area(b, h, q, 0, size.heads, size.q, 0, False), visits, carry)
 
                 some = visits.full.count + visits.parts.count > 0
-                return lax.fori_loop(0, some * (self.num_kv_heads // size.heads), head, carry)
+                return lax.fori_loop(np.int32(0), jnp.where(some, heads, np.int32(0)), head, carry)
 
             if groups == 1:
-                return group(0, carry)
+                return meet(jax.tree.map(lambda x: x[b, i], of_all), carry)
             kinds = kinds_between(self.hop.rule, queries.joined(size.cut_q), jax.tree.map(lambda x: x[b], of_groups))
             seen = Worklist.of(kinds[0] != EMPTY)
             return lax.fori_loop(0, seen.count, lambda number, carry: group(seen.items[number], carry), carry)
 
-        return lax.fori_loop(np.int32(0), np.int32(B * n), row, carry)
+        return row(0, carry) if B * n == 1 else lax.fori_loop(np.int32(0), np.int32(B * n), row, carry)
 
     def _visits(self, queries: Bounds, keys: Bounds, start, number) -> Visits:
         """What the pieces of a query tile visit of those of a group of key tiles; the first `number` of these exist."""
         rule, size = self.hop.rule, self.size
         whole = kinds_between(rule, queries.joined(size.cut_q), keys.joined(size.cut_kv))[0]
-        whole = jnp.where(jnp.arange(whole.size) < number, whole, EMPTY)
+        whole = jnp.where(jnp.arange(whole.size, dtype=jnp.int32) < number, whole, EMPTY)
         pieces = kinds_between(rule, queries, keys).reshape(size.cut_q, -1, size.cut_kv).swapaxes(0, 1)
         cut = (whole == PARTIAL)[:, None, None] & (pieces != EMPTY)
-        return Visits(start, Worklist.of(whole == FULL), Worklist.of(cut.reshape(-1)))
+        return Visits(jnp.int32(start), Worklist.of(whole == FULL), Worklist.of(cut.reshape(-1)))
 
     def visit(self, tile: Area, visits: Visits, take, carry):
         """`take(area, carry) -> carry` over the areas that are visible to a query tile."""
