@@ -74,7 +74,8 @@ def local_path(text: str) -> Path:
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     choices = sorted(choices)
-    require(value in choices, f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+    known = isinstance(value, str) and value in choices
+    require(known, f"{name}={shown(value)} is not known; choose one of {', '.join(map(repr, choices))}")
 
 
 def is_whole(value: object, least: int) -> bool:

@@ -153,7 +153,7 @@ def table_of(results: list[dict], tokens: int, limit: float) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("worst", justify="right", no_wrap=True)
     for result, following in zip(results, [*results[1:], None], strict=True):
-        unit = UNITS[result["dtype"]]
+        unit = UNITS[result["dtype"]] * (10 if result["mask"] in SHARP else 1)
         errors = [f"{e['ours'] / unit:.1f} / {e['dense'] / unit:.1f}" for e in result["errors"].values()]
         row = [str(result["ring_size"]), result["layout"], f"{result['dtype']}, {unit:g}", result["mask"]]
         last = following is None or any(result[name] != following[name] for name in ("layout", "dtype"))

@@ -56,8 +56,8 @@ def blockwise_attention(
     Args:
       q: [B,T,H,D], float32, bfloat16 or float16.
       k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads. S may differ from T.
-      v: [B,S,K,D]. Keys and values must be finite even where they are hidden, as in dense attention: 0 x NaN is NaN.
-        What is not finite reaches all queries that see it and may reach others, which ones depends on tiles.
+      v: [B,S,K,D]. As in dense attention, hidden keys and values must be finite, too: 0 times NaN is NaN. What is not
+        reaches all queries that see it and may reach others of the same sequence and head, by tiles.
       causal: a query sees the keys at its own position and before; otherwise all of them.
       window: a query sees itself and the window-1 positions before it, and after it where causal is False.
       segment_ids: integers [B,T]; a query sees the keys of its own segment only.
@@ -148,8 +148,8 @@ def _check_tokens(side: str, positions, segments, batch: int, length: int) -> No
     """Raise ValueError unless positions are integers [length] or [1 or B, length], and segments [B, length]."""
     if positions is not None:
         ndim = getattr(positions, "ndim", 1)
-        shape = (length,) if ndim == 1 else (None if positions.shape[0] == 1 else batch, length)
-        letters, most = ("T" if ndim == 1 else "BT"), FARTHEST - 1
+        shape = (length,) if ndim < 2 else (None if positions.shape[0] == 1 else batch, length)
+        letters, most = ("T" if ndim < 2 else "BT"), FARTHEST - 1
         require_integers(f"{side}_positions", positions, shape, letters, least=-most, most=most)
     if segments is not None:
         require_integers(f"segment ids of {side}", segments, (batch, length), "BT")

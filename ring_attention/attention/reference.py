@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from ring_attention.attention.dropout import seeds_of
-from ring_attention.attention.rule import check_rule
+from ring_attention.attention.rule import check_rule, check_window
 from ring_attention.checks import require_attention_shapes, require_shape
 
 
@@ -137,6 +137,7 @@ def _weigh(q, k, v, a: _Arguments) -> _Weights:
     """Scores, then mask, then softmax, then dropout."""
     require_attention_shapes(q, k, v)
     check_rule(a.causal, a.window, a.softcap, a.scale, a.dropout_rate, a.dropout_key)
+    check_window("stride", a.stride)
     q_positions_BT, k_positions_BS = _positions(a.q_positions, q), _positions(a.kv_positions, k)
     ahead_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     s_BHTS, slope = _scores(q, k, ahead_BTS, a)
@@ -190,6 +191,9 @@ def _mask(ahead_BTS, a: _Arguments) -> np.ndarray:
         mask &= (np.abs(ahead_BTS) < a.stride) | (ahead_BTS % a.stride == 0)
     if a.segment_ids is not None:
         of = np.asarray(a.segment_ids if a.kv_segment_ids is None else a.kv_segment_ids)
+        B, T, S = ahead_BTS.shape
+        require_shape("segment_ids", np.shape(a.segment_ids), (B, T), "BT")
+        require_shape("segment_ids of the keys", of.shape, (B, S), "BS")
         mask &= np.asarray(a.segment_ids)[:, :, None] == of[:, None, :]
     return mask
 

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ring_attention.attention.dropout import Dropout, seeds_of
 from ring_attention.checks import is_number, is_whole, require, require_shape, shown
@@ -70,8 +71,7 @@ def make_rule(
     """
     B, _, H, D = q.shape
     check_rule(causal, window, softcap, scale, dropout_rate, dropout_key)
-    if alibi_slopes is not None:
-        require_shape("alibi_slopes", jnp.shape(alibi_slopes), (H,), "H")
+    alibi_slopes = of_heads("alibi_slopes", alibi_slopes, H)
     dropout = None
     if dropout_rate > 0:
         batch, heads = batch_offset + jnp.arange(B), head_offset + jnp.arange(H)
@@ -97,10 +97,22 @@ def make_rule(
 
 def as_sinks(sinks, heads: int) -> jax.Array | None:
     """Sinks as float32 [H], or None; raises ValueError unless there is one for each query head."""
-    if sinks is None:
+    sinks = of_heads("sinks", sinks, heads)
+    return None if sinks is None else jnp.asarray(sinks, jnp.float32)
+
+
+def of_heads(name: str, values, heads: int) -> jax.Array | None:
+    """`values` as an array [H], which they may be already, or a list of numbers, or None; raises ValueError."""
+    if values is None:
         return None
-    require_shape("sinks", jnp.shape(sinks), (heads,), "H")
-    return jnp.asarray(sinks, jnp.float32)
+    if not hasattr(values, "shape"):
+        try:
+            values = np.asarray(values, np.float32)
+        except (TypeError, ValueError):
+            got = f"{name}={shown(values)} are no numbers"
+            raise ValueError(f"{got}, need one for each of the H={heads} query heads; give an array or list") from None
+    require_shape(name, values.shape, (heads,), "H")
+    return values
 
 
 def check_rule(causal, window, softcap, scale, dropout_rate, dropout_key) -> None:

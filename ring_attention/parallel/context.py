@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.kernels import find_kernel, require_platform
-from ring_attention.attention.rule import as_sinks, check_rule, check_window, make_rule
+from ring_attention.attention.rule import as_sinks, check_rule, check_window, make_rule, of_heads
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
     require,
@@ -172,8 +172,8 @@ def context_attention(
       q: [B,T,H,D], in the layout's order (`SequenceLayout.permute`); float32, bfloat16 or float16. Where the devices do
         not divide T, the arrays are padded inside, which moves all of them: pad in your loader to spare that.
       k: [B,T,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
-      v: [B,T,K,D]. Keys and values must be finite even where they are hidden, as in dense attention: 0 x NaN is NaN.
-        What is not finite reaches all queries that see it and may reach others, which ones depends on layout and tiles.
+      v: [B,T,K,D]. As in dense attention, hidden keys and values must be finite, too: 0 times NaN is NaN. What is not
+        reaches all queries that see it and may reach others of the same sequence and head, by layout and tiles.
       mesh: the devices; `axis_name` is one of its axes. Axes may be Auto, Explicit or, of a `shard_map` around the
         call, Manual; an AbstractMesh does for `eval_shape` and for compiling ahead of time. By default the mesh that
         `jax.set_mesh` set.
@@ -224,9 +224,7 @@ def context_attention(
         require_integers("segment_ids", segment_ids, q.shape[:2], "BT")
     check_rule(causal, window, softcap, scale, dropout_rate, dropout_key)
     _shorter(window, max_segment_len, segment_ids)  # which checks both
-    for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if array is not None:
-            require_shape(name, jnp.shape(array), (q.shape[2],), "H")
+    sinks, alibi_slopes = (of_heads(*x, q.shape[2]) for x in (("sinks", sinks), ("alibi_slopes", alibi_slopes)))
     run = _sharded(
         mesh,
         spec,

@@ -17,14 +17,14 @@ from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import as_sinks, check_rule, make_rule
+from ring_attention.attention.rule import as_sinks, check_rule, make_rule, of_heads
 from ring_attention.checks import (
     require,
     require_array,
     require_attention_dtypes,
     require_attention_shapes,
     require_integers,
-    require_shape,
+    shown,
 )
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.mesh import find_mesh
@@ -174,6 +174,8 @@ def decode_attention(
     """
     given, mesh = mesh, find_mesh(mesh, axis_name)
     layout = as_layout(layout, mesh.shape[axis_name])
+    need = "must be True (caches are [B,K,S,D]) or False ([B,S,K,D]); leave it out for False"
+    require(isinstance(heads_first, bool), f"heads_first={shown(heads_first)} {need}")
     whole = [_whole(x, q, Cache(k_cache, v_cache, None, heads_first), 1) for x in (k_cache, v_cache)]
     _check(q, *whole, lengths, layout, impl)
     if spec is None:
@@ -182,9 +184,7 @@ def decode_attention(
     spec = spec_on(spec, given, mesh)
     check_spec(spec, mesh, axis_name, q, whole[0])
     check_rule(True, window, softcap, scale, 0.0, None)
-    for name, array in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if array is not None:
-            require_shape(name, jnp.shape(array), (q.shape[2],), "H")
+    sinks, alibi_slopes = (of_heads(*x, q.shape[2]) for x in (("sinks", sinks), ("alibi_slopes", alibi_slopes)))
     run = _sharded(
         mesh,
         spec,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.axis_types import names_of, type_of
-from ring_attention.checks import require
+from ring_attention.checks import is_number, require, require_array, shown
 from ring_attention.parallel.context import context_attention
 from ring_attention.parallel.strategies import find_strategy
 
@@ -106,6 +106,8 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings) ->
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
         dropout = {}
+        need = "must be a number of at least 0 and less than 1; 0 leaves dropout out"
+        require(is_number(dropout_rate), f"dropout_rate={shown(dropout_rate)} {need}")
         if dropout_rate > 0 and not deterministic:
             _check_dropout(dropout_rate, dropout_rng, broadcast_dropout)
             dropout = dict(dropout_rate=dropout_rate, dropout_key=dropout_rng)
@@ -160,15 +162,19 @@ def _check_settings(settings: dict) -> None:
 def _refuse_masks(mask, bias) -> None:
     if mask is not None:
         raise ValueError(
-            f"mask has shape {jnp.shape(mask)}, but a ring has no place for a mask of queries times keys, and so none "
+            f"mask {_described(mask)}, but a ring has no place for a mask of queries times keys, and so none "
             "for the cache of decode=True; leave them out and say what is seen with "
             "flax_attention_fn(causal=..., window=..., segment_ids=...)"
         )
     if bias is not None:
         raise ValueError(
-            f"bias has shape {jnp.shape(bias)}, but a ring has no place for a bias of queries times keys; "
+            f"bias {_described(bias)}, but a ring has no place for a bias of queries times keys; "
             "leave it out, or use flax_attention_fn(alibi_slopes=...) if it grows with distance"
         )
+
+
+def _described(x) -> str:
+    return f"has shape {x.shape}" if hasattr(x, "shape") else f"is {shown(x)}"
 
 
 def _refuse_arithmetic(precision, **hooks) -> None:
@@ -200,10 +206,12 @@ def _check_dropout(rate, rng, broadcast: bool) -> None:
 
 def _check_shapes(query, key, value, segment_ids) -> None:
     """What folding the leading axes would hide, and what needs Flax's words; context_attention checks the rest."""
+    for name, x in (("q", query), ("k", key), ("v", value)):
+        require_array(name, x)
     shapes = f"q has shape {query.shape}, k {key.shape} and v {value.shape}"
     require(
         query.ndim == key.ndim == value.ndim and query.ndim >= 3,
-        f"{shapes}, need as many axes in each, three or more: [..., tokens, heads, head_dim]",
+        f"{shapes}, need as many axes in each, three or more: [..., tokens, heads, head_dim]; reshape them",
     )
     require(
         query.shape[:-3] == key.shape[:-3] == value.shape[:-3],
@@ -215,6 +223,7 @@ def _check_shapes(query, key, value, segment_ids) -> None:
         "use Flax's own attention for cross attention and for a cache",
     )
     if segment_ids is not None:
+        require_array("segment_ids", segment_ids)
         require(
             segment_ids.shape == query.shape[:-2],
             f"segment_ids has shape {segment_ids.shape}, need {query.shape[:-2]}, one for each token of the queries; "

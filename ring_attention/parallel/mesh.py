@@ -54,7 +54,8 @@ def find_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abstra
     is_mesh = isinstance(mesh, Mesh | AbstractMesh)
     require(is_mesh, f"mesh={shown(mesh)} is no jax.sharding.Mesh; make one with make_mesh(sp=...)")
     has = f"is not an axis of the mesh, which has {dict(mesh.shape)}"
-    require(axis_name in mesh.shape, f"axis_name={axis_name!r} {has}; name one of these")
+    known = isinstance(axis_name, str) and axis_name in mesh.shape
+    require(known, f"axis_name={shown(axis_name)} {has}; name one of these")
     if axis_name in here.shape and _large_axes(mesh) == _large_axes(here):
         mesh = here
     require(
