@@ -21,6 +21,7 @@ from ring_attention.parallel.context import (
     ring_attention_shard,
 )
 from ring_attention.parallel.decode import decode_attention, decode_attention_shard
+from ring_attention.parallel.exchange import SAVED_NAMES
 from ring_attention.parallel.flax_attention import flax_attention_fn
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import make_mesh
@@ -29,6 +30,7 @@ from ring_attention.parallel.strategies import STRATEGIES
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAVED_NAMES",
     "STRATEGIES",
     "BlockSizes",
     "SequenceLayout",

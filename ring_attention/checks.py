@@ -97,11 +97,17 @@ def require_divisible(name: str, value: int, by_name: str, by: int, remedy: str)
     require(value % by == 0, f"{name}={value} is not divisible by {by_name}={by}; {remedy}")
 
 
-def require_shape(name: str, got: tuple[int, ...], need: tuple[int | None, ...], letters: str) -> None:
+def require_shape(
+    name: str,
+    got: tuple[int, ...],
+    need: tuple[int | None, ...],
+    letters: str,
+    remedy: str = "reshape or transpose it before the call",
+) -> None:
     """Raise ValueError unless `got` matches `need` (None matches any size). `letters` name the axes, as in "BTHD"."""
     matches = len(got) == len(need) and all(n is None or g == n for g, n in zip(got, need, strict=True))
     wanted = ", ".join(f"{letter}={'any' if n is None else n}" for letter, n in zip(letters, need, strict=True))
-    require(matches, f"{name} has shape {tuple(got)}, need [{wanted}]; reshape or transpose it before the call")
+    require(matches, f"{name} has shape {tuple(got)}, need [{wanted}]; {remedy}")
 
 
 def require_array(name: str, x: object) -> None:
@@ -136,6 +142,11 @@ def require_attention_shapes(q, k, v) -> None:
     require(q.ndim == 4, f"q has {q.ndim} axes with shape {q.shape}, {axes}")
     B, _, H, D = q.shape
     require_shape("k", k.shape, (B, None, None, D), "BSKD")
+    require(
+        v.shape[:-1] != k.shape[:-1] or v.shape == k.shape,
+        f"v has head_dim {v.shape[-1:]} and k {k.shape[-1:]}, need the same; pad the narrower with zeros, give scale= "
+        "of the width that the keys had, and cut the output to that of the values",
+    )
     require_shape("v", v.shape, k.shape, "BSKD")
     for name, x in (("q", q), ("k", k)):
         require(0 not in x.shape, f"{name} has shape {x.shape}, need at least 1 of everything; leave out empty batches")

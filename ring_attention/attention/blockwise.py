@@ -122,6 +122,11 @@ def blockwise_attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, q, k, v, hop: Hop, sinks):
     """Out [B,H,T,D] and lse [B,H,T]; all arrays have heads before tokens."""
+    return _finished(static, q, k, v, hop, sinks)
+
+
+def _finished(static: _Static, q, k, v, hop: Hop, sinks):
+    """The same, undecorated: what the forward rule computes must let tangents through, for Hessians."""
     running = vary_together(Running.empty(q.shape), q)[0]
     running = static.kernel.forward(q, k, v, hop, running, static.blocks)
     out, lse = attention_sinks.finish(running, sinks)
@@ -129,7 +134,7 @@ def _attend(static: _Static, q, k, v, hop: Hop, sinks):
 
 
 def _attend_forward(static: _Static, q, k, v, hop: Hop, sinks):
-    out, lse = _attend(static, q, k, v, hop, sinks)
+    out, lse = _finished(static, q, k, v, hop, sinks)
     return (out, lse), (q, k, v, out, lse, hop, sinks)
 
 
@@ -158,7 +163,7 @@ def _check_tokens(side: str, positions, segments, batch: int, length: int) -> No
 def _tokens(positions, segments, length: int) -> Tokens:
     """Positions as [1 or B, length] and segments as [B, length], both int32."""
     runs = Runs((length,), 1, ((0,),)) if positions is None else None
-    positions = jnp.arange(length) if positions is None else positions
+    positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
     positions = positions[None] if positions.ndim == 1 else positions
     segments = None if segments is None else segments.astype(jnp.int32)
     return Tokens(positions.astype(jnp.int32), segments, runs)

@@ -6,9 +6,11 @@ token. Tiles that no row of the batch sees are not read: those beyond the end of
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 
@@ -18,7 +20,7 @@ from ring_attention.attention.kernels.tiles import Worklist
 from ring_attention.attention.masks import EMPTY, Hop, Tokens, tile_kinds
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import Rule
-from ring_attention.attention.varying import vary_together
+from ring_attention.attention.varying import axes_of, vary_over, vary_together
 from ring_attention.attention.weights import Meeting
 
 
@@ -54,7 +56,7 @@ class Cache:
 
         def tile(x):
             axis = x.ndim - (2 if self.heads_first else 3)
-            starts, sizes = [0] * x.ndim, list(x.shape)
+            starts, sizes = [np.int32(0)] * x.ndim, list(x.shape)
             starts[axis], sizes[axis] = start, size
             if self.layer is not None:
                 starts[0], sizes[0] = self.layer, 1
@@ -91,32 +93,62 @@ def attend_cached(
     Returns:
       Statistics [B,H,T,...].
     """
-    K, size = cache.num_kv_heads, min(size, cache.slots)
+    q = rearrange(q_BTHD, "B T (K G) D -> B K G T D", K=cache.num_kv_heads)
+    arrays = vary_together(q, cache.k, cache.v, (cache.layer, rule, q_positions, kv_positions))
+    running = _attend((min(size, cache.slots), cache.heads_first), *arrays)
+    return Running(*(rearrange(x, "B K G T ... -> B (K G) T ...") for x in running))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: tuple[int, bool], q, k, v, others) -> Running:
+    """Statistics [B,K,G,T,...]; `static` are the size of a tile and `heads_first`."""
+    return _over_tiles(static, q, k, v, others, seen_alone=True)
+
+
+def _attend_forward(static, q, k, v, others):
+    return _over_tiles(static, q, k, v, others, seen_alone=True), (q, k, v, others)
+
+
+def _attend_backward(static, residuals, cotangents):
+    """By differentiating a pass over all tiles: how many are seen is known too late for JAX to keep what it needs."""
+    *arrays, others = residuals
+    _, vjp = jax.vjp(lambda q, k, v: _over_tiles(static, q, k, v, others, seen_alone=False), *arrays)
+    return *vjp(cotangents), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _over_tiles(static: tuple[int, bool], q, k, v, others, *, seen_alone: bool) -> Running:
+    """A pass over the tiles that are seen, or over all of them."""
+    (size, heads_first), (layer, rule, q_positions, kv_positions) = static, others
+    cache = Cache(k, v, layer, heads_first)
     visited = _visited(rule, q_positions, kv_positions, size)
-    slopes = None if rule.slopes is None else rearrange(rule.slopes, "(K G) -> K G 1 1", K=K)
-    q = rearrange(q_BTHD, "B T (K G) D -> B K G T D", K=K)
-    running = Running.empty(q.shape)
-    q, cache, slopes, q_positions, kv_positions, visited, running = vary_together(
-        q, cache, slopes, q_positions, kv_positions, visited, running
-    )
-    queries = Tokens(q_positions[:, None, None, :, None])
+    slopes = None if rule.slopes is None else rearrange(rule.slopes, "(K G) -> 1 K G 1 1", K=cache.num_kv_heads)
+    visited, running = vary_over((visited, Running.empty(q.shape)), axes_of((q, k, v, others)))
+    queries = Tokens(q_positions[:, None, None, :, None])  # against slots [1,1,1,1,s]
 
     def take(number, running):
-        wanted = visited.items[number] * size
+        wanted = number * size
         start = jnp.minimum(wanted, cache.slots - size)  # the last tile may reach back into the one before
         k, v = cache.read(start, size, q.dtype)
         positions = lax.dynamic_slice_in_dim(kv_positions, start, size)
-        positions = jnp.where(start + jnp.arange(size) < wanted, FARTHEST, positions)  # slots taken already
-        meeting = Meeting(rule, queries, Tokens(positions), slopes, batch=None, heads=None, masked=True)
+        slots = start + jnp.arange(size, dtype=jnp.int32)
+        positions = jnp.where(slots < wanted, FARTHEST, positions)  # those taken already
+        meeting = Meeting(
+            rule, queries, Tokens(positions[None, None, None, None]), slopes, batch=None, heads=None, masked=True
+        )
         scores, _ = meeting.scores(jnp.einsum("BKGTD,BKsD->BKGTs", q, k, preferred_element_type=jnp.float32))
         return jax.vmap(jax.vmap(online_softmax.update))(running, scores, v)
 
-    running = lax.fori_loop(0, visited.count, take, running)
-    return Running(*(rearrange(x, "B K G T ... -> B (K G) T ...") for x in running))
+    if seen_alone:
+        return lax.fori_loop(0, visited.count, lambda i, running: take(visited.items[i], running), running)
+    numbers = jnp.arange(visited.items.size, dtype=jnp.int32)
+    return lax.scan(lambda running, number: (take(number, running), None), running, numbers)[0]
 
 
 def _visited(rule: Rule, q_positions: jax.Array, kv_positions: jax.Array, size: int) -> Worklist:
     """The tiles of slots of which any row may see one."""
-    keys = Tokens(kv_positions[None]).pad(-kv_positions.size % size, segment=0)
+    keys = Tokens(kv_positions[None]).pad(-kv_positions.size % size)
     tiles = Hop(Tokens(q_positions).tiles(q_positions.shape[1]), Tokens(keys.positions).tiles(size), rule)
     return Worklist.of((tile_kinds(tiles) != EMPTY).any((0, 1)))

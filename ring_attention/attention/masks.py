@@ -12,9 +12,6 @@ from ring_attention.attention.rule import Rule
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """Kinds of tile: no query sees a key, some do, every query sees every key."""
 
-PADDED_QUERY, PADDED_KEY = -(2**31) + 1, -(2**31)
-"""Segments of the tokens that fill up a tile: unlike any other and unlike each other, so nobody sees them."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
@@ -40,19 +37,23 @@ class Tokens:
       positions: int32 [B or 1, t], natural positions in the sequence.
       segments: int32 [B or 1, t], or None where all tokens are of one segment.
       runs: the runs of evenly spaced tokens that these are; None where nobody says.
+      real: bool [B or 1, t], False for tokens that only fill up a tile; None where all are real. No segment id could
+        say so: every int32 may be a user's.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
     runs: Runs | None = dataclasses.field(default=None, metadata={"static": True})
+    real: jax.Array | None = None
 
-    def pad(self, amount: int, segment: int) -> "Tokens":
-        """The same tokens and `amount` more, in a segment of their own."""
-        segments = jnp.zeros_like(self.positions) if self.segments is None else self.segments
-        return Tokens(
-            jnp.pad(self.positions, ((0, 0), (0, amount)), mode="edge"),
-            jnp.pad(segments, ((0, 0), (0, amount)), constant_values=segment),
+    def pad(self, amount: int) -> "Tokens":
+        """The same tokens and `amount` more, which nobody sees and which see nobody."""
+        positions, segments = (
+            None if x is None else jnp.pad(x, ((0, 0), (0, amount)), mode="edge")
+            for x in (self.positions, self.segments)
         )
+        real = jnp.arange(positions.shape[1], dtype=jnp.int32)[None] < self.positions.shape[1]
+        return Tokens(positions, segments, real=real if amount else None)
 
     def of_batch(self, batch: int) -> "Tokens":
         """The same with arrays [batch, t]."""
@@ -96,26 +97,33 @@ def visible(rule: Rule, queries: Tokens, keys: Tokens) -> jax.Array | None:
         conditions.append(jnp.maximum(queries.positions, keys.positions) < rule.seq_len)
     if queries.segments is not None:
         conditions.append(queries.segments == keys.segments)
+    conditions += [tokens.real for tokens in (queries, keys) if tokens.real is not None]
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
 class Bounds(NamedTuple):
-    """Between what the positions and the segments of each of n tiles lie, int32 [..., n]; no segments: None."""
+    """Between what the positions and the segments of each of n tiles lie, int32 [..., n]; no segments: None.
+
+    `some` and `every` are bool [..., n]: whether any and whether all of a tile's tokens are real; None where all are.
+    """
 
     low: jax.Array
     high: jax.Array
     first: jax.Array | None
     last: jax.Array | None
+    some: jax.Array | None
+    every: jax.Array | None
 
     @staticmethod
     def of(tokens: Tokens) -> "Bounds":
         """Those of tiles [..., n, size]."""
         pairs = [(None, None) if x is None else (x.min(-1), x.max(-1)) for x in (tokens.positions, tokens.segments)]
-        return Bounds(*pairs[0], *pairs[1])
+        real = tokens.real
+        return Bounds(*pairs[0], *pairs[1], *((None, None) if real is None else (real.any(-1), real.all(-1))))
 
     def joined(self, size: int) -> "Bounds":
         """Those of tiles that each hold `size` of these, [..., n / size]; what is left over is with the last ones."""
-        ways = (jnp.min, jnp.max, jnp.min, jnp.max)
+        ways = (jnp.min, jnp.max, jnp.min, jnp.max, jnp.any, jnp.all)
         return Bounds(*(None if x is None else way(in_rows(x, size), -1) for way, x in zip(ways, self, strict=True)))
 
 
@@ -138,8 +146,8 @@ def kinds_between(rule: Rule, queries: Bounds, keys: Bounds) -> jax.Array:
 
     An EMPTY or FULL is proved by the bounds, while a PARTIAL may hide more than it seems.
     """
-    q_low, q_high, q_first, q_last = (None if x is None else jnp.expand_dims(x, -1) for x in queries)
-    k_low, k_high, k_first, k_last = (None if x is None else jnp.expand_dims(x, -2) for x in keys)
+    q_low, q_high, q_first, q_last, q_some, q_every = (None if x is None else jnp.expand_dims(x, -1) for x in queries)
+    k_low, k_high, k_first, k_last, k_some, k_every = (None if x is None else jnp.expand_dims(x, -2) for x in keys)
     nearest, farthest = q_low - k_high, q_high - k_low  # how far the queries stand behind the keys
     empty, full = jnp.zeros_like(nearest, bool), jnp.ones_like(nearest, bool)
     if rule.causal:
@@ -157,4 +165,8 @@ def kinds_between(rule: Rule, queries: Bounds, keys: Bounds) -> jax.Array:
     if q_first is not None:
         empty |= (q_last < k_first) | (k_last < q_first)
         full &= (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
-    return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL))
+    for some, every in ((q_some, q_every), (k_some, k_every)):
+        if some is not None:
+            empty |= ~some
+            full &= every
+    return jnp.where(empty, jnp.int32(EMPTY), jnp.where(full, jnp.int32(FULL), jnp.int32(PARTIAL)))

@@ -74,7 +74,7 @@ def make_rule(
     alibi_slopes = of_heads("alibi_slopes", alibi_slopes, H)
     dropout = None
     if dropout_rate > 0:
-        batch, heads = batch_offset + jnp.arange(B), head_offset + jnp.arange(H)
+        batch, heads = batch_offset + jnp.arange(B, dtype=jnp.int32), head_offset + jnp.arange(H, dtype=jnp.int32)
         dropout = Dropout(
             rate=dropout_rate,
             seeds=seeds_of(dropout_key),
@@ -87,7 +87,7 @@ def make_rule(
     return Rule(
         scale=D**-0.5 if scale is None else float(scale),
         causal=bool(causal),
-        window=None if window is None else int(window),
+        window=bounded(window),
         seq_len=seq_len,
         softcap=None if softcap is None else float(softcap),
         slopes=slopes,
@@ -140,6 +140,11 @@ def _is_key(key) -> bool:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key.shape == ()
     return key.dtype == jnp.uint32 and key.ndim == 1
+
+
+def bounded(window: int | None) -> int | None:
+    """`window`, or None where it is as long as any sequence: positions are int32, and the mask compares with it."""
+    return None if window is None or window >= 2**31 - 1 else int(window)
 
 
 def check_window(name: str, window: int | None) -> None:

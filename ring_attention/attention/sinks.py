@@ -15,7 +15,7 @@ from ring_attention.attention.online_softmax import Running
 def finish(running: Running, sinks_H: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Out [B,H,t,D] and lse [B,H,t], float32, of statistics over all keys and of the sinks, where there are any."""
     if sinks_H is not None:
-        running = online_softmax.absorb(running, jnp.float32(0), sinks_H[:, None])
+        running = online_softmax.absorb(running, jnp.float32(0), sinks_H[None, :, None])
     return online_softmax.finish(running)
 
 
@@ -23,5 +23,5 @@ def gradient(sinks_H: jax.Array | None, whole: Whole) -> jax.Array | None:
     """float32 [H], of the loss with respect to the sinks; from this device's queries alone."""
     if sinks_H is None:
         return None
-    p_BHt = jnp.exp(sinks_H[:, None] - online_softmax.finite(whole.lse))
+    p_BHt = jnp.exp(sinks_H[None, :, None] - online_softmax.finite(whole.lse))
     return -jnp.sum(p_BHt * whole.delta, (0, 2))

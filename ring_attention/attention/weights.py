@@ -58,4 +58,4 @@ class Meeting(NamedTuple):
             return None
         query, key = self.queries.positions, self.keys.positions
         kept = dropout.kept(drop.rate, drop.seeds, self.batch, self.heads, query, key)
-        return jnp.where(kept, 1 / (1 - drop.rate), 0.0)
+        return jnp.where(kept, jnp.float32(1 / (1 - drop.rate)), jnp.float32(0))

@@ -53,7 +53,7 @@ class Gathering:
         (q,), ready, last = self._split(q), self._gather(parts, 0), self.groups - 1
         if last == 0:
             return Running(*map(self._join, [x[None] for x in work(0, ready, q[0])]))
-        ready, results = lax.scan(step, ready, (jnp.arange(last), q[:-1]))
+        ready, results = lax.scan(step, ready, (jnp.arange(last, dtype=jnp.int32), q[:-1]))
         return Running(
             *(self._join(self._append(x, y)) for x, y in zip(results, work(last, ready, q[last]), strict=True))
         )
@@ -89,7 +89,7 @@ class Gathering:
             return (dq, *self._scatter(dkv))
         ahead = self._gather(parts, 1)
         first_dq, dkv = work(0, ready, of(0))
-        between = (jnp.arange(1, last), [x[1:last] for x in of_queries])
+        between = (jnp.arange(1, last, dtype=jnp.int32), [x[1:last] for x in of_queries])
         (ready, leaving), (dq, home) = lax.scan(step, (ahead, dkv), between)
         before_last = self._scatter(leaving)
         last_dq, dkv = work(last, ready, of(last))

@@ -20,7 +20,6 @@ from ring_attention.checks import (
     require_attention_dtypes,
     require_attention_shapes,
     require_integers,
-    require_shape,
 )
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.mesh import find_mesh, platform_of
@@ -90,7 +89,7 @@ def context_attention_shard(
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
     B, t, H, D = q.shape
-    require_shape("k", k.shape, (B, t, None, D), "BtKD")
+    _require_as_many_keys(q, k)
     layout = as_layout(layout, _axis_size(axis_name))
     layout.check_length(t * layout.ring_size)
     if segment_ids is not None:
@@ -112,12 +111,21 @@ def context_attention_shard(
     kernel = find_kernel(impl)
     kernel.check(rule, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
     setting = Setting(axis_name=axis_name, layout=layout, kernel=kernel, blocks=as_blocks(block_sizes))
-    strategy = find_strategy(strategy, options)
+    strategy = find_strategy(strategy, options, context_attention_shard)
     strategy.check(setting, (B, t, H, D), k.shape[2], rule)
     arrays = (q, k, v, segment_ids, rule, as_sinks(sinks, H), lax.axis_index(axis_name))
     q, k, v, segment_ids, rule, sinks, _ = vary_together(*arrays)
     out = strategy.attend(setting, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segment_ids, rule, sinks)
     return jnp.swapaxes(out, 1, 2)
+
+
+def _require_as_many_keys(q, k) -> None:
+    """Raise ValueError for keys of another sequence that is not as long as that of the queries."""
+    require(
+        k.shape[1] == q.shape[1],
+        f"q has T={q.shape[1]} tokens and k has {k.shape[1]}, need as many of each, since devices hold the same share "
+        "of both; use blockwise_attention for cross attention, decode_attention for a few queries and a cache",
+    )
 
 
 def _axis_size(axis_name: str) -> int:
@@ -213,7 +221,7 @@ def context_attention(
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
     given, mesh = mesh, find_mesh(mesh, axis_name)
-    require_shape("k", k.shape, (q.shape[0], q.shape[1], None, q.shape[3]), "BTKD")
+    _require_as_many_keys(q, k)
     layout = as_layout(layout, mesh.shape[axis_name])
     require_platform(find_kernel(impl), platform_of(mesh))
     if spec is None:
@@ -228,7 +236,7 @@ def context_attention(
     run = _sharded(
         mesh,
         spec,
-        strategy=find_strategy(strategy, options),
+        strategy=find_strategy(strategy, options, context_attention),
         axis_name=axis_name,
         layout=layout,
         causal=causal,

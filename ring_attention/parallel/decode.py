@@ -87,7 +87,7 @@ def decode_attention_shard(
         q,
         cache,
         rule=rule,
-        q_positions=lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32),
+        q_positions=lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None],
         kv_positions=layout.shard_positions(lax.axis_index(axis_name), s),
         size=as_blocks(block_sizes).kv,
     )
@@ -114,7 +114,7 @@ def _merged(running: Running, axis_name: str) -> Running:
     everyone = lax.all_gather(packed, axis_name, to="invarying")  # [P,B,H,T,D+1]
     out, lse = everyone[..., :-1], everyone[..., -1]
     top = lse.max(0)
-    weight = jnp.exp(lse - online_softmax.finite(top))
+    weight = jnp.exp(lse - online_softmax.finite(top)[None])
     return Running((out * weight[..., None]).sum(0), top, weight.sum(0))
 
 

@@ -4,12 +4,14 @@ Flax gives an attention function more than attention over shards can do. What it
 is dropped in silence gives a model that trains, and is another one than was asked for.
 """
 
+import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +19,9 @@ from ring_attention.attention.axis_types import names_of, type_of
 from ring_attention.checks import is_number, require, require_array, shown
 from ring_attention.parallel.context import context_attention
 from ring_attention.parallel.strategies import find_strategy
+
+_MOST_LOOKED_AT = 2**24
+"""Numbers in a mask that is looked at to name the call that replaces it."""
 
 _OF_THE_LAYER = ("dropout_rate", "dropout_key")
 _SETTINGS = {
@@ -55,8 +60,9 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings) ->
         its last axis.
 
     Returns:
-      A function that Flax's layers call with q [...,T,H,D], k and v [...,T,K,D] and keywords. It raises ValueError,
-      before anything compiles, for what it cannot honour: `mask` and with it the cache of `decode=True`, `bias`,
+      A function, equal to others made with the same, that can be pickled and deep-copied. Flax's layers call it with q
+      [...,T,H,D], k and v [...,T,K,D] and keywords. It raises ValueError, before anything compiles, for what it cannot
+      honour: `mask` (naming the call that replaces it) and with it the cache of `decode=True`, `bias`,
       `sow_weights`, `broadcast_dropout=True` (Flax's default) while dropout is active, a `precision`, an einsum of the
       layer's own, `is_causal=True` against `causal=False`, keys of another length than the queries.
 
@@ -64,11 +70,23 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings) ->
       TypeError: for a setting that `context_attention` does not have, or that belongs to the layer.
     """
     _check_settings(settings)
-    causal = settings.get("causal", _SETTINGS["causal"])
-    segment_ids = settings.pop("segment_ids", None)
+    return _AttentionFunction(mesh, settings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _AttentionFunction:
+    """What `flax_attention_fn` returns: equal, and one program for jit, where mesh and settings are.
+
+    Arrays among the settings are equal if they are the same object. A copy is the function itself, and a pickled one
+    looks for its devices by their numbers.
+    """
+
+    mesh: Mesh | AbstractMesh | None
+    settings: dict
 
     # Each argument has a name, because linen drops in silence those that it does not find in the signature.
-    def attention_fn(
+    def __call__(
+        self,
         query,
         key,
         value,
@@ -89,6 +107,8 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings) ->
         is_causal=False,
     ):
         del force_fp32_for_softmax  # every kernel's softmax is float32
+        settings = dict(self.settings)
+        causal, segment_ids = settings.get("causal", _SETTINGS["causal"]), settings.pop("segment_ids", None)
         _refuse_masks(mask, bias)
         require(
             causal or not is_causal,
@@ -116,10 +136,44 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings) ->
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         q_BTHD, k_BTKD, v_BTKD = (_folded(jnp.asarray(x, dtype), 3) for x in (query, key, value))
         ids_BT = None if segment_ids is None else _folded(segment_ids, 1)
-        out_BTHD = context_attention(q_BTHD, k_BTKD, v_BTKD, mesh=mesh, segment_ids=ids_BT, **settings, **dropout)
+        out_BTHD = context_attention(q_BTHD, k_BTKD, v_BTKD, mesh=self.mesh, segment_ids=ids_BT, **settings, **dropout)
         return _unfolded(out_BTHD, query)
 
-    return attention_fn
+    def _key(self):
+        return self.mesh, frozenset((name, _hashable(value)) for name, value in self.settings.items())
+
+    def __eq__(self, other):
+        return isinstance(other, _AttentionFunction) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        if not isinstance(self.mesh, Mesh):
+            return _AttentionFunction, (self.mesh, self.settings)
+        mesh, numbers = self.mesh, np.vectorize(lambda device: device.id, otypes=[int])(self.mesh.devices)
+        platform = mesh.devices.flat[0].platform
+        return _unpickled, (platform, numbers, mesh.axis_names, mesh.axis_types, self.settings)
+
+
+def _hashable(value):
+    """The value, or its identity if it is an array or something else that cannot be a key."""
+    return value if isinstance(value, Hashable) and not hasattr(value, "dtype") else id(value)
+
+
+def _unpickled(platform: str, numbers: np.ndarray, axis_names, axis_types, settings: dict) -> _AttentionFunction:
+    devices = {device.id: device for device in jax.devices(platform)}
+    missing = sorted(set(numbers.flat) - set(devices))
+    require(
+        not missing,
+        f"an attention function was pickled for devices {numbers.ravel().tolist()}, but there are no {missing} here; "
+        "make it anew with flax_attention_fn(mesh=...)",
+    )
+    mesh = Mesh(np.vectorize(devices.__getitem__, otypes=[object])(numbers), axis_names, axis_types=axis_types)
+    return _AttentionFunction(mesh, settings)
 
 
 def _folded(x, trailing: int):
@@ -163,8 +217,7 @@ def _refuse_masks(mask, bias) -> None:
     if mask is not None:
         raise ValueError(
             f"mask {_described(mask)}, but a ring has no place for a mask of queries times keys, and so none "
-            "for the cache of decode=True; leave them out and say what is seen with "
-            "flax_attention_fn(causal=..., window=..., segment_ids=...)"
+            f"for the cache of decode=True; leave them out: {_replacement(mask)}"
         )
     if bias is not None:
         raise ValueError(
@@ -175,6 +228,23 @@ def _refuse_masks(mask, bias) -> None:
 
 def _described(x) -> str:
     return f"has shape {x.shape}" if hasattr(x, "shape") else f"is {shown(x)}"
+
+
+def _replacement(mask) -> str:
+    """Which call says the same as a mask of Flax's helpers; all of them where its values are not known yet."""
+    causal = "make_causal_mask is flax_attention_fn(causal=True), the default"
+    valid = "segment_ids=valid.astype(int), valid [B,T] being what make_attention_mask was given"
+    both = f"combine_masks of that and a causal one is flax_attention_fn(causal=True, {valid})"
+    padding = f"make_attention_mask(valid, valid) is flax_attention_fn(causal=False, {valid})"
+    known = hasattr(mask, "shape") and not isinstance(mask, jax.core.Tracer)
+    if known and len(mask.shape) >= 2 and mask.shape[-1] == mask.shape[-2] and mask.size <= _MOST_LOOKED_AT:
+        seen = np.asarray(mask, bool)
+        real, lower = np.diagonal(seen, axis1=-2, axis2=-1), np.tri(seen.shape[-1], dtype=bool)
+        pairs = real[..., :, None] & real[..., None, :]
+        for same, words in ((lower, causal), (pairs, padding), (pairs & lower, both)):
+            if (seen == same).all():
+                return words
+    return f"{causal}; {padding}; {both}; window=... is for masks of neighbours"
 
 
 def _refuse_arithmetic(precision, **hooks) -> None:

@@ -145,7 +145,9 @@ class SequenceLayout:
 
     def all_positions(self, shard_len: int) -> jax.Array:
         """Natural positions, int32 [ring_size, shard_len], of all shards; computed where they are needed."""
-        return jax.vmap(lambda shard: self.shard_positions(shard, shard_len))(jnp.arange(self.ring_size))
+        return jax.vmap(lambda shard: self.shard_positions(shard, shard_len))(
+            jnp.arange(self.ring_size, dtype=jnp.int32)
+        )
 
     def runs(self, shard_len: int, start: int = 0, stop: int | None = None) -> Runs | None:
         """The tokens from `start` to `stop` of any shard, as runs; None for stripes, which are many short runs."""

@@ -1,7 +1,7 @@
 """The device mesh and the names of its axes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, get_abstract_mesh
@@ -34,6 +34,8 @@ def make_mesh(
       ValueError: when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    fits = isinstance(devices, Iterable) and all(hasattr(device, "platform") for device in devices)
+    require(fits, f"devices={shown(devices)} must be a list of JAX's devices; give jax.devices() or some of them")
     shape = resolve_mesh_shape(dict(dp=dp, fsdp=fsdp, sp=sp, tp=tp), len(devices))
     return Mesh(arrange(devices, tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 
@@ -37,10 +38,10 @@ class _Circle:
         def step(carry_and_block, number):
             carry, block = carry_and_block
             following = lax.ppermute(block, self.axis_name, pairs)
-            return (visit(carry, block, lax.rem(me - number + P, P)), following), None
+            return (visit(carry, block, lax.rem(me - number + P, np.int32(P))), following), None
 
-        (carry, block), _ = lax.scan(step, (carry, block), jnp.arange(P - 1))
-        return visit(carry, block, lax.rem(me + 1, P))
+        (carry, block), _ = lax.scan(step, (carry, block), jnp.arange(P - 1, dtype=jnp.int32))
+        return visit(carry, block, lax.rem(me + 1, np.int32(P)))
 
     def sum_of_own(self, x_BKTD, shard_len: int):
         """Of the sum over devices, the tokens of this one."""
@@ -55,6 +56,11 @@ def _dot(pattern: str, x, y):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ring_qk(circle: _Circle, q_BKGtD, k_BKsD):
     """float32 products of this device's queries and all keys, [B,K,G,t,T], keys in the order of the devices."""
+    return _products(circle, q_BKGtD, k_BKsD)
+
+
+def _products(circle: _Circle, q_BKGtD, k_BKsD):
+    # Undecorated, as `_sums` below: what a forward rule computes must let tangents through, for Hessians.
     *rows, t, _ = q_BKGtD.shape
     s = k_BKsD.shape[2]
 
@@ -66,7 +72,7 @@ def ring_qk(circle: _Circle, q_BKGtD, k_BKsD):
 
 
 def _ring_qk_forward(circle, q, k):
-    return ring_qk(circle, q, k), (q, k)
+    return _products(circle, q, k), (q, k)
 
 
 def _ring_qk_backward(circle, residuals, dproducts):
@@ -88,6 +94,10 @@ ring_qk.defvjp(_ring_qk_forward, _ring_qk_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ring_av(circle: _Circle, weights_BKGtT, v_BKsD):
     """float32 sums of all values, [B,K,G,t,D], by the weights of this device's queries."""
+    return _sums(circle, weights_BKGtT, v_BKsD)
+
+
+def _sums(circle: _Circle, weights_BKGtT, v_BKsD):
     s = v_BKsD.shape[2]
 
     def visit(out, v, source):
@@ -99,7 +109,7 @@ def ring_av(circle: _Circle, weights_BKGtT, v_BKsD):
 
 
 def _ring_av_forward(circle, weights, v):
-    return ring_av(circle, weights, v), (weights, v)
+    return _sums(circle, weights, v), (weights, v)
 
 
 def _ring_av_backward(circle, residuals, dout):
@@ -139,10 +149,10 @@ class RingSelfAttention(Strategy):
         q_BKGtD = rearrange(q, "B (K G) t D -> B K G t D", K=K)
         meeting = _meeting(setting, segments, rule, t, K)
         scores, _ = meeting.scores(ring_qk(circle, q_BKGtD, k))
-        sinks_KG11 = jnp.float32(-jnp.inf) if sinks is None else sinks.reshape(K, -1, 1, 1)
-        top = lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks_KG11))
+        sinks_1KG11 = jnp.float32(-jnp.inf) if sinks is None else sinks.reshape(1, K, -1, 1, 1)
+        top = lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks_1KG11))
         p = jnp.exp(scores - finite(top))
-        total = p.sum(-1, keepdims=True) + jnp.exp(sinks_KG11 - finite(top))
+        total = p.sum(-1, keepdims=True) + jnp.exp(sinks_1KG11 - finite(top))
         weights, factor = p / jnp.where(total == 0, 1.0, total), meeting.dropout_factor()
         weights = weights if factor is None else weights * factor
         out = ring_av(circle, weights.astype(v.dtype), v)
@@ -171,7 +181,7 @@ def _meeting(setting: Setting, segments, rule: Rule, shard_len: int, kv_heads: i
     drop = rule.dropout
 
     def of_heads(x_H):
-        return None if x_H is None else x_H.reshape(kv_heads, -1, 1, 1)
+        return None if x_H is None else x_H.reshape(1, kv_heads, -1, 1, 1)
 
     return Meeting(
         rule,

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ring_attention.attention.blocks import BlockSizes
@@ -136,7 +137,7 @@ class Rotation:
     def hop(self, me, rule: Rule, q_segments, length: int, k_segments, route: Route, step) -> Hop:
         """Where the resident queries stand, and the keys that came along `route` in this step."""
         P = self.layout.ring_size
-        source = lax.rem(self._place(me) - route.direction * step + P, P)
+        source = lax.rem(self._place(me) - route.direction * step + P, np.int32(P))
         keys = self.layout.shard_positions(source, length)[None, route.start : route.stop]
         runs = self.layout.runs(length, route.start, route.stop)
         return Hop(self._queries(me, q_segments, length), Tokens(keys, k_segments, runs), rule)
@@ -153,7 +154,7 @@ class Rotation:
 
     def _place(self, me):
         """Number of a device's place in the ring."""
-        return lax.div(me, self.width)
+        return lax.div(me, np.int32(self.width))
 
     def part(self, number: int, k, v, segments):
         """The tokens of an own block that take route `number`."""
@@ -184,7 +185,9 @@ class Rotation:
                 for step in range(first, last):
                     carry = alike(carry, step)
             elif first < last:
-                carry, _ = lax.scan(lambda c, step, fn=alike: (fn(c, step), None), carry, jnp.arange(first, last))
+                carry, _ = lax.scan(
+                    lambda c, step, fn=alike: (fn(c, step), None), carry, jnp.arange(first, last, dtype=jnp.int32)
+                )
             carry = advance(carry, last, active=active, going_on=[i for i in active if hops[i] > last])
             first = last + 1
         return carry

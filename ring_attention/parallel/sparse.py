@@ -94,7 +94,7 @@ class StridedExchange:
         of_residue_0 = self.layout.all_positions(n * self.stride // P).reshape(-1, self.stride)[:, 0]
         residues = me * r + jnp.arange(r, dtype=jnp.int32)
         batch = q.shape[0] // r
-        tokens = Tokens(jnp.tile(residues[:, None] + of_residue_0, (batch, 1)), segments)
+        tokens = Tokens(jnp.tile(residues[:, None] + of_residue_0[None], (batch, 1)), segments)
         dropout = rule.dropout and dataclasses.replace(rule.dropout, batch=jnp.repeat(rule.dropout.batch, r))
         return Hop(tokens, tokens, dataclasses.replace(rule, beyond=self.stride, dropout=dropout))
 

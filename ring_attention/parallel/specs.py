@@ -1,5 +1,7 @@
 """PartitionSpecs of attention's global arrays: which mesh axes shard batch, tokens and heads."""
 
+import math
+
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -100,6 +102,7 @@ def check_spec(spec: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, q
     require(
         isinstance(spec, PartitionSpec)
         and len(spec) >= 2
+        and len(spec) <= 4
         and spec[1] in (axis_name, (axis_name,))
         and (len(spec) < 4 or spec[3] is None),
         f"spec={spec} must shard axis 1 (tokens) over {axis_name!r} alone and leave axis 3 (head_dim) whole; "
@@ -118,7 +121,9 @@ def check_spec(spec: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, q
             )
             shards *= mesh.shape[name]
         for array_name, array in (("q", q), ("k", k)):
-            label = f"{names} of {array_name}"
-            require_divisible(
-                label, array.shape[axis], "x".join(axes) or "1", shards, "use fewer devices on these axes"
-            )
+            label, remedy = f"{names} of {array_name}", "use fewer devices on these axes"
+            if names == "heads" and array_name == "k":
+                copies = shards // math.gcd(k.shape[2], shards)
+                if q.shape[2] % (k.shape[2] * copies) == 0:
+                    remedy = f"repeat each head of k and v {copies} times, jnp.repeat(k, {copies}, axis=2), or {remedy}"
+            require_divisible(label, array.shape[axis], "x".join(axes) or "1", shards, remedy)

@@ -1,6 +1,9 @@
 """The strategies by name."""
 
 import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable
 from types import MappingProxyType
 
 from ring_attention.checks import is_whole, require, require_choice, shown
@@ -29,8 +32,10 @@ STRATEGIES = MappingProxyType(
 """Name -> strategy with its default options, and the facts about it."""
 
 
-def find_strategy(strategy: str | Strategy, options: dict | None = None) -> Strategy:
+def find_strategy(strategy: str | Strategy, options: dict | None = None, function: Callable | None = None) -> Strategy:
     """The strategy of this name with these options, or the one given.
+
+    `function` is the one that was given the options, whose arguments an error then names, too.
 
     Raises:
       ValueError: for a name that is not known, or an option of another kind.
@@ -43,10 +48,23 @@ def find_strategy(strategy: str | Strategy, options: dict | None = None) -> Stra
     for name in options or {}:
         if name not in known:
             takes = f"its options are {', '.join(known)}" if known else "it has no options"
+            takes += _suggestion(name, known, function)
             raise TypeError(f"got {name!r}, which is neither an argument nor an option of {strategy.name!r}; {takes}")
     strategy = dataclasses.replace(strategy, **options) if options else strategy
     _check_options(strategy)
     return strategy
+
+
+def _suggestion(name: str, known: list[str], function: Callable | None) -> str:
+    """The name that was meant, or else all arguments that the function has."""
+    if function is None:
+        return ""
+    parameters = inspect.signature(function).parameters.values()
+    arguments = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    close = difflib.get_close_matches(name, [*known, *arguments], n=1)
+    if close:
+        return f"; did you mean {close[0]}=?"
+    return f"; the arguments of {function.__name__} are {', '.join(arguments)}"
 
 
 def _check_options(strategy: Strategy) -> None:

@@ -58,7 +58,7 @@ class Swap:
     def _sort(self, x, axis: int, order: np.ndarray):
         if np.array_equal(order, np.arange(len(order))):
             return x
-        return jnp.take(x, order, axis, unique_indices=True, mode="clip")
+        return jnp.take(x, order.astype(np.int32), axis, unique_indices=True, mode="clip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Usp(Strategy):
             groups=None if U == P else np.arange(P).reshape(-1, U).tolist(),
             order=_order(setting.layout, U, t),
         )
-        first = lax.rem(lax.axis_index(setting.axis_name), U) * (H // U)
+        first = lax.rem(lax.axis_index(setting.axis_name), np.int32(U)) * (H // U)
         rule = rule.of_heads(first, H // U)
         sinks = None if sinks is None else lax.dynamic_slice_in_dim(sinks, first, H // U)
         copies = kv_copies(K, U)
@@ -170,11 +170,15 @@ def kv_copies(kv_heads: int, size: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def repeat_heads(x_BKtD, copies: int):
     """Each head `copies` times; their gradients are summed in float32."""
+    return _repeated(x_BKtD, copies)
+
+
+def _repeated(x_BKtD, copies: int):
     return jnp.repeat(x_BKtD, copies, HEADS)
 
 
 def _repeat_forward(x, copies: int):
-    return repeat_heads(x, copies), None
+    return _repeated(x, copies), None  # not the decorated function, through which no tangent would go
 
 
 def _repeat_backward(copies: int, _, grad):

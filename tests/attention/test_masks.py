@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 from ring_attention.attention.masks import (
     EMPTY,
     FULL,
-    PADDED_KEY,
-    PADDED_QUERY,
     PARTIAL,
     Hop,
     Tokens,
@@ -136,7 +134,7 @@ def test_tiles_of_different_documents_are_empty():
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_fills_up_a_tile_is_seen_by_nobody_and_sees_nobody(packed):
     tokens = Tokens(jnp.arange(5)[None], jnp.zeros((1, 5), jnp.int32) if packed else None)
-    queries, keys = tokens.pad(3, PADDED_QUERY), tokens.pad(2, PADDED_KEY)
+    queries, keys = tokens.pad(3), tokens.pad(2)
     seen = _seen(Rule(scale=1.0, causal=False), queries, keys)
     assert seen.shape == (8, 7)
     np.testing.assert_array_equal(seen, np.pad(np.ones((5, 5), bool), ((0, 3), (0, 2))))

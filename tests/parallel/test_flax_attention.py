@@ -1,7 +1,9 @@
 """Flax's attention layers on a ring: the same function as on one device, or an error."""
 
+import copy
 import functools
 import inspect
+import pickle
 import re
 
 import flax.linen as nn
@@ -275,6 +277,57 @@ def test_without_a_mesh_it_takes_the_one_that_is_set_and_refuses_where_none_is()
         assert jax.eval_shape(attention_fn, q, q, q).shape == q.shape
 
 
+def test_equal_functions_are_one_program_and_can_be_pickled_and_copied():
+    sinks = jnp.ones(H)
+
+    def make(**settings):
+        return ra.flax_attention_fn(mesh=_mesh(2), layout="zigzag", sinks=sinks, **settings)
+
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attention_fn, q):
+        traced.append(attention_fn)
+        return q
+
+    q = jnp.zeros((B, T, H, D))
+    for attention_fn in (make(), make(), copy.deepcopy(make()), make(window=3)):
+        run(attention_fn, q)
+    assert len(traced) == 2
+    assert make() == make() != make(causal=False)
+    plain = ra.flax_attention_fn(mesh=_mesh(2), window=3)
+    assert pickle.loads(pickle.dumps(plain)) == plain
+
+
+def _valid():
+    return jnp.arange(T)[None] < jnp.array([[T], [5]])
+
+
+@pytest.mark.parametrize(
+    ("mask", "call"),
+    [
+        (nn.make_causal_mask(jnp.ones((2, T))), "causal=True), the default"),
+        (nn.make_attention_mask(_valid(), _valid()), "causal=False, segment_ids=valid.astype(int)"),
+        (
+            nn.combine_masks(nn.make_causal_mask(_valid()), nn.make_attention_mask(_valid(), _valid())),
+            "causal=True, segment_ids=valid.astype(int)",
+        ),
+    ],
+)
+def test_a_mask_of_flaxs_helpers_is_refused_with_the_call_that_replaces_it_and_that_is_right(mask, call):
+    attention_fn, (q, k, v) = ra.flax_attention_fn(mesh=_mesh(2)), (_random(seed, 2, T, H, D) for seed in range(3))
+    with pytest.raises(ValueError, match=re.escape(f"is flax_attention_fn({call}")) as error:
+        attention_fn(q, k, v, mask=mask)
+    assert str(error.value).count("flax_attention_fn") == 1
+    settings = dict(causal="causal=True" in call)
+    settings |= dict(segment_ids=_valid().astype(int)) if "valid" in call else {}
+    seen = (np.diagonal(mask[:, 0], axis1=-2, axis2=-1) if "valid" in call else np.ones((2, T)))[..., None, None]
+    got = ra.flax_attention_fn(mesh=_mesh(2), **settings)(q, k, v)
+    assert relative_error(got * seen, nnx.dot_product_attention(q, k, v, mask=mask) * seen) < ROUNDING
+    with pytest.raises(ValueError, match="make_causal_mask is .*make_attention_mask.* is .*combine_masks .* is "):
+        jax.eval_shape(lambda mask: attention_fn(q, k, v, mask=mask), mask)
+
+
 # --- What it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -300,8 +353,7 @@ IN_LAYERS = [
         dict(mask=MASK),
         {},
         "mask has shape (6, 1, 16, 16), but a ring has no place for a mask of queries times keys, and so none for the "
-        "cache of decode=True; leave them out and say what is seen with flax_attention_fn(causal=..., window=..., "
-        "segment_ids=...)",
+        "cache of decode=True; leave them out: make_causal_mask is flax_attention_fn(causal=True), the default",
     ),
     (
         ("nnx", "linen"),

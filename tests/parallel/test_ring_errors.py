@@ -41,6 +41,18 @@ BAD_VALUES = {
         dict(max_segment_len=8),
         "max_segment_len=8 bounds segments, but there are none; give segment_ids, or window instead",
     ),
+    "window without end": (
+        dict(window=float("inf")),
+        "window=inf must be a whole number of tokens, 1 (itself alone) or more; None sees all",
+    ),
+    "sinks of words": (
+        dict(sinks=["a", "b", "c", "d"]),
+        "sinks=['a', 'b', 'c', 'd'] are no numbers, need one for each of the H=4 query heads; give an array or list",
+    ),
+    "a list of too few slopes": (
+        dict(alibi_slopes=[1.0, 0.5]),
+        "alibi_slopes has shape (2,), need [H=4]; reshape or transpose it before the call",
+    ),
     "softcap": (
         dict(softcap=-1.0),
         "softcap=-1.0 must be a finite positive number; None leaves it out",
@@ -77,7 +89,8 @@ BAD_CALLS = {
     "key heads over tp": (
         dict(H=4, K=1),
         {},
-        "heads of k=1 is not divisible by tp=2; use fewer devices on these axes",
+        "heads of k=1 is not divisible by tp=2; repeat each head of k and v 2 times, jnp.repeat(k, 2, axis=2), or use "
+        "fewer devices on these axes",
     ),
     "heads that do not divide": (
         dict(H=4, K=3),
@@ -87,7 +100,8 @@ BAD_CALLS = {
     "keys of another length": (
         dict(S=56),
         {},
-        "k has shape (2, 56, 2, 8), need [B=2, T=48, K=any, D=8]; reshape or transpose it before the call",
+        "q has T=48 tokens and k has 56, need as many of each, since devices hold the same share of both; use "
+        "blockwise_attention for cross attention, decode_attention for a few queries and a cache",
     ),
     "integers": (
         dict(dtype="int32"),
@@ -109,6 +123,12 @@ BAD_CALLS = {
         {},
         dict(spec=Spec(None, "sp", None, "tp")),
         f"spec={Spec(None, 'sp', None, 'tp')} must shard axis 1 (tokens) over 'sp' alone and leave axis 3 "
+        f"(head_dim) whole; for example {DEFAULT_SPEC}",
+    ),
+    "spec of too many axes": (
+        {},
+        dict(spec=Spec(None, "sp", None, None, None)),
+        f"spec={Spec(None, 'sp', None, None, None)} must shard axis 1 (tokens) over 'sp' alone and leave axis 3 "
         f"(head_dim) whole; for example {DEFAULT_SPEC}",
     ),
     "spec with an unknown axis": (
@@ -172,7 +192,8 @@ BAD_SLICES = {
     "keys of another length": (
         dict(k=(2, 6, 2, 8), v=(2, 6, 2, 8)),
         {},
-        "k has shape (2, 6, 2, 8), need [B=2, t=5, K=any, D=8]; reshape or transpose it before the call",
+        "q has T=5 tokens and k has 6, need as many of each, since devices hold the same share of both; use "
+        "blockwise_attention for cross attention, decode_attention for a few queries and a cache",
     ),
     "segments of the whole sequence": (
         dict(segment_ids=(2, 20)),

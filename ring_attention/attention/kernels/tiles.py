@@ -13,18 +13,7 @@ import numpy as np
 from jax import lax
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.masks import (
-    EMPTY,
-    FULL,
-    PADDED_KEY,
-    PADDED_QUERY,
-    PARTIAL,
-    Bounds,
-    Hop,
-    Tokens,
-    in_rows,
-    kinds_between,
-)
+from ring_attention.attention.masks import EMPTY, FULL, PARTIAL, Bounds, Hop, Tokens, in_rows, kinds_between
 
 GROUP = 64
 """Lists of what a tile of queries visits are for so many key tiles at most, so that memory is linear in tokens."""
@@ -152,8 +141,7 @@ class Tiles:
         q, kv = _tile_size(t, blocks.q), _home_tile(t, blocks) if hop.own else _tile_size(s, blocks.kv)
         size = Sizes(q, kv, math.gcd(blocks.cut, q), math.gcd(blocks.cut, kv), math.gcd(blocks.heads, K))
         queries, keys, rule = hop.queries, hop.keys, hop.rule
-        if t % q or s % kv:  # segments on one side need segments on the other
-            queries, keys = queries.pad(-t % q, PADDED_QUERY), keys.pad(-s % kv, PADDED_KEY)
+        queries, keys = queries.pad(-t % q), keys.pad(-s % kv)
         hop = Hop(queries.of_batch(B), keys.of_batch(B), rule)
         sides = ((hop.queries, q, size.cut_q), (hop.keys, kv, size.cut_kv))
         bounds = [Bounds.of(tokens.tiles(tile // cut)) for tokens, tile, cut in sides]
@@ -286,9 +274,13 @@ def _pad(x, axis: int, size: int):
 
 
 def _read(x, starts, sizes):
-    rest = x.ndim - len(starts)
-    return lax.dynamic_slice(x, (*starts, *[0] * rest), (*sizes, *x.shape[len(starts) :]))
+    return lax.dynamic_slice(x, _starts(starts, x.ndim), (*sizes, *x.shape[len(starts) :]))
 
 
 def _write(x, new, starts):
-    return lax.dynamic_update_slice(x, new, (*starts, *[0] * (x.ndim - len(starts))))
+    return lax.dynamic_update_slice(x, new, _starts(starts, x.ndim))
+
+
+def _starts(starts, ndim: int) -> list:
+    """Where a slice begins on each axis, 0 on those not named: all int32, which Python's 0 is not everywhere."""
+    return [np.int32(start) if isinstance(start, int) else start for start in (*starts, *[0] * (ndim - len(starts)))]

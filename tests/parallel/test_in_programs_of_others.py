@@ -1,0 +1,171 @@
+"""Calls in programs with settings and transformations that other people use: most are traced, a few run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import random_qkv, relative_error
+from ring_helpers import quickly
+
+import ring_attention as ra
+
+B, T, H, K, D = 2, 24, 4, 2, 8
+MASKS = {
+    "sinks": dict(sinks=[0.0, 1.0, 0.5, 0.0]),
+    "slopes": dict(alibi_slopes=[1.0, 0.5, 0.25, 0.1]),
+    "dropout": dict(dropout_rate=0.1, dropout_key=jax.random.key(0)),
+    "segments": dict(segment_ids=np.arange(T)[None] // 7 + np.zeros((B, 1), int), causal=False, window=5),
+}
+STRATEGIES = ("ring", "all_gather", "usp", "sparse", "ring_self_attention")
+
+
+def _entries():
+    mesh, lengths = ra.make_mesh(sp=2, devices=jax.devices()[:2]), jnp.array([9, 3], jnp.int32)
+    for mask, arguments in MASKS.items():
+        for strategy in STRATEGIES:
+            options = dict(stride=4) if strategy == "sparse" else {}
+            attend = functools.partial(ra.context_attention, mesh=mesh, strategy=strategy, **options, **arguments)
+            yield f"{strategy} {mask}", attend
+        yield (
+            f"blockwise {mask}",
+            functools.partial(ra.blockwise_attention, block_sizes=ra.BlockSizes(q=10, kv=10), **arguments),
+        )
+        if mask in ("sinks", "slopes"):
+            decode = functools.partial(ra.decode_attention, mesh=mesh, lengths=lengths, **arguments)
+            yield f"decode {mask}", lambda q, k, v, decode=decode: decode(q[:, :2], k, v)
+
+
+ENTRIES = dict(_entries())
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        for part in (getattr(part, "jaxpr", part) for part in parts):
+            if hasattr(part, "eqns"):
+                yield from _equations(part)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_rank_promotion_may_raise_and_with_x64_tiles_stay_in_32_bits(name):
+    operands = random_qkv(0, B, T, H, K, D)[:3]
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    try:
+        with jax.enable_x64(True):
+            jaxpr = jax.make_jaxpr(jax.grad(lambda *a: ENTRIES[name](*a).sum(dtype=jnp.float32), (0, 1, 2)))(*operands)
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "allow")
+    wide = {
+        str(equation.primitive)
+        for equation in _equations(jaxpr.jaxpr)
+        for out in equation.outvars
+        if str(getattr(out.aval, "dtype", "")) in ("int64", "float64") and out.aval.ndim
+    }
+    assert wide == set()
+
+
+def test_with_x64_a_ring_gives_what_it_gives_without():
+    q, k, v, _ = random_qkv(0, B, T, H, K, D)
+    attend = quickly(lambda q, k, v: ENTRIES["ring dropout"](q, k, v))
+    want = np.asarray(attend(q, k, v))
+    with jax.enable_x64(True):
+        got = attend(q, k, v)
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["blockwise sinks", "ring_self_attention sinks"])
+def test_tangents_go_through_gradients(name):
+    """As they do for a Hessian: forward rules must not call what has no tangent."""
+    q, k, v, dq = random_qkv(0, 1, T, H, K, D)
+
+    def slope(fn):
+        return quickly(lambda q: jax.jvp(jax.grad(lambda q: (fn(q, k, v) ** 2).sum()), (q,), (dq,))[1])(q)
+
+    assert relative_error(slope(ENTRIES[name]), slope(functools.partial(_dense, lengths=None))) < 1e-5
+
+
+def test_gradients_go_through_decoding():
+    operands = random_qkv(1, B, T, H, K, D)[:3]
+
+    def gradients(fn):
+        return quickly(jax.grad(lambda q, k, v: (fn(q[:, :2], k, v) ** 2).sum(), (0, 1, 2)))(*operands)
+
+    mesh, lengths = ra.make_mesh(sp=2, devices=jax.devices()[:2]), jnp.array([9, 1], jnp.int32)
+    blocks = ra.BlockSizes(kv=5)
+    decode = functools.partial(
+        ra.decode_attention, mesh=mesh, lengths=lengths, layout="contiguous", block_sizes=blocks, **MASKS["sinks"]
+    )
+    for got, want in zip(gradients(decode), gradients(functools.partial(_dense, lengths=lengths)), strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+def _dense(q, k, v, lengths):
+    k, v = (jnp.repeat(x, H // K, 2) for x in (k, v))
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) * D**-0.5
+    lengths = jnp.full(q.shape[0], k.shape[1]) if lengths is None else lengths
+    positions = lengths[:, None] - q.shape[1] + jnp.arange(q.shape[1])
+    seen = positions[:, None, :, None] >= jnp.arange(k.shape[1])
+    e = jnp.exp(jnp.where(seen, scores, -jnp.inf))
+    sinks = jnp.exp(jnp.array(MASKS["sinks"]["sinks"]))[None, :, None, None]
+    return jnp.einsum("bhts,bshd->bthd", e / (e.sum(-1, keepdims=True) + sinks), v)
+
+
+def test_every_int32_is_a_segment_id():
+    q, k, v, _ = random_qkv(2, 1, 15, 1, 1, D)
+    ids = np.array([[-(2**31)] * 5 + [-(2**31) + 1] * 5 + [2**31 - 1] * 5], np.int32)
+    attend = functools.partial(ra.blockwise_attention, causal=False, block_sizes=ra.BlockSizes(q=8, kv=8))
+    got = quickly(lambda q, k, v, ids: attend(q, k, v, segment_ids=ids))(q, k, v, ids)
+    want = ra.reference_attention(q, k, v, causal=False, segment_ids=ids)
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("bound", [2**31 - 1, 2**31, 2**63, np.int64(2**40)])
+def test_a_window_beyond_all_positions_is_none(bound):
+    q, k, v, _ = random_qkv(0, B, T, H, K, D)
+    mesh, ids = ra.make_mesh(sp=2, devices=jax.devices()[:2]), np.zeros((B, T), np.int32)
+    ring = functools.partial(ra.ring_attention, mesh=mesh, segment_ids=ids)
+    decode = functools.partial(ra.decode_attention, mesh=mesh, lengths=jnp.array([9, 3], jnp.int32))
+    for attend, name in ((ra.blockwise_attention, "window"), (ring, "window"), (ring, "max_segment_len")):
+        programs = [
+            str(jax.make_jaxpr(lambda *a, kw=kw, attend=attend: attend(*a, **kw))(q, k, v))
+            for kw in ({}, {name: bound})
+        ]
+        assert programs[0] == programs[1]
+    assert jax.eval_shape(lambda q, k, v: decode(q[:, :1], k, v, window=bound), q, k, v).shape == (B, 1, H, D)
+
+
+def test_a_policy_with_the_saved_names_runs_no_ring_twice():
+    q, k, v, _ = random_qkv(0, B, T, H, K, D)
+    ring = functools.partial(ra.ring_attention, mesh=ra.make_mesh(sp=2, devices=jax.devices()[:2]))
+
+    def permutes(fn):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda q, k, v: fn(q, k, v).sum(), (0, 1, 2)))(q, k, v)
+        return str(jaxpr).count("ppermute")
+
+    saved = jax.checkpoint(ring, policy=jax.checkpoint_policies.save_only_these_names(*ra.SAVED_NAMES))
+    assert permutes(saved) == permutes(ring) < permutes(jax.checkpoint(ring))
+
+
+def test_an_unknown_argument_is_answered_with_the_one_that_was_meant():
+    q, k, v, _ = random_qkv(0, B, T, H, K, D)
+    mesh = ra.make_mesh(sp=2, devices=jax.devices()[:2])
+    with pytest.raises(TypeError, match=r"its options are duplex, unroll; did you mean window=\?"):
+        ra.context_attention(q, k, v, mesh=mesh, windw=3)
+    with pytest.raises(TypeError, match="the arguments of context_attention are mesh, strategy, "):
+        ra.context_attention(q, k, v, mesh=mesh, padding=3)
+
+
+@pytest.mark.parametrize("devices", [5, "cpu", [None], ["cpu:0"]])
+def test_devices_that_are_none_are_refused(devices):
+    with pytest.raises(ValueError, match="must be a list of JAX's devices; give jax.devices"):
+        ra.make_mesh(devices=devices)
+
+
+def test_values_narrower_than_keys_are_refused_with_what_helps():
+    q, k, v, _ = random_qkv(0, B, T, H, K, D)
+    with pytest.raises(ValueError, match=r"v has head_dim \(4,\) and k \(8,\), need the same; pad the narrower"):
+        ra.blockwise_attention(q, k, v[..., :4])
