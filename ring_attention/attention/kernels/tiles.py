@@ -177,7 +177,7 @@ class Tiles:
         pieces = jax.tree.map(lambda x: in_rows(x, length * size.cut_kv), pieces)
 
         if groups == 1:  # few enough for all at once
-            of_rows = jax.vmap(lambda queries, keys: self._visits(queries, keys, 0, m), (0, None))
+            of_rows = jax.vmap(lambda queries, keys: self._visits(queries, keys, np.int32(0), m), (0, None))
             of_all = jax.vmap(of_rows)(self.queries, jax.tree.map(lambda x: x[:, 0], pieces))
 
         def row(number, carry):
@@ -192,7 +192,7 @@ class Tiles:
             def meet(visits: Visits, carry):
                 def head(number, carry):
                     h, q = number * size.heads, i * size.q
-                    return body(Area(b, h, q, 0, size.heads, size.q, 0, False), visits, carry)
+                    return body(Area(b, h, q, np.int32(0), size.heads, size.q, 0, False), visits, carry)
 
                 some = visits.full.count + visits.parts.count > 0
                 return lax.fori_loop(np.int32(0), jnp.where(some, heads, np.int32(0)), head, carry)
@@ -201,9 +201,12 @@ class Tiles:
                 return meet(jax.tree.map(lambda x: x[b, i], of_all), carry)
             kinds = kinds_between(self.hop.rule, queries.joined(size.cut_q), jax.tree.map(lambda x: x[b], of_groups))
             seen = Worklist.of(kinds[0] != EMPTY)
-            return lax.fori_loop(0, seen.count, lambda number, carry: group(seen.items[number], carry), carry)
+            return lax.fori_loop(np.int32(0), seen.count, lambda number, carry: group(seen.items[number], carry), carry)
 
-        return row(0, carry) if B * n == 1 else lax.fori_loop(np.int32(0), np.int32(B * n), row, carry)
+        if B * n == 1:
+            return row(np.int32(0), carry)
+        # A loop of known length counts in JAX's default integer, which may have 64 bits.
+        return lax.fori_loop(0, B * n, lambda number, carry: row(jnp.asarray(number, jnp.int32), carry), carry)
 
     def _visits(self, queries: Bounds, keys: Bounds, start, number) -> Visits:
         """What the pieces of a query tile visit of those of a group of key tiles; the first `number` of these exist."""
@@ -229,8 +232,8 @@ class Tiles:
             q, kv = tile.q + x * q_size, j * size.kv + y * kv_size
             return take(tile._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True), carry)
 
-        carry = lax.fori_loop(0, visits.full.count, whole, carry)
-        return lax.fori_loop(0, visits.parts.count, part, carry)
+        carry = lax.fori_loop(np.int32(0), visits.full.count, whole, carry)
+        return lax.fori_loop(np.int32(0), visits.parts.count, part, carry)
 
     def tokens(self, area: Area) -> tuple[Tokens, Tokens]:
         """Where the area's queries [t] and keys [s] stand."""
