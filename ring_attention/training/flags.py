@@ -131,7 +131,7 @@ def usage(default: str) -> str:
         f"  python {_PROGRAM}   (the same as --config={default})",
         f"  python {_PROGRAM} --config=configs/NAME.py   (--config=NAME does as well)",
         f"  python {_PROGRAM} --config=NAME --config.model.num_layers=4 --config.mesh.sp=8",
-        f"  python {_PROGRAM} --config=FOLDER   (a Hugging Face checkpoint's shape, rope, window and dtype)",
+        f"  python {_PROGRAM} --config=FOLDER   (a model like a Hugging Face checkpoint's)",
         "",
         "On several processes, where no cluster says which is which (see docs/pods.md):",
         *_describe(ProcessFlags, prefix="--"),

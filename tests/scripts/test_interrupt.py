@@ -73,7 +73,8 @@ def test_while_modules_load_even_where_one_would_catch_it(tmp_path):
 def test_while_it_runs(tmp_path, body):
     (tmp_path / "rich").mkdir()
     (tmp_path / "rich" / "__init__.py").write_text("")
-    (tmp_path / "rich" / "table.py").write_text("class Table: pass")
+    (tmp_path / "rich" / "table.py").write_text("class Table: pass\nclass Column: pass")
+    (tmp_path / "rich" / "text.py").write_text("class Text: pass")
     source = LOADED.format(body=body)
     assert interrupt(tmp_path, Path("rich", "console.py"), source, "running") == (130, "Interrupted.\n")
 
