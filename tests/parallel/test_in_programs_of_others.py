@@ -77,6 +77,20 @@ def test_with_x64_a_ring_gives_what_it_gives_without():
     np.testing.assert_array_equal(got, want)
 
 
+def test_with_x64_calls_outside_jit_are_right():
+    """There loops have bounds that are known, and JAX counts in its default integer."""
+    q, k, v, _ = random_qkv(0, 1, T, H, K, D)
+    layout = ra.SequenceLayout("zigzag", ring_size=2)
+    with jax.enable_x64(True):
+        got = ra.blockwise_attention(q, k, v, block_sizes=ra.BlockSizes(q=8, kv=8))
+        moved = layout.unpermute(layout.permute(jnp.asarray(q), axis=1), axis=1)
+        fed = ra.blockwise_feedforward(jnp.tanh, jnp.asarray(q), chunk_size=5)
+    assert got.dtype == moved.dtype == fed.dtype == np.float32
+    assert relative_error(got, ra.reference_attention(q, k, v)) < 1e-6
+    np.testing.assert_array_equal(moved, q)
+    np.testing.assert_allclose(fed, np.tanh(q), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["blockwise sinks", "ring_self_attention sinks"])
 def test_tangents_go_through_gradients(name):
     """As they do for a Hessian: forward rules must not call what has no tangent."""

@@ -195,18 +195,17 @@ class Tiles:
                     return body(Area(b, h, q, np.int32(0), size.heads, size.q, 0, False), visits, carry)
 
                 some = visits.full.count + visits.parts.count > 0
-                return lax.fori_loop(np.int32(0), jnp.where(some, heads, np.int32(0)), head, carry)
+                return loop(jnp.where(some, heads, np.int32(0)), head, carry)
 
             if groups == 1:
                 return meet(jax.tree.map(lambda x: x[b, i], of_all), carry)
             kinds = kinds_between(self.hop.rule, queries.joined(size.cut_q), jax.tree.map(lambda x: x[b], of_groups))
             seen = Worklist.of(kinds[0] != EMPTY)
-            return lax.fori_loop(np.int32(0), seen.count, lambda number, carry: group(seen.items[number], carry), carry)
+            return loop(seen.count, lambda number, carry: group(seen.items[number], carry), carry)
 
         if B * n == 1:
             return row(np.int32(0), carry)
-        # A loop of known length counts in JAX's default integer, which may have 64 bits.
-        return lax.fori_loop(0, B * n, lambda number, carry: row(jnp.asarray(number, jnp.int32), carry), carry)
+        return loop(np.int32(B * n), row, carry)
 
     def _visits(self, queries: Bounds, keys: Bounds, start, number) -> Visits:
         """What the pieces of a query tile visit of those of a group of key tiles; the first `number` of these exist."""
@@ -232,8 +231,8 @@ class Tiles:
             q, kv = tile.q + x * q_size, j * size.kv + y * kv_size
             return take(tile._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True), carry)
 
-        carry = lax.fori_loop(np.int32(0), visits.full.count, whole, carry)
-        return lax.fori_loop(np.int32(0), visits.parts.count, part, carry)
+        carry = loop(visits.full.count, whole, carry)
+        return loop(visits.parts.count, part, carry)
 
     def tokens(self, area: Area) -> tuple[Tokens, Tokens]:
         """Where the area's queries [t] and keys [s] stand."""
@@ -247,6 +246,14 @@ class Tiles:
             lambda x: lax.dynamic_slice_in_dim(x, area.h, area.heads), (self.slopes, self.heads)
         )
         return slopes, heads, None if heads is None else self.hop.rule.dropout.batch[area.b]
+
+
+def loop(count, body, carry):
+    """`body(number, carry) -> carry` for the numbers below `count`, int32.
+
+    Where the count is known JAX counts in its default integer, which has 64 bits if the program enables them.
+    """
+    return lax.fori_loop(np.int32(0), count, lambda i, carry: body(jnp.asarray(i, jnp.int32), carry), carry)
 
 
 def halve(length: int, blocks: BlockSizes) -> int:
