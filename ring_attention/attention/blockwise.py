@@ -12,6 +12,7 @@ from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
 from ring_attention.attention.masks import Hop, Runs, Tokens
+from ring_attention.attention.on_shards import Shards, on_shards, shards_of
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import as_sinks, make_rule
 from ring_attention.attention.varying import vary_together
@@ -50,8 +51,10 @@ def blockwise_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention on one device, a tile of scores at a time (Rabe & Staats 2021; Dao et al. 2022).
 
-    Arrays that are sharded, over whichever axis, give the right result, but its loops gather them: call it inside a
-    `shard_map` over what shards batch and heads, and `context_attention` where the sequence is sharded.
+    Arrays that are sharded give the right result. Batch and heads stay on their devices where it is known what shards
+    them: Explicit axes, arrays outside `jit`, and Auto axes called dp, fsdp (batch) and tp (heads). What other axes
+    shard is gathered, and the log says so: call it inside a `shard_map` over them, and `context_attention` where the
+    sequence is sharded.
 
     Args:
       q: [B,T,H,D], float32, bfloat16 or float16.
@@ -112,11 +115,17 @@ def blockwise_attention(
     )
     sinks = as_sinks(sinks, H)
     hop = Hop(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), rule_of())
+    shards = shards_of(q, k, (v, hop, sinks))
     q, k, v, hop, sinks = vary_together(q, k, v, hop, sinks)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    out, lse = with_auto_axes(_attend, static, (q, k, v, hop, sinks), type_of(q, (k, v, hop, sinks)))
+    args = (*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), hop, sinks)
+    out, lse = with_auto_axes(_attend_shards, (static, shards), args, type_of(args[0], args[1:]))
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     return (out, lse) if return_lse else out
+
+
+def _attend_shards(static: tuple[_Static, Shards | None], *args):
+    static, shards = static
+    return _attend(static, *args) if shards is None else on_shards(_attend, static, shards, args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,6 +14,7 @@ from ring_helpers import quickly
 import ring_attention as ra
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+COLLECTIVES = "all-gather|all-reduce|collective-permute|all-to-all"
 NAMES = ("dp", "sp", "tp")
 
 
@@ -220,9 +221,53 @@ def test_axes_of_one_device_and_the_sequence_alone_need_no_spec():
         assert jax.eval_shape(fn, *_shapes()).shape == (2, 16, 4, 8)
 
 
-# --- Feed-forward -----------------------------------------------------------------------------------------------------
+# --- Attention without a ring -----------------------------------------------------------------------------------------
 
-COLLECTIVES = "all-gather|all-reduce|collective-permute|all-to-all"
+
+@pytest.mark.parametrize(("types", "names"), [(AUTO, ("dp", "tp")), (EXPLICIT, ("data", "model"))])
+def test_batch_and_heads_that_jit_shards_stay_on_their_devices(types, names):
+    mesh = _mesh(names, (4, 2), types)
+    q, k, v = _shapes(mesh, P(names[0], None, names[1]), batch=8)
+
+    def both(q, k, v):
+        out, vjp = jax.vjp(ra.blockwise_attention, q, k, v)
+        return out, *vjp(out)
+
+    program = quickly(both).lower(q, k, v).compile()
+    assert not re.search(COLLECTIVES, program.as_text())
+    assert all(s.spec[:3] == (names[0], None, names[1]) for s in program.output_shardings)
+
+
+def test_what_belongs_to_sequences_and_heads_goes_with_them():
+    mesh, (*qkv, dout) = _mesh(("dp", "tp"), (4, 2), AUTO), _qkv(batch=4)
+    ids = jnp.asarray([[0] * 5 + [1] * 11, [3] * 16, [0] * 16, [1] * 9 + [2] * 7])
+    of_heads = jnp.asarray([0.1, 0.4, 0.2, 0.3])
+    options = dict(segment_ids=ids, alibi_slopes=of_heads, dropout_rate=0.3, dropout_key=jax.random.key(1))
+
+    @quickly
+    def run(qkv, sinks, dout):
+        out, vjp = jax.vjp(lambda sinks, *x: ra.blockwise_attention(*x, sinks=sinks, **options), sinks, *qkv)
+        return out, *vjp(dout)
+
+    placed = _put(mesh, [*qkv, dout], "dp", None, "tp")
+    for got, want in zip(run(placed[:3], of_heads, placed[3]), run(qkv, of_heads, dout), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    eager = ra.blockwise_attention(*_put(_mesh(OTHERS), qkv, "data", None, "tensor"), q_positions=jnp.arange(16)[None])
+    assert eager.sharding.spec == P("data", None, "tensor", None)
+    _assert_close(np.asarray(eager), ra.reference_attention(*qkv))
+
+
+def test_what_is_not_known_to_shard_batch_or_heads_is_said_in_one_line(caplog):
+    mesh = _mesh(("rows", "tp", "columns"), types=AUTO)
+    for _ in range(2):
+        jax.eval_shape(ra.blockwise_attention, *_shapes(mesh))
+    (record,) = caplog.records
+    assert "what mesh axes 'columns', 'rows' shard is not known" in record.getMessage()
+    jax.eval_shape(ra.blockwise_attention, *_shapes(_mesh(types=EXPLICIT), P("dp", None, "tp")))
+    assert len(caplog.records) == 1
+
+
+# --- Feed-forward -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("types", [AUTO, EXPLICIT])
