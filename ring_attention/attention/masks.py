@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ring_attention.attention.rule import Rule
 
@@ -26,6 +27,13 @@ class Runs:
     lengths: tuple[int, ...]
     step: int
     starts: tuple[tuple[int, ...], ...]
+
+    def positions(self) -> np.ndarray | None:
+        """int32 [t], if only one device may hold the tokens."""
+        if len(self.starts) != 1:
+            return None
+        runs = zip(self.starts[0], self.lengths, strict=True)
+        return np.concatenate([start + self.step * np.arange(length, dtype=np.int32) for start, length in runs])
 
 
 @jax.tree_util.register_dataclass
@@ -48,16 +56,20 @@ class Tokens:
 
     def pad(self, amount: int) -> "Tokens":
         """The same tokens and `amount` more, which nobody sees and which see nobody."""
-        positions, segments = (
-            None if x is None else jnp.pad(x, ((0, 0), (0, amount)), mode="edge")
-            for x in (self.positions, self.segments)
-        )
-        real = jnp.arange(positions.shape[1], dtype=jnp.int32)[None] < self.positions.shape[1]
+        xp = np if isinstance(self.positions, np.ndarray) else jnp
+        positions = xp.pad(self.positions, ((0, 0), (0, amount)), mode="edge")
+        segments = None if self.segments is None else jnp.pad(self.segments, ((0, 0), (0, amount)), mode="edge")
+        real = xp.arange(positions.shape[1], dtype=np.int32)[None] < self.positions.shape[1]
         return Tokens(positions, segments, real=real if amount else None)
 
     def of_batch(self, batch: int) -> "Tokens":
         """The same with arrays [batch, t]."""
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[1])), self)
+
+    def known(self) -> "Tokens":
+        """The same with positions that are constants, where runs tell them; they may be for one sequence only."""
+        positions = None if self.runs is None else self.runs.positions()
+        return self if positions is None else dataclasses.replace(self, positions=positions[None])
 
     def tiles(self, size: int) -> "Tokens":
         """The tokens cut into tiles: arrays [..., t / size, size]."""

@@ -103,6 +103,29 @@ def test_several_heads_of_one_tile_are_visited_together():
     np.testing.assert_array_equal(together, alone)
 
 
+def test_a_loop_over_tiles_that_nobody_visits_whole_is_not_in_the_program():
+    x = jax.ShapeDtypeStruct((1, 256, 2, 8), jnp.float32)
+
+    def loops(**positions):
+        fn = jax.jit(lambda q, positions: ra.blockwise_attention(q, q, q, **positions))
+        return fn.lower(x, positions).compile().as_text().count(" while(")
+
+    assert loops() < loops(q_positions=jax.ShapeDtypeStruct((256,), jnp.int32))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("ring_size", [1, 2])
+def test_positions_that_runs_tell_are_those_of_the_tokens(layout, ring_size):
+    dealt = ra.SequenceLayout(layout, ring_size)
+    of_all = Tokens(dealt.all_positions(12).reshape(1, -1), runs=dealt.all_runs(12))
+    of_part = Tokens(dealt.shard_positions(0, 12)[None, 2:9], runs=dealt.runs(12, 2, 9))
+    for tokens, told in ((of_all, of_all.runs is not None), (of_part, ring_size == 1 and of_part.runs is not None)):
+        known = tokens.known().pad(3)
+        assert isinstance(known.positions, np.ndarray) == told
+        np.testing.assert_array_equal(known.positions, tokens.pad(3).positions)
+        np.testing.assert_array_equal(known.real, tokens.pad(3).real)
+
+
 def test_memory_is_linear_in_length_with_segments_and_backwards():
     def bytes_of_a_token(T):
         x, ids = jax.ShapeDtypeStruct((1, T, 1, D), "bfloat16"), jax.ShapeDtypeStruct((1, T), "int32")

@@ -141,10 +141,13 @@ class Tiles:
         q, kv = _tile_size(t, blocks.q), _home_tile(t, blocks) if hop.own else _tile_size(s, blocks.kv)
         size = Sizes(q, kv, math.gcd(blocks.cut, q), math.gcd(blocks.cut, kv), math.gcd(blocks.heads, K))
         queries, keys, rule = hop.queries, hop.keys, hop.rule
-        queries, keys = queries.pad(-t % q), keys.pad(-s % kv)
-        hop = Hop(queries.of_batch(B), keys.of_batch(B), rule)
-        sides = ((hop.queries, q, size.cut_q), (hop.keys, kv, size.cut_kv))
-        bounds = [Bounds.of(tokens.tiles(tile // cut)) for tokens, tile, cut in sides]
+        # Bounds that are constants, where they can be: XLA then drops loops that it knows to visit nothing.
+        bounds = [
+            Bounds.of(tokens.known().pad(-length % tile).tiles(tile // cut))
+            for tokens, length, tile, cut in ((queries, t, q, size.cut_q), (keys, s, kv, size.cut_kv))
+        ]
+        bounds = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, x.shape[1])), bounds)
+        hop = Hop(queries.pad(-t % q).of_batch(B), keys.pad(-s % kv).of_batch(B), rule)
         return Tiles(
             hop=hop,
             queries=jax.tree.map(lambda x: in_rows(x, size.cut_q), bounds[0]),
