@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from ring_attention.attention.axis_types import auto_axes, auto_mesh, explicit_part, mesh_of, names_of
+from ring_attention.parallel.mapped import mapped_axes, over_mapped
 
 
 def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec, work: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -25,7 +26,10 @@ def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec, work: Callable[..., 
 
     def shard_map(fn, in_specs, out_specs):
         over = functools.partial(jax.shard_map, mesh=inner, axis_names=axes)
-        if inner.manual_axes:
+        mapped = mapped_axes(inner)
+        if mapped:
+            over = over_mapped(over, {name: inner.shape[name] for name in mapped})
+        if mapped or inner.manual_axes:
             return _nested(over, fn, in_specs, out_specs)
         return over(fn, in_specs=in_specs, out_specs=out_specs)
 
@@ -40,7 +44,8 @@ def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec, work: Callable[..., 
 def _nested(over: Callable, fn: Callable, in_specs: tuple, out_specs: PartitionSpec) -> Callable[..., jax.Array]:
     """`fn` over shards inside another shard_map, with a gradient that is taken on each device, forward pass included.
 
-    JAX (0.10 to 0.12) cuts what its own gradient keeps by the outer axes once more, and then cannot lower it.
+    JAX (0.10 to 0.12) cuts what its own gradient keeps by the outer axes once more, and then cannot lower it. Nor can
+    it take gradients of what says itself how it is mapped (`over_mapped`).
     """
     call = jax.custom_vjp(over(fn, in_specs=in_specs, out_specs=out_specs))
 

@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.axis_types import names_of
 from ring_attention.checks import require, require_divisible
+from ring_attention.parallel.mapped import mapped_axes
 from ring_attention.parallel.mesh import DATA, FSDP, TENSOR
 
 
@@ -33,7 +34,7 @@ def default_spec(mesh: Mesh | AbstractMesh, axis_name: str, known: PartitionSpec
     """B and heads over the axes that shard them already, B over dp and fsdp, T over `axis_name`, heads over tp.
 
     Args:
-      mesh: of its axes, those that a shard_map around goes over are left out.
+      mesh: of its axes, those that a shard_map around goes over, or a vmap shards, are left out.
       axis_name: of the sequence.
       known: how the arrays are sharded, where that is known.
       sizes: (B, K), for the example in the message.
@@ -41,7 +42,8 @@ def default_spec(mesh: Mesh | AbstractMesh, axis_name: str, known: PartitionSpec
     Raises:
       ValueError: where the mesh has another axis of several devices and nobody says what it shards.
     """
-    free = [name for name in mesh.shape if name != axis_name and name not in mesh.manual_axes]
+    taken = {axis_name, *mesh.manual_axes, *mapped_axes(mesh)}
+    free = [name for name in mesh.shape if name not in taken]
     batch, tokens, heads, features = axes_of_spec(known or PartitionSpec())
     batch, heads = ([name for name in names if name in free] for names in (batch, heads))
     batch += [name for name in (DATA, FSDP) if name in free and name not in batch + heads]
@@ -99,6 +101,12 @@ def spec_on(spec: PartitionSpec, given: Mesh | AbstractMesh | None, mesh: Mesh |
 
 def check_spec(spec: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, q, k) -> None:
     """Raise ValueError unless q and k can be sharded so, and so that each device has whole heads of some tokens."""
+    mapped = mapped_axes(mesh)
+    require(
+        axis_name not in mapped,
+        f"axis_name={axis_name!r} is the spmd_axis_name of a jax.vmap around this call, need another axis of the mesh; "
+        "shard what vmap maps over another one",
+    )
     require(
         isinstance(spec, PartitionSpec)
         and len(spec) >= 2
@@ -118,6 +126,10 @@ def check_spec(spec: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, q
             require(
                 name not in mesh.manual_axes,
                 f"spec={spec} names {name!r}, which a shard_map around this call goes over already; drop it",
+            )
+            require(
+                name not in mapped,
+                f"spec={spec} names {name!r}, the spmd_axis_name of a jax.vmap around this call; drop it from one",
             )
             shards *= mesh.shape[name]
         for array_name, array in (("q", q), ("k", k)):
