@@ -57,7 +57,6 @@ def check_fits(name: str, size: int, axis: str, mesh_shape: dict[str, int]) -> N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-@jax.named_scope("weights")
 def gather_weight(w: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
     """A weight as its user needs it: whole along "model", still sharded over tp, in `dtype`, free to meet any token.
 
@@ -69,6 +68,12 @@ def gather_weight(w: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.
       axes: its logical axes.
       dtype: of the result.
     """
+    return _gathered(w, axes, dtype)
+
+
+@jax.named_scope("weights")
+def _gathered(w, axes, dtype):
+    # Undecorated: what a forward rule computes must let tangents through, for Hessians.
     w = w.astype(dtype)
     if "model" in axes:
         w = lax.all_gather(w, RULES["model"], axis=axes.index("model"), tiled=True)
@@ -76,7 +81,7 @@ def gather_weight(w: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.
 
 
 def _gather_forward(w, axes, dtype):
-    return gather_weight(w, axes, dtype), jnp.zeros((0,), w.dtype)
+    return _gathered(w, axes, dtype), jnp.zeros((0,), w.dtype)
 
 
 @jax.named_scope("weights")

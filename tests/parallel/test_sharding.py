@@ -70,6 +70,18 @@ def test_a_gathered_weight_is_whole_and_its_gradient_is_that_of_all_tokens(shape
     assert relative_error(first_device_only, want) > 0.1  # the control: a gradient that was not summed
 
 
+def test_tangents_go_through_the_gradient_of_a_gathered_weight():
+    mesh, axes = ra.make_mesh(fsdp=2, devices=jax.devices()[:2]), ("model", "ffn")
+    w = jnp.linspace(-1, 1, M * F).reshape(M, F)
+
+    @jax.shard_map(mesh=mesh, in_specs=spec_of(axes), out_specs=Spec())
+    def loss(w):
+        return lax.pmean(jnp.sin(gather_weight(w, axes, w.dtype)).sum(), (*TOKEN_AXES, "tp"))
+
+    got = jax.jit(lambda w: jax.jvp(jax.grad(loss), (w,), (jnp.ones_like(w),))[1])(w)
+    assert relative_error(got, -jnp.sin(w)) < 1e-5
+
+
 def test_a_bfloat16_weight_travels_as_such_and_its_gradient_is_summed_in_float32():
     mesh, axes = ra.make_mesh(fsdp=2, sp=4), ("model", "ffn")
     rng = np.random.default_rng(1)
