@@ -31,7 +31,7 @@ class RMSNorm(nnx.Module):
         """Scale to a root mean square of 1 and by the learned scale, in the dtype of x."""
         y = x.astype(jnp.float32).reshape(-1, x.shape[-1])  # as in `einsum_of_rows`
         y *= lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * self.scale.gathered(jnp.float32)).astype(x.dtype).reshape(x.shape)
+        return (y * self.scale.gathered(jnp.float32)[None]).astype(x.dtype).reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
     def _heads(self, x_btM, weights, rotary, products: Products):
         q, k, v = products.contract("btm,mhd->bthd", x_btM, *weights[:3])
         if self.biased:
-            q, k, v = (y + bias for y, bias in zip((q, k, v), weights[3:], strict=True))
+            q, k, v = (y + bias[None, None] for y, bias in zip((q, k, v), weights[3:], strict=True))
         if self.normed:
             q, k = self.query_norm(q), self.key_norm(k)
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v

@@ -156,8 +156,9 @@ def rotary_tables(
     """
     turns = frequencies(rope, head_dim, length) / (2 * math.pi)
     fixed = [int(turn * 2.0**64) for turn in turns]  # Python integers: 64 bits after the point, none lost
-    high = jnp.array([f >> 32 for f in fixed], jnp.uint32)
-    low = jnp.array([f & 0xFFFFFFFF for f in fixed], jnp.uint32)
+    leading = (1,) * positions.ndim
+    high = jnp.array([f >> 32 for f in fixed], jnp.uint32).reshape(*leading, -1)
+    low = jnp.array([f & 0xFFFFFFFF for f in fixed], jnp.uint32).reshape(*leading, -1)
     position = positions.astype(jnp.uint32)[..., None]
     fraction = position * high + _high_word(position, low)  # of a turn, in 2**-32; overflow drops whole turns
     centred = lax.bitcast_convert_type(fraction, jnp.int32)  # from [0, 1) to [-1/2, 1/2) of a turn

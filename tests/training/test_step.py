@@ -16,6 +16,7 @@ from ring_attention.training.config import AttentionConfig, MeshConfig, Optimize
 from ring_attention.training.optimizer import make_optimizer, make_schedule
 from ring_attention.training.step import (
     BATCH_SPEC,
+    abstract_state,
     attention_of,
     make_eval_step,
     make_gradients,
@@ -238,3 +239,18 @@ def test_dynamic_rotary_scaling_takes_a_row_of_packed_documents_for_one_sequence
     params = jax.eval_shape(lambda: make_state(config, mesh).params)
     jax.eval_shape(make_eval_step(config, mesh), params, _natural_batch())
     assert lengths == [SEQ_LEN]
+
+
+def test_a_step_is_traced_where_ranks_may_not_be_promoted():
+    mesh = ra.make_mesh(sp=2, tp=2, devices=jax.devices()[:4])
+    config = _config(sp=2, tp=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, qkv_bias=True, qk_norm=True))
+    batch = {name: jax.ShapeDtypeStruct(field.shape, field.dtype) for name, field in _natural_batch().items()}
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    try:
+        state = abstract_state(config)
+        after, metrics = jax.eval_shape(make_train_step(config, mesh), state, batch)
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "allow")
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
