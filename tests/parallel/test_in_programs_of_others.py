@@ -1,11 +1,13 @@
 """Calls in programs with settings and transformations that other people use: most are traced, a few run."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from oracle import random_qkv, relative_error
 from ring_helpers import quickly
 
@@ -162,6 +164,17 @@ def test_a_policy_with_the_saved_names_runs_no_ring_twice():
 
     saved = jax.checkpoint(ring, policy=jax.checkpoint_policies.save_only_these_names(*ra.SAVED_NAMES))
     assert permutes(saved) == permutes(ring) < permutes(jax.checkpoint(ring))
+
+
+def test_an_exported_ring_gives_what_it_gave():
+    mesh = ra.make_mesh(sp=2, devices=jax.devices()[:2])
+    sharding = jax.NamedSharding(mesh, jax.P(None, "sp"))
+    operands = jax.device_put(random_qkv(0, B, T, H, K, D)[:3], sharding)
+    ring = jax.jit(functools.partial(ra.ring_attention, mesh=mesh))
+    exported = export.export(ring)(*operands)
+    if importlib.util.find_spec("flatbuffers"):  # without it JAX cannot write files
+        exported = export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(exported.call(*operands), ring(*operands))
 
 
 def test_an_unknown_argument_is_answered_with_the_one_that_was_meant():
