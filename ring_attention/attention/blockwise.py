@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.axis_types import type_of, with_auto_axes
 from ring_attention.attention.blocks import BlockSizes, as_blocks
+from ring_attention.attention.derivatives import differentiated_once, only_reverse_mode
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import Kernel, Whole
 from ring_attention.attention.masks import Hop, Runs, Tokens
@@ -118,7 +119,8 @@ def blockwise_attention(
     shards = shards_of(q, k, (v, hop, sinks))
     q, k, v, hop, sinks = vary_together(q, k, v, hop, sinks)
     args = (*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), hop, sinks)
-    out, lse = with_auto_axes(_attend_shards, (static, shards), args, type_of(args[0], args[1:]))
+    with only_reverse_mode():
+        out, lse = with_auto_axes(_attend_shards, (static, shards), args, type_of(args[0], args[1:]))
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     return (out, lse) if return_lse else out
 
@@ -152,7 +154,7 @@ def _attend_backward(static: _Static, residuals, cotangents):
     whole = Whole.of(out, lse, *cotangents)
     nothing = vary_together(jnp.zeros(q.shape, jnp.float32), q)[0]
     grads = static.kernel.backward(q, k, v, whole, hop, nothing, static.blocks)
-    return *(grad.astype(q.dtype) for grad in grads), None, attention_sinks.gradient(sinks, whole)
+    return *(differentiated_once(grad.astype(q.dtype)) for grad in grads), None, attention_sinks.gradient(sinks, whole)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

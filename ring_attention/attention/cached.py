@@ -16,6 +16,7 @@ from jax import lax
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blockwise import FARTHEST
+from ring_attention.attention.derivatives import differentiated_once
 from ring_attention.attention.kernels.tiles import Worklist
 from ring_attention.attention.masks import EMPTY, Hop, Tokens, tile_kinds
 from ring_attention.attention.online_softmax import Running
@@ -113,7 +114,7 @@ def _attend_backward(static, residuals, cotangents):
     """By differentiating a pass over all tiles: how many are seen is known too late for JAX to keep what it needs."""
     *arrays, others = residuals
     _, vjp = jax.vjp(lambda q, k, v: _over_tiles(static, q, k, v, others, seen_alone=False), *arrays)
-    return *vjp(cotangents), None
+    return *map(differentiated_once, vjp(cotangents)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

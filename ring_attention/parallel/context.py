@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ring_attention.attention.blocks import BlockSizes, as_blocks
+from ring_attention.attention.derivatives import only_reverse_mode
 from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.rule import as_sinks, check_rule, check_window, make_rule, of_heads
 from ring_attention.attention.varying import vary_together
@@ -248,7 +249,8 @@ def context_attention(
         impl=impl,
         block_sizes=as_blocks(block_sizes),
     )
-    return run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
+    with only_reverse_mode():
+        return run(q, k, v, segment_ids, sinks, alibi_slopes, dropout_key)
 
 
 def ring_attention(

@@ -15,6 +15,7 @@ from ring_attention.attention import online_softmax
 from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.cached import Cache, attend_cached
+from ring_attention.attention.derivatives import only_reverse_mode
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import as_sinks, check_rule, make_rule, of_heads
@@ -197,7 +198,8 @@ def decode_attention(
         block_sizes=as_blocks(block_sizes),
         heads_first=heads_first,
     )
-    return run(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
+    with only_reverse_mode():
+        return run(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
 
 
 @functools.lru_cache(maxsize=128)

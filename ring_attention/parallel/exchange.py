@@ -12,6 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ring_attention.attention import sinks as attention_sinks
+from ring_attention.attention.derivatives import differentiated_once
 from ring_attention.attention.kernels.contract import Whole
 from ring_attention.attention.online_softmax import Running
 from ring_attention.attention.rule import Rule
@@ -85,7 +86,7 @@ def _attend_backward(exchange: Exchange, residuals, dout):
     q, k, v, segments, rule, sinks, out, lse = residuals
     whole = Whole.of(out, lse, dout)
     grads = exchange.backward(*_bound(exchange, q, k, v, segments, rule), whole)
-    grads = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+    grads = (differentiated_once(grad.astype(x.dtype)) for grad, x in zip(grads, (q, k, v), strict=True))
     return *grads, None, None, attention_sinks.gradient(sinks, whole)
 
 
