@@ -2,8 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -21,6 +19,15 @@ from ring_attention.training.processes import is_first
 from ring_attention.training.survival.disk import require_room, require_there, silence_threads
 from ring_attention.training.survival.errors import RunError
 from ring_attention.training.survival.fingerprint import fingerprints
+from ring_attention.training.survival.written import (
+    MANIFEST,
+    NOT_ITS_FAULT,
+    DamagedError,
+    read_contents,
+    require_written,
+    sign,
+    write_manifest,
+)
 
 KEEP = 3
 """Checkpoints that stay; each holds parameters and two moments, 12 bytes a parameter."""
@@ -28,12 +35,9 @@ KEEP = 3
 DAMAGED = "damaged"
 """Folder beside the checkpoints for those that could not be read."""
 
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
 _NONE_IS_WHOLE = "put a copy in their place, or start another run with --config.run_dir=PATH"
-_NOT_ITS_FAULT = [os.strerror(number) for number in (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES)]
-
-
-class DamagedError(Exception):
-    """A checkpoint that is not what was saved: its path and what is wrong with it."""
+_NOT_ITS_FAULT = [os.strerror(number) for number in NOT_ITS_FAULT]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -64,13 +68,17 @@ class Checkpoints:
     """The checkpoints in a folder, as a context manager.
 
     Every process of a run makes one and calls it alike. A checkpoint that was not written to its end does not count,
-    and one that was damaged since is noticed: each array is stored with its fingerprint.
+    and one that was damaged since is noticed: its files are listed with their digests, and each array is stored with
+    its fingerprint.
     """
 
     def __init__(self, path: Path):
         """Open `path`, a folder, made if there is none; the KEEP newest checkpoints stay in it."""
         silence_threads()
-        options = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(KEEP))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(KEEP),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._list_files),
+        )
         self._path = Path(path).absolute()
         self._remove_unfinished()
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
@@ -94,8 +102,7 @@ class Checkpoints:
             f"step={step} is not newer than the latest checkpoint, {latest}; save each step once",
         )
         require_there(self._path)  # orbax would make it anew, in a folder that has lost the rest of the run
-        contents = {"data": data, "fingerprints": fingerprints(state)}
-        contents["digest"] = _digest(contents)
+        contents = sign({"data": data, "fingerprints": fingerprints(state), "files": MANIFEST})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(contents))
         self._writing(lambda: self._manager.save(step, args=args))
 
@@ -175,19 +182,17 @@ class Checkpoints:
         require(step in steps, f"step={step} has no checkpoint in {self._path}; choose one of {sorted(steps)}")
         path = self._path / str(step)
         try:
+            contents = read_contents(path)
+            require_written(path, contents, jax.process_index(), jax.process_count())
             self._require_fit(step, abstract_state)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=args)
-        except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            state = self._manager.restore(step, args=args)["state"]
+        except (ConfigError, DamagedError, jax.errors.JaxRuntimeError, MemoryError):
             raise
         except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
             if any(reason in str(error) for reason in _NOT_ITS_FAULT):
                 raise RunError(f"{path} cannot be read: {_shorten(one_line(error))}; start the run again") from error
             raise DamagedError(f"{path} is damaged: {_shorten(one_line(error))}") from error
-        contents, state = restored["data"], restored["state"]
-        digest = contents.pop("digest", None) if isinstance(contents, dict) else None
-        if digest is None or digest != _digest(contents):
-            raise DamagedError(f"{path} is damaged: the position in the data is not as it was written")
         kinds = jax.tree.map(lambda x, need: (x.dtype, x.shape) == (need.dtype, need.shape), state, abstract_state)
         found = fingerprints(state) if jax.tree.all(kinds) else {}
         wrong = [name for name, word in contents["fingerprints"].items() if found.get(name) != word]
@@ -241,10 +246,15 @@ class Checkpoints:
                 f"{self._path}: a checkpoint could not be written: {reason}; {last}; {remedy}, and start the run again"
             ) from error
 
+    def _list_files(self) -> None:
+        """Of the checkpoint that orbax has written to its end, and is about to give its name."""
+        for folder in self._path.glob(_UNFINISHED):
+            write_manifest(folder)
+
     def _remove_unfinished(self) -> None:
         """Make room: what was not written to its end is of no use."""
         if is_first():
-            for folder in self._path.glob("*.orbax-checkpoint-tmp*"):
+            for folder in self._path.glob(_UNFINISHED):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def check(self) -> None:
@@ -275,10 +285,6 @@ class Checkpoints:
 def _committed(path: Path) -> list[int]:
     """Steps whose checkpoints were written to their end: orbax gives a folder its name when it is complete."""
     return sorted(int(file.name) for file in path.iterdir() if file.name.isdecimal())
-
-
-def _digest(contents: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _shorten(text: str, length: int = 200) -> str:

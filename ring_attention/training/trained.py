@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from ring_attention.checks import ConfigError, one_line, require_field, require_local
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.config import ModelConfig
-from ring_attention.models.hf.files import is_regular, read_json, require_regular_tree
+from ring_attention.models.hf.files import is_regular, require_regular_tree
 from ring_attention.models.hf.loading import Progress, load_parameters
 from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Kept, open_kept
 from ring_attention.models.hf.source import Source, is_hf_folder, open_source
@@ -28,6 +28,7 @@ from ring_attention.training.config import TrainConfig
 from ring_attention.training.imported import config_of
 from ring_attention.training.run_folder import RunFolder, read_config
 from ring_attention.training.survival.fingerprint import fingerprints
+from ring_attention.training.survival.written import DamagedError, read_contents, require_written
 
 _NEED = (
     "give the folder of a run or one of its checkpoints (runs/NAME, runs/NAME/checkpoints/200), or one of Hugging Face"
@@ -123,10 +124,14 @@ def _read(checkpoint: Path, wanted: Any) -> Any:
     remedy = "give an older one (.../checkpoints/STEP), or train on: train.py goes back to one that is whole"
     require_regular_tree(checkpoint, remedy)
     try:
+        contents = read_contents(checkpoint)
+        require_written(checkpoint, contents)
         params, found = _read_arrays(checkpoint, wanted)
-        known, reason = dict(read_json(checkpoint / "data" / "metadata", remedy)["fingerprints"]), ""
+        known, reason = dict(contents["fingerprints"]), ""
     except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
         raise
+    except DamagedError as error:
+        raise ConfigError(f"checkpoint: {error}; {remedy}") from error
     except Exception as error:  # of orbax, tensorstore, JSON: whatever a damaged file makes them raise
         reason = one_line(error)[:200] or type(error).__name__
     if reason:

@@ -134,12 +134,13 @@ def any_of(rng, folder, mutations):
     """Apply one of `mutations`, [(glob, mutate)], to one of the files below `folder` that it is for."""
     glob, mutate = rng.choice(mutations)
     try:
-        fits = [path for path in sorted(folder.glob(glob)) if os.path.isfile(path) and not path.is_symlink()]
+        fits = [path for path in folder.glob(glob) if os.path.isfile(path) and not path.is_symlink()]
     except OSError:  # a link that is too long was put there before
         fits = []
     if not fits:
         return "nothing more"
-    path = rng.choice(fits)
+    # Orbax draws the names of its files: their sizes are the same each time, so that a seed means the same file.
+    path = rng.choice(sorted(fits, key=lambda path: (path.parent, path.stat().st_size, path)))
     try:
         return mutate(rng, path)
     except (ValueError, TypeError, RecursionError, struct.error):  # it was changed before, and is no JSON any more

@@ -1,5 +1,4 @@
 import errno
-import gc
 import json
 import os
 import shutil
@@ -241,15 +240,6 @@ def test_one_flipped_bit_of_one_weight_is_noticed_and_named_and_the_checkpoint_b
     assert restore_newest(folder, states[3])[0].step == 3
 
 
-@pytest.fixture
-def _orbax_leaves_coroutines():
-    """Where a read fails, orbax leaves coroutines that complain when they are collected: let it be here and now."""
-    yield
-    gc.collect()
-
-
-@pytest.mark.usefixtures("_orbax_leaves_coroutines")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_whichever_file_of_a_checkpoint_is_damaged_what_comes_back_was_saved(tmp_path, ring, damage):
     folder = tmp_path / "checkpoints"
@@ -275,8 +265,6 @@ def test_whichever_file_of_a_checkpoint_is_damaged_what_comes_back_was_saved(tmp
     assert used.count(2) >= 4, "of a file that no one needs the loss does not matter, of these it does"
 
 
-@pytest.mark.usefixtures("_orbax_leaves_coroutines")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_where_no_checkpoint_is_whole_nothing_is_moved_and_the_remedy_is_said(tmp_path, ring):
     folder = tmp_path / "checkpoints"
     states = three_checkpoints(folder, ring)

@@ -1,0 +1,138 @@
+"""Whether the files of a checkpoint are those that were written, asked before orbax opens them.
+
+Orbax and tensorstore believe their files: one changed byte of an index of chunks may ask for tens of GiB of memory, or
+leave coroutines that complain when the process ends. So a checkpoint lists its files with their sizes and digests, and
+they are compared first. Checkpoints from before there were such lists hold the fingerprints of their arrays alone.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ring_attention.checks import ConfigError, shown
+from ring_attention.models.hf.files import inside, read_json
+
+MANIFEST = "files.json"
+"""In a checkpoint's folder: the files below STATE."""
+
+STATE = "state"
+"""Folder of the arrays in a checkpoint's folder."""
+
+NOT_ITS_FAULT = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES)
+"""Numbers of errors of a file system that is away; the files may be whole."""
+
+_CONTENTS = os.path.join("data", "metadata")  # as orbax's handler for JSON names it
+_THREADS = 8
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was saved; where it lies, and what is wrong with it."""
+
+
+def sign(values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold, with its own digest as "digest"."""
+    return values | {"digest": _digest_of(values)}
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """List the files below the state of a checkpoint that is complete but for that list."""
+    names = sorted(
+        os.path.relpath(os.path.join(folder, name), checkpoint)
+        for folder, _, names in os.walk(checkpoint / STATE)
+        for name in names
+    )
+    with ThreadPoolExecutor(_THREADS) as threads:
+        files = dict(zip(names, threads.map(lambda name: _describe(checkpoint / name), names), strict=True))
+    (checkpoint / MANIFEST).write_text(json.dumps(sign({"files": files})), encoding="utf-8")
+
+
+def read_contents(checkpoint: Path) -> dict[str, Any]:
+    """What was saved beside the arrays: "data", "fingerprints", and "files" where the checkpoint lists its files.
+
+    Raises:
+      DamagedError: if it is not as it was written.
+      OSError: if the file system refuses.
+    """
+    return _read_signed(checkpoint, _CONTENTS, "the position in the data is not as it was written")
+
+
+def require_written(checkpoint: Path, contents: dict[str, Any], part: int = 0, parts: int = 1) -> None:
+    """Compare the files below the state with the list of them, if there is one.
+
+    Args:
+      checkpoint: its folder.
+      contents: of `read_contents`.
+      part: which share of the files is compared, of `parts`: where several processes read, each does its own.
+      parts: how many shares there are.
+
+    Raises:
+      DamagedError: if one of them is not what was written; names it.
+      OSError: if the file system refuses.
+    """
+    if "files" not in contents:
+        return
+    files = _read_signed(checkpoint, MANIFEST, f"{MANIFEST} is not as it was written")["files"]
+    if not isinstance(files, dict):
+        raise DamagedError(f"{checkpoint} is damaged: {MANIFEST} lists no files")
+    names = sorted(files)[part::parts]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        same = list(threads.map(lambda name: _is_same(checkpoint, name, files[name]), names))
+    if not all(same):
+        name = names[same.index(False)]
+        raise DamagedError(f"{checkpoint} is damaged: {shown(name)} is not as it was written")
+
+
+def _is_same(checkpoint: Path, name: str, wanted: Any) -> bool:
+    try:
+        path = inside(checkpoint, name, said_by=checkpoint / MANIFEST)
+    except ConfigError:
+        return False
+    return _is_regular(path) and _has_size(path, wanted) and _describe(path) == wanted
+
+
+def _has_size(path: Path, wanted: Any) -> bool:
+    """Asked first, so that nothing larger than what was written is read."""
+    return isinstance(wanted, list) and wanted[:1] == [os.path.getsize(path)]
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether a path leads to a file with an end; OSError where the file system cannot say."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in NOT_ITS_FAULT:
+            raise
+        return False
+
+
+def _describe(path: Path) -> list[Any]:
+    """[bytes, digest] of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return [os.fstat(file.fileno()).st_size, digest]
+
+
+def _read_signed(checkpoint: Path, name: str, words: str) -> dict[str, Any]:
+    """A file of JSON without its digest; DamagedError with `words` unless it is what was signed."""
+    damaged = DamagedError(f"{checkpoint} is damaged: {words}")
+    if not _is_regular(checkpoint / name):
+        raise damaged
+    try:
+        values = read_json(checkpoint / name)
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise damaged from error
+    digest = values.pop("digest", None)
+    if digest is None or digest != _digest_of(values):
+        raise damaged
+    return values
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
