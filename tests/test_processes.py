@@ -15,7 +15,7 @@ from ring_attention.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "--config=configs/tiny.py",
+    f"--config={ROOT}/configs/tiny.py",
     *("--config.model.num_layers=1", "--config.model.ffn_chunk=64", "--config.model.loss_chunk=64"),
     *("--config.seq_len=64", "--config.data.streams=6", "--config.data.holdout_fraction=0.3"),
     *("--config.num_steps=8", "--config.eval_every=4", "--config.log_every=1"),
@@ -34,8 +34,15 @@ def corpus(tmp_path_factory):
     return f"--config.data.paths={folder}/*.py"
 
 
-def start(num_processes, *flags):
-    """The processes of one run."""
+def start(num_processes, *flags, folders=None, **own):
+    """The processes of one run, each in the folder of this repository or its own, with flags of its own.
+
+    Args:
+      num_processes: of them.
+      flags: of all of them.
+      folders: {number of a process: where it runs}.
+      own: {"process_1": [flags]}.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
@@ -44,9 +51,10 @@ def start(num_processes, *flags):
     processes = []
     for number in range(num_processes):
         who = [address, f"--num_processes={num_processes}", f"--process_id={number}"] if num_processes > 1 else []
-        command = [sys.executable, "train.py", *SMALL, *who, *flags]
+        command = [sys.executable, str(ROOT / "train.py"), *SMALL, *who, *flags, *own.get(f"process_{number}", [])]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+        cwd = (folders or {}).get(number, ROOT)
+        processes.append(subprocess.Popen(command, cwd=cwd, env=env, **pipes))
     return processes
 
 
@@ -157,24 +165,23 @@ def test_when_one_process_is_killed_the_others_say_which_and_stop_within_a_minut
 
 
 def test_a_mistake_that_one_process_makes_ends_the_others_with_its_words(corpus, tmp_path):
-    flags = [*RING_OF_4, f"--config.run_dir={tmp_path}/run"]
-    processes = start(2, corpus, *flags)
-    processes[1].kill()
-    processes[1].communicate()
-    ids = [arg for arg in processes[0].args if arg.startswith(("--coordinator", "--num_processes"))]
-    wrong = [
-        sys.executable,
-        "train.py",
-        *SMALL,
-        *ids,
-        "--process_id=1",
-        *flags,
-        f"--config.data.paths={tmp_path}/*.txt",
-    ]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    processes[1] = subprocess.Popen(wrong, cwd=ROOT, env=env, **pipes)
+    texts = Path(corpus.partition("=")[2]).parent
+    flags = [*RING_OF_4, f"--config.run_dir={tmp_path}/run", "--config.data.paths=*.py"]
+    (tmp_path / "empty").mkdir()
+    processes = start(2, *flags, folders={0: texts, 1: tmp_path / "empty"})
     (first, _, stderr), (second, _, words) = finish(processes)
     assert (first, second) == (2, 2), (stderr, words)
     assert "no file matches" in words.splitlines()[-1]
     assert "process 1 of 2 has stopped: data.paths=" in stderr
+
+
+def test_processes_that_were_started_with_other_flags_end_at_once_and_name_both_values(corpus, tmp_path):
+    flags = [*RING_OF_4, f"--config.run_dir={tmp_path}/run", corpus]
+    began = time.monotonic()
+    outputs = finish(start(2, *flags, process_1=["--config.optimizer.learning_rate=0.125"]))
+    assert time.monotonic() - began < 60
+    for status, stdout, stderr in outputs:
+        assert (status, stdout) == (2, ""), stderr
+        assert "Traceback" not in stderr, stderr
+        line = stderr.splitlines()[-1]
+        assert "optimizer.learning_rate=0.125: so in process 1, and in process 0 it is 0.01" in line
