@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_tokenizers import write_tokenizer
 
 import train
 from ring_attention.checks import ConfigError
@@ -87,6 +88,37 @@ def test_a_finished_run_is_not_trained_again_but_reported_again(corpus, finished
     assert "byte model, order 2" in screen
     assert f"Run folder: {folder}" in screen
     assert "step 12/12" not in screen
+
+
+@pytest.mark.slow
+def test_texts_and_a_tokenizer_that_changed_under_the_same_names_end_a_run_with_status_2(tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts").mkdir()
+    for number in range(12):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"the {number}th text says so. " * 40)
+    write_tokenizer(tmp_path, ["<s>"])
+    flags = [TINY, f"--config.data.paths={tmp_path}/texts/*.txt", f"--config.data.tokenizer={tmp_path}/tokenizer.json"]
+    flags += ["--config.data.holdout_fraction=0.3", f"--config.run_dir={tmp_path}/run"]
+    flags += [
+        "--config.num_steps=2",
+        "--config.optimizer.warmup_steps=1",
+        "--config.eval_every=2",
+        "--config.model.num_layers=1",
+    ]
+    flags += [f"--config.mesh.{axis}=1" for axis in ("fsdp", "sp", "tp")]
+    monkeypatch.setattr(train, "leave", lambda status: None)
+    assert train.run(flags) == 0, capsys.readouterr().err
+    fields = {"texts/3.txt": "data.paths (", "tokenizer.json": "data.tokenizer: "}
+    for name, field in fields.items():
+        whole = (tmp_path / name).read_text()
+        changed = whole.replace("so", "no") if name.endswith(".txt") else whole + "\n"
+        assert len(changed) - len(whole) == name.endswith(".json")
+        (tmp_path / name).write_text(changed)
+        capsys.readouterr()
+        assert train.run(flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"train.py: error: {field}")
+        assert "its contents are others" in line
+        (tmp_path / name).write_text(whole)
 
 
 IMPOSSIBLE = {

@@ -249,7 +249,7 @@ def _check(plan: Plan, mesh: Mesh) -> None:
     slots = layout.padded_length(plan.capacity) // layout.ring_size
     heads, kv_heads = (n // shape[TENSOR] for n in (model.num_heads, model.num_kv_heads))
     setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=kernel, blocks=BlockSizes())
-    rule = Rule(scale=1.0, window=plan.attention.window or None)
+    rule = Rule(scale=1.0, window=plan.attention.window or None, softcap=plan.attention.softcap or None)
     strategy.check(setting, (1, slots, heads, model.head_dim), kv_heads, rule)
 
 

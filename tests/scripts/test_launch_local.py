@@ -212,7 +212,7 @@ def test_processes_stop_when_nobody_reads_what_they_print(start, tmp_path):
         (["--grace=nan"], "--grace=nan must not be negative; 0 kills the others at once"),
         (["--program=nowhere.py"], "--program=nowhere.py: there is no such file; name a Python program"),
         (["--config=a.py"], "--config=a.py is not an argument of the launcher, so write -- before the arguments of"),
-        (["--confg=a.py", "--", "x"], "--confg=a.py is not an argument of the launcher\n"),
+        (["--confg=a.py", "--", "x"], "--confg=a.py is not an argument of the launcher; see --help\n"),
     ],
 )
 def test_a_mistake_in_the_arguments_costs_a_line_and_starts_nothing(flags, message):
