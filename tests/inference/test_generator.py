@@ -340,6 +340,18 @@ def test_mistakes_are_refused_in_one_line_before_anything_compiles(change, words
     assert "\n" not in str(error.value)
 
 
+def test_the_strategy_is_asked_about_the_window_and_the_softcap_of_the_model(monkeypatch):
+    def refuse(self, setting, shape, kv_heads, rule):
+        raise ValueError(f"window={rule.window} softcap={rule.softcap}")
+
+    attention = dataclasses.replace(WINDOW, softcap=0.5)
+    monkeypatch.setattr(type(attention.make_strategy()), "check", refuse)
+    with pytest.raises(ValueError, match=r"window=9 softcap=0\.5"):
+        generated(MODEL, attention, MESHES["2"])
+    with pytest.raises(ValueError, match="window=None softcap=None"):
+        generated(MODEL, ATTENTION, MESHES["2"])
+
+
 def test_tokens_and_parameters_of_another_model_are_refused():
     mesh = open_mesh(MESHES["1"])
     with pytest.raises(ValueError, match="params are those of another model"):
