@@ -101,12 +101,13 @@ def needle(args: argparse.Namespace, overrides: list[str]) -> None:
     """Pass-key retrieval over depth and length."""
     test = needle_test(args)
     opened = open_model(args.checkpoint, overrides)
+    test = dataclasses.replace(test, start=opened.start)
     per_length = len(test.depths) * test.samples * test.needles
     rows = {length: opened.rows(length, per_length, args.batch_size or 0) for length in test.lengths}
     for length in test.lengths:
         opened.check(length, rows[length])
-        rng = np.random.default_rng(0)
-        make_questions(test.style, opened.tokenizer, length=length, depth=0.5, needles=test.needles, rng=rng)
+        settings = dict(length=length, depth=0.5, needles=test.needles, start=test.start)
+        make_questions(test.style, opened.tokenizer, rng=np.random.default_rng(0), **settings)
     out = output_folder(args.checkpoint, args.out)
     note_beyond(opened, max(test.lengths))
     scorer = AnswerScorer(opened.config, opened.load(), mesh=opened.mesh, vocab_size=opened.tokenizer.vocab_size)
@@ -223,7 +224,7 @@ def read_documents(args: argparse.Namespace, opened: Opened, length: int) -> np.
         source = Corpus.open(data).held_out
     else:
         source = open_documents(dataclasses.replace(data, paths=args.paths))
-    return long_documents(source, opened.tokenizer, length=length, most=args.documents)
+    return long_documents(source, opened.tokenizer, length=length, most=args.documents, start=opened.start)
 
 
 def words_of(args: argparse.Namespace, opened: Opened) -> str:

@@ -44,6 +44,7 @@ class NeedleTest:
       samples: texts of each length and depth.
       needles: in each text; each is asked for once.
       seed: of the texts; a cell's depend on its length, the depth's number and this alone.
+      start: tokens that a text begins with; None for the one that opens a document.
     """
 
     style: Style
@@ -52,11 +53,12 @@ class NeedleTest:
     samples: int
     needles: int = 1
     seed: int = 0
+    start: tuple[int, ...] | None = None
 
     def questions(self, tokenizer: Tokenizer, length: int, depth_number: int) -> Iterator[Question]:
         """Those of one cell, `samples * needles` of them."""
         rng = np.random.default_rng([self.seed, length, depth_number])
-        settings = dict(length=length, depth=self.depths[depth_number], needles=self.needles, rng=rng)
+        settings = dict(length=length, depth=self.depths[depth_number], needles=self.needles, rng=rng, start=self.start)
         for _ in range(self.samples):
             yield from make_questions(self.style, tokenizer, **settings)
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, require_field, require_local
 from ring_attention.data.tokenizers import Tokenizer, load_tokenizer
+from ring_attention.inference.ends import prompt_start
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.config_values import config_to_dict
@@ -38,6 +39,11 @@ class Opened:
     config: TrainConfig
     tokenizer: Tokenizer
     mesh: Mesh
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """What a text begins with, as in generation."""
+        return tuple(prompt_start(self.trained, self.tokenizer))
 
     def rows(self, length: int, texts: int, wanted: int = 0) -> int:
         """Texts that are read at once: a multiple of the devices that share them; `wanted` of them, if it is given."""

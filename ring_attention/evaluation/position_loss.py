@@ -8,7 +8,7 @@ curve does not mix short ones with long ones.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -35,20 +35,28 @@ def bin_edges(length: int) -> np.ndarray:
     return np.array([0, *doubles, length])
 
 
-def long_documents(documents: Iterable[Document], tokenizer: Tokenizer, *, length: int, most: int) -> np.ndarray:
+def long_documents(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    most: int,
+    start: Sequence[int] | None = None,
+) -> np.ndarray:
     """int32 [documents, length+1]: the beginnings of the first `most` documents that have so many tokens.
 
-    The first token is the one that opens a document.
+    The first tokens are `start`, by default the one that opens a document.
 
     Raises:
       ConfigError: if there is none.
     """
+    start = [tokenizer.document_start] if start is None else list(start)
     rows, longest = [], 0
     for document in documents:
         tokens = tokenizer.encode(document.text)
-        longest = max(longest, tokens.size)
-        if tokens.size >= length:
-            rows.append(np.concatenate([[tokenizer.document_start], tokens[:length]]))
+        longest = max(longest, len(start) + tokens.size - 1)
+        if len(start) + tokens.size > length:
+            rows.append(np.concatenate([start, tokens])[: length + 1])
         if len(rows) == most:
             break
     need = f"no document has so many tokens, the longest has {longest:,}"

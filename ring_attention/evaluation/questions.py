@@ -1,7 +1,7 @@
 """Needles in tokens: a text of a wanted length that ends with a question, and the tokens of its answer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ class Question(NamedTuple):
     """A text that ends with its answer.
 
     Attributes:
-      tokens: int32 [n], the document's start, filler with needles, question and answer.
+      tokens: int32 [n], what texts begin with, filler with needles, question and answer.
       answer: how many of the last tokens are the answer's.
     """
 
@@ -29,15 +29,24 @@ class Question(NamedTuple):
 
 
 def make_questions(
-    style: Style, tokenizer: Tokenizer, *, length: int, depth: float, needles: int, rng: np.random.Generator
+    style: Style,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    depth: float,
+    needles: int,
+    rng: np.random.Generator,
+    start: Sequence[int] | None = None,
 ) -> list[Question]:
     """A question about each of `needles` needles: it lies at `depth`, the others anywhere.
 
-    The model reads all tokens of a question but the last, at most `length`, and at most SLACK fewer.
+    The model reads all tokens of a question but the last, at most `length`, and at most SLACK fewer. The first ones
+    are `start`, by default the token that opens a document.
 
     Raises:
       ConfigError: if the length holds no such text.
     """
+    start = [tokenizer.document_start] if start is None else start
     hidden = draw_needles(style, needles, rng)
     filler = draw_filler(style, 16 * length, rng)  # more characters than tokens of any tokenizer
     questions = []
@@ -45,20 +54,22 @@ def make_questions(
         depths = [depth if needle is asked else rng.random() for needle in hidden]
 
         def write(room: int, asked: Needle = asked, depths: list[float] = depths) -> Question:
-            return _in_tokens(hide(style, hidden, depths, filler, room) + style.ask(asked), style, asked, tokenizer)
+            return _in_tokens(
+                hide(style, hidden, depths, filler, room) + style.ask(asked), style, asked, tokenizer, start
+            )
 
         questions.append(_fit(write, length + 1, len(filler)))
     return questions
 
 
-def _in_tokens(text: str, style: Style, asked: Needle, tokenizer: Tokenizer) -> Question:
+def _in_tokens(text: str, style: Style, asked: Needle, tokenizer: Tokenizer, start: Sequence[int]) -> Question:
     """The answer's tokens are those in which the text with it differs from the text without: it may share a token."""
     before, whole = tokenizer.encode(text.encode()), tokenizer.encode((text + style.answer_of(asked)).encode())
     size = min(before.size, whole.size)
     differ = np.flatnonzero(before[:size] != whole[:size])
     first = int(differ[0]) if differ.size else size
     require(first < whole.size, f"the tokenizer has no token for the answer {style.answer_of(asked)!r}; use another")
-    tokens = np.concatenate([[tokenizer.document_start], whole]).astype(np.int32)
+    tokens = np.concatenate([start, whole]).astype(np.int32)
     return Question(tokens, whole.size - first)
 
 

@@ -116,6 +116,15 @@ def test_a_question_in_bytes_has_the_length_and_its_answer_at_the_end(rng):
     assert abs(where - 0.5 * (203 - 9 - 7)) <= 1
 
 
+@pytest.mark.parametrize("start", [(), (7,), (256, 256)])
+def test_a_question_begins_with_what_prompts_begin_with(rng, start):
+    (question,) = make_questions(LETTERS, ByteTokenizer(), length=203, depth=0.5, needles=1, rng=rng, start=start)
+    assert question.tokens[: len(start)].tolist() == list(start)
+    assert (question.tokens.size, question.tokens.dtype) == (204, np.int32)
+    assert ByteTokenizer().token_bytes(question.tokens[len(start) :])[-7:-3] == b"key="
+    assert (question.tokens[len(start) :] < 256).all()
+
+
 def test_each_of_several_needles_is_asked_for_once_at_the_same_depth(rng):
     questions = make_questions(LETTERS, ByteTokenizer(), length=600, depth=0.0, needles=4, rng=rng)
     texts = [ByteTokenizer().token_bytes(question.tokens).decode() for question in questions]

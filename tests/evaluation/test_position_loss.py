@@ -92,6 +92,11 @@ def test_documents_that_fill_the_row_are_read_from_their_beginning():
     source = [Document(str(i), text) for i, text in enumerate(texts)]
     rows = long_documents(source, ByteTokenizer(), length=9, most=2)
     assert rows.tolist() == [[256, *b"long enou"], [256, *b"just fits"]]
+    rows = long_documents(source, ByteTokenizer(), length=9, most=2, start=[])
+    assert rows.tolist() == [[*b"long enoug"], [*b"this one i"]]
+    with pytest.raises(ConfigError, match="length=20: no document has so many tokens, the longest has 19; use"):
+        long_documents(source, ByteTokenizer(), length=20, most=2, start=[])
+    assert long_documents(source, ByteTokenizer(), length=4, most=1, start=[7, 8]).tolist() == [[7, 8, *b"sho"]]
     with pytest.raises(ConfigError, match="length=21: no document has so many tokens, the longest has 20; use"):
         long_documents(source, ByteTokenizer(), length=21, most=2)
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import ring_attention as ra
+from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import DataConfig, TrainConfig
@@ -147,6 +148,15 @@ def test_a_mistake_costs_one_line_and_no_compilation(evaluate, flags, words, mon
     assert err.startswith("evaluate.py: error: ")
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["needle", "--lengths=30", "--samples=1"], ["perplexity", "--windows=8"]])
+def test_texts_begin_with_what_generation_feeds(evaluate, flags, monkeypatch):
+    def asked(trained, tokenizer):
+        raise ConfigError(f"{trained.checkpoint.name}, {tokenizer.document_start}")
+
+    monkeypatch.setattr("ring_attention.evaluation.opened.prompt_start", asked)
+    assert evaluate(*flags) == (2, "", "evaluate.py: error: 1, 256\n")
 
 
 @pytest.mark.parametrize(
