@@ -106,7 +106,7 @@ def load_run(folder, out, params):
     export_folder(folder, out, params)
 
 
-QUICK = {import_folder: 40, export_folder: 60, load_run: 12}
+QUICK = {import_folder: 40, export_folder: 60, load_run: 20}
 """Folders of each kind without HOSTILE_FOLDERS."""
 
 CHECKPOINT = [
@@ -132,6 +132,9 @@ RUN = [
     ("checkpoints/0/**/_METADATA", mutate_json),
     ("checkpoints/0/data/metadata", mutate_json),
     ("checkpoints/0/files.json", mutate_json),
+    ("checkpoints/0/_CHECKPOINT_METADATA", mutate_bytes),  # on this and the next nothing depends
+    ("config.json", add_beside),
+    ("config.json", add_beside),
     ("checkpoints/0/**/*metadata*", mutate_bytes),
     ("checkpoints/0/**/*", mutate_bytes),
     ("**/*", mutate_kind),
