@@ -30,7 +30,14 @@ setup(
         "safetensors>=0.8",
     ],
     extras_require={
-        "test": ["pytest>=9.0", "flatbuffers>=25.2", "pytest-xdist>=3.8", "hypothesis>=6.150", "chex>=0.1.92", "ruff>=0.15"],
+        "test": [
+            "pytest>=9.0",
+            "flatbuffers>=25.2",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.150",
+            "chex>=0.1.92",
+            "ruff>=0.15",
+        ],
         # The other side of tests/interop and scripts/benchmark_training.py; torch as it was tried.
         "interop": ["torch==2.13.0", "transformers>=5.0"],
         # Compilers for hardware that is not there, for scripts/plan.py, check_pods.py and reproduce_table3.py: those

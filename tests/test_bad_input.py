@@ -193,7 +193,13 @@ CALLS = [
     Row("query heads that tp does not divide", ring(dict(H=3, K=1)), "heads of q=3", "divisible by tp=2", "use fewer"),
     Row("key heads that tp does not divide", ring(dict(K=1)), "heads of k=1", "divisible by tp=2", "use fewer devices"),
     Row("key heads that do not divide query heads", ring(dict(K=3)), "K=3", "K must divide H", "repeat heads of k"),
-    Row("keys of another length", ring(dict(S=56)), "k has shape (2, 56, 2, 8)", "need [B=2, T=48", "reshape"),
+    Row(
+        "keys of another length",
+        ring(dict(S=56)),
+        "T=48 tokens and k has 56",
+        "need as many of each",
+        "use blockwise_attention",
+    ),
     Row(
         "a batch that the mesh does not divide",
         lambda _: ra.ring_attention(*arrays(B=3), mesh=ra.make_mesh(dp=2, fsdp=2, sp=2)),
@@ -287,7 +293,7 @@ CALLS = [
     Row("chunks of nothing", call(ra.blockwise_feedforward, abs, AT[None], chunk_size=0), "=0", "positive", "use 1"),
     Row("chunks of no axis", call(ra.blockwise_feedforward, abs, AT, chunk_size=8), "(48,)", "need [..", "give it"),
     Row("chunks for no function", call(ra.blockwise_feedforward, 3, AT, chunk_size=8), "fn is 3", "need a", "pass"),
-    Row("Flax's mask", flax(dict(mask=IDS)), "mask has shape (2, 48)", "no place for a mask", "say what"),
+    Row("Flax's mask", flax(dict(mask=IDS)), "mask has shape (2, 48)", "no place for a mask", "flax_attention_fn("),
     Row("Flax's dropout", flax(dropout_rate=0.1), "dropout_rate", "dropout is the layer's", "give the layer"),
     Row("Flax's cache", flax(dict(bias=IDS)), "bias has shape (2, 48)", "no place for a bias", "leave it out"),
 ]

@@ -18,5 +18,9 @@ def test_every_way_is_timed_at_every_filling():
 
 
 def test_sizes_that_mean_nothing_are_refused():
-    assert _run("--slots=0").stderr.splitlines()[-1].endswith("--slots must be positive; give at least 1")
+    assert (
+        _run("--slots=0")
+        .stderr.splitlines()[-1]
+        .endswith("--slots must be positive; give at least 1; see benchmark_decode.py --help")
+    )
     assert _run("--kv-heads=5").stderr.splitlines()[-1].endswith("--kv-heads=5 must divide --heads=32; choose others")
