@@ -23,4 +23,8 @@ def test_sizes_that_mean_nothing_are_refused():
         .stderr.splitlines()[-1]
         .endswith("--slots must be positive; give at least 1; see benchmark_decode.py --help")
     )
-    assert _run("--kv-heads=5").stderr.splitlines()[-1].endswith("--kv-heads=5 must divide --heads=32; choose others")
+    assert (
+        _run("--kv-heads=5")
+        .stderr.splitlines()[-1]
+        .endswith("--kv-heads=5 must divide --heads=32; choose others; see benchmark_decode.py --help")
+    )

@@ -23,4 +23,8 @@ def test_sizes_that_mean_nothing_are_refused():
         .stderr.splitlines()[-1]
         .endswith("--chunk must be positive; give at least 1; see benchmark_loss.py --help")
     )
-    assert _run("--sp=3").stderr.splitlines()[-1].endswith("--sp=3 must divide --seq-len=8192; choose others")
+    assert (
+        _run("--sp=3")
+        .stderr.splitlines()[-1]
+        .endswith("--sp=3 must divide --seq-len=8192; choose others; see benchmark_loss.py --help")
+    )
