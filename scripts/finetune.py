@@ -32,6 +32,7 @@ from ring_attention.training.devices import open_mesh
 from ring_attention.training.exported import export_config, export_hf, exported_bytes
 from ring_attention.training.flags import override
 from ring_attention.training.imported import config_of
+from ring_attention.training.initial import find_initial
 from ring_attention.training.new_folder import require_new
 from ring_attention.training.processes import ProcessFlags
 from ring_attention.training.run_folder import folder_of
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> None:
     )
     require_field(config.init_from == str(args.folder), "init_from", config.init_from, need, remedy)
     require_new(args.out, "--out")
+    find_initial(config)  # what the flags contradict costs its line now, not after training
     export_config(config, source.values)
     run_training(config, ALONE)
     trained = open_trained(str(folder_of(config).path))

@@ -106,7 +106,7 @@ MISTAKES = [
     (["{small}", DATA, "--out={}/out", "--config.nmu_steps=3"], "did you mean num_steps?"),
     (["{small}", DATA, "--out={}/out", "--num_steps=3"], "did you mean --config.num_steps?"),
     (["{small}", DATA, "--out={}/out", "--config.seq_len=1000"], "pad to 1008"),
-    (["{small}", DATA, "--out={}/out", "--config.seq_len=16777216"], "give more text, or evaluate fewer or shorter"),
+    (["{small}", DATA, "--out={}/out", "--config.seq_len=1048576"], "give more text, or evaluate fewer or shorter"),
     (["{small}", DATA, "--out={}/out", "--config.model.num_layers=3"], "holds a model with 4; use --config.model.num"),
     (["{small}", DATA, "--out={}/out", "--config.data.tokenizer=bytes"], "were trained with other tokens; use"),
     (["{small}", DATA, "--out={}/out", "--config.init_from=docs"], "is what the run begins with"),
