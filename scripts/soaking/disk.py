@@ -130,7 +130,7 @@ class SizeLimit:
 def _sizes(run: Folder) -> list[int]:
     """Bytes of each file of the newest checkpoint; it may be removed meanwhile."""
     sizes = [0]
-    for file in (run.checkpoints_path / str(run.newest())).rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):
+        for file in (run.checkpoints_path / str(run.newest())).rglob("*"):
             sizes.append(file.stat().st_size)
     return sizes
