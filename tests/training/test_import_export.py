@@ -1,6 +1,7 @@
 """From a Hugging Face folder to one of ours and back, by the functions that the scripts call and by the scripts."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from ring_attention.training.exported import export_config, export_hf, exported_
 from ring_attention.training.imported import import_hf
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.step import make_state
+from ring_attention.training.survival.written import sign
 from ring_attention.training.trained import open_trained
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -99,7 +101,10 @@ def test_exporting_an_import_gives_the_same_bytes(folders, tmp_path):
 def test_an_import_whose_bits_flipped_is_refused(folders, tmp_path):
     shutil.copytree(folders / "imported", tmp_path / "copy")
     metadata = tmp_path / "copy" / "checkpoints" / "0" / "data" / "metadata"
-    metadata.write_text(metadata.read_text().replace('"params.embed": ', '"params.embed": 1'))
+    values = json.loads(metadata.read_text())
+    del values["digest"]
+    values["fingerprints"]["params.embed"] += 1
+    metadata.write_text(json.dumps(sign(values)))
     with pytest.raises(ConfigError, match="params.embed changed since it was written"):
         open_trained(str(tmp_path / "copy")).load(ra.make_mesh(sp=8))
 

@@ -1,6 +1,7 @@
 """A run's parameters come back on any mesh, without what the optimizer keeps, and are checked."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.step import make_state
+from ring_attention.training.survival.written import sign
 from ring_attention.training.trained import open_trained
 
 MODEL = ModelConfig(vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
@@ -72,13 +74,14 @@ def test_parameters_that_changed_on_the_way_are_noticed(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(path, copy)
     contents = copy / "checkpoints" / "10" / "data" / "metadata"
-    text = contents.read_text()
-    name = '"params.layers.attention.query": '
-    contents.write_text(text.replace(name, name + "1"))
+    values = json.loads(contents.read_text())
+    del values["digest"]
+    values["fingerprints"]["params.layers.attention.query"] += 1
+    contents.write_text(json.dumps(sign(values)))
     with pytest.raises(ConfigError, match=r"10': params.layers.attention.query changed since it was written; give an"):
         open_trained(str(copy)).load(ra.make_mesh(sp=8))
     shutil.rmtree(copy / "checkpoints" / "10" / "state" / "d")
-    with pytest.raises(ConfigError, match="10': cannot be read"):
+    with pytest.raises(ConfigError, match="checkpoints/10 is damaged: 'state/d/.*' is not as it was written"):
         open_trained(str(copy)).load(ra.make_mesh(sp=8))
     assert open_trained(str(copy / "checkpoints" / "3")).load(ra.make_mesh(sp=8))
 
