@@ -9,6 +9,7 @@ merged with the other hops in float32.
 What it binds is private to JAX, and is looked at before it is bound: a JAX where it takes other arguments is refused.
 """
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -175,7 +176,9 @@ def _say_once(words: str) -> None:
 def _meeting(part: Rectangle, hop: Hop) -> Hop:
     """The hop of a rectangle alone."""
     queries = jax.tree.map(lambda x: x[:, part.q : part.q_end], hop.queries)
-    return Hop(queries, jax.tree.map(lambda x: x[:, part.kv : part.kv_end], hop.keys), hop.rule)
+    keys = jax.tree.map(lambda x: x[:, part.kv : part.kv_end], hop.keys)
+    # Runs are those of all tokens, and say nothing of where a part of them stands.
+    return Hop(*(dataclasses.replace(x, runs=None) for x in (queries, keys)), hop.rule)
 
 
 def _attention(q, k, v, scale: float, part: Rectangle):
