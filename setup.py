@@ -32,7 +32,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=9.0",
-            "flatbuffers>=25.2",
+            "flatbuffers>=25.12.19",
             "pytest-xdist>=3.8",
             "hypothesis>=6.150",
             "chex>=0.1.92",
