@@ -120,3 +120,8 @@ def _members(section: str) -> list[str]:
     prefix = f"{section}." if section else ""
     inside = [field.removeprefix(prefix) for field in field_kinds() if field.startswith(prefix)]
     return list(dict.fromkeys(name.partition(".")[0] for name in inside))
+
+
+def spelt(value: Any) -> str:
+    """A value as it stands behind the equals sign of a flag."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

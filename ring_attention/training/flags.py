@@ -33,6 +33,7 @@ from ring_attention.training.config_values import (
     config_to_dict,
     did_you_mean,
     field_kinds,
+    spelt,
     unknown_field,
 )
 from ring_attention.training.inherited import config_from_folder, inherit
@@ -254,8 +255,3 @@ def _default_of(cls: type, name: str) -> str:
     if field.default is dataclasses.MISSING:
         return "no default"
     return f"default {'none' if field.default is None else spelt(field.default) or 'empty'}"
-
-
-def spelt(value: Any) -> str:
-    """A value as it stands behind the equals sign of a flag."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

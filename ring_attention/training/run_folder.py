@@ -15,7 +15,7 @@ from ring_attention.checks import ConfigError, require_field
 from ring_attention.models.hf.files import read_json
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds
+from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds, spelt
 from ring_attention.training.survival.folder_lock import FolderLock
 
 VERSION = 1
@@ -146,7 +146,9 @@ def _require_same(folder: RunFolder, config: TrainConfig) -> list[str]:
             continue
         same_function = field != "attention.strategy" or (_is_exact(before) and _is_exact(now))
         if field not in PLACEMENT_FIELDS or not same_function:
-            undo = f"go back with --config.{field}={before} or " if field in field_kinds() and before != _ABSENT else ""
+            undo = ""
+            if field in field_kinds() and before != _ABSENT:
+                undo = f"go back with --config.{field}={spelt(before)} or "
             raise ConfigError(f"{field}={now!r}: {folder.path} holds a run with {before!r}; {undo}{_OTHER_FOLDER}")
         if field in current:
             changes.append(f"{field} was {before!r} and is {now!r}: the losses agree but for rounding.")

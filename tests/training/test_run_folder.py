@@ -119,7 +119,7 @@ def test_a_run_from_before_ends_of_documents_were_learned_goes_on_without_them()
         del stored["data"][field]
     folder.config.write_text(json.dumps(stored))
     assert "data.train_on_end=True: " in refusal(CONFIG)
-    assert "holds a run with False; go back with --config.data.train_on_end=False" in refusal(CONFIG)
+    assert "holds a run with False; go back with --config.data.train_on_end=false" in refusal(CONFIG)
     assert not read_config(folder).data.train_on_end
     open_run_folder(dataclasses.replace(CONFIG, data=DataConfig(train_on_end=False)))
     stored["data"] = 3

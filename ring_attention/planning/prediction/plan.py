@@ -13,8 +13,8 @@ from ring_attention.planning.prediction.shares import Share
 from ring_attention.planning.prediction.step_times import StepTime, pace_of, step_time
 from ring_attention.planning.prediction.topology import Topology
 from ring_attention.training.config import STRATEGY_OPTIONS, TrainConfig
+from ring_attention.training.config_values import spelt
 from ring_attention.training.feasible import check_attention
-from ring_attention.training.flags import spelt
 
 EQUAL = 0.02
 """Steps whose predicted times differ by no more than this part count as equally fast."""
