@@ -34,7 +34,7 @@ class EncodedDocument:
     end: int
 
 
-def encode_document(document: Document, tokenizer: Tokenizer, *, special_tokens: bool = False) -> EncodedDocument:
+def encode_document(document: Document, tokenizer: Tokenizer, *, special_tokens: bool) -> EncodedDocument:
     """Encode a document's text, opened by `document_start`; `special_tokens` as `Tokenizer.encode` takes it."""
     start = np.array([tokenizer.document_start], np.int32)
     tokens = tokenizer.encode(document.text, special_tokens=special_tokens)

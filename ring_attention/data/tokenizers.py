@@ -26,7 +26,8 @@ class Tokenizer(Protocol):
       document_start: the id that opens every packed document.
       document_end: the id that ends it: the target of its last token. It may be `document_start`.
       prompt_start: ids that are put before a text that a model reads alone, as those who made the tokenizer do.
-      special_tokens: the spelling of each special token, by id. No text encodes to them unless that is asked for.
+      special_tokens: the spelling of each special token, by id. `encode` gives them where a text spells them,
+        unless told not to.
     """
 
     vocab_size: int
@@ -35,10 +36,11 @@ class Tokenizer(Protocol):
     prompt_start: tuple[int, ...]
     special_tokens: Mapping[int, str]
 
-    def encode(self, text: bytes, *, special_tokens: bool = False) -> np.ndarray:
+    def encode(self, text: bytes, *, special_tokens: bool = True) -> np.ndarray:
         """Encode a text in UTF-8 as int32 [tokens]; nothing is put before or after it.
 
-        Special tokens that are spelled out in it become their ids if `special_tokens`, or else are text like any other.
+        Special tokens that are spelled out in it become their ids, as with `tokenizers`; without `special_tokens` they
+        are text like any other, for documents that must not forge their own end.
         """
 
     def token_bytes(self, ids: ArrayLike) -> bytes:
@@ -64,7 +66,7 @@ class ByteTokenizer:
     prompt_start = (256,)
     special_tokens = types.MappingProxyType({256: "<s>"})
 
-    def encode(self, text: bytes, *, special_tokens: bool = False) -> np.ndarray:
+    def encode(self, text: bytes, *, special_tokens: bool = True) -> np.ndarray:
         """Encode a text in UTF-8 as int32 [tokens]."""
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
@@ -115,7 +117,7 @@ class HuggingFaceTokenizer:
         self.special_tokens = names | {i: token.content for i, token in added.items() if token.special}
         self._bytes_of_id = self._byte_level_table(vocabulary) if _is_byte_level(self._tokenizer) else None
 
-    def encode(self, text: bytes, *, special_tokens: bool = False) -> np.ndarray:
+    def encode(self, text: bytes, *, special_tokens: bool = True) -> np.ndarray:
         """Encode a text in UTF-8 as int32 [tokens]; raises ConfigError for one that the tokenizer has no tokens for."""
         encoder = self._special_encoder if special_tokens else self._tokenizer
         try:

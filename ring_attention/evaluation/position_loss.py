@@ -53,7 +53,7 @@ def long_documents(
     start = [tokenizer.document_start] if start is None else list(start)
     rows, longest = [], 0
     for document in documents:
-        tokens = tokenizer.encode(document.text)
+        tokens = tokenizer.encode(document.text, special_tokens=False)
         longest = max(longest, len(start) + tokens.size - 1)
         if len(start) + tokens.size > length:
             rows.append(np.concatenate([start, tokens])[: length + 1])

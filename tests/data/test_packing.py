@@ -21,7 +21,7 @@ def packed(texts, seq_len, *, repeat=False, **settings):
     tokenizer = load_tokenizer("bytes")
     documents = grain.MapDataset.source([Document(str(i), text) for i, text in enumerate(texts)])
     documents = documents.repeat() if repeat else documents
-    encoded = documents.map(lambda document: encode_document(document, tokenizer))
+    encoded = documents.map(lambda document: encode_document(document, tokenizer, special_tokens=False))
     # No threads: hypothesis makes hundreds of these.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return PackedRows(encoded.to_iter_dataset(options), seq_len=seq_len, **settings)

@@ -83,11 +83,11 @@ def test_a_new_id_past_the_vocabulary_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "answer</s>", "plain"])
-def test_special_tokens_in_a_text_become_their_ids_where_that_is_asked_for(tmp_path, text):
+def test_special_tokens_in_a_text_become_their_ids_unless_told_not_to(tmp_path, text):
     made, ours = write_tokenizer(tmp_path, ["<|im_start|>", "<|im_end|>", "</s>"])
     want = made.encode(text, add_special_tokens=False).ids
-    assert ours.encode(text.encode(), special_tokens=True).tolist() == want
-    assert ours.encode(text.encode()).tolist() == [*text.encode()], "nor otherwise, even after it was"
+    assert ours.encode(text.encode()).tolist() == want
+    assert ours.encode(text.encode(), special_tokens=False).tolist() == [*text.encode()], "even after it was"
     assert ours.token_bytes(want) == text.encode()
     assert ByteTokenizer().encode(text.encode(), special_tokens=True).tolist() == [*text.encode()]
 
@@ -95,7 +95,7 @@ def test_special_tokens_in_a_text_become_their_ids_where_that_is_asked_for(tmp_p
 def test_no_text_spells_the_end_although_the_file_has_it_for_an_ordinary_token(tmp_path):
     made, ours = write_tokenizer(tmp_path, added=["</s>"], tokenizer_config=dict(eos_token="</s>"))
     assert made.encode("</s>").ids == [ours.document_end] == [256]
-    assert ours.encode(b"</s>").tolist() == [*b"</s>"]
+    assert ours.encode(b"</s>", special_tokens=False).tolist() == [*b"</s>"]
     assert ours.encode(b"</s>", special_tokens=True).tolist() == [256]
 
 

@@ -77,9 +77,9 @@ def test_the_files_own_document_start_is_used(tmp_path, name):
     assert tokenizer.token_bytes([1, 1]) == b""
 
 
-def test_a_special_token_spelled_out_in_a_text_is_text(tmp_path):
+def test_a_special_token_of_a_text_is_text_where_that_is_asked_for(tmp_path):
     tokenizer = byte_level_bpe(tmp_path / "t.json", special_tokens=["<s>"])
-    ids = tokenizer.encode(b"a <s> b")
+    ids = tokenizer.encode(b"a <s> b", special_tokens=False)
     assert tokenizer.document_start not in ids
     assert tokenizer.token_bytes(ids) == b"a <s> b"
 

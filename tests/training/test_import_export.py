@@ -133,9 +133,9 @@ def test_a_run_that_came_from_nothing_becomes_a_checkpoint_with_a_tokenizer(run,
     jax.tree.map(np.testing.assert_array_equal, got, params)
     exact, text = ByteTokenizer(), "naïve\n\tdef f(x): <s> \U0001f600 ".encode()
     written = HuggingFaceTokenizer(str(tmp_path / "out" / "tokenizer.json"))
-    np.testing.assert_array_equal(written.encode(text), exact.encode(text))
+    np.testing.assert_array_equal(written.encode(text, special_tokens=False), exact.encode(text))
     assert (written.vocab_size, written.document_start) == (exact.vocab_size, exact.document_start)
-    assert written.token_bytes(written.encode(text)) == text
+    assert written.token_bytes(written.encode(text, special_tokens=False)) == text
     assert again.source.values["bos_token_id"] == 256
 
 
