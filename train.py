@@ -14,8 +14,8 @@ import sys
 import traceback
 
 from ring_attention.evaluation.run import run_training
+from ring_attention.training.fault_tolerance.errors import FINISHED, Preempted, is_expected, last_words, leave
 from ring_attention.training.flags import parse_config, parse_processes
-from ring_attention.training.survival.errors import FINISHED, Preempted, is_expected, last_words, leave
 
 DEFAULT_CONFIG = "configs/cpu_demo.py"
 

@@ -41,8 +41,8 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
 from ring_attention.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.config_values import config_to_dict
+from ring_attention.training.fault_tolerance.errors import FINISHED, INTERRUPTED, MISTAKE, RunError
 from ring_attention.training.flags import override
-from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTAKE, RunError
 
 DOCUMENTS, WARM_UP = 16, 2
 LARGEST_DIFFERENCE = 1e-4

@@ -35,8 +35,8 @@ from ring_attention.evaluation.position_loss import LossReader, bin_edges, long_
 from ring_attention.evaluation.position_report import AS_IT_IS, draw_position_loss, position_table, position_values
 from ring_attention.evaluation.questions import make_questions
 from ring_attention.evaluation.tables import show
-from ring_attention.training.corpus import Corpus
-from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTAKE
+from ring_attention.training.batches import Corpus
+from ring_attention.training.fault_tolerance.errors import FINISHED, INTERRUPTED, MISTAKE
 
 
 def main(argv: list[str]) -> None:

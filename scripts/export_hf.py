@@ -23,9 +23,9 @@ from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.models.hf.export import DTYPE_NAMES
 from ring_attention.parallel.mesh import make_mesh
-from ring_attention.training.exported import NEW_DTYPE, export_hf, exported_bytes
-from ring_attention.training.survival.errors import RunError
-from ring_attention.training.tensor_progress import tensor_progress
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.hf_conversion import NEW_DTYPE, export_hf, exported_bytes
+from ring_attention.training.progress import tensor_progress
 from ring_attention.training.trained import open_trained
 
 

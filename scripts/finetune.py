@@ -29,16 +29,14 @@ from ring_attention.models.hf.manifest import TOKENIZER
 from ring_attention.models.hf.source import Source, open_source
 from ring_attention.training.config import OptimizerConfig, TrainConfig
 from ring_attention.training.devices import open_mesh
-from ring_attention.training.exported import export_config, export_hf, exported_bytes
+from ring_attention.training.fault_tolerance.errors import ERROR, FINISHED, is_expected, last_words
 from ring_attention.training.flags import override
-from ring_attention.training.imported import config_of
-from ring_attention.training.initial import find_initial
-from ring_attention.training.new_folder import require_new
+from ring_attention.training.hf_conversion import export_config, export_hf, exported_bytes, require_new
+from ring_attention.training.init_from import find_initial
 from ring_attention.training.processes import ProcessFlags
+from ring_attention.training.progress import tensor_progress
 from ring_attention.training.run_folder import folder_of
-from ring_attention.training.survival.errors import ERROR, FINISHED, is_expected, last_words
-from ring_attention.training.tensor_progress import tensor_progress
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained import config_of, open_trained
 
 MOST_TOKENS = 8192
 """Of a sequence, where none is asked for: what a laptop holds."""

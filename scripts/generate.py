@@ -41,7 +41,7 @@ from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
-from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTAKE
+from ring_attention.training.fault_tolerance.errors import FINISHED, INTERRUPTED, MISTAKE
 from ring_attention.training.trained import Trained, open_trained
 
 EXACT = [name for name, strategy in STRATEGIES.items() if strategy.exact]

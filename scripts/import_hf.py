@@ -23,9 +23,9 @@ from ring_attention.checks import ConfigError, local_path, printable
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.models.hf.source import Source, open_source
 from ring_attention.parallel.mesh import make_mesh
-from ring_attention.training.imported import import_hf
-from ring_attention.training.survival.errors import RunError
-from ring_attention.training.tensor_progress import tensor_progress
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.hf_conversion import import_hf
+from ring_attention.training.progress import tensor_progress
 
 
 def main(argv: list[str]) -> None:

@@ -25,7 +25,7 @@ from ring_attention.checks import ConfigError, local_path, shown
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.needles import STYLES, draw_length, shortest_text, training_document
 from ring_attention.evaluation.opened import require_positive
-from ring_attention.training.survival.errors import FINISHED, INTERRUPTED, MISTAKE
+from ring_attention.training.fault_tolerance.errors import FINISHED, INTERRUPTED, MISTAKE
 
 
 def main(argv: list[str]) -> None:

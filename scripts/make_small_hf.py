@@ -33,8 +33,8 @@ from ring_attention.models.hf.export import write_standard
 from ring_attention.models.hf.manifest import TOKENIZER
 from ring_attention.models.rope import RopeConfig
 from ring_attention.models.transformer import Transformer
-from ring_attention.training.new_folder import new_folder
-from ring_attention.training.survival.errors import RunError
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.hf_conversion import new_folder
 
 VOCABULARY, WINDOW = 4096, 1024
 DOCUMENTS = 100

@@ -24,11 +24,11 @@ from ring_attention.data.loader import TrainLoader
 from ring_attention.data.sources import open_documents
 from ring_attention.data.tokenizers import load_tokenizer
 from ring_attention.parallel.mesh import resolve_mesh_shape
+from ring_attention.training.batches import Corpus
 from ring_attention.training.config import OptimizerConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict
-from ring_attention.training.corpus import Corpus
-from ring_attention.training.feasible import check_feasible, check_vocabulary
 from ring_attention.training.flags import load_config, parse_config
+from ring_attention.training.validate import check_feasible, check_vocabulary
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KEY = np.array([0, 7], np.uint32)

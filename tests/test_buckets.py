@@ -13,7 +13,7 @@ from ring_attention.evaluation.opened import output_folder
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.flags import load_config
-from ring_attention.training.new_folder import new_folder
+from ring_attention.training.hf_conversion import new_folder
 from ring_attention.training.trained import open_trained
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -9,8 +9,7 @@ from small_tokenizers import write_tokenizer
 import train
 from ring_attention.checks import ConfigError
 from ring_attention.training import loop
-from ring_attention.training.metrics import read_metrics
-from ring_attention.training.train_log import TrainLog
+from ring_attention.training.metrics import TrainLog, read_metrics
 
 ROOT = Path(train.__file__).parent
 TINY = "--config=configs/tiny.py"

@@ -20,9 +20,9 @@ from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.devices import open_mesh
-from ring_attention.training.feasible import check_feasible, check_vocabulary
 from ring_attention.training.flags import override
 from ring_attention.training.trained import Trained, open_trained
+from ring_attention.training.validate import check_feasible, check_vocabulary
 
 FREE_SECTIONS = ("mesh", "attention", "model.rope")
 """What may be changed of a trained model without training it again."""

@@ -8,12 +8,11 @@ from rich.table import Table
 
 from ring_attention.data.sources import DocumentSource
 from ring_attention.evaluation.byte_models import MAX_ORDER, ByteModel
+from ring_attention.evaluation.loss_plot import plot_losses
 from ring_attention.evaluation.tables import show
+from ring_attention.training.batches import Corpus, HeldOut
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.corpus import Corpus
-from ring_attention.training.heldout import HeldOut
 from ring_attention.training.loop import Result
-from ring_attention.training.plots import plot_losses
 from ring_attention.training.run_folder import RunFolder
 
 FITTED_BYTES = 256 * 2**20

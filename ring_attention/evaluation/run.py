@@ -5,23 +5,17 @@ import os
 from jax.sharding import Mesh
 
 from ring_attention.evaluation.report import report
+from ring_attention.training.batches import Corpus, Feed, HeldOut
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.contents import digests, require_same_contents
-from ring_attention.training.corpus import Corpus
-from ring_attention.training.devices import open_mesh
-from ring_attention.training.feasible import check_feasible, check_vocabulary
-from ring_attention.training.feed import Feed
-from ring_attention.training.heldout import HeldOut
-from ring_attention.training.host_memory import keep_freed_memory, return_freed_memory
-from ring_attention.training.initial import describe_initial, find_initial, has_begun
+from ring_attention.training.devices import keep_freed_memory, open_mesh, return_freed_memory
+from ring_attention.training.fault_tolerance.disk import require_there
+from ring_attention.training.fault_tolerance.peers import Peers, program_fields, require_agreement
+from ring_attention.training.init_from import describe_initial, find_initial, has_begun
 from ring_attention.training.loop import train
-from ring_attention.training.memory import require_memory
 from ring_attention.training.processes import ProcessFlags, compile_anew_where_needed, is_first, join_processes
-from ring_attention.training.run_folder import folder_of, open_run_folder
-from ring_attention.training.survival.agreement import program_fields, require_agreement
-from ring_attention.training.survival.disk import require_there
-from ring_attention.training.survival.peers import Peers
+from ring_attention.training.run_folder import digests, folder_of, open_run_folder, require_same_contents
 from ring_attention.training.trained import Trained
+from ring_attention.training.validate import check_feasible, check_vocabulary, require_memory
 
 _ALIKE = "start all processes with the same flags, config, versions and settings"
 

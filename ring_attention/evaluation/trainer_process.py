@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.survival.errors import RunError
+from ring_attention.training.fault_tolerance.errors import RunError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

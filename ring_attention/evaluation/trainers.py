@@ -18,13 +18,12 @@ from ring_attention.models.hf.export import write_standard
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.simulate import simulate_devices
+from ring_attention.training.batches import Corpus, Feed
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.corpus import Corpus
-from ring_attention.training.exported import export_config
-from ring_attention.training.feed import Feed
-from ring_attention.training.host_memory import keep_freed_memory
-from ring_attention.training.optimizer import make_schedule
-from ring_attention.training.step import make_state, make_train_step
+from ring_attention.training.devices import keep_freed_memory
+from ring_attention.training.hf_conversion import export_config
+from ring_attention.training.state import make_schedule, make_state
+from ring_attention.training.step import make_train_step
 
 OURS, EAGER, KEPT, COMPILED = "ours", "PyTorch", "PyTorch, freed memory kept", "PyTorch, torch.compile"
 RIVALS = (EAGER, KEPT, COMPILED)
@@ -87,7 +86,7 @@ def write_text(folder: Path, seq_len: int, documents: int) -> None:
 
 
 class OurTrainer:
-    """The loop of `training.loop` without its checkpoints: the real loader and the real step.
+    """The loop of `training.run` without its checkpoints: the real loader and the real step.
 
     Ends of documents are no targets, as for transformers, where a row's last token has none.
     """

@@ -12,8 +12,9 @@ from ring_attention.data.packing import FIELDS
 from ring_attention.parallel.context import ring_attention
 from ring_attention.parallel.mesh import compiler_options, make_mesh
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.feasible import check_feasible
-from ring_attention.training.step import BATCH_SPEC, make_train_step, sharded_abstract_state
+from ring_attention.training.state import sharded_abstract_state
+from ring_attention.training.step import BATCH_SPEC, make_train_step
+from ring_attention.training.validate import check_feasible
 
 
 def compile_ring(

@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ring_attention.checks import ConfigError, one_line, require
-from ring_attention.training.processes import is_first
-from ring_attention.training.survival.disk import require_room, require_there, silence_threads
-from ring_attention.training.survival.errors import RunError
-from ring_attention.training.survival.fingerprint import fingerprints
-from ring_attention.training.survival.written import (
+from ring_attention.training.fault_tolerance.disk import require_room, require_there, silence_threads
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.fault_tolerance.integrity import (
     MANIFEST,
     NOT_ITS_FAULT,
     DamagedError,
+    fingerprints,
     read_contents,
     require_written,
     sign,
     write_manifest,
 )
+from ring_attention.training.processes import is_first
 
 KEEP = 3
 """Checkpoints that stay; each holds parameters and two moments, 12 bytes a parameter."""

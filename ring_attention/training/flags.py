@@ -36,7 +36,7 @@ from ring_attention.training.config_values import (
     spelt,
     unknown_field,
 )
-from ring_attention.training.inherited import config_from_folder, inherit
+from ring_attention.training.init_from import config_from_folder, inherit
 from ring_attention.training.processes import ProcessFlags
 
 _LONGEST_NAME = 200

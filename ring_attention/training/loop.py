@@ -5,17 +5,17 @@ import sys
 
 from jax.sharding import Mesh
 
+from ring_attention.training.batches import Feed, HeldOut
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.feed import Feed
-from ring_attention.training.heldout import HeldOut
-from ring_attention.training.initial import initial_state
+from ring_attention.training.fault_tolerance.nonfinite import NonFiniteGuard
+from ring_attention.training.fault_tolerance.preemption import Preemption
+from ring_attention.training.init_from import initial_state
+from ring_attention.training.metrics import TrainLog
 from ring_attention.training.processes import is_first
 from ring_attention.training.run_folder import RunFolder
-from ring_attention.training.step import TrainState, make_train_step, sharded_abstract_state
-from ring_attention.training.survival.nonfinite import NonFiniteGuard
-from ring_attention.training.survival.preemption import Preemption
-from ring_attention.training.train_log import TrainLog
+from ring_attention.training.state import TrainState, sharded_abstract_state
+from ring_attention.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

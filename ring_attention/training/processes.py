@@ -8,8 +8,8 @@ from jax._src import clusters, distributed  # neither what it found nor whether 
 from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, one_line, require_field
+from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.rendezvous import meet
-from ring_attention.training.survival.errors import RunError
 
 HEARTBEAT_SECONDS = 60
 """After so long without a heartbeat JAX's own coordination service ends a run; `peers.py` is quicker and says more."""

@@ -1,14 +1,26 @@
-"""What a person sees while a run trains: one live line on a terminal, a plain line now and then in a log file."""
+"""What a person sees meanwhile: one live line on a terminal, a plain line now and then in a log file."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column
 from rich.text import Text
+
+from ring_attention.models.hf.loading import Progress as Told
 
 _WIDE = 100  # columns of a terminal that has room for words beside the numbers
 
@@ -145,3 +157,20 @@ def _duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours < 48 else f"{hours // 24}d {hours % 24}h"
+
+
+@contextlib.contextmanager
+def tensor_progress(words: str, num_bytes: int) -> Iterator[Told]:
+    """Show a bar over `num_bytes` of tensors, and give what is to be told of each."""
+    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns)
+    task = bar.add_task("", total=num_bytes)
+
+    def tell(name: str, size: int) -> None:
+        bar.start()  # with the first tensor: what is wrong before is told without a bar
+        bar.advance(task, size)
+
+    try:
+        yield tell
+    finally:
+        bar.stop()

@@ -13,7 +13,7 @@ import sys
 import time
 
 from ring_attention.checks import ConfigError
-from ring_attention.training.survival.errors import RunError
+from ring_attention.training.fault_tolerance.errors import RunError
 
 ANSWER_SECONDS = 5.0
 """Within which process 0 answers whoever connects; another program that has the port does not."""

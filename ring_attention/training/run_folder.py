@@ -1,8 +1,9 @@
-"""The folder of a run: what is in it, and whether a config may go on with it."""
+"""The folder of a run: what is in it, and whether a config and its documents may go on with it."""
 
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,14 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ring_attention.checks import ConfigError, require_field
+from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.hf.files import read_json
 from ring_attention.parallel.strategies import STRATEGIES
-from ring_attention.training.config import TrainConfig
+from ring_attention.training.batches import Corpus
+from ring_attention.training.config import DataConfig, TrainConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds, spelt
-from ring_attention.training.survival.folder_lock import FolderLock
+from ring_attention.training.fault_tolerance.disk import FolderLock
+from ring_attention.training.processes import is_first
 
 VERSION = 1
 """Of the folder's layout and of config.json; raised when an older train.py would misread them."""
@@ -179,3 +183,51 @@ def _stored(folder: RunFolder) -> dict[str, Any]:
 
 def _is_exact(strategy: Any) -> bool:
     return strategy in STRATEGIES and STRATEGIES[strategy].exact
+
+
+DIGESTS = "contents.json"
+"""In the run's folder."""
+
+
+def digests(config: DataConfig, corpus: Corpus) -> dict[str, str]:
+    """Field -> digest of what it stands for: of the documents on either side of the split, and of the tokenizer."""
+    return {
+        "data.paths (training documents)": f"{len(corpus.train):,} with digest {corpus.train.digest()}",
+        "data.paths (held-out documents)": f"{len(corpus.held_out):,} with digest {corpus.held_out.digest()}",
+        "data.tokenizer": f"digest {_tokenizer_digest(config.tokenizer)}",
+    }
+
+
+def require_same_contents(folder: RunFolder, now: dict[str, str], *, has_begun: bool) -> None:
+    """Raise ConfigError unless a run that `has_begun` reads what it began with; one that begins writes that down.
+
+    A folder from before there was such a file is believed, and gets one.
+    """
+    path = folder.path / DIGESTS
+    before = _read(path) if has_begun and path.exists() else now
+    for field, words in now.items():
+        if before.get(field) != words:
+            raise ConfigError(
+                f"{field}: its contents are others ({words}) than those that the run in {folder.path} began with "
+                f"({before.get(field)}); put those back, start another run with --config.run_dir=PATH, or go on with "
+                f"the new ones by removing {path}"
+            )
+    if is_first():
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not an object in JSON; remove it to go on without comparing contents")
+    return values
+
+
+def _tokenizer_digest(tokenizer: str) -> str:
+    content = BYTES.encode() if tokenizer == BYTES else Path(tokenizer).read_bytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,45 +1,27 @@
 """One training step: gradients per device inside a `shard_map`, the optimizer's update on the shards."""
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.models.layers import Attend
-from ring_attention.models.transformer import Transformer, model_builder, parameter_specs
+from ring_attention.models.transformer import model_builder, parameter_specs
 from ring_attention.parallel.context import context_attention_shard
 from ring_attention.parallel.mesh import SEQUENCE, compiler_options
 from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
 from ring_attention.training.config import AttentionConfig, TrainConfig
-from ring_attention.training.optimizer import make_optimizer
+from ring_attention.training.state import TrainState, make_optimizer, state_shardings
 
 BATCH_SPEC = spec_of(("batch", "sequence"))
 
 Batch = dict[str, jax.Array]
 """tokens, targets, positions, segment_ids, loss_mask: each [B,T] in the layout's order."""
-
-
-class TrainState(NamedTuple):
-    """All that a step changes.
-
-    Attributes:
-      step: int32, updates done.
-      params: nested dict of float32 arrays.
-      opt_state: the optimizer's.
-      skipped: int32, how many of the updates were left out because the loss or a gradient was not finite.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    skipped: jax.Array
 
 
 def attention_of(config: AttentionConfig, ring_size: int) -> Attend:
@@ -54,48 +36,6 @@ def attention_of(config: AttentionConfig, ring_size: int) -> Attend:
         softcap=config.softcap or None,
         impl=config.impl,
         block_sizes=blocks,
-    )
-
-
-def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The initial state, made where it will live: no device ever holds more than its shards."""
-    return jax.jit(functools.partial(_initial_state, config), out_shardings=state_shardings(config, mesh))()
-
-
-def state_with(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
-    """The initial state of a run that begins with `params`, which are sharded as `parameter_specs` says."""
-    shardings = state_shardings(config, mesh)
-    opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings.opt_state)(params)
-    zero = jax.device_put(jnp.int32(0), shardings.step)
-    return TrainState(zero, params, opt_state, jax.device_put(jnp.int32(0), shardings.skipped))
-
-
-def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """NamedShardings of the state: the optimizer's moments lie where their parameters do."""
-    params = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(config.model))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    abstract = abstract_state(config)
-    opt_state = optax.tree_map_params(
-        make_optimizer(config),
-        lambda _, sharding: sharding,
-        abstract.opt_state,
-        params,
-        transform_non_params=lambda _: replicated,
-    )
-    return TrainState(replicated, params, opt_state, replicated)
-
-
-def abstract_state(config: TrainConfig) -> TrainState:
-    """Shapes and dtypes of the state."""
-    return jax.eval_shape(functools.partial(_initial_state, config))
-
-
-def sharded_abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, as jax.ShapeDtypeStructs."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract_state(config),
-        state_shardings(config, mesh),
     )
 
 
@@ -184,12 +124,6 @@ def _sum_of_losses(config: TrainConfig, mesh: Mesh):
         return lax.psum(nats, TOKEN_AXES), lax.psum(mask_bt.sum(), TOKEN_AXES)
 
     return sum_of_losses
-
-
-def _initial_state(config: TrainConfig) -> TrainState:
-    model = Transformer(config.model, nnx.Rngs(config.seed))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), jnp.int32(0))
 
 
 def _zeros_varying_like(tree):

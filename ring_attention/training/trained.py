@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from ring_attention.checks import ConfigError, one_line, require_field, require_local
+from ring_attention.data.config import DataConfig
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.files import is_regular, require_regular_tree
@@ -24,11 +25,9 @@ from ring_attention.models.hf.loading import Progress, load_parameters
 from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Kept, open_kept
 from ring_attention.models.hf.source import Source, is_hf_folder, open_source
 from ring_attention.models.transformer import abstract_parameters, parameter_specs
-from ring_attention.training.config import TrainConfig
-from ring_attention.training.imported import config_of
+from ring_attention.training.config import AttentionConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.fault_tolerance.integrity import DamagedError, fingerprints, read_contents, require_written
 from ring_attention.training.run_folder import RunFolder, read_config
-from ring_attention.training.survival.fingerprint import fingerprints
-from ring_attention.training.survival.written import DamagedError, read_contents, require_written
 
 _NEED = (
     "give the folder of a run or one of its checkpoints (runs/NAME, runs/NAME/checkpoints/200), or one of Hugging Face"
@@ -110,6 +109,20 @@ def open_trained(path: str) -> Trained:
         chosen = run.checkpoints / str(max(steps))
     require_field(os.path.isdir(chosen / "state"), "checkpoint", path, "is no checkpoint", _NEED)
     return Trained(chosen, _with_tokenizer(read_config(run), run))
+
+
+def config_of(source: Source) -> TrainConfig:
+    """What a run that made this checkpoint would have had for a config, as far as the checkpoint says."""
+    config = source.config
+    return TrainConfig(
+        name=source.path.absolute().name,
+        model=config.model,
+        seq_len=config.max_len,
+        num_steps=1,
+        attention=AttentionConfig(window=config.window),
+        data=DataConfig(tokenizer=str(source.path.absolute() / TOKENIZER)),
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )
 
 
 def _with_tokenizer(config: TrainConfig, run: RunFolder) -> TrainConfig:

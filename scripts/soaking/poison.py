@@ -15,7 +15,7 @@ from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config_values import config_from_dict
-from ring_attention.training.step import sharded_abstract_state
+from ring_attention.training.state import sharded_abstract_state
 
 MESH = dict(dp=1, fsdp=1, sp=1, tp=1)  # checkpoints come back on any
 

@@ -16,7 +16,7 @@ from ring_attention.data.loader import TrainLoader
 from ring_attention.data.sources import open_documents, split_documents
 from ring_attention.data.tokenizers import load_tokenizer
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.training.corpus import Corpus
+from ring_attention.training.batches import Corpus
 
 LIMIT = 2**20
 START = 256

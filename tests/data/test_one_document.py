@@ -12,7 +12,7 @@ from ring_attention.data.loader import TrainLoader, held_out_rows
 from ring_attention.data.sources import open_documents, split_documents
 from ring_attention.data.tokenizers import load_tokenizer
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.training.corpus import Corpus
+from ring_attention.training.batches import Corpus
 
 LINES = "".join(f"line {n} of a book, with words in it: 世界 naïve\n" for n in range(400)).encode()
 NO_LINES = ("世界🎈é" * 2000).encode()

@@ -10,7 +10,7 @@ from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents, split_documents
 from ring_attention.evaluation import byte_models, report
 from ring_attention.evaluation.byte_models import ByteModel
-from ring_attention.training.corpus import Corpus
+from ring_attention.training.batches import Corpus
 
 
 def slow_probability(documents, context, byte, order):

@@ -17,7 +17,8 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
 from ring_attention.models.transformer import parameter_specs
 from ring_attention.training.config import AttentionConfig, TrainConfig
-from ring_attention.training.step import make_eval_step, make_state
+from ring_attention.training.state import make_state
+from ring_attention.training.step import make_eval_step
 
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
 CONFIG = TrainConfig(name="x", model=MODEL, seq_len=48, num_steps=200)

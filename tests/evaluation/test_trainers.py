@@ -8,8 +8,8 @@ import pytest
 from ring_attention.evaluation.trainer_process import TrainerProcess
 from ring_attention.evaluation.trainers import OURS, make_rows, write_text
 from ring_attention.training.config import DataConfig, MeshConfig
+from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.flags import load_config
-from ring_attention.training.survival.errors import RunError
 
 
 @pytest.fixture

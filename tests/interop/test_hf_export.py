@@ -17,7 +17,7 @@ from ring_attention.models.hf.export import write_standard
 from ring_attention.models.rope import RopeConfig
 from ring_attention.models.transformer import abstract_parameters
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.exported import write_tokenizer
+from ring_attention.training.hf_conversion import write_tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.interop]

@@ -38,10 +38,8 @@ from ring_attention.models.hf.files import inside
 from ring_attention.models.hf.loading import load_parameters
 from ring_attention.models.hf.manifest import keep, open_kept
 from ring_attention.models.hf.source import open_source
-from ring_attention.training.exported import export_config, export_hf
-from ring_attention.training.imported import import_hf
-from ring_attention.training.new_folder import new_folder
-from ring_attention.training.survival.errors import RunError
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.hf_conversion import export_config, export_hf, import_hf, new_folder
 from ring_attention.training.trained import open_trained
 
 SEED, COUNT = int(os.environ.get("HOSTILE_SEED", "0")), int(os.environ.get("HOSTILE_FOLDERS", "0"))

@@ -22,7 +22,8 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.planning.hlo import compiled
 from ring_attention.training.config import MeshConfig, TrainConfig
-from ring_attention.training.step import abstract_state, make_train_step
+from ring_attention.training.state import abstract_state
+from ring_attention.training.step import make_train_step
 
 # T = P*t is larger than B*H*D, so that an array of t*T scores would be the largest of the program.
 t, B, H, K, D = 128, 2, 6, 2, 4

@@ -7,7 +7,7 @@ from test_evaluate_script import load
 from test_scripts import run
 
 from ring_attention.evaluation.trainer_process import Step
-from ring_attention.training.survival.errors import RunError
+from ring_attention.training.fault_tolerance.errors import RunError
 
 TINY = [
     "--config.seq_len=128",

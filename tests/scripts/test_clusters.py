@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from ring_attention.parallel.chips import CHIPS, GPU_MEMORY_FRACTION
+from ring_attention.training.fault_tolerance import errors
 from ring_attention.training.flags import parse_config
-from ring_attention.training.survival import errors
 
 REPOSITORY = Path(__file__).parents[2]
 CLUSTERS = REPOSITORY / "scripts" / "clusters"

@@ -14,7 +14,7 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import DataConfig, TrainConfig
 from ring_attention.training.run_folder import open_run_folder
-from ring_attention.training.step import make_state
+from ring_attention.training.state import make_state
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MODEL = ModelConfig(vocab_size=264, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=6, ffn_dim=24)

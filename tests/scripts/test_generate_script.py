@@ -19,9 +19,9 @@ from ring_attention.inference.ends import end_tokens
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import AttentionConfig, TrainConfig
-from ring_attention.training.exported import write_tokenizer as export_tokenizer
+from ring_attention.training.hf_conversion import write_tokenizer as export_tokenizer
 from ring_attention.training.run_folder import open_run_folder
-from ring_attention.training.step import make_state
+from ring_attention.training.state import make_state
 from ring_attention.training.trained import open_trained
 
 REPOSITORY = Path(__file__).parents[2]

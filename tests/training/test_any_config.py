@@ -14,8 +14,8 @@ from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds
-from ring_attention.training.feasible import check_feasible
 from ring_attention.training.flags import load_config, parse_config
+from ring_attention.training.validate import check_feasible
 
 TINY = pathlib.Path(__file__).parent.parent.parent / "configs" / "tiny.py"
 FIELDS = sorted(field_kinds())

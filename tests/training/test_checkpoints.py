@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from ring_attention.checks import ConfigError
 from ring_attention.training.checkpoints import DAMAGED, KEEP, Checkpoints
-from ring_attention.training.survival.errors import RunError
+from ring_attention.training.fault_tolerance.errors import RunError
 
 
 @pytest.fixture(scope="module")

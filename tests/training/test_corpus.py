@@ -6,7 +6,7 @@ import pytest
 from small_tokenizers import write_tokenizer
 
 from ring_attention.data.config import DataConfig
-from ring_attention.training.corpus import Corpus
+from ring_attention.training.batches import Corpus
 
 CHAT = "<|im_start|>user\nhi<|im_end|>\n"
 LINE = "Documents open with <s> (256), and end with </s> (257)."

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.training.survival.errors import Interrupted, Preempted, RunError, is_expected, last_words
+from ring_attention.training.fault_tolerance.errors import Interrupted, Preempted, RunError, is_expected, last_words
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/metrics.jsonl")
 EXPECTED = [

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ring_attention.training.survival.fingerprint import fingerprints
+from ring_attention.training.fault_tolerance.integrity import fingerprints
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8, jnp.bool_]
 

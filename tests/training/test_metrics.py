@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.metrics import MetricsWriter, read_metrics
-from ring_attention.training.survival.errors import RunError
 
 
 def write(folder, steps, *, resume_step=None):

@@ -9,9 +9,10 @@ from jax.sharding import NamedSharding
 import ring_attention as ra
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
-from ring_attention.training.step import BATCH_SPEC, make_state, make_train_step
-from ring_attention.training.survival.errors import RunError
-from ring_attention.training.survival.nonfinite import NonFiniteGuard, find_origin
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.fault_tolerance.nonfinite import NonFiniteGuard, find_origin
+from ring_attention.training.state import make_state
+from ring_attention.training.step import BATCH_SPEC, make_train_step
 
 MODEL = ModelConfig(vocab_size=32, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24)
 CONFIG = TrainConfig(

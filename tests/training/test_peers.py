@@ -15,9 +15,9 @@ import jax
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.training.survival import peers as peers_module
-from ring_attention.training.survival.errors import Preempted, RunError
-from ring_attention.training.survival.peers import PATIENCE, Peers, _failed_together
+from ring_attention.training.fault_tolerance import peers as peers_module
+from ring_attention.training.fault_tolerance.errors import Preempted, RunError
+from ring_attention.training.fault_tolerance.peers import PATIENCE, Peers, _failed_together
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 """A thread that would have ended the process ends itself here."""
@@ -211,7 +211,7 @@ def test_what_may_come_of_a_lost_peer_is_told_from_what_does_not(error, together
 
 ABORT = """
 import os, resource, sys, time
-from ring_attention.training.survival.peers import Peers
+from ring_attention.training.fault_tolerance.peers import Peers
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 peers = Peers()
 peers._me, peers._count = 1, 3

@@ -4,9 +4,9 @@ import types
 
 import pytest
 
-from ring_attention.training.survival import preemption as preemption_module
-from ring_attention.training.survival.errors import INTERRUPTED, Interrupted, Preempted
-from ring_attention.training.survival.preemption import Preemption
+from ring_attention.training.fault_tolerance import preemption as preemption_module
+from ring_attention.training.fault_tolerance.errors import INTERRUPTED, Interrupted, Preempted
+from ring_attention.training.fault_tolerance.preemption import Preemption
 
 
 @pytest.fixture(autouse=True)

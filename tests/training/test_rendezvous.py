@@ -10,9 +10,9 @@ import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.training import rendezvous
+from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.processes import ProcessFlags
 from ring_attention.training.rendezvous import meet
-from ring_attention.training.survival.errors import RunError
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
 from ring_attention.training.config_values import config_from_dict, field_kinds
+from ring_attention.training.fault_tolerance import disk
+from ring_attention.training.fault_tolerance.disk import FolderLock
 from ring_attention.training.run_folder import VERSION, read_config
 from ring_attention.training.run_folder import open_run_folder as hold_run_folder
-from ring_attention.training.survival import folder_lock
-from ring_attention.training.survival.folder_lock import FolderLock
 
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64)
 CONFIG = TrainConfig(name="tiny", model=MODEL, seq_len=512, num_steps=200)
@@ -166,7 +166,7 @@ def test_a_folder_in_use_is_refused_with_who_has_it_and_free_again_afterwards():
 def test_the_folder_of_a_killed_process_is_free():
     program = (
         "import os; from pathlib import Path\n"
-        "from ring_attention.training.survival.folder_lock import FolderLock\n"
+        "from ring_attention.training.fault_tolerance.disk import FolderLock\n"
         "FolderLock(Path('.')); print('held', flush=True); os.kill(os.getpid(), 9)"
     )
     path = {"PYTHONPATH": ":".join(filter(None, sys.path))}
@@ -185,14 +185,14 @@ def test_a_config_of_a_newer_version_is_refused():
 
 
 def test_a_lock_of_another_machine_is_waited_for_as_long_as_its_lease_may_last(monkeypatch):
-    monkeypatch.setattr(folder_lock, "LEASE_SECONDS", 3)
+    monkeypatch.setattr(disk, "LEASE_SECONDS", 3)
     with hold_run_folder(CONFIG) as folder:
         lock = folder.path / ".lock"
         lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "dead.example"}))
         begin = time.monotonic()
         assert "on dead.example since" in refusal(CONFIG)
         assert time.monotonic() - begin >= 3
-        monkeypatch.setattr(folder_lock, "LEASE_SECONDS", 60)
+        monkeypatch.setattr(disk, "LEASE_SECONDS", 60)
         waiting = threading.Thread(target=open_run_folder, args=(CONFIG,))
         waiting.start()
         time.sleep(1)

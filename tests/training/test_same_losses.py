@@ -11,8 +11,9 @@ import ring_attention as ra
 from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
-from ring_attention.training.feasible import check_feasible
-from ring_attention.training.step import BATCH_SPEC, make_state, make_train_step
+from ring_attention.training.state import make_state
+from ring_attention.training.step import BATCH_SPEC, make_train_step
+from ring_attention.training.validate import check_feasible
 
 STEPS, SEQ_LEN, ROWS = 50, 64, 2
 MODEL = ModelConfig(vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24)

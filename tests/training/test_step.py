@@ -13,16 +13,8 @@ from ring_attention.models import transformer
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
-from ring_attention.training.optimizer import make_optimizer, make_schedule
-from ring_attention.training.step import (
-    BATCH_SPEC,
-    abstract_state,
-    attention_of,
-    make_eval_step,
-    make_gradients,
-    make_state,
-    make_train_step,
-)
+from ring_attention.training.state import abstract_state, make_optimizer, make_schedule, make_state
+from ring_attention.training.step import BATCH_SPEC, attention_of, make_eval_step, make_gradients, make_train_step
 
 SEQ_LEN, ROWS = 48, 4
 MODEL = ModelConfig(vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24)

@@ -3,7 +3,7 @@ import types
 import jax
 import pytest
 
-from ring_attention.training.throughput import machine_peak_flops
+from ring_attention.training.devices import machine_peak_flops
 
 
 def devices(kind, count, platform="tpu"):

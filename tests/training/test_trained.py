@@ -14,9 +14,9 @@ from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
+from ring_attention.training.fault_tolerance.integrity import sign
 from ring_attention.training.run_folder import open_run_folder
-from ring_attention.training.step import make_state
-from ring_attention.training.survival.written import sign
+from ring_attention.training.state import make_state
 from ring_attention.training.trained import open_trained
 
 MODEL = ModelConfig(vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)

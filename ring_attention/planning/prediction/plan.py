@@ -14,7 +14,7 @@ from ring_attention.planning.prediction.step_times import StepTime, pace_of, ste
 from ring_attention.planning.prediction.topology import Topology
 from ring_attention.training.config import STRATEGY_OPTIONS, TrainConfig
 from ring_attention.training.config_values import spelt
-from ring_attention.training.feasible import check_attention
+from ring_attention.training.validate import check_attention
 
 EQUAL = 0.02
 """Steps whose predicted times differ by no more than this part count as equally fast."""

@@ -8,7 +8,7 @@ from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_m
 from ring_attention.parallel.strategy import Workload
 from ring_attention.planning.prediction.topology import Topology
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.feasible import check_feasible
+from ring_attention.training.validate import check_feasible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

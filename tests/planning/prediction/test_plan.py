@@ -21,7 +21,8 @@ from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.planning.report import as_json
 from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
 from ring_attention.training.flags import load_config
-from ring_attention.training.step import abstract_state, attention_of, state_shardings
+from ring_attention.training.state import abstract_state, state_shardings
+from ring_attention.training.step import attention_of
 
 GPU, TPU = "configs/gpu_8xh100_7b.py", "configs/tpu_v5e_256_7b.py"
 

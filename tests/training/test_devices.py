@@ -12,7 +12,7 @@ PAGES = 16384
 
 FAULTS = """
 import resource
-from ring_attention.training.host_memory import keep_freed_memory, return_freed_memory
+from ring_attention.training.devices import keep_freed_memory, return_freed_memory
 {call}
 def step():
     b"1" * ({pages} * resource.getpagesize())

@@ -9,10 +9,10 @@ import pytest
 from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import make_mesh
-from ring_attention.training import memory
+from ring_attention.training import validate
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.memory import available_on_host, kept_bytes, require_memory, state_bytes
-from ring_attention.training.step import sharded_abstract_state
+from ring_attention.training.state import sharded_abstract_state
+from ring_attention.training.validate import available_on_host, kept_bytes, require_memory, state_bytes
 
 SMALL = ModelConfig(vocab_size=264, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64)
 LARGE = ModelConfig(
@@ -29,7 +29,7 @@ def mesh():
 @pytest.fixture
 def free(monkeypatch):
     """Say how much memory is free, in bytes."""
-    return lambda num_bytes: monkeypatch.setattr(memory, "available_on_host", lambda: num_bytes)
+    return lambda num_bytes: monkeypatch.setattr(validate, "available_on_host", lambda: num_bytes)
 
 
 def test_a_model_of_6_billion_parameters_is_refused_on_a_laptop_with_what_it_needs_and_has(mesh, free):
@@ -71,11 +71,11 @@ def test_where_nobody_says_how_much_there_is_nothing_is_refused(mesh, free):
 
 
 def test_this_host_says_what_is_free_and_a_container_may_have_less(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_LIMITS", ())
+    monkeypatch.setattr(validate, "_LIMITS", ())
     free = available_on_host()
     assert 2**20 < free < 2**50
     limit = tmp_path / "max"
-    monkeypatch.setattr(memory, "_LIMITS", [str(limit)])
+    monkeypatch.setattr(validate, "_LIMITS", [str(limit)])
     limit.write_text("5000\n")
     assert available_on_host() == 5000
     limit.write_text("max\n")
@@ -90,7 +90,7 @@ def test_an_accelerator_is_asked_for_its_own_memory(mesh, monkeypatch, stats, re
         process_index=0, platform="gpu", device_kind="NVIDIA H100", memory_stats=lambda: stats | {"bytes_in_use": 1}
     )
     pretended = types.SimpleNamespace(devices=types.SimpleNamespace(flat=[device] * 8), shape=mesh.shape)
-    monkeypatch.setattr(memory, "sharded_abstract_state", lambda config, _: sharded_abstract_state(config, mesh))
+    monkeypatch.setattr(validate, "sharded_abstract_state", lambda config, _: sharded_abstract_state(config, mesh))
     if not refused:
         require_memory(CONFIG, pretended)
         return

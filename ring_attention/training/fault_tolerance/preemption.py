@@ -12,7 +12,7 @@ from typing import NoReturn
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from ring_attention.training.survival.errors import INTERRUPTED, Interrupted, Preempted, leave_with
+from ring_attention.training.fault_tolerance.errors import INTERRUPTED, Interrupted, Preempted, leave_with
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

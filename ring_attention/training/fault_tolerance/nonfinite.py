@@ -13,9 +13,9 @@ from ring_attention.attention.varying import vary_over
 from ring_attention.models.transformer import model_builder, parameter_specs
 from ring_attention.parallel.mesh import AXES, SEQUENCE
 from ring_attention.training.config import TrainConfig
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.fault_tolerance.integrity import leaf_names
 from ring_attention.training.step import BATCH_SPEC, attention_of, make_gradients
-from ring_attention.training.survival.errors import RunError
-from ring_attention.training.survival.fingerprint import leaf_names
 
 
 class NonFiniteGuard:

@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ring_attention.training.checkpoints import Checkpoints
-from ring_attention.training.survival.errors import RunError
-from ring_attention.training.survival.written import (
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.fault_tolerance.integrity import (
     MANIFEST,
     DamagedError,
     read_contents,
@@ -144,7 +144,7 @@ def test_a_file_system_that_is_away_is_not_taken_for_damage(checkpoint, monkeypa
         raise OSError(number, os.strerror(number))
 
     contents = read_contents(checkpoint)
-    monkeypatch.setattr("ring_attention.training.survival.written.os.stat", away)
+    monkeypatch.setattr("ring_attention.training.fault_tolerance.integrity.os.stat", away)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):
         require_written(checkpoint, contents)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):

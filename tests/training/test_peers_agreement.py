@@ -12,8 +12,8 @@ from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import OptimizerConfig, TrainConfig
 from ring_attention.training.config_values import field_kinds
-from ring_attention.training.survival import agreement
-from ring_attention.training.survival.agreement import program_fields, require_agreement
+from ring_attention.training.fault_tolerance import peers
+from ring_attention.training.fault_tolerance.peers import program_fields, require_agreement
 
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64)
 CONFIG = TrainConfig(name="tiny", model=MODEL, seq_len=512, num_steps=200)
@@ -41,7 +41,7 @@ class Store:
 def speak_as(monkeypatch):
     """Become a process of three."""
     runtime = types.SimpleNamespace(client=Store(), num_processes=3, process_id=0)
-    monkeypatch.setattr(agreement, "distributed", types.SimpleNamespace(global_state=runtime))
+    monkeypatch.setattr(peers, "distributed", types.SimpleNamespace(global_state=runtime))
     return lambda number: setattr(runtime, "process_id", number)
 
 
@@ -83,7 +83,7 @@ def test_of_many_that_differ_some_are_named(speak_as):
     assert all(field in message for field in ("seed", "batch_size", "num_steps"))
 
 
-@pytest.mark.parametrize("package", ["python", *agreement.PACKAGES])
+@pytest.mark.parametrize("package", ["python", *peers.PACKAGES])
 def test_a_version_that_differs_is_named(speak_as, package):
     fields = program_fields(CONFIG)
     message = refusal(speak_as, fields, fields | {f"version of {package}": "0.0.1"})
@@ -103,19 +103,19 @@ def test_every_field_the_source_and_settings_of_jax_are_compared():
 
 
 def test_the_digest_of_the_source_changes_with_a_byte_of_it(monkeypatch, tmp_path):
-    (tmp_path / "training" / "survival").mkdir(parents=True)
-    file = tmp_path / "training" / "survival" / "agreement.py"
-    monkeypatch.setattr(agreement, "__file__", str(file))
+    (tmp_path / "training" / "fault_tolerance").mkdir(parents=True)
+    file = tmp_path / "training" / "fault_tolerance" / "peers.py"
+    monkeypatch.setattr(peers, "__file__", str(file))
     file.write_text("a = 1\n")
-    before = agreement.source_digest()
-    assert before == agreement.source_digest()
+    before = peers.source_digest()
+    assert before == peers.source_digest()
     file.write_text("a = 2\n")
-    assert before != agreement.source_digest()
+    assert before != peers.source_digest()
 
 
 def test_a_process_that_is_alone_asks_nobody(monkeypatch):
     alone = types.SimpleNamespace(client=None, num_processes=None, process_id=0)
-    monkeypatch.setattr(agreement, "distributed", types.SimpleNamespace(global_state=alone))
+    monkeypatch.setattr(peers, "distributed", types.SimpleNamespace(global_state=alone))
     require_agreement("program", program_fields(CONFIG), ALIKE)
 
 
@@ -123,7 +123,7 @@ def test_an_error_of_the_store_other_than_its_patience_is_not_hidden(speak_as, m
     def fail(key, milliseconds):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE")
 
-    monkeypatch.setattr(agreement.distributed.global_state.client, "blocking_key_value_get", fail, raising=False)
+    monkeypatch.setattr(peers.distributed.global_state.client, "blocking_key_value_get", fail, raising=False)
     speak_as(1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="UNAVAILABLE"):
         require_agreement("program", {}, ALIKE)

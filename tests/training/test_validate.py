@@ -11,9 +11,9 @@ from ring_attention.attention.kernels import cudnn
 from ring_attention.checks import ConfigError
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.parallel.strategies import STRATEGIES
-from ring_attention.training.feasible import check_feasible
 from ring_attention.training.flags import load_config
 from ring_attention.training.step import attention_of
+from ring_attention.training.validate import check_feasible
 
 MESH = dict(dp=1, fsdp=1, sp=2, tp=1)
 SHARD = 256

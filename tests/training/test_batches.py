@@ -14,12 +14,11 @@ import ring_attention as ra
 from ring_attention.data.config import DataConfig
 from ring_attention.data.tokenizers import ByteTokenizer
 from ring_attention.models.config import ModelConfig
-from ring_attention.training import feed as feed_module
+from ring_attention.training import batches as feed_module
+from ring_attention.training.batches import Corpus, Feed, _gather, local_rows, place
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.corpus import Corpus
-from ring_attention.training.feed import Feed, _gather, local_rows, place
+from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.step import BATCH_SPEC
-from ring_attention.training.survival.errors import RunError
 
 ROWS, TOKENS = 8, 16
 MESHES = [dict(fsdp=8), dict(sp=8), dict(dp=2, fsdp=2, sp=2), dict(fsdp=2, tp=4), dict(dp=4, sp=2)]

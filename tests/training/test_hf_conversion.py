@@ -22,11 +22,10 @@ from ring_attention.models.hf.source import open_source
 from ring_attention.models.rope import RopeConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import AttentionConfig, TrainConfig
-from ring_attention.training.exported import export_config, export_hf, exported_bytes
-from ring_attention.training.imported import import_hf
+from ring_attention.training.fault_tolerance.integrity import sign
+from ring_attention.training.hf_conversion import export_config, export_hf, exported_bytes, import_hf
 from ring_attention.training.run_folder import open_run_folder
-from ring_attention.training.step import make_state
-from ring_attention.training.survival.written import sign
+from ring_attention.training.state import make_state
 from ring_attention.training.trained import open_trained
 
 REPOSITORY = Path(__file__).parent.parent.parent

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from ring_attention.training.plots import _running_mean, _spread, plot_losses
+from ring_attention.evaluation.loss_plot import _running_mean, _spread, plot_losses
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_metrics_without_a_loss_are_refused(tmp_path):
 
 
 def test_pyplot_and_its_global_state_stay_out():
-    program = "import ring_attention.training.plots, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
+    program = "import ring_attention.evaluation.loss_plot, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
     path = {"PYTHONPATH": ":".join(filter(None, sys.path))}
     assert subprocess.run([sys.executable, "-c", program], env=path, check=False).returncode == 0
 

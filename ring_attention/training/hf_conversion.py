@@ -1,26 +1,103 @@
-"""A trained model as a Hugging Face checkpoint: the one that it came from with new values, or one of its own."""
+"""Hugging Face checkpoints from and to the folders that train.py writes and reads."""
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from jax.sharding import Mesh
 
-from ring_attention.checks import ConfigError, require_choice, require_field
+from ring_attention.checks import ConfigError, require_choice, require_field, require_local
 from ring_attention.data.tokenizers import BYTES, byte_level_letters, load_tokenizer
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.config import HFConfig, config_from_hf, config_to_hf, family_for, update_hf
 from ring_attention.models.hf.export import DTYPE_NAMES, numpy_dtype, write_again, write_standard
-from ring_attention.models.hf.loading import Progress
-from ring_attention.models.hf.manifest import TOKENIZER
+from ring_attention.models.hf.loading import Progress, load_parameters
+from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Kept, keep
 from ring_attention.models.hf.names import tensors_of
+from ring_attention.models.hf.source import Source
 from ring_attention.parallel.strategies import STRATEGIES
+from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.new_folder import new_folder
-from ring_attention.training.trained import Trained
+from ring_attention.training.config_values import config_to_dict
+from ring_attention.training.fault_tolerance.errors import RunError
+from ring_attention.training.run_folder import VERSION, RunFolder
+from ring_attention.training.trained import Trained, config_of
+
+
+def require_new(path: Path, flag: str) -> None:
+    """Raise ConfigError unless `path`, which `flag` names, does not exist or is an empty folder."""
+    require_local(flag, path)
+    held = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    require_field(not held, flag, str(path), "is there already, and not empty", "remove it, or give another folder")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, num_bytes: int, flag: str) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `path` at the end; whatever ends the block before leaves nothing.
+
+    Args:
+      path: that does not exist, or is empty.
+      num_bytes: that will be written, for which the disk must have room.
+      flag: that `path` came from, for messages.
+
+    Raises:
+      ConfigError: if `path` cannot be made, holds something, or its disk has no room.
+      RunError: if the disk refuses while it is written.
+    """
+    require_local(flag, path)
+    path = path.absolute()
+    try:
+        require_new(path, flag)
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+    except OSError as error:
+        raise ConfigError(f"{flag}={str(path)!r}: cannot be made ({error.strerror}); give another folder") from error
+    try:
+        need = f"its disk has {free / 2**20:,.0f} MiB free, need {num_bytes / 2**20:,.0f} MiB"
+        require_field(free >= num_bytes, flag, str(path), need, "make room, or give a folder on another disk")
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written ({error.strerror}); make room or mend it, and start again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Kept:
+    """Write the folder `out`: config.json, a checkpoint of the parameters with fingerprints, and `hf/`.
+
+    Args:
+      source: of `open_source`.
+      out: that does not exist, or is empty.
+      mesh: whose devices hold the parameters meanwhile.
+      progress: told of each tensor.
+
+    Raises:
+      ConfigError: if the checkpoint is damaged, or `out` cannot be made.
+      RunError: if the disk refuses.
+    """
+    with new_folder(out, 4 * source.config.model.num_parameters, "--out") as partial:
+        kept = keep(source, partial / FOLDER)
+        params = load_parameters(source, mesh, progress=progress)
+        folder = RunFolder(partial)
+        with Checkpoints(folder.checkpoints) as checkpoints:
+            checkpoints.save(0, {"params": params}, {})
+        config = config_to_dict(config_of(source))
+        config["data"]["tokenizer"] = os.path.join(out.absolute(), FOLDER, FILES, TOKENIZER)
+        folder.config.write_text(json.dumps({"version": VERSION} | config, indent=2) + "\n", encoding="utf-8")
+    return kept
+
 
 NEW_DTYPE = "float32"
 """Of a checkpoint of its own, where none is asked for: the values as they are."""

@@ -16,13 +16,12 @@ from ring_attention.models.hf.source import open_source
 from ring_attention.models.rope import RopeConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import AttentionConfig
-from ring_attention.training.exported import export_hf
 from ring_attention.training.flags import parse_config
-from ring_attention.training.imported import config_of, import_hf
-from ring_attention.training.initial import describe_initial, find_initial, has_begun, initial_state
+from ring_attention.training.hf_conversion import export_hf, import_hf
+from ring_attention.training.init_from import describe_initial, find_initial, has_begun, initial_state
 from ring_attention.training.run_folder import RunFolder, open_run_folder
-from ring_attention.training.step import make_state
-from ring_attention.training.trained import open_trained
+from ring_attention.training.state import make_state
+from ring_attention.training.trained import config_of, open_trained
 
 
 def _quiet(name, size):
