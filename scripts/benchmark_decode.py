@@ -22,7 +22,7 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention.attention import online_softmax
 from ring_attention.attention.cached import Cache, attend_cached
-from ring_attention.attention.rule import make_rule
+from ring_attention.attention.mask_spec import make_mask_spec
 from ring_attention.evaluation import timing
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.rivals import System
@@ -34,12 +34,12 @@ FILLED = (1.0, 0.5, 0.1)
 
 def pass_over_slots(q, k, v, positions, slots):
     """Out [B,1,H,D] by the pass that decode_attention makes."""
-    rule = make_rule(
+    mask = make_mask_spec(
         q, causal=True, window=None, softcap=None, scale=None, alibi_slopes=None, dropout_rate=0.0, dropout_key=None
     )
     cache, size = Cache(k, v), ra.BlockSizes().kv
-    running = attend_cached(q, cache, rule=rule, q_positions=positions, kv_positions=slots, size=size)
-    return jnp.swapaxes(online_softmax.finish(running)[0], 1, 2).astype(q.dtype)
+    state = attend_cached(q, cache, mask=mask, q_positions=positions, kv_positions=slots, size=size)
+    return jnp.swapaxes(online_softmax.finalize(state)[0], 1, 2).astype(q.dtype)
 
 
 def dense(q, k, v, positions, slots):

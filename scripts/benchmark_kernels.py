@@ -26,7 +26,7 @@ from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.attention.kernels import KERNELS, require_platform
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import local_path, require
 from ring_attention.evaluation import timing
 from ring_attention.evaluation.arguments import Parser
@@ -67,18 +67,18 @@ class Case:
 
 def hops_of(case: Case, impl: str) -> dict[str, System]:
     """The hops of one device: "forward" and "backward"."""
-    P, rule = case.devices, Rule(scale=case.head_dim**-0.5)
+    P, mask = case.devices, MaskSpec(scale=case.head_dim**-0.5)
     device = LoneDevice(kernel=KERNELS[impl], layout=ra.SequenceLayout("zigzag", P))
     q, dout = (case.array(seed, case.shard, case.heads) for seed in (0, 1))
     k, v = (case.array(seed, case.shard, case.kv_heads, P) for seed in (2, 3))
     place = jnp.int32(case.place)
-    forward = jax.jit(functools.partial(device.forward, segments=None, rule=rule))
-    backward = jax.jit(lambda *args: device.backward(*args[:4], None, rule, *args[4:]))
+    forward = jax.jit(functools.partial(device.forward, segments=None, mask=mask))
+    backward = jax.jit(lambda *args: device.backward(*args[:4], None, mask, *args[4:]))
     out, lse = forward(place, q, k, v)
     other = LoneDevice(kernel=KERNELS["xla"], layout=device.layout)
-    want, _ = jax.jit(functools.partial(other.forward, segments=None, rule=rule))(place, q, k, v)
+    want, _ = jax.jit(functools.partial(other.forward, segments=None, mask=mask))(place, q, k, v)
     _require_alike(impl, "out", out, want)
-    wants = jax.jit(lambda *args: other.backward(*args[:4], None, rule, *args[4:]))(place, q, k, v, out, lse, dout)
+    wants = jax.jit(lambda *args: other.backward(*args[:4], None, mask, *args[4:]))(place, q, k, v, out, lse, dout)
     jax.tree.map(functools.partial(_require_alike, impl, "a gradient"), backward(place, q, k, v, out, lse, dout), wants)
     name = f"{P} hops"
     return {
@@ -121,8 +121,8 @@ def measure(case: Case, impl: str, repeats: int, advance) -> dict[str, dict[str,
         seconds = timing.seconds_in_turn(systems, repeats, timing.CLOCKS["wall"], advance)
         flops = 2 * products * case.pairs * case.heads * case.head_dim
         speeds = {system.name: flops / seconds[system.name] / 1e12 for system in systems}
-        mine, whole = speeds.values()
-        found[name] = {"hops": mine, "one call": whole, "ratio": mine / whole}
+        mine, one_call = speeds.values()
+        found[name] = {"hops": mine, "one call": one_call, "ratio": mine / one_call}
     return found
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     require_platform(KERNELS[args.impl], jax.default_backend())
     queries = jax.ShapeDtypeStruct((1, args.heads, args.shard[0], args.head_dim), args.dtype)
-    KERNELS[args.impl].check(Rule(scale=1.0), queries)
+    KERNELS[args.impl].check(MaskSpec(scale=1.0), queries)
     require(
         all(0 <= place < args.devices for place in args.places),
         f"--places {args.places} must be numbers of the {args.devices} devices, 0 to {args.devices - 1}",

@@ -13,9 +13,9 @@ from quick_compile import OPTIONS
 import ring_attention as ra
 from ring_attention.attention import online_softmax
 from ring_attention.attention.kernels.contract import Kernel
-from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.reference import reference_gradients
-from ring_attention.attention.weights import Meeting
+from ring_attention.attention.weights import BlockScores
 from ring_attention.parallel.layouts import as_layout
 
 ALL_NAMES = (*NAMES, "dsinks")
@@ -142,18 +142,18 @@ def simulate(P, qkv, layout="contiguous", segment_ids=None, **arguments):
 # --- A kernel without tiles: what rings do is the same with it, and it compiles in a fifth of the time ----------------
 
 
-def _forward(q, k, v, hop, running, blocks):
-    split, scores, _, factor = _meet(q, k, hop)
-    running = jax.vmap(jax.vmap(online_softmax.update))(Running(*map(split, running)), scores, v, factor)
-    return Running(*map(_join, running))
+def _forward(q, k, v, pair, state, blocks):
+    split, scores, _, factor = _meet(q, k, pair)
+    state = jax.vmap(jax.vmap(online_softmax.update))(SoftmaxState(*map(split, state)), scores, v, factor)
+    return SoftmaxState(*map(_join, state))
 
 
-def _backward(q, k, v, whole, hop, dq, blocks):
-    split, scores, slope, factor = _meet(q, k, hop)
-    lse, delta, dout = online_softmax.finite(split(whole.lse)), split(whole.delta), split(whole.dout)
+def _backward(q, k, v, stats, pair, dq, blocks):
+    split, scores, slope, factor = _meet(q, k, pair)
+    lse, delta, dout = online_softmax.finite(split(stats.lse)), split(stats.delta), split(stats.dout)
     p = jnp.exp(scores - lse[..., None])
     dp = _product("bkgtd,bksd->bkgts", dout, v) * factor
-    ds = (p * (dp - delta[..., None]) * slope * hop.rule.scale).astype(q.dtype)
+    ds = (p * (dp - delta[..., None]) * slope * pair.mask.scale).astype(q.dtype)
     dv = _product("bkgts,bkgtd->bksd", (p * factor).astype(q.dtype), dout)
     return dq + _join(_product("bkgts,bksd->bkgtd", ds, k)), _product("bkgts,bkgtd->bksd", ds, split(q)), dv
 
@@ -161,17 +161,17 @@ def _backward(q, k, v, whole, hop, dq, blocks):
 PLAIN = Kernel("plain", _forward, _backward)
 
 
-def _meet(q, k, hop):
+def _meet(q, k, pair):
     """(how to split heads into groups, scores [B,K,G,t,s], their slope, what dropout multiplies weights by)."""
-    split, rule = functools.partial(rearrange, pattern="B (K G) ... -> B K G ...", K=k.shape[1]), hop.rule
-    queries = jax.tree.map(lambda x: x[:, None, None, :, None], hop.queries)
-    keys = jax.tree.map(lambda x: x[:, None, None, None, :], hop.keys)
-    of_heads = (rule.slopes, None if rule.dropout is None else rule.dropout.heads)
+    split, mask = functools.partial(rearrange, pattern="B (K G) ... -> B K G ...", K=k.shape[1]), pair.mask
+    queries = jax.tree.map(lambda x: x[:, None, None, :, None], pair.queries)
+    keys = jax.tree.map(lambda x: x[:, None, None, None, :], pair.keys)
+    of_heads = (mask.slopes, None if mask.dropout is None else mask.dropout.heads)
     slopes, heads = jax.tree.map(lambda x: x.reshape(k.shape[1], -1, 1, 1), of_heads)
-    batch = None if rule.dropout is None else rule.dropout.batch[:, None, None, None, None]
-    meeting = Meeting(rule, queries, keys, slopes, batch, heads, masked=True)
-    scores, slope = meeting.scores(_product("bkgtd,bksd->bkgts", split(q), k))
-    factor = jnp.ones_like(scores) if rule.dropout is None else meeting.dropout_factor()
+    batch = None if mask.dropout is None else mask.dropout.batch[:, None, None, None, None]
+    block = BlockScores(mask, queries, keys, slopes, batch, heads, masked=True)
+    scores, slope = block.scores(_product("bkgtd,bksd->bkgts", split(q), k))
+    factor = jnp.ones_like(scores) if mask.dropout is None else block.dropout_factor()
     return split, scores, 1.0 if slope is None else slope, factor
 
 

@@ -1,4 +1,4 @@
-"""Attention on one device in O(T) memory: a single hop with an own VJP."""
+"""Attention on one device in O(T) memory: one pair of query and key blocks, with its own VJP."""
 
 import dataclasses
 import functools
@@ -11,11 +11,11 @@ from ring_attention.attention.axis_types import type_of, with_auto_axes
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.derivatives import differentiated_once, only_reverse_mode
 from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.kernels.contract import Kernel, Whole
-from ring_attention.attention.masks import Hop, Runs, Tokens
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.mask_spec import as_sinks, make_mask_spec
+from ring_attention.attention.masks import BlockPair, Runs, Tokens
 from ring_attention.attention.on_shards import Shards, on_shards, shards_of
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import as_sinks, make_rule
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_integers
 
@@ -98,8 +98,8 @@ def blockwise_attention(
     _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
     static = _Static(kernel=find_kernel(impl), blocks=as_blocks(block_sizes))
     kernel = static.kernel
-    rule_of = functools.partial(
-        make_rule,
+    make_mask = functools.partial(
+        make_mask_spec,
         q,
         causal=causal,
         window=window,
@@ -109,16 +109,16 @@ def blockwise_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
     )
-    kernel.check(jax.eval_shape(rule_of), jax.ShapeDtypeStruct((B, H, T, q.shape[3]), q.dtype))
+    kernel.check(jax.eval_shape(make_mask), jax.ShapeDtypeStruct((B, H, T, q.shape[3]), q.dtype))
     require(
         kernel.differentiates_lse or not return_lse,
         f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
     )
     sinks = as_sinks(sinks, H)
-    hop = Hop(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), rule_of())
-    shards = shards_of(q, k, (v, hop, sinks))
-    q, k, v, hop, sinks = vary_together(q, k, v, hop, sinks)
-    args = (*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), hop, sinks)
+    pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
+    shards = shards_of(q, k, (v, pair, sinks))
+    q, k, v, pair, sinks = vary_together(q, k, v, pair, sinks)
+    args = (*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), pair, sinks)
     with only_reverse_mode():
         out, lse = with_auto_axes(_attend_shards, (static, shards), args, type_of(args[0], args[1:]))
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
@@ -131,30 +131,30 @@ def _attend_shards(static: tuple[_Static, Shards | None], *args):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, q, k, v, hop: Hop, sinks):
+def _attend(static: _Static, q, k, v, pair: BlockPair, sinks):
     """Out [B,H,T,D] and lse [B,H,T]; all arrays have heads before tokens."""
-    return _finished(static, q, k, v, hop, sinks)
+    return _finished(static, q, k, v, pair, sinks)
 
 
-def _finished(static: _Static, q, k, v, hop: Hop, sinks):
-    """The same, undecorated: what the forward rule computes must let tangents through, for Hessians."""
-    running = vary_together(Running.empty(q.shape), q)[0]
-    running = static.kernel.forward(q, k, v, hop, running, static.blocks)
-    out, lse = attention_sinks.finish(running, sinks)
+def _finished(static: _Static, q, k, v, pair: BlockPair, sinks):
+    """Compute `_attend` undecorated: what the forward rule computes must let tangents through, for Hessians."""
+    state = vary_together(SoftmaxState.empty(q.shape), q)[0]
+    state = static.kernel.forward(q, k, v, pair, state, static.blocks)
+    out, lse = attention_sinks.finalize(state, sinks)
     return out.astype(q.dtype), lse
 
 
-def _attend_forward(static: _Static, q, k, v, hop: Hop, sinks):
-    out, lse = _finished(static, q, k, v, hop, sinks)
-    return (out, lse), (q, k, v, out, lse, hop, sinks)
+def _attend_forward(static: _Static, q, k, v, pair: BlockPair, sinks):
+    out, lse = _finished(static, q, k, v, pair, sinks)
+    return (out, lse), (q, k, v, out, lse, pair, sinks)
 
 
 def _attend_backward(static: _Static, residuals, cotangents):
-    q, k, v, out, lse, hop, sinks = residuals
-    whole = Whole.of(out, lse, *cotangents)
+    q, k, v, out, lse, pair, sinks = residuals
+    stats = GlobalStats.of(out, lse, *cotangents)
     nothing = vary_together(jnp.zeros(q.shape, jnp.float32), q)[0]
-    grads = static.kernel.backward(q, k, v, whole, hop, nothing, static.blocks)
-    return *(differentiated_once(grad.astype(q.dtype)) for grad in grads), None, attention_sinks.gradient(sinks, whole)
+    grads = static.kernel.backward(q, k, v, stats, pair, nothing, static.blocks)
+    return *(differentiated_once(grad.astype(q.dtype)) for grad in grads), None, attention_sinks.gradient(sinks, stats)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -17,12 +17,12 @@ from jax import lax
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blockwise import FARTHEST
 from ring_attention.attention.derivatives import differentiated_once
-from ring_attention.attention.kernels.tiles import Worklist
-from ring_attention.attention.masks import EMPTY, Hop, Tokens, tile_kinds
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.kernels.tiling import Worklist
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import EMPTY, BlockPair, Tokens, tile_kinds
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over, vary_together
-from ring_attention.attention.weights import Meeting
+from ring_attention.attention.weights import BlockScores
 
 
 @jax.tree_util.register_dataclass
@@ -79,14 +79,14 @@ def as_bits(x: jax.Array) -> jax.Array:
 
 
 def attend_cached(
-    q_BTHD: jax.Array, cache: Cache, *, rule: Rule, q_positions: jax.Array, kv_positions: jax.Array, size: int
-) -> Running:
+    q_BTHD: jax.Array, cache: Cache, *, mask: MaskSpec, q_positions: jax.Array, kv_positions: jax.Array, size: int
+) -> SoftmaxState:
     """The statistics of queries over the slots that they see; the scores of all of them with one tile exist at once.
 
     Args:
       q_BTHD: a few tokens.
       cache: of B rows.
-      rule: how a query and a key make a weight.
+      mask: how a query and a key make a weight.
       q_positions: int32 [B,T].
       kv_positions: int32 [s], of the slots, the same in each row.
       size: slots of a tile.
@@ -95,13 +95,13 @@ def attend_cached(
       Statistics [B,H,T,...].
     """
     q = rearrange(q_BTHD, "B T (K G) D -> B K G T D", K=cache.num_kv_heads)
-    arrays = vary_together(q, cache.k, cache.v, (cache.layer, rule, q_positions, kv_positions))
-    running = _attend((min(size, cache.slots), cache.heads_first), *arrays)
-    return Running(*(rearrange(x, "B K G T ... -> B (K G) T ...") for x in running))
+    arrays = vary_together(q, cache.k, cache.v, (cache.layer, mask, q_positions, kv_positions))
+    state = _attend((min(size, cache.slots), cache.heads_first), *arrays)
+    return SoftmaxState(*(rearrange(x, "B K G T ... -> B (K G) T ...") for x in state))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: tuple[int, bool], q, k, v, others) -> Running:
+def _attend(static: tuple[int, bool], q, k, v, others) -> SoftmaxState:
     """Statistics [B,K,G,T,...]; `static` are the size of a tile and `heads_first`."""
     return _over_tiles(static, q, k, v, others, seen_alone=True)
 
@@ -120,36 +120,36 @@ def _attend_backward(static, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _over_tiles(static: tuple[int, bool], q, k, v, others, *, seen_alone: bool) -> Running:
+def _over_tiles(static: tuple[int, bool], q, k, v, others, *, seen_alone: bool) -> SoftmaxState:
     """A pass over the tiles that are seen, or over all of them."""
-    (size, heads_first), (layer, rule, q_positions, kv_positions) = static, others
+    (size, heads_first), (layer, mask, q_positions, kv_positions) = static, others
     cache = Cache(k, v, layer, heads_first)
-    visited = _visited(rule, q_positions, kv_positions, size)
-    slopes = None if rule.slopes is None else rearrange(rule.slopes, "(K G) -> 1 K G 1 1", K=cache.num_kv_heads)
-    visited, running = vary_over((visited, Running.empty(q.shape)), axes_of((q, k, v, others)))
+    visited = _visited(mask, q_positions, kv_positions, size)
+    slopes = None if mask.slopes is None else rearrange(mask.slopes, "(K G) -> 1 K G 1 1", K=cache.num_kv_heads)
+    visited, state = vary_over((visited, SoftmaxState.empty(q.shape)), axes_of((q, k, v, others)))
     queries = Tokens(q_positions[:, None, None, :, None])  # against slots [1,1,1,1,s]
 
-    def take(number, running):
+    def take(number, state):
         wanted = number * size
         start = jnp.minimum(wanted, cache.slots - size)  # the last tile may reach back into the one before
         k, v = cache.read(start, size, q.dtype)
         positions = lax.dynamic_slice_in_dim(kv_positions, start, size)
         slots = start + jnp.arange(size, dtype=jnp.int32)
         positions = jnp.where(slots < wanted, FARTHEST, positions)  # those taken already
-        meeting = Meeting(
-            rule, queries, Tokens(positions[None, None, None, None]), slopes, batch=None, heads=None, masked=True
+        block = BlockScores(
+            mask, queries, Tokens(positions[None, None, None, None]), slopes, batch=None, heads=None, masked=True
         )
-        scores, _ = meeting.scores(jnp.einsum("BKGTD,BKsD->BKGTs", q, k, preferred_element_type=jnp.float32))
-        return jax.vmap(jax.vmap(online_softmax.update))(running, scores, v)
+        scores, _ = block.scores(jnp.einsum("BKGTD,BKsD->BKGTs", q, k, preferred_element_type=jnp.float32))
+        return jax.vmap(jax.vmap(online_softmax.update))(state, scores, v)
 
     if seen_alone:
-        return lax.fori_loop(0, visited.count, lambda i, running: take(visited.items[i], running), running)
+        return lax.fori_loop(0, visited.count, lambda i, state: take(visited.items[i], state), state)
     numbers = jnp.arange(visited.items.size, dtype=jnp.int32)
-    return lax.scan(lambda running, number: (take(number, running), None), running, numbers)[0]
+    return lax.scan(lambda state, number: (take(number, state), None), state, numbers)[0]
 
 
-def _visited(rule: Rule, q_positions: jax.Array, kv_positions: jax.Array, size: int) -> Worklist:
+def _visited(mask: MaskSpec, q_positions: jax.Array, kv_positions: jax.Array, size: int) -> Worklist:
     """The tiles of slots of which any row may see one."""
     keys = Tokens(kv_positions[None]).pad(-kv_positions.size % size)
-    tiles = Hop(Tokens(q_positions).tiles(q_positions.shape[1]), Tokens(keys.positions).tiles(size), rule)
+    tiles = BlockPair(Tokens(q_positions).tiles(q_positions.shape[1]), Tokens(keys.positions).tiles(size), mask)
     return Worklist.of((tile_kinds(tiles) != EMPTY).any((0, 1)))

@@ -1,4 +1,4 @@
-"""The one mask rule: which query sees which key is a function of their positions and segments, in any layout."""
+"""Which query sees which key: a function of their positions and segments alone, whatever the layout."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """Kinds of tile: no query sees a key, some do, every query sees every key."""
@@ -78,35 +78,35 @@ class Tokens:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Hop:
-    """What a kernel must know of one meeting of queries and keys: where they stand, and the rule.
+class BlockPair:
+    """A block of queries and a block of keys, as a kernel must know them: where their tokens stand, and the mask.
 
     Attributes:
-      queries: of the resident shard.
-      keys: of the visiting shard.
-      rule: how a query and a key make a weight.
-      own: whether the keys are those of the very shard that the queries are of.
+      queries: tokens of the resident shard.
+      keys: tokens of the visiting shard.
+      mask: how a query and a key make a weight.
+      diagonal: whether queries and keys are of the same shard, so that the block lies on the diagonal of all scores.
     """
 
     queries: Tokens
     keys: Tokens
-    rule: Rule
-    own: bool = dataclasses.field(default=False, metadata={"static": True})
+    mask: MaskSpec
+    diagonal: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def visible(rule: Rule, queries: Tokens, keys: Tokens) -> jax.Array | None:
-    """Bool: which query sees which key; None where the rule hides nothing. The arrays broadcast against each other."""
+def visible(mask: MaskSpec, queries: Tokens, keys: Tokens) -> jax.Array | None:
+    """Bool: which query sees which key; None where the mask hides nothing. The arrays broadcast against each other."""
     conditions = []
-    if rule.causal:
+    if mask.causal:
         conditions.append(queries.positions >= keys.positions)
-    if rule.window is not None:
-        conditions.append(queries.positions - keys.positions < rule.window)
-        if not rule.causal:
-            conditions.append(keys.positions - queries.positions < rule.window)
-    if rule.beyond:
-        conditions.append(jnp.abs(queries.positions - keys.positions) >= rule.beyond)
-    if rule.seq_len is not None:
-        conditions.append(jnp.maximum(queries.positions, keys.positions) < rule.seq_len)
+    if mask.window is not None:
+        conditions.append(queries.positions - keys.positions < mask.window)
+        if not mask.causal:
+            conditions.append(keys.positions - queries.positions < mask.window)
+    if mask.min_distance:
+        conditions.append(jnp.abs(queries.positions - keys.positions) >= mask.min_distance)
+    if mask.seq_len is not None:
+        conditions.append(jnp.maximum(queries.positions, keys.positions) < mask.seq_len)
     if queries.segments is not None:
         conditions.append(queries.segments == keys.segments)
     conditions += [tokens.real for tokens in (queries, keys) if tokens.real is not None]
@@ -145,15 +145,15 @@ def in_rows(x: jax.Array, size: int) -> jax.Array:
     return jnp.pad(x, widths, mode="edge").reshape(*x.shape[:-1], -1, size)
 
 
-def tile_kinds(hop: Hop) -> jax.Array:
-    """int32 [..., n, m]: EMPTY, PARTIAL or FULL for each pair of n query tiles and m key tiles; `hop` holds tiles.
+def tile_kinds(pair: BlockPair) -> jax.Array:
+    """int32 [..., n, m]: EMPTY, PARTIAL or FULL for each pair of n query tiles and m key tiles; `pair` holds tiles.
 
     It grows with the square of the length: for few queries, or few keys.
     """
-    return kinds_between(hop.rule, Bounds.of(hop.queries), Bounds.of(hop.keys))
+    return kinds_between(pair.mask, Bounds.of(pair.queries), Bounds.of(pair.keys))
 
 
-def kinds_between(rule: Rule, queries: Bounds, keys: Bounds) -> jax.Array:
+def kinds_between(mask: MaskSpec, queries: Bounds, keys: Bounds) -> jax.Array:
     """int32 [..., n, m]: EMPTY, PARTIAL or FULL for each pair of n query tiles and m key tiles with these bounds.
 
     An EMPTY or FULL is proved by the bounds, while a PARTIAL may hide more than it seems.
@@ -162,18 +162,18 @@ def kinds_between(rule: Rule, queries: Bounds, keys: Bounds) -> jax.Array:
     k_low, k_high, k_first, k_last, k_some, k_every = (None if x is None else jnp.expand_dims(x, -2) for x in keys)
     nearest, farthest = q_low - k_high, q_high - k_low  # how far the queries stand behind the keys
     empty, full = jnp.zeros_like(nearest, bool), jnp.ones_like(nearest, bool)
-    if rule.causal:
+    if mask.causal:
         empty, full = empty | (farthest < 0), full & (nearest >= 0)
-    if rule.window is not None:
-        empty, full = empty | (nearest >= rule.window), full & (farthest < rule.window)
-        if not rule.causal:
-            empty, full = empty | (-farthest >= rule.window), full & (-nearest < rule.window)
-    if rule.beyond:
-        empty |= jnp.maximum(farthest, -nearest) < rule.beyond
-        full &= jnp.maximum(nearest, -farthest) >= rule.beyond
-    if rule.seq_len is not None:
-        empty |= jnp.maximum(q_low, k_low) >= rule.seq_len
-        full &= jnp.maximum(q_high, k_high) < rule.seq_len
+    if mask.window is not None:
+        empty, full = empty | (nearest >= mask.window), full & (farthest < mask.window)
+        if not mask.causal:
+            empty, full = empty | (-farthest >= mask.window), full & (-nearest < mask.window)
+    if mask.min_distance:
+        empty |= jnp.maximum(farthest, -nearest) < mask.min_distance
+        full &= jnp.maximum(nearest, -farthest) >= mask.min_distance
+    if mask.seq_len is not None:
+        empty |= jnp.maximum(q_low, k_low) >= mask.seq_len
+        full &= jnp.maximum(q_high, k_high) < mask.seq_len
     if q_first is not None:
         empty |= (q_last < k_first) | (k_last < q_first)
         full &= (q_first == q_last) & (k_first == k_last) & (q_first == k_first)

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from ring_attention.attention.axis_types import auto_mesh, mesh_of, names_of
-from ring_attention.attention.masks import Hop
+from ring_attention.attention.masks import BlockPair
 from ring_attention.attention.varying import vary_together
 
 AXES_OF_BATCH, AXES_OF_HEADS = ("dp", "fsdp"), ("tp",)
@@ -67,34 +67,34 @@ def on_shards(attend: Callable, static, shards: Shards, args: tuple) -> tuple[ja
       attend: gives out [B,H,T,D] and lse [B,H,T].
       static: hashable.
       shards: what `shards_of` found.
-      args: q [B,H,T,D], k and v [B,K,S,D], the hop, and sinks [H] or None.
+      args: q [B,H,T,D], k and v [B,K,S,D], the block pair, and sinks [H] or None.
     """
     return _on_shards(attend, static, shards._replace(mesh=auto_mesh(shards.mesh)), args)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _on_shards(attend: Callable, static, shards: Shards, args: tuple):
-    whole = PartitionSpec(shards.batch or None, shards.heads or None)
-    q, _, _, hop, sinks = args
-    specs = (whole, whole, whole, _specs_of_hop(hop, whole), None if sinks is None else PartitionSpec(whole[1]))
+    spec = PartitionSpec(shards.batch or None, shards.heads or None)
+    q, _, _, pair, sinks = args
+    specs = (spec, spec, spec, _specs_of_pair(pair, spec), None if sinks is None else PartitionSpec(spec[1]))
 
     def shard(*args):
         return attend(static, *vary_together(*args))
 
     names = frozenset(shards.mesh.axis_names)
-    return jax.shard_map(shard, mesh=shards.mesh, in_specs=specs, out_specs=whole, axis_names=names)(*args)
+    return jax.shard_map(shard, mesh=shards.mesh, in_specs=specs, out_specs=spec, axis_names=names)(*args)
 
 
-def _specs_of_hop(hop: Hop, whole: PartitionSpec):
-    """Where each array of the hop is: what has one row for all sequences is everywhere."""
-    batch, heads = (PartitionSpec(entry) for entry in whole)
+def _specs_of_pair(pair: BlockPair, spec: PartitionSpec):
+    """Where each array of the block pair is: what has one row for all sequences is everywhere."""
+    batch, heads = (PartitionSpec(entry) for entry in spec)
     places = {"batch": batch, "heads": heads, "slopes": heads, "seeds": PartitionSpec()}
 
     def of(path, x):
         last = path[-1].name
         return places[last] if last in places else batch if x.shape[0] > 1 else PartitionSpec()
 
-    return jax.tree_util.tree_map_with_path(of, hop)
+    return jax.tree_util.tree_map_with_path(of, pair)
 
 
 def _number(mesh: Mesh | AbstractMesh, names) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from ring_attention.attention.dropout import seeds_of
-from ring_attention.attention.rule import check_rule, check_window
+from ring_attention.attention.mask_spec import check_mask_spec, check_window
 from ring_attention.checks import require_attention_shapes, require_shape
 
 
@@ -136,7 +136,7 @@ def _sum_groups(grad_BSHD, x_BSKD) -> np.ndarray:
 def _weigh(q, k, v, a: _Arguments) -> _Weights:
     """Scores, then mask, then softmax, then dropout."""
     require_attention_shapes(q, k, v)
-    check_rule(a.causal, a.window, a.softcap, a.scale, a.dropout_rate, a.dropout_key)
+    check_mask_spec(a.causal, a.window, a.softcap, a.scale, a.dropout_rate, a.dropout_key)
     check_window("stride", a.stride)
     q_positions_BT, k_positions_BS = _positions(a.q_positions, q), _positions(a.kv_positions, k)
     ahead_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from ring_attention.attention import online_softmax
-from ring_attention.attention.kernels.contract import Whole
-from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.kernels.contract import GlobalStats
+from ring_attention.attention.online_softmax import SoftmaxState
 
 
-def finish(running: Running, sinks_H: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def finalize(state: SoftmaxState, sinks_H: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Out [B,H,t,D] and lse [B,H,t], float32, of statistics over all keys and of the sinks, where there are any."""
     if sinks_H is not None:
-        running = online_softmax.absorb(running, jnp.float32(0), sinks_H[None, :, None])
-    return online_softmax.finish(running)
+        state = online_softmax.merge(state, jnp.float32(0), sinks_H[None, :, None])
+    return online_softmax.finalize(state)
 
 
-def gradient(sinks_H: jax.Array | None, whole: Whole) -> jax.Array | None:
+def gradient(sinks_H: jax.Array | None, stats: GlobalStats) -> jax.Array | None:
     """float32 [H], of the loss with respect to the sinks; from this device's queries alone."""
     if sinks_H is None:
         return None
-    p_BHt = jnp.exp(sinks_H[None, :, None] - online_softmax.finite(whole.lse))
-    return -jnp.sum(p_BHt * whole.delta, (0, 2))
+    p_BHt = jnp.exp(sinks_H[None, :, None] - online_softmax.finite(stats.lse))
+    return -jnp.sum(p_BHt * stats.delta, (0, 2))

@@ -6,20 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from ring_attention.attention import dropout
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import Tokens, visible
-from ring_attention.attention.rule import Rule
 
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
-class Meeting(NamedTuple):
-    """Some queries of the G heads of one group and the keys that they meet, with axes in any order.
+class BlockScores(NamedTuple):
+    """Scores of some queries of the G heads of one group and some keys, with axes in any order.
 
     All arrays broadcast against each other: those of queries are for example [1,t,1], of keys [1,1,s] and of heads
     [G,1,1].
 
     Attributes:
-      rule: of which only the static values and the seeds are used; the arrays for these heads follow.
+      mask: of which only the static values and the seeds are used; the arrays for these heads follow.
       queries: tokens.
       keys: tokens.
       slopes: float32, of the heads, or None.
@@ -28,7 +28,7 @@ class Meeting(NamedTuple):
       masked: whether the mask may hide some of the keys.
     """
 
-    rule: Rule
+    mask: MaskSpec
     queries: Tokens
     keys: Tokens
     slopes: jax.Array | None
@@ -38,22 +38,22 @@ class Meeting(NamedTuple):
 
     def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """float32 scores, -inf where hidden, and d score / d (scale * product), None where that is 1 everywhere."""
-        rule, scores, slope = self.rule, products * self.rule.scale, None
-        if rule.softcap is not None:
-            bent = jnp.tanh(scores / rule.softcap)
-            scores, slope = rule.softcap * bent, 1 - bent**2
+        mask, scores, slope = self.mask, products * self.mask.scale, None
+        if mask.softcap is not None:
+            bent = jnp.tanh(scores / mask.softcap)
+            scores, slope = mask.softcap * bent, 1 - bent**2
         if self.slopes is not None:
             distance = jnp.abs(self.queries.positions - self.keys.positions)
             scores -= self.slopes * distance.astype(jnp.float32)
-        mask = visible(rule, self.queries, self.keys) if self.masked else None
+        seen = visible(mask, self.queries, self.keys) if self.masked else None
         # Either way the product is rounded here. A compiler that fuses it with what is subtracted from it next, once in
         # one pass and not in the other, makes the dv of sharp attention several times as wrong (docs/accuracy.md).
-        rounded = jnp.maximum(scores, _LEAST) if mask is None else jnp.where(mask, scores, -jnp.inf)
+        rounded = jnp.maximum(scores, _LEAST) if seen is None else jnp.where(seen, scores, -jnp.inf)
         return rounded, slope
 
     def dropout_factor(self) -> jax.Array | None:
         """What dropout multiplies each weight by, 0 or 1 / (1 - rate); None without dropout."""
-        drop = self.rule.dropout
+        drop = self.mask.dropout
         if drop is None:
             return None
         query, key = self.queries.positions, self.keys.positions

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import is_whole, require, require_integers, shown
 from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, cache_bytes, cache_dtype
 from ring_attention.inference.programs import ROWS, Plan, Rows, make_prefill, make_step
@@ -22,7 +22,7 @@ from ring_attention.parallel.layouts import MOST_TOKENS, SequenceLayout
 from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import check_fits
 from ring_attention.parallel.strategies import STRATEGIES
-from ring_attention.parallel.strategy import Setting
+from ring_attention.parallel.strategy import Context
 from ring_attention.training.config import AttentionConfig
 from ring_attention.training.trained import Trained
 
@@ -248,9 +248,9 @@ def _check(plan: Plan, mesh: Mesh) -> None:
     layout, kernel = SequenceLayout("striped", shape[SEQUENCE]), find_kernel(plan.attention.impl)
     slots = layout.padded_length(plan.capacity) // layout.ring_size
     heads, kv_heads = (n // shape[TENSOR] for n in (model.num_heads, model.num_kv_heads))
-    setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=kernel, blocks=BlockSizes())
-    rule = Rule(scale=1.0, window=plan.attention.window or None, softcap=plan.attention.softcap or None)
-    strategy.check(setting, (1, slots, heads, model.head_dim), kv_heads, rule)
+    context = Context(axis_name=SEQUENCE, layout=layout, kernel=kernel, blocks=BlockSizes())
+    mask = MaskSpec(scale=1.0, window=plan.attention.window or None, softcap=plan.attention.softcap or None)
+    strategy.check(context, (1, slots, heads, model.head_dim), kv_heads, mask)
 
 
 def _placed(params: Any, model: ModelConfig, mesh: Mesh) -> Any:

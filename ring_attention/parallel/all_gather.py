@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import Kernel, Whole
-from ring_attention.attention.masks import Hop, Tokens
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair, Tokens
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.strategy import Setting, Strategy, Workload
+from ring_attention.parallel.strategy import Context, Strategy, Workload
 
 TOKENS = 2
 """Axis of tokens in arrays [B,K,t,D]."""
@@ -35,15 +35,15 @@ class Gathering:
     kernel: Kernel
     blocks: BlockSizes
 
-    def forward(self, me, q, k, v, segments, rule: Rule) -> Running:
+    def forward(self, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
         """Statistics of this device's queries over all keys that they see."""
         keys, parts = self._keys(segments, q.shape[TOKENS]), self._split(k, v)
 
         def work(group, kv, q):
             k, v = kv
-            running = vary_over(Running.empty(q.shape), axes_of(q))
-            hop = self._hop(me, rule, keys, segments, group, q)
-            return self.kernel.forward(q, k, v, hop, running, self.blocks)
+            state = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
+            pair = self._pair(me, mask, keys, segments, group, q)
+            return self.kernel.forward(q, k, v, pair, state, self.blocks)
 
         def step(ready, group_and_q):
             group, q = group_and_q
@@ -52,26 +52,26 @@ class Gathering:
 
         (q,), ready, last = self._split(q), self._gather(parts, 0), self.groups - 1
         if last == 0:
-            return Running(*map(self._join, [x[None] for x in work(0, ready, q[0])]))
+            return SoftmaxState(*map(self._join, [x[None] for x in work(0, ready, q[0])]))
         ready, results = lax.scan(step, ready, (jnp.arange(last, dtype=jnp.int32), q[:-1]))
-        return Running(
+        return SoftmaxState(
             *(self._join(self._append(x, y)) for x, y in zip(results, work(last, ready, q[last]), strict=True))
         )
 
-    def backward(self, me, q, k, v, segments, rule: Rule, whole: Whole):
+    def backward(self, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
         """Gradients. Each device finds those of all keys by its queries; they are summed on the way to their owners.
 
         While a part of the heads is computed, the next one arrives and the gradients of the one before are on their
         way.
         """
         keys, parts, last = self._keys(segments, q.shape[TOKENS]), self._split(k, v), self.groups - 1
-        of_queries = self._split(q, *whole)
+        of_queries = self._split(q, *stats)
 
         def work(group, kv, of_queries):
-            q, *whole = of_queries
-            hop = self._hop(me, rule, keys, segments, group, q)
+            q, *stats = of_queries
+            pair = self._pair(me, mask, keys, segments, group, q)
             nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
-            dq, *dkv = self.kernel.backward(q, *kv, Whole(*whole), hop, nothing, self.blocks)
+            dq, *dkv = self.kernel.backward(q, *kv, GlobalStats(*stats), pair, nothing, self.blocks)
             return dq, dkv
 
         def step(carry, group_and_queries):
@@ -111,12 +111,12 @@ class Gathering:
             segments = lax.all_gather(segments, self.axis_name, axis=1, tiled=True)
         return Tokens(self.layout.all_positions(shard_len).reshape(1, -1), segments, self.layout.all_runs(shard_len))
 
-    def _hop(self, me, rule: Rule, keys: Tokens, segments, group, q) -> Hop:
-        """The meeting of this device's queries of a group with all keys."""
+    def _pair(self, me, mask: MaskSpec, keys: Tokens, segments, group, q) -> BlockPair:
+        """The pair of this device's queries of a group of heads and all keys."""
         heads, shard_len = q.shape[1], q.shape[TOKENS]
         positions = self.layout.shard_positions(me, shard_len)[None]
         queries = Tokens(positions, segments, self.layout.runs(shard_len))
-        return Hop(queries, keys, rule.of_heads(group * heads, heads))
+        return BlockPair(queries, keys, mask.of_heads(group * heads, heads))
 
     def _split(self, *arrays):
         """Arrays [B,H,...] as [groups,B,H/groups,...]."""
@@ -152,7 +152,7 @@ class AllGather(Strategy):
     def _groups(self, kv_heads: int) -> int:
         return kv_heads if self.head_groups is None else self.head_groups
 
-    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+    def check(self, context: Context, q_shape, kv_heads: int, mask: MaskSpec) -> None:
         """The groups must be equal, and the kernel able to compute all keys at once."""
         groups = self._groups(kv_heads)
         require(
@@ -160,19 +160,19 @@ class AllGather(Strategy):
             f"head_groups={groups} must divide the {kv_heads} key/value heads of a device; leave it out for one head "
             "at a time",
         )
-        queries, keys = setting.layout.runs(q_shape[1]), setting.layout.all_runs(q_shape[1])
-        setting.kernel.check_hop(Hop(Tokens(None, runs=queries), Tokens(None, runs=keys), rule))
+        queries, keys = context.layout.runs(q_shape[1]), context.layout.all_runs(q_shape[1])
+        context.kernel.check_pair(BlockPair(Tokens(None, runs=queries), Tokens(None, runs=keys), mask))
 
-    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
         """See `Strategy`."""
         gathering = Gathering(
-            axis_name=setting.axis_name,
-            layout=setting.layout,
+            axis_name=context.axis_name,
+            layout=context.layout,
             groups=self._groups(k.shape[1]),
-            kernel=setting.kernel,
-            blocks=setting.blocks,
+            kernel=context.kernel,
+            blocks=context.blocks,
         )
-        return attend(gathering, q, k, v, segments, rule, sinks)
+        return attend(gathering, q, k, v, segments, mask, sinks)
 
     def memory_bytes(self, work: Workload) -> int:
         """All tokens of two parts of the heads (of one, where there is only one), and the statistics in float32."""

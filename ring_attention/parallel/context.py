@@ -1,6 +1,7 @@
 """Attention over a sequence that several devices hold, by any strategy: the front that all of them share.
 
-Here arguments are checked and global arrays cut into shards; how the shards then meet is the strategy's own business.
+Here arguments are checked and global arrays cut into shards; how queries and keys are then brought together is the
+strategy's business.
 """
 
 import functools
@@ -14,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.derivatives import only_reverse_mode
 from ring_attention.attention.kernels import find_kernel, require_platform
-from ring_attention.attention.rule import as_sinks, check_rule, check_window, make_rule, of_heads
+from ring_attention.attention.mask_spec import as_sinks, check_mask_spec, check_window, make_mask_spec, of_heads
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
     require,
@@ -28,7 +29,7 @@ from ring_attention.parallel.on_mesh import on_mesh
 from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec, known_spec, spec_on
 from ring_attention.parallel.strategies import find_strategy
-from ring_attention.parallel.strategy import Setting, Strategy
+from ring_attention.parallel.strategy import Context, Strategy
 
 
 @jax.named_scope("attention")
@@ -96,7 +97,7 @@ def context_attention_shard(
     if segment_ids is not None:
         require_integers("segment_ids", segment_ids, (B, t), "Bt")
         segment_ids = segment_ids.astype(jnp.int32)
-    rule = make_rule(
+    mask = make_mask_spec(
         q,
         causal=causal,
         window=_shorter(window, max_segment_len, segment_ids),
@@ -110,13 +111,13 @@ def context_attention_shard(
         seq_len=seq_len,
     )
     kernel = find_kernel(impl)
-    kernel.check(rule, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
-    setting = Setting(axis_name=axis_name, layout=layout, kernel=kernel, blocks=as_blocks(block_sizes))
+    kernel.check(mask, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
+    context = Context(axis_name=axis_name, layout=layout, kernel=kernel, blocks=as_blocks(block_sizes))
     strategy = find_strategy(strategy, options, context_attention_shard)
-    strategy.check(setting, (B, t, H, D), k.shape[2], rule)
-    arrays = (q, k, v, segment_ids, rule, as_sinks(sinks, H), lax.axis_index(axis_name))
-    q, k, v, segment_ids, rule, sinks, _ = vary_together(*arrays)
-    out = strategy.attend(setting, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segment_ids, rule, sinks)
+    strategy.check(context, (B, t, H, D), k.shape[2], mask)
+    arrays = (q, k, v, segment_ids, mask, as_sinks(sinks, H), lax.axis_index(axis_name))
+    q, k, v, segment_ids, mask, sinks, _ = vary_together(*arrays)
+    out = strategy.attend(context, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segment_ids, mask, sinks)
     return jnp.swapaxes(out, 1, 2)
 
 
@@ -231,7 +232,7 @@ def context_attention(
     check_spec(spec, mesh, axis_name, q, k)
     if segment_ids is not None:
         require_integers("segment_ids", segment_ids, q.shape[:2], "BT")
-    check_rule(causal, window, softcap, scale, dropout_rate, dropout_key)
+    check_mask_spec(causal, window, softcap, scale, dropout_rate, dropout_key)
     _shorter(window, max_segment_len, segment_ids)  # which checks both
     sinks, alibi_slopes = (of_heads(*x, q.shape[2]) for x in (("sinks", sinks), ("alibi_slopes", alibi_slopes)))
     run = _sharded(

@@ -17,8 +17,8 @@ from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.derivatives import only_reverse_mode
 from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import as_sinks, check_rule, make_rule, of_heads
+from ring_attention.attention.mask_spec import as_sinks, check_mask_spec, make_mask_spec, of_heads
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.checks import (
     require,
     require_array,
@@ -70,10 +70,10 @@ def decode_attention_shard(
     """
     layout = as_layout(layout, lax.axis_size(axis_name))
     cache = Cache(k_cache, v_cache, layer, heads_first)
-    whole = [_whole(x, q, cache, layout.ring_size) for x in (k_cache, v_cache)]
-    _check(q, *whole, lengths, layout, impl)
+    global_shapes = [_global_shape(x, q, cache, layout.ring_size) for x in (k_cache, v_cache)]
+    _check(q, *global_shapes, lengths, layout, impl)
     (_, T, H, _), s = q.shape, cache.slots
-    rule = make_rule(
+    mask = make_mask_spec(
         q,
         causal=True,
         window=window,
@@ -84,39 +84,39 @@ def decode_attention_shard(
         dropout_key=None,
     )
     sinks = as_sinks(sinks, H)
-    running = attend_cached(
+    state = attend_cached(
         q,
         cache,
-        rule=rule,
+        mask=mask,
         q_positions=lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None],
         kv_positions=layout.shard_positions(lax.axis_index(axis_name), s),
         size=as_blocks(block_sizes).kv,
     )
-    out, _ = attention_sinks.finish(_merged(running, axis_name), sinks)
+    out, _ = attention_sinks.finalize(_merged(state, axis_name), sinks)
     return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
 
-def _whole(x: jax.Array, q: jax.Array, cache: Cache, devices: int) -> jax.ShapeDtypeStruct:
+def _global_shape(x: jax.Array, q: jax.Array, cache: Cache, devices: int) -> jax.ShapeDtypeStruct:
     """Shape [B,S,K,D] and dtype of what `x`, keys or values of a cache, is one device's part of."""
     for name, array in (("q", q), ("the cache", x)):
         require_array(name, array)
     shape = list(x.shape if cache.layer is None else x.shape[1:])
     if cache.heads_first and len(shape) == 4:
         shape[1:3] = reversed(shape[1:3])
-    whole = tuple(size * (devices if axis == 1 else 1) for axis, size in enumerate(shape))
+    global_shapes = tuple(size * (devices if axis == 1 else 1) for axis, size in enumerate(shape))
     are_bits = x.dtype == jnp.uint16 and q.dtype.itemsize == 2
-    return jax.ShapeDtypeStruct(whole, q.dtype if are_bits else x.dtype)
+    return jax.ShapeDtypeStruct(global_shapes, q.dtype if are_bits else x.dtype)
 
 
-def _merged(running: Running, axis_name: str) -> Running:
+def _merged(state: SoftmaxState, axis_name: str) -> SoftmaxState:
     """Statistics over the slots of all devices of the axis."""
-    out, lse = online_softmax.finish(running)
+    out, lse = online_softmax.finalize(state)
     packed = jnp.concatenate([out, lse[..., None]], axis=-1)
     everyone = lax.all_gather(packed, axis_name, to="invarying")  # [P,B,H,T,D+1]
     out, lse = everyone[..., :-1], everyone[..., -1]
     top = lse.max(0)
     weight = jnp.exp(lse - online_softmax.finite(top)[None])
-    return Running((out * weight[..., None]).sum(0), top, weight.sum(0))
+    return SoftmaxState((out * weight[..., None]).sum(0), top, weight.sum(0))
 
 
 def decode_attention(
@@ -177,14 +177,14 @@ def decode_attention(
     layout = as_layout(layout, mesh.shape[axis_name])
     need = "must be True (caches are [B,K,S,D]) or False ([B,S,K,D]); leave it out for False"
     require(isinstance(heads_first, bool), f"heads_first={shown(heads_first)} {need}")
-    whole = [_whole(x, q, Cache(k_cache, v_cache, None, heads_first), 1) for x in (k_cache, v_cache)]
-    _check(q, *whole, lengths, layout, impl)
+    global_shapes = [_global_shape(x, q, Cache(k_cache, v_cache, None, heads_first), 1) for x in (k_cache, v_cache)]
+    _check(q, *global_shapes, lengths, layout, impl)
     if spec is None:
         known = _known_spec(k_cache, mesh, heads_first)
-        spec = default_spec(mesh, axis_name, known, sizes=(q.shape[0], whole[0].shape[2]))
+        spec = default_spec(mesh, axis_name, known, sizes=(q.shape[0], global_shapes[0].shape[2]))
     spec = spec_on(spec, given, mesh)
-    check_spec(spec, mesh, axis_name, q, whole[0])
-    check_rule(True, window, softcap, scale, 0.0, None)
+    check_spec(spec, mesh, axis_name, q, global_shapes[0])
+    check_mask_spec(True, window, softcap, scale, 0.0, None)
     sinks, alibi_slopes = (of_heads(*x, q.shape[2]) for x in (("sinks", sinks), ("alibi_slopes", alibi_slopes)))
     run = _sharded(
         mesh,

@@ -5,37 +5,37 @@ Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near
 
 import dataclasses
 
-from ring_attention.attention.masks import Hop, Tokens
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.rotation import Rotation
+from ring_attention.parallel.ring_pass import RingPass
 from ring_attention.parallel.routes import Route, plan_routes, token_hops
-from ring_attention.parallel.strategy import Setting, Strategy, Workload
+from ring_attention.parallel.strategy import Context, Strategy, Workload
 
 
-def rotation_of(setting: Setting, rule: Rule, shard_len: int, *, duplex=False, unroll=False, width=1) -> Rotation:
+def ring_pass_of(context: Context, mask: MaskSpec, shard_len: int, *, duplex=False, unroll=False, width=1) -> RingPass:
     """A ring over the places of the layout, each of `width` consecutive devices, for shards of so many tokens."""
-    return Rotation(
-        axis_name=setting.axis_name,
-        layout=setting.layout,
-        routes=plan_routes(setting.layout, shard_len, causal=rule.causal, reach=rule.window, duplex=duplex),
+    return RingPass(
+        axis_name=context.axis_name,
+        layout=context.layout,
+        routes=plan_routes(context.layout, shard_len, causal=mask.causal, window=mask.window, duplex=duplex),
         unroll=unroll,
-        kernel=setting.kernel,
-        blocks=setting.blocks,
+        kernel=context.kernel,
+        blocks=context.blocks,
         width=width,
     )
 
 
-def check_hops(setting: Setting, rule: Rule, shard_len: int, *, duplex: bool = False) -> None:
-    """Raise ValueError unless the kernel can compute every hop of such a ring."""
-    routes = plan_routes(setting.layout, shard_len, causal=rule.causal, reach=rule.window, duplex=duplex)
-    shard = Tokens(None, runs=setting.layout.runs(shard_len))
-    setting.kernel.check_hop(Hop(shard, shard, rule, own=True))
+def check_pairs(context: Context, mask: MaskSpec, shard_len: int, *, duplex: bool = False) -> None:
+    """Raise ValueError unless the kernel can compute every block pair of such a ring."""
+    routes = plan_routes(context.layout, shard_len, causal=mask.causal, window=mask.window, duplex=duplex)
+    shard = Tokens(None, runs=context.layout.runs(shard_len))
+    context.kernel.check_pair(BlockPair(shard, shard, mask, diagonal=True))
     for start, stop in {(route.start, route.stop) for route in routes if route.hops}:
-        part = Tokens(None, runs=setting.layout.runs(shard_len, start, stop))
-        setting.kernel.check_hop(Hop(shard, part, rule))
+        part = Tokens(None, runs=context.layout.runs(shard_len, start, stop))
+        context.kernel.check_pair(BlockPair(shard, part, mask))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,14 +56,14 @@ class Ring(Strategy):
     duplex: bool = False
     unroll: bool = False
 
-    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
-        """The kernel must be able to compute every hop."""
-        check_hops(setting, rule, q_shape[1], duplex=self.duplex)
+    def check(self, context: Context, q_shape, kv_heads: int, mask: MaskSpec) -> None:
+        """The kernel must be able to compute every block pair."""
+        check_pairs(context, mask, q_shape[1], duplex=self.duplex)
 
-    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
         """See `Strategy`."""
-        rotation = rotation_of(setting, rule, q.shape[2], duplex=self.duplex, unroll=self.unroll)
-        return attend(rotation, q, k, v, segments, rule, sinks)
+        ring_pass = ring_pass_of(context, mask, q.shape[2], duplex=self.duplex, unroll=self.unroll)
+        return attend(ring_pass, q, k, v, segments, mask, sinks)
 
     def memory_bytes(self, work: Workload) -> int:
         """What travels of K and V, twice where it goes on, and the statistics of the queries in float32."""
@@ -78,7 +78,7 @@ class Ring(Strategy):
 
     def _routes(self, work: Workload) -> tuple[Route, ...]:
         layout = SequenceLayout(work.layout, work.devices)
-        return plan_routes(layout, work.shard, causal=work.causal, reach=work.window, duplex=self.duplex)
+        return plan_routes(layout, work.shard, causal=work.causal, window=work.window, duplex=self.duplex)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,18 +92,18 @@ class SlidingWindow(Ring):
     communication = "2 W d_kv, whatever n is; in the zigzag layout, both ways, twice that"
     claim = ("O(W)", "O(n W)")
 
-    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+    def check(self, context: Context, q_shape, kv_heads: int, mask: MaskSpec) -> None:
         """Refuse to be what it is not."""
         require(
-            rule.window is not None,
+            mask.window is not None,
             'strategy="sliding_window" got no window; give window=, or choose strategy="ring" for full attention',
         )
         require(
-            setting.devices == 1 or setting.layout.kind != "striped",
+            context.devices == 1 or context.layout.kind != "striped",
             'strategy="sliding_window" needs neighbours in the sequence to be neighbours in the ring, but '
             'layout="striped" deals them to all devices; use "contiguous" or "zigzag", or strategy="ring"',
         )
-        super().check(setting, q_shape, kv_heads, rule)
+        super().check(context, q_shape, kv_heads, mask)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,18 +116,18 @@ class SingleDevice(Strategy):
     communication = "none"
     claim = ("O(n)", "none")
 
-    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+    def check(self, context: Context, q_shape, kv_heads: int, mask: MaskSpec) -> None:
         """Refuse more devices than one."""
         require(
-            setting.devices == 1,
-            f"strategy={self.name!r} needs the whole sequence on one device, but {setting.axis_name!r} has "
-            f"{setting.devices}; make the mesh with {setting.axis_name}=1 or choose another strategy",
+            context.devices == 1,
+            f"strategy={self.name!r} needs the whole sequence on one device, but {context.axis_name!r} has "
+            f"{context.devices}; make the mesh with {context.axis_name}=1 or choose another strategy",
         )
-        check_hops(setting, rule, q_shape[1])
+        check_pairs(context, mask, q_shape[1])
 
-    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
         """A ring of one."""
-        return attend(rotation_of(setting, rule, q.shape[2]), q, k, v, segments, rule, sinks)
+        return attend(ring_pass_of(context, mask, q.shape[2]), q, k, v, segments, mask, sinks)
 
     def memory_bytes(self, work: Workload) -> int:
         """The statistics of the queries in float32."""

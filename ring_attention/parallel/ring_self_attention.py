@@ -15,12 +15,12 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import Tokens
 from ring_attention.attention.online_softmax import finite
-from ring_attention.attention.rule import Rule
 from ring_attention.attention.varying import axes_of, vary_over
-from ring_attention.attention.weights import Meeting
-from ring_attention.parallel.strategy import Setting, Strategy, Workload
+from ring_attention.attention.weights import BlockScores
+from ring_attention.parallel.strategy import Context, Strategy, Workload
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,18 +142,18 @@ class RingSelfAttention(Strategy):
     communication = "2 n d_kv (P-1)/P; backward an all-reduce of all dK and dV besides"
     claim = ("O(n/P) claimed", "O(n P)")
 
-    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
         """See `Strategy`."""
-        circle = _Circle(axis_name=setting.axis_name, devices=setting.devices)
+        circle = _Circle(axis_name=context.axis_name, devices=context.devices)
         t, K = q.shape[2], k.shape[1]
         q_BKGtD = rearrange(q, "B (K G) t D -> B K G t D", K=K)
-        meeting = _meeting(setting, segments, rule, t, K)
-        scores, _ = meeting.scores(ring_qk(circle, q_BKGtD, k))
+        block = _scores(context, segments, mask, t, K)
+        scores, _ = block.scores(ring_qk(circle, q_BKGtD, k))
         sinks_1KG11 = jnp.float32(-jnp.inf) if sinks is None else sinks.reshape(1, K, -1, 1, 1)
         top = lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks_1KG11))
         p = jnp.exp(scores - finite(top))
         total = p.sum(-1, keepdims=True) + jnp.exp(sinks_1KG11 - finite(top))
-        weights, factor = p / jnp.where(total == 0, 1.0, total), meeting.dropout_factor()
+        weights, factor = p / jnp.where(total == 0, 1.0, total), block.dropout_factor()
         weights = weights if factor is None else weights * factor
         out = ring_av(circle, weights.astype(v.dtype), v)
         return rearrange(out, "B K G t D -> B (K G) t D").astype(q.dtype)
@@ -171,23 +171,23 @@ class RingSelfAttention(Strategy):
         return sent + work.segment_bytes(others)
 
 
-def _meeting(setting: Setting, segments, rule: Rule, shard_len: int, kv_heads: int) -> Meeting:
-    """The meeting of this device's queries and all keys, for arrays [B,K,G,t,T]."""
-    me = lax.axis_index(setting.axis_name)
-    queries = Tokens(setting.layout.shard_positions(me, shard_len)[None], segments)
-    positions = setting.layout.all_positions(shard_len).reshape(1, -1)
+def _scores(context: Context, segments, mask: MaskSpec, shard_len: int, kv_heads: int) -> BlockScores:
+    """The scores of this device's queries and all keys, for arrays [B,K,G,t,T]."""
+    me = lax.axis_index(context.axis_name)
+    queries = Tokens(context.layout.shard_positions(me, shard_len)[None], segments)
+    positions = context.layout.all_positions(shard_len).reshape(1, -1)
     if segments is not None:
-        segments = lax.all_gather(segments, setting.axis_name, axis=1, tiled=True)
-    drop = rule.dropout
+        segments = lax.all_gather(segments, context.axis_name, axis=1, tiled=True)
+    drop = mask.dropout
 
     def of_heads(x_H):
         return None if x_H is None else x_H.reshape(1, kv_heads, -1, 1, 1)
 
-    return Meeting(
-        rule,
+    return BlockScores(
+        mask,
         jax.tree.map(lambda x: x[:, None, None, :, None], queries),
         jax.tree.map(lambda x: x[:, None, None, None, :], Tokens(positions, segments)),
-        of_heads(rule.slopes),
+        of_heads(mask.slopes),
         None if drop is None else drop.batch[:, None, None, None, None],
         of_heads(None if drop is None else drop.heads),
         masked=True,

@@ -30,7 +30,7 @@ class Route:
 
 
 def plan_routes(
-    layout: SequenceLayout, shard_len: int, *, causal: bool, reach: int | None, duplex: bool
+    layout: SequenceLayout, shard_len: int, *, causal: bool, window: int | None, duplex: bool
 ) -> tuple[Route, ...]:
     """The routes with the fewest hops.
 
@@ -38,16 +38,16 @@ def plan_routes(
       layout: of the sequence.
       shard_len: tokens of a shard.
       causal: whether nobody sees later tokens.
-      reach: nobody sees tokens this far away or farther; None for no bound.
+      window: nobody sees tokens this far away or farther; None for no bound.
       duplex: send the second half of each shard the other way round, where that makes no more hops, so that both
         directions of each link are used.
     """
     P = layout.ring_size
-    cuts = _cuts(layout, shard_len, causal, reach) | ({shard_len // 2} if duplex else set())
+    cuts = _cuts(layout, shard_len, causal, window) | ({shard_len // 2} if duplex else set())
     cuts = sorted(cut for cut in cuts | {0, shard_len} if 0 <= cut <= shard_len)
     parts = []
     for start, stop in itertools.pairwise(cuts):
-        shifts = _needed_shifts(layout, shard_len, start, stop, causal, reach)
+        shifts = _needed_shifts(layout, shard_len, start, stop, causal, window)
         prefer_back = duplex and start >= shard_len // 2
         parts.append((start, stop, _ways(shifts, P, prefer_back)))
     routes = []
@@ -64,40 +64,40 @@ def token_hops(routes: tuple[Route, ...]) -> int:
     return sum((route.stop - route.start) * route.hops for route in routes)
 
 
-def _cuts(layout: SequenceLayout, shard_len: int, causal: bool, reach: int | None) -> set[int]:
+def _cuts(layout: SequenceLayout, shard_len: int, causal: bool, window: int | None) -> set[int]:
     """Where the need for a shard's tokens may change.
 
     Dealt shards are not cut: of their many chunks one or another is needed nearly everywhere.
     """
-    if reach is None or layout.kind in ("striped", "dealt"):
+    if window is None or layout.kind in ("striped", "dealt"):
         return set()
     chunk = shard_len // layout.chunks_per_shard
-    rest = (reach - 1) % chunk
+    rest = (window - 1) % chunk
     within = {0, chunk - rest} | (set() if causal else {rest})
     return {first + cut for first in range(0, shard_len, chunk) for cut in within}
 
 
-def _needed_shifts(layout: SequenceLayout, shard_len: int, start: int, stop: int, causal: bool, reach) -> list[int]:
+def _needed_shifts(layout: SequenceLayout, shard_len: int, start: int, stop: int, causal: bool, window) -> list[int]:
     """Every s = 1 ... P-1 such that some device needs these tokens of the device s places before it."""
     P = layout.ring_size
     shifts = np.arange(1, P)
-    if reach is None:
+    if window is None:
         return shifts.tolist()
     if layout.kind == "striped":  # the nearest tokens of shards s apart are so many stripes apart, less a token
-        near = lambda stripes: (stripes - 1) * layout.stripe + 1 < reach  # noqa: E731
+        near = lambda stripes: (stripes - 1) * layout.stripe + 1 < window  # noqa: E731
         return shifts[near(shifts) | (near(P - shifts) & (not causal))].tolist()
     chunk = shard_len // layout.chunks_per_shard
     if stop - start > chunk:
         pieces = [(first, first + chunk) for first in range(start, stop, chunk)]
-        return sorted({s for piece in pieces for s in _needed_shifts(layout, shard_len, *piece, causal, reach)})
+        return sorted({s for piece in pieces for s in _needed_shifts(layout, shard_len, *piece, causal, window)})
     firsts = np.stack([layout.chunk_starts(shard, shard_len) for shard in range(P)])  # [P, chunks of a shard]
     key_low = firsts[:, start // chunk] + start % chunk
     key_high = key_low + stop - start - 1
     source = (np.arange(P)[:, None] - shifts) % P  # [P devices, P-1 shifts]
     query_low, query_high = firsts[:, None, :], firsts[:, None, :] + chunk - 1
     key_low, key_high = key_low[source][..., None], key_high[source][..., None]
-    sees = (query_high >= key_low) if causal else (key_low - query_high < reach)
-    sees &= query_low - key_high < reach
+    sees = (query_high >= key_low) if causal else (key_low - query_high < window)
+    sees &= query_low - key_high < window
     return shifts[sees.any((0, 2))].tolist()
 
 

@@ -14,50 +14,50 @@ from jax import lax
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import Kernel, Whole
-from ring_attention.attention.masks import Hop, Tokens
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair, Tokens
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.ring import Ring, check_hops, rotation_of
-from ring_attention.parallel.rotation import Rotation
-from ring_attention.parallel.strategy import Setting, Strategy, Workload, closest_divisor
+from ring_attention.parallel.ring import Ring, check_pairs, ring_pass_of
+from ring_attention.parallel.ring_pass import RingPass
+from ring_attention.parallel.strategy import Context, Strategy, Workload, closest_divisor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StridedExchange:
     """An exchange (see `exchange`) of a near part, by `near`, and a far part, by residues modulo `stride`."""
 
-    near: Rotation
+    near: RingPass
     axis_name: str
     layout: SequenceLayout
     stride: int
     kernel: Kernel
     blocks: BlockSizes
 
-    def forward(self, me, q, k, v, segments, rule: Rule) -> Running:
+    def forward(self, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
         """Statistics of this device's queries over all keys that they see."""
-        running = self.near.forward(me, q, k, v, segments, self.near_rule(rule))
+        state = self.near.forward(me, q, k, v, segments, self.near_mask(mask))
         q, k, v, segments = self._to_residues(q, k, v, segments)
-        empty = vary_over(Running.empty(q.shape), axes_of(q))
-        far = self.kernel.forward(q, k, v, self._hop(me, rule, q, segments), empty, self.blocks)
-        return online_softmax.absorb(running, *self._to_tokens(*online_softmax.finish(far)))
+        empty = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
+        far = self.kernel.forward(q, k, v, self._pair(me, mask, q, segments), empty, self.blocks)
+        return online_softmax.merge(state, *self._to_tokens(*online_softmax.finalize(far)))
 
-    def backward(self, me, q, k, v, segments, rule: Rule, whole: Whole):
+    def backward(self, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
         """Gradients of both parts, each with the statistics of all keys."""
-        near = self.near.backward(me, q, k, v, segments, self.near_rule(rule), whole)
-        q, k, v, segments, dout, lse, delta = self._to_residues(q, k, v, segments, whole.dout, whole.lse, whole.delta)
-        whole = Whole(None, lse, dout, delta)
+        near = self.near.backward(me, q, k, v, segments, self.near_mask(mask), stats)
+        q, k, v, segments, dout, lse, delta = self._to_residues(q, k, v, segments, stats.dout, stats.lse, stats.delta)
+        stats = GlobalStats(None, lse, dout, delta)
         nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
-        far = self.kernel.backward(q, k, v, whole, self._hop(me, rule, q, segments), nothing, self.blocks)
+        far = self.kernel.backward(q, k, v, stats, self._pair(me, mask, q, segments), nothing, self.blocks)
         return tuple(x + y for x, y in zip(near, self._to_tokens(*far), strict=True))
 
-    def near_rule(self, rule: Rule) -> Rule:
+    def near_mask(self, mask: MaskSpec) -> MaskSpec:
         """What is seen because it is near."""
-        return dataclasses.replace(rule, window=near_window(rule.window, self.stride))
+        return dataclasses.replace(mask, window=near_window(mask.window, self.stride))
 
     def _to_residues(self, *arrays):
         """Arrays [B,H,t,...] or [B,t] as [B*r,H,n,...] or [B*r,n]: r residues of this device, the n tokens of each."""
@@ -88,15 +88,15 @@ class StridedExchange:
 
         return [convert(x) for x in arrays]
 
-    def _hop(self, me, rule: Rule, q, segments) -> Hop:
+    def _pair(self, me, mask: MaskSpec, q, segments) -> BlockPair:
         """All tokens of each residue among each other, without those that are near."""
         P, r, n = self.layout.ring_size, self.stride // self.layout.ring_size, q.shape[2]
         of_residue_0 = self.layout.all_positions(n * self.stride // P).reshape(-1, self.stride)[:, 0]
         residues = me * r + jnp.arange(r, dtype=jnp.int32)
         batch = q.shape[0] // r
         tokens = Tokens(jnp.tile(residues[:, None] + of_residue_0[None], (batch, 1)), segments)
-        dropout = rule.dropout and dataclasses.replace(rule.dropout, batch=jnp.repeat(rule.dropout.batch, r))
-        return Hop(tokens, tokens, dataclasses.replace(rule, beyond=self.stride, dropout=dropout))
+        dropout = mask.dropout and dataclasses.replace(mask.dropout, batch=jnp.repeat(mask.dropout.batch, r))
+        return BlockPair(tokens, tokens, dataclasses.replace(mask, min_distance=self.stride, dropout=dropout))
 
 
 def near_window(window: int | None, stride: int) -> int:
@@ -128,16 +128,16 @@ class Sparse(Strategy):
         """The stride for so many tokens, whatever the devices and the layout, which must not change the pattern."""
         return 2 ** round(math.log2(seq_len) / 2) if self.stride is None else self.stride
 
-    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+    def check(self, context: Context, q_shape, kv_heads: int, mask: MaskSpec) -> None:
         """Residues must be shared out evenly."""
-        layout, P, shard_len = setting.layout, setting.devices, q_shape[1]
+        layout, P, shard_len = context.layout, context.devices, q_shape[1]
         require(
             layout.kind != "striped",
             'strategy="sparse" cuts shards into runs of consecutive tokens, but layout="striped" has none; '
             'use "contiguous" or "zigzag"',
         )
         chunk, chunks = shard_len // layout.chunks_per_shard, P * layout.chunks_per_shard
-        stride = self.stride_of(rule.seq_len or P * shard_len)
+        stride = self.stride_of(mask.seq_len or P * shard_len)
         fitting = closest_divisor(chunk, max(stride, 1), multiple_of=P)
         unit = chunks * max(math.lcm(stride, P), 1)
         padded = (
@@ -149,23 +149,23 @@ class Sparse(Strategy):
             f'strategy="sparse" got stride={stride}, need a multiple of the {P} devices that divides the {chunk} '
             f"consecutive tokens of a {layout.kind} shard; {remedy}",
         )
-        check_hops(setting, dataclasses.replace(rule, window=near_window(rule.window, stride)), shard_len)
+        check_pairs(context, dataclasses.replace(mask, window=near_window(mask.window, stride)), shard_len)
         residues = Tokens(None)
-        setting.kernel.check_hop(Hop(residues, residues, dataclasses.replace(rule, beyond=stride)))
+        context.kernel.check_pair(BlockPair(residues, residues, dataclasses.replace(mask, min_distance=stride)))
 
-    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
         """See `Strategy`."""
-        stride = self.stride_of(rule.seq_len or setting.devices * q.shape[2])
-        near = dataclasses.replace(rule, window=near_window(rule.window, stride))
+        stride = self.stride_of(mask.seq_len or context.devices * q.shape[2])
+        near = dataclasses.replace(mask, window=near_window(mask.window, stride))
         exchange = StridedExchange(
-            near=rotation_of(setting, near, q.shape[2]),
-            axis_name=setting.axis_name,
-            layout=setting.layout,
+            near=ring_pass_of(context, near, q.shape[2]),
+            axis_name=context.axis_name,
+            layout=context.layout,
             stride=stride,
-            kernel=setting.kernel,
-            blocks=setting.blocks,
+            kernel=context.kernel,
+            blocks=context.blocks,
         )
-        return attend(exchange, q, k, v, segments, rule, sinks)
+        return attend(exchange, q, k, v, segments, mask, sinks)
 
     def memory_bytes(self, work: Workload) -> int:
         """q, k and v by residues, and the statistics of both parts in float32."""

@@ -8,12 +8,12 @@ import jax
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import Kernel
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel.layouts import SequenceLayout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
+class Context:
     """Where an attention runs, whatever its strategy.
 
     Attributes:
@@ -101,10 +101,10 @@ class Strategy:
     communication: ClassVar[str]
     claim: ClassVar[tuple[str, str] | None] = None
 
-    def check(self, setting: Setting, q_shape: tuple[int, ...], kv_heads: int, rule: Rule) -> None:
+    def check(self, context: Context, q_shape: tuple[int, ...], kv_heads: int, mask: MaskSpec) -> None:
         """Raise ValueError for what it cannot do. q_shape is that of a shard, [B,t,H,D]."""
 
-    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks) -> jax.Array:
+    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks) -> jax.Array:
         """Out [B,H,t,D] in the dtype of q, of this device's slices q [B,H,t,D], k and v [B,K,t,D]."""
         raise NotImplementedError
 

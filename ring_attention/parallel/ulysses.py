@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.ring import check_hops, rotation_of
+from ring_attention.parallel.ring import check_pairs, ring_pass_of
 from ring_attention.parallel.routes import plan_routes, token_hops
-from ring_attention.parallel.strategy import Setting, Strategy, Workload, closest_divisor
+from ring_attention.parallel.strategy import Context, Strategy, Workload, closest_divisor
 
 HEADS, TOKENS = 1, 2
 """Axes of arrays [B,H,t,D]."""
@@ -82,13 +82,13 @@ class Usp(Strategy):
         """U."""
         return math.gcd(devices, heads, kv_heads) if self.ulysses_size is None else self.ulysses_size
 
-    def check(self, setting: Setting, q_shape, kv_heads: int, rule: Rule) -> None:
+    def check(self, context: Context, q_shape, kv_heads: int, mask: MaskSpec) -> None:
         """There must be heads enough to share out."""
-        devices, heads = setting.devices, q_shape[2]
+        devices, heads = context.devices, q_shape[2]
         size = self.size(devices, heads, kv_heads)
         require(
             size >= 1 and devices % size == 0,
-            f"ulysses_size={size} must divide the {devices} devices along {setting.axis_name!r}; leave it out for the "
+            f"ulysses_size={size} must divide the {devices} devices along {context.axis_name!r}; leave it out for the "
             f"most that the heads allow, {math.gcd(devices, heads, kv_heads)}",
         )
         require(
@@ -96,27 +96,27 @@ class Usp(Strategy):
             f"strategy={self.name!r} shares {heads} query heads out among {size} devices, which do not divide them; "
             f'use strategy="usp" with ulysses_size={math.gcd(heads, devices)}, or strategy="ring"',
         )
-        merged = dataclasses.replace(setting, layout=setting.layout.merged(size))  # raises where it cannot be merged
-        check_hops(merged, rule, size * q_shape[1])
+        merged = dataclasses.replace(context, layout=context.layout.merged(size))  # raises where it cannot be merged
+        check_pairs(merged, mask, size * q_shape[1])
 
-    def attend(self, setting: Setting, q, k, v, segments, rule: Rule, sinks):
+    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
         """See `Strategy`."""
-        (_, H, t, _), K, P = q.shape, k.shape[HEADS], setting.devices
+        (_, H, t, _), K, P = q.shape, k.shape[HEADS], context.devices
         U = self.size(P, H, K)
         swap = Swap(
-            axis_name=setting.axis_name,
+            axis_name=context.axis_name,
             groups=None if U == P else np.arange(P).reshape(-1, U).tolist(),
-            order=_order(setting.layout, U, t),
+            order=_order(context.layout, U, t),
         )
-        first = lax.rem(lax.axis_index(setting.axis_name), np.int32(U)) * (H // U)
-        rule = rule.of_heads(first, H // U)
+        first = lax.rem(lax.axis_index(context.axis_name), np.int32(U)) * (H // U)
+        mask = mask.of_heads(first, H // U)
         sinks = None if sinks is None else lax.dynamic_slice_in_dim(sinks, first, H // U)
         copies = kv_copies(K, U)
         k, v = (repeat_heads(x, copies) for x in (k, v))
-        merged = dataclasses.replace(setting, layout=setting.layout.merged(U))
-        rotation = rotation_of(merged, rule, U * t, width=U)
+        merged = dataclasses.replace(context, layout=context.layout.merged(U))
+        ring_pass = ring_pass_of(merged, mask, U * t, width=U)
         segments = None if segments is None else swap.gather(segments)
-        out = attend(rotation, *map(swap.heads_for_tokens, (q, k, v)), segments, rule, sinks)
+        out = attend(ring_pass, *map(swap.heads_for_tokens, (q, k, v)), segments, mask, sinks)
         return swap.tokens_for_heads(out)
 
     def memory_bytes(self, work: Workload) -> int:
@@ -133,7 +133,7 @@ class Usp(Strategy):
         kv_heads = work.kv_heads * kv_copies(work.kv_heads, U)
         swapped = 2 * (work.bytes_of(work.shard, work.heads) + work.bytes_of(work.shard, kv_heads)) * (U - 1) // U
         layout = SequenceLayout(work.layout, work.devices).merged(U)
-        routes = plan_routes(layout, U * work.shard, causal=work.causal, reach=work.window, duplex=False)
+        routes = plan_routes(layout, U * work.shard, causal=work.causal, window=work.window, duplex=False)
         hops = token_hops(routes)
         ring = 2 * work.bytes_of(hops, kv_heads) // U + work.segment_bytes(hops)
         if backward:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ring_attention.attention.rule import check_window
+from ring_attention.attention.mask_spec import check_window
 from ring_attention.checks import require, require_shape
 from ring_attention.parallel.layouts import SequenceLayout
 

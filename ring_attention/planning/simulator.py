@@ -217,7 +217,7 @@ def _later_half(tokens: int) -> float:
 
 
 class _Ring:
-    """The steps of `parallel.rotation.Rotation`, whose whole shards go all the way around."""
+    """The steps of `parallel.ring_pass.RingPass`, whose whole shards go all the way around."""
 
     def __init__(
         self, timeline: Timeline, devices: list[int], pairs: np.ndarray, block: float, later: float, after: list

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy
-from ring_attention.parallel.strategy import Setting, Strategy, Workload
+from ring_attention.parallel.strategy import Context, Strategy, Workload
 from ring_attention.parallel.ulysses import even_size
 
 GIB = 2**30
@@ -45,11 +45,11 @@ def traffic(strategy: str | Strategy, work: Workload, bandwidth: float) -> Traff
 def can_do(strategy: Strategy, work: Workload) -> bool:
     """Whether the strategy can do the work at all: heads, lengths and masks fit."""
     layout = SequenceLayout(work.layout, work.devices)
-    setting = Setting(axis_name="sp", layout=layout, kernel=find_kernel("auto"), blocks=BlockSizes())
+    context = Context(axis_name="sp", layout=layout, kernel=find_kernel("auto"), blocks=BlockSizes())
     shape = (work.batch, work.shard, work.heads, work.head_dim)
     try:
         layout.check_length(work.seq_len)
-        strategy.check(setting, shape, work.kv_heads, Rule(scale=1.0, causal=work.causal, window=work.window))
+        strategy.check(context, shape, work.kv_heads, MaskSpec(scale=1.0, causal=work.causal, window=work.window))
     except ValueError:
         return False
     return True

@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel, require_platform
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import TOKEN_AXES, check_fits
-from ring_attention.parallel.strategy import Setting, Strategy
+from ring_attention.parallel.strategy import Context, Strategy
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.state import sharded_abstract_state
@@ -77,11 +77,11 @@ def check_attention(config: TrainConfig, mesh_shape: dict[str, int], strategy: S
     attention, model = config.attention, config.model
     layout, head_parts = attention.make_layout(mesh_shape[SEQUENCE]), mesh_shape[TENSOR] * model.head_groups
     shard = (1, config.seq_len // layout.ring_size, model.num_heads // head_parts, model.head_dim)
-    setting = Setting(axis_name=SEQUENCE, layout=layout, kernel=find_kernel(attention.impl), blocks=BlockSizes())
-    rule = Rule(scale=1.0, window=attention.window or None, softcap=attention.softcap or None)
+    context = Context(axis_name=SEQUENCE, layout=layout, kernel=find_kernel(attention.impl), blocks=BlockSizes())
+    mask = MaskSpec(scale=1.0, window=attention.window or None, softcap=attention.softcap or None)
     queries = (shard[0], shard[2], shard[1], shard[3])
-    setting.kernel.check(rule, jax.ShapeDtypeStruct(queries, model.compute_dtype))
-    strategy.check(setting, shard, model.num_kv_heads // head_parts, rule)
+    context.kernel.check(mask, jax.ShapeDtypeStruct(queries, model.compute_dtype))
+    strategy.check(context, shard, model.num_kv_heads // head_parts, mask)
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -13,9 +13,9 @@ from ring_helpers import Bound, results, ring_mesh, sharded
 import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.attention.kernels import cudnn
-from ring_attention.attention.kernels.rectangles import CAUSAL, FULL, OTHER, Rectangle, plan
-from ring_attention.attention.masks import Hop, Tokens, visible
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.kernels.static_tiles import CAUSAL, FULL, OTHER, StaticTile, plan
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair, Tokens, visible
 from ring_attention.parallel import context
 
 B, T, H, K, D, P = 2, 256, 4, 2, 64, 4
@@ -35,10 +35,10 @@ LAYOUTS = {
 
 
 def _weights(q, k, lse, scale, part):
-    """float32 [B,H,t,s] of one rectangle, and k with its heads repeated for those of q."""
+    """float32 [B,H,t,s] of one tile, and k with its heads repeated for those of q."""
     k = jnp.repeat(k, q.shape[1] // k.shape[1], 1).astype(jnp.float32)
     scores = jnp.einsum("bhtd,bhsd->bhts", q.astype(jnp.float32), k) * scale
-    if part.mask == CAUSAL:
+    if part.kind == CAUSAL:
         behind = jnp.arange(q.shape[2])[:, None] - jnp.arange(k.shape[2])
         seen = (behind >= 0) & (behind < (part.window or q.shape[2]))
         scores = jnp.where(seen, scores, -jnp.inf)
@@ -143,7 +143,7 @@ def test_the_bound_sees_mistakes(monkeypatch, wrong):
     qkv = random_qkv(0, 1, T, H, K, D, dtype="bfloat16")
     attention, gradients = cudnn._attention, cudnn._gradients
     if wrong == "a plan of another device":
-        monkeypatch.setattr(cudnn, "plan", lambda hop: (plan(hop)[0], jnp.int32(0)))
+        monkeypatch.setattr(cudnn, "plan", lambda pair: (plan(pair)[0], jnp.int32(0)))
         want = {"out", "dq", "dk", "dv"}
     elif wrong == "the lse of the hop":
 
@@ -155,8 +155,8 @@ def test_the_bound_sees_mistakes(monkeypatch, wrong):
         want = {"dq", "dk", "dv"}
     else:
         monkeypatch.setattr(cudnn, "CAUSAL", "unknown")
-        replaced = functools.partial(Rectangle._replace, mask=FULL)
-        monkeypatch.setattr(cudnn, "plan", lambda hop: ([[*map(replaced, x)] for x in plan(hop)[0]], plan(hop)[1]))
+        replaced = functools.partial(StaticTile._replace, kind=FULL)
+        monkeypatch.setattr(cudnn, "plan", lambda pair: ([[*map(replaced, x)] for x in plan(pair)[0]], plan(pair)[1]))
         want = {"out", "dq", "dk", "dv"}
     assert set(Bound(qkv).too_large(_run(qkv, "zigzag", {}))) == want
 
@@ -185,28 +185,28 @@ def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
 # --- Plans ------------------------------------------------------------------------------------------------------------
 
 
-def _hop(layout, device, source, t, rule):
+def _pair(layout, device, source, t, mask):
     queries, keys = (Tokens(layout.shard_positions(i, t)[None], runs=layout.runs(t)) for i in (device, source))
-    return Hop(queries, keys, rule, own=device == source)
+    return BlockPair(queries, keys, mask, diagonal=device == source)
 
 
-@pytest.mark.parametrize("rule", [dict(), dict(causal=False), dict(window=9), dict(window=9, causal=False)])
+@pytest.mark.parametrize("mask", [dict(), dict(causal=False), dict(window=9), dict(window=9, causal=False)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rectangles_cover_what_is_seen_and_no_more(layout, rule):
-    layout, rule, t = LAYOUTS[layout], Rule(scale=1.0, **rule), 16
+def test_static_tiles_cover_what_is_seen_and_no_more(layout, mask):
+    layout, mask, t = LAYOUTS[layout], MaskSpec(scale=1.0, **mask), 16
     for device in range(P):
         for source in range(P):
-            hop = _hop(layout, device, source, t, rule)
-            plans, number = plan(hop)
+            pair = _pair(layout, device, source, t, mask)
+            plans, number = plan(pair)
             covered = np.zeros((t, t), int)
-            q, k = (np.asarray(x.positions[0]) for x in (hop.queries, hop.keys))
-            seen = visible(rule, Tokens(q[:, None]), Tokens(k[None]))
+            q, k = (np.asarray(x.positions[0]) for x in (pair.queries, pair.keys))
+            seen = visible(mask, Tokens(q[:, None]), Tokens(k[None]))
             seen = np.broadcast_to(True if seen is None else seen, (t, t))
             for part in plans[0 if number is None else int(number)]:
                 here = np.s_[part.q : part.q_end, part.kv : part.kv_end]
                 behind = np.arange(part.q_end - part.q)[:, None] - np.arange(part.kv_end - part.kv)
                 window = t if part.window is None else part.window
-                shown = {FULL: behind < t, CAUSAL: (behind >= 0) & (behind < window), OTHER: seen[here]}[part.mask]
+                shown = {FULL: behind < t, CAUSAL: (behind >= 0) & (behind < window), OTHER: seen[here]}[part.kind]
                 covered[here] += shown
             np.testing.assert_array_equal(covered, seen)
 
@@ -218,20 +218,20 @@ def test_too_many_ways_to_meet_are_refused():
     with pytest.raises(
         ValueError, match="this kernel would need 511 calls for the ways in which shards of this layout"
     ):
-        plan(Hop(queries, keys, Rule(scale=1.0)))
+        plan(BlockPair(queries, keys, MaskSpec(scale=1.0)))
 
 
 def test_a_zigzag_ring_needs_three_calls_and_a_striped_one_two():
-    t, rule = 16, Rule(scale=1.0)
+    t, mask = 16, MaskSpec(scale=1.0)
     for P in (2, 8, 64):
-        home, _ = plan(_hop(ra.SequenceLayout("zigzag", P), 0, 0, t, rule))
-        assert home == [[Rectangle(0, t, 0, t, CAUSAL)]]
-        plans, _ = plan(_hop(ra.SequenceLayout("zigzag", P), 0, 1, t, rule))
+        home, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 0, t, mask))
+        assert home == [[StaticTile(0, t, 0, t, CAUSAL)]]
+        plans, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 1, t, mask))
         half = t // 2
         assert sorted(plans) == [
-            [Rectangle(0, t, 0, half, FULL)],
-            [Rectangle(0, t, 0, t, CAUSAL)],
-            [Rectangle(half, t, 0, t, FULL)],
+            [StaticTile(0, t, 0, half, FULL)],
+            [StaticTile(0, t, 0, t, CAUSAL)],
+            [StaticTile(half, t, 0, t, FULL)],
         ]
-        plans, _ = plan(_hop(ra.SequenceLayout("striped", P), 0, 1, t, rule))
-        assert sorted(plans) == [[Rectangle(0, t, 0, t, CAUSAL)], [Rectangle(1, t, 0, t - 1, CAUSAL)]]
+        plans, _ = plan(_pair(ra.SequenceLayout("striped", P), 0, 1, t, mask))
+        assert sorted(plans) == [[StaticTile(0, t, 0, t, CAUSAL)], [StaticTile(1, t, 0, t - 1, CAUSAL)]]

@@ -5,21 +5,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import (
     EMPTY,
     FULL,
     PARTIAL,
-    Hop,
+    BlockPair,
     Tokens,
     tile_kinds,
     visible,
 )
-from ring_attention.attention.rule import Rule
 
 Q, KV, Q_TILE, KV_TILE = 24, 30, 6, 5
 
-RULES = st.builds(
-    Rule,
+MASKS = st.builds(
+    MaskSpec,
     scale=st.just(1.0),
     causal=st.booleans(),
     window=st.none() | st.sampled_from([1, 2, 5, 13, 50]),
@@ -39,63 +39,63 @@ def _tokens(rng, count, packed, kind):
     return Tokens(jnp.asarray(positions[None]), None if segments is None else jnp.asarray(segments))
 
 
-def _seen(rule, queries, keys):
+def _seen(mask, queries, keys):
     """What `visible` says of all pairs, [q,kv]."""
     across, down = jax.tree.map(lambda x: x[0, :, None], queries), jax.tree.map(lambda x: x[0, None, :], keys)
-    seen, shape = visible(rule, across, down), (queries.positions.size, keys.positions.size)
+    seen, shape = visible(mask, across, down), (queries.positions.size, keys.positions.size)
     return np.ones(shape, bool) if seen is None else np.broadcast_to(np.asarray(seen), shape)
 
 
-def _may_see(rule, queries, keys, q, k):
+def _may_see(mask, queries, keys, q, k):
     """Whether query number q sees key number k, said once more in words of one pair."""
     here, there = int(queries.positions[0, q]), int(keys.positions[0, k])
     return not (
-        (rule.causal and there > here)
-        or (rule.window is not None and abs(here - there) >= rule.window)
-        or (rule.seq_len is not None and (here >= rule.seq_len or there >= rule.seq_len))
+        (mask.causal and there > here)
+        or (mask.window is not None and abs(here - there) >= mask.window)
+        or (mask.seq_len is not None and (here >= mask.seq_len or there >= mask.seq_len))
         or (queries.segments is not None and queries.segments[0, q] != keys.segments[0, k])
     )
 
 
 @settings(max_examples=40, deadline=None)
-@given(rule=RULES, packed=st.booleans(), seed=st.integers(0, 10_000))
-def test_a_query_sees_the_keys_that_position_window_length_and_segment_all_allow(rule, packed, seed):
+@given(mask=MASKS, packed=st.booleans(), seed=st.integers(0, 10_000))
+def test_a_query_sees_the_keys_that_position_window_length_and_segment_all_allow(mask, packed, seed):
     rng = np.random.default_rng(seed)
     queries, keys = (_tokens(rng, count, packed, "scattered") for count in (7, 9))
     queries, keys = jax.tree.map(np.asarray, (queries, keys))
-    want = [[_may_see(rule, queries, keys, q, k) for k in range(9)] for q in range(7)]
-    np.testing.assert_array_equal(_seen(rule, queries, keys), want)
+    want = [[_may_see(mask, queries, keys, q, k) for k in range(9)] for q in range(7)]
+    np.testing.assert_array_equal(_seen(mask, queries, keys), want)
 
 
 def test_a_rule_that_hides_nothing_makes_no_mask():
     tokens = Tokens(jnp.arange(4)[None])
-    assert visible(Rule(scale=1.0, causal=False), tokens, tokens) is None
-    assert visible(Rule(scale=1.0), tokens, tokens) is not None
+    assert visible(MaskSpec(scale=1.0, causal=False), tokens, tokens) is None
+    assert visible(MaskSpec(scale=1.0), tokens, tokens) is not None
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    rule=RULES,
+    mask=MASKS,
     packed=st.booleans(),
     kind=st.sampled_from(["scattered", "sorted", "consecutive"]),
     seed=st.integers(0, 10_000),
 )
-def test_a_tile_called_empty_hides_all_and_one_called_full_hides_nothing(rule, packed, kind, seed):
+def test_a_tile_called_empty_hides_all_and_one_called_full_hides_nothing(mask, packed, kind, seed):
     rng = np.random.default_rng(seed)
     queries, keys = _tokens(rng, Q, packed, kind), _tokens(rng, KV, packed, kind)
-    seen = _seen(rule, queries, keys)
+    seen = _seen(mask, queries, keys)
     tiles = seen.reshape(Q // Q_TILE, Q_TILE, KV // KV_TILE, KV_TILE).swapaxes(1, 2).reshape(4, 6, -1)
-    kinds = np.asarray(tile_kinds(Hop(queries.tiles(Q_TILE), keys.tiles(KV_TILE), rule)))[0]
+    kinds = np.asarray(tile_kinds(BlockPair(queries.tiles(Q_TILE), keys.tiles(KV_TILE), mask)))[0]
     assert kinds.shape == (4, 6)
     assert not tiles[kinds == EMPTY].any()
     assert tiles[kinds == FULL].all()
-    if kind == "consecutive" and not packed and rule.seq_len is None:  # then the bounds say all there is to say
+    if kind == "consecutive" and not packed and mask.seq_len is None:  # then the bounds say all there is to say
         np.testing.assert_array_equal(kinds == EMPTY, ~tiles.any(-1))
         np.testing.assert_array_equal(kinds == FULL, tiles.all(-1))
 
 
-def _kinds(rule, tokens, size):
-    return np.asarray(tile_kinds(Hop(tokens.tiles(size), tokens.tiles(size), rule)))[0].tolist()
+def _kinds(mask, tokens, size):
+    return np.asarray(tile_kinds(BlockPair(tokens.tiles(size), tokens.tiles(size), mask)))[0].tolist()
 
 
 # Twelve tokens in three tiles.
@@ -122,19 +122,19 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_the_tiles_of_a_square_are_of_the_kinds_that_one_would_draw(name):
     arguments, want = KINDS[name]
-    assert _kinds(Rule(scale=1.0, **arguments), Tokens(jnp.arange(12)[None]), 4) == want
+    assert _kinds(MaskSpec(scale=1.0, **arguments), Tokens(jnp.arange(12)[None]), 4) == want
 
 
 def test_tiles_of_different_documents_are_empty():
     tokens = Tokens(jnp.arange(12)[None], jnp.array([[1] * 8 + [2] * 4]))
     want = [[FULL, FULL, EMPTY], [FULL, FULL, EMPTY], [EMPTY, EMPTY, FULL]]
-    assert _kinds(Rule(scale=1.0, causal=False), tokens, 4) == want
+    assert _kinds(MaskSpec(scale=1.0, causal=False), tokens, 4) == want
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_fills_up_a_tile_is_seen_by_nobody_and_sees_nobody(packed):
     tokens = Tokens(jnp.arange(5)[None], jnp.zeros((1, 5), jnp.int32) if packed else None)
     queries, keys = tokens.pad(3), tokens.pad(2)
-    seen = _seen(Rule(scale=1.0, causal=False), queries, keys)
+    seen = _seen(MaskSpec(scale=1.0, causal=False), queries, keys)
     assert seen.shape == (8, 7)
     np.testing.assert_array_equal(seen, np.pad(np.ones((5, 5), bool), ((0, 3), (0, 2))))

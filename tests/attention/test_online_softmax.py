@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from ring_attention.attention import online_softmax
-from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.online_softmax import SoftmaxState
 
 EMPTY_ROW = (jnp.zeros((1, 3)), jnp.full((1,), -jnp.inf))
 ROW = (jnp.array([[1.0, -2.0, 3.0]]), jnp.array([0.5]))
@@ -11,10 +11,10 @@ ROW = (jnp.array([[1.0, -2.0, 3.0]]), jnp.array([0.5]))
 
 def joined(*parts):
     """(out, lse) after absorbing parts that each have an out and an lse."""
-    running = Running.empty(parts[0][0].shape)
+    state = SoftmaxState.empty(parts[0][0].shape)
     for part in parts:
-        running = online_softmax.absorb(running, *part)
-    return online_softmax.finish(running)
+        state = online_softmax.merge(state, *part)
+    return online_softmax.finalize(state)
 
 
 def test_two_empty_rows_make_an_empty_row_and_no_nan():
@@ -32,8 +32,8 @@ def test_an_empty_row_changes_nothing(parts):
 
 def test_scores_far_beyond_the_range_of_exp_do_not_overflow():
     scores, values = jnp.array([[9e3, -9e3, 9e3]]), jnp.eye(3)
-    running = online_softmax.update(Running.empty((1, 3)), scores[:, :2], values[:2])
-    out, lse = online_softmax.finish(online_softmax.update(running, scores[:, 2:], values[2:]))
+    state = online_softmax.update(SoftmaxState.empty((1, 3)), scores[:, :2], values[:2])
+    out, lse = online_softmax.finalize(online_softmax.update(state, scores[:, 2:], values[2:]))
     np.testing.assert_allclose(out, [[0.5, 0, 0.5]])
     np.testing.assert_allclose(lse, [9e3 + np.log(2)], rtol=1e-6)
 

@@ -8,7 +8,7 @@ import pytest
 
 from ring_attention.attention.kernels import cudnn, splash
 from ring_attention.attention.kernels.contract import require_signature
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 
 Q = {
     "cudnn": jax.ShapeDtypeStruct((1, 4, 256, 64), jnp.bfloat16),
@@ -34,21 +34,21 @@ def _look_again():
 @pytest.mark.parametrize("kernel", ADAPTERS)
 def test_the_installed_jax_fits_whatever_its_number(kernel, monkeypatch):
     monkeypatch.setattr(jax, "__version__", "9.9.9")
-    ADAPTERS[kernel].check(Rule(scale=1.0), Q[kernel])
+    ADAPTERS[kernel].check(MaskSpec(scale=1.0), Q[kernel])
 
 
 @pytest.mark.parametrize(("kernel", "name"), EACH)
 def test_a_function_that_needs_another_argument_is_refused(kernel, name, monkeypatch):
     monkeypatch.setattr(ADAPTERS[kernel]._library(), name, lambda *, brand_new: None)
     with pytest.raises(ValueError, match=f'impl="{kernel}" does not fit jax .* needs brand_new .*use impl="xla", or'):
-        ADAPTERS[kernel].check(Rule(scale=1.0), Q[kernel])
+        ADAPTERS[kernel].check(MaskSpec(scale=1.0), Q[kernel])
 
 
 @pytest.mark.parametrize(("kernel", "name"), EACH)
 def test_a_function_that_is_gone_is_refused(kernel, name, monkeypatch):
     monkeypatch.delattr(ADAPTERS[kernel]._library(), name)
     with pytest.raises(ValueError, match=f'impl="{kernel}" does not fit jax .*{name}.*; use impl="xla"'):
-        ADAPTERS[kernel].check(Rule(scale=1.0), Q[kernel])
+        ADAPTERS[kernel].check(MaskSpec(scale=1.0), Q[kernel])
 
 
 def test_score_modifiers_are_left_out_where_jax_has_none(monkeypatch):

@@ -157,21 +157,21 @@ def test_the_oracles_gradients_are_the_slopes_of_its_output(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case != "causal"])
 def test_each_argument_matters_by_far_more_than_the_tolerances_here(case):
     q, k, v, dout = _inputs()
-    rule = CASES[case]
-    for name in rule.keys() - {"dropout_key", "kv_segment_ids"}:
-        without = {key: value for key, value in rule.items() if key not in (name, "kv_" + name)}
-        for got, other in zip(oracle(q, k, v, dout, **rule), oracle(q, k, v, dout, **without), strict=True):
+    mask = CASES[case]
+    for name in mask.keys() - {"dropout_key", "kv_segment_ids"}:
+        without = {key: value for key, value in mask.items() if key not in (name, "kv_" + name)}
+        for got, other in zip(oracle(q, k, v, dout, **mask), oracle(q, k, v, dout, **without), strict=True):
             assert relative_error(got, other) > 1e-3, name
 
 
-def _dense_everything(q, k, v, dout, sinks, rule):
+def _dense_everything(q, k, v, dout, sinks, mask):
     """(out, dq, dk, dv) of `dense_attention` and, where there are sinks, dsinks."""
-    rule = {name: value for name, value in rule.items() if name != "sinks"}
+    mask = {name: value for name, value in mask.items() if name != "sinks"}
     arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v, *([] if sinks is None else [sinks]))]
 
     @jax.jit
     def run(arrays, dout):
-        out, vjp = jax.vjp(lambda q, k, v, sinks=None: dense_attention(q, k, v, sinks=sinks, **rule), *arrays)
+        out, vjp = jax.vjp(lambda q, k, v, sinks=None: dense_attention(q, k, v, sinks=sinks, **mask), *arrays)
         return out, *vjp(dout)
 
     with jax.debug_nans(True):
@@ -181,12 +181,12 @@ def _dense_everything(q, k, v, dout, sinks, rule):
 @pytest.mark.parametrize("case", CASES)
 def test_dense_attention_in_float32_is_close_to_the_oracle(case):
     q, k, v, dout = (np.float32(x) for x in _inputs())
-    rule = CASES[case]
-    got = _dense_everything(q, k, v, dout, rule.get("sinks"), rule)
-    want = [ra.reference_attention(q, k, v, **rule), *reference_gradients(q, k, v, dout, **rule)]
+    mask = CASES[case]
+    got = _dense_everything(q, k, v, dout, mask.get("sinks"), mask)
+    want = [ra.reference_attention(q, k, v, **mask), *reference_gradients(q, k, v, dout, **mask)]
     for name, g, w in zip((*NAMES, "dsinks"), got, want, strict=False):
         assert relative_error(g, w) < 1e-5, name
-    assert len(got) == len(want) == (5 if "sinks" in rule else 4)
+    assert len(got) == len(want) == (5 if "sinks" in mask else 4)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -209,12 +209,12 @@ def test_a_window_of_w_shows_w_keys_and_one_of_another_size_shows_others(causal)
 @pytest.mark.parametrize("sinks", [None, SINKS])
 def test_a_query_that_sees_nothing_gives_zero_and_has_no_gradients(sinks):
     q, k, v, dout = _inputs()
-    rule = dict(causal=False, sinks=sinks, segment_ids=np.full((B, T), 1), kv_segment_ids=np.full((B, S), 2))
-    out, lse = ra.reference_attention(q, k, v, **rule, return_lse=True)
+    mask = dict(causal=False, sinks=sinks, segment_ids=np.full((B, T), 1), kv_segment_ids=np.full((B, S), 2))
+    out, lse = ra.reference_attention(q, k, v, **mask, return_lse=True)
     assert np.all(out == 0)
     np.testing.assert_array_equal(lse, np.broadcast_to(-np.inf if sinks is None else sinks, (B, T, H)))
-    assert all(np.all(gradient == 0) for gradient in reference_gradients(q, k, v, dout, **rule))
-    assert all(np.all(np.asarray(x) == 0) for x in _dense_everything(q, k, v, dout, sinks, rule))
+    assert all(np.all(gradient == 0) for gradient in reference_gradients(q, k, v, dout, **mask))
+    assert all(np.all(np.asarray(x) == 0) for x in _dense_everything(q, k, v, dout, sinks, mask))
 
 
 def test_a_sink_takes_its_share_of_the_softmax():

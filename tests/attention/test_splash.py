@@ -66,7 +66,7 @@ ALL = [
     ("layout", "mask", "dtype"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in ALL],
 )
-def test_a_ring_of_its_hops_is_as_exact_as_dense_attention(layout, mask, dtype):
+def test_a_ring_of_its_pairs_is_as_exact_as_dense_attention(layout, mask, dtype):
     qkv = random_qkv(0, B, T, H, K, D, dtype=dtype)
     assert Bound(qkv, **MASKS[mask]).too_large(_results(qkv, layout, MASKS[mask])) == {}
 
@@ -89,8 +89,8 @@ def test_the_bound_sees_tiles_that_are_left_out(monkeypatch):
     qkv = random_qkv(0, 1, T, 2, 1, D)
     seen = splash.tile_kinds
 
-    def mutant(hop):
-        kinds = seen(hop)
+    def mutant(pair):
+        kinds = seen(pair)
         return kinds.at[..., -1].set(splash.EMPTY)
 
     monkeypatch.setattr(splash, "tile_kinds", mutant)

@@ -7,34 +7,34 @@ import pytest
 
 import ring_attention as ra
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels import tiles
-from ring_attention.attention.kernels.tiles import Tiles
-from ring_attention.attention.masks import Hop, Tokens, visible
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.kernels import tiling
+from ring_attention.attention.kernels.tiling import Tiling
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair, Tokens, visible
 
 B, H, K, D = 2, 4, 2, 8
 
 
-def _hop(t, s, segments=False, offset=0, **rule):
+def _pair(t, s, segments=False, offset=0, **mask):
     rng = np.random.default_rng(0)
     ids = [np.sort(rng.integers(1, 4, (B, n)), axis=1).astype(np.int32) for n in (t, s)] if segments else (None, None)
     ids = [None if x is None else jnp.asarray(x) for x in ids]
-    return Hop(
-        Tokens(jnp.arange(t)[None] + offset, ids[0]), Tokens(jnp.arange(s)[None], ids[1]), Rule(scale=1.0, **rule)
+    return BlockPair(
+        Tokens(jnp.arange(t)[None] + offset, ids[0]), Tokens(jnp.arange(s)[None], ids[1]), MaskSpec(scale=1.0, **mask)
     )
 
 
-def _mask(hop, t, s):
-    queries = Tokens(*(None if x is None else x[:, :, None] for x in (hop.queries.positions, hop.queries.segments)))
-    keys = Tokens(*(None if x is None else x[:, None, :] for x in (hop.keys.positions, hop.keys.segments)))
-    mask = visible(hop.rule, queries, keys)
+def _mask(pair, t, s):
+    queries = Tokens(*(None if x is None else x[:, :, None] for x in (pair.queries.positions, pair.queries.segments)))
+    keys = Tokens(*(None if x is None else x[:, None, :] for x in (pair.keys.positions, pair.keys.segments)))
+    mask = visible(pair.mask, queries, keys)
     return np.broadcast_to(True if mask is None else mask, (B, t, s))
 
 
-def _counts(hop, t, s, blocks):
+def _counts(pair, t, s, blocks):
     """How often each score [B,K,t,s] is computed, and how often without a mask."""
     q, k = jnp.zeros((B, H, t, D)), jnp.zeros((B, K, s, D))
-    cut = Tiles.of(hop, q, k, blocks)
+    cut = Tiling.of(pair, q, k, blocks)
     padded = (-(-t // cut.size.q) * cut.size.q, -(-s // cut.size.kv) * cut.size.kv)
     computed, unmasked = np.zeros((2, B, K, *padded), int)
 
@@ -57,7 +57,7 @@ def _counts(hop, t, s, blocks):
             return carry
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "lax", Loop)
+        patch.setattr(tiling, "lax", Loop)
         cut.each(lambda area, visits, carry: cut.visit(area, visits, take, carry), 0)
     return computed[:, :, :t, :s], unmasked[:, :, :t, :s]
 
@@ -75,14 +75,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("group", [tiles.GROUP, 2])
+@pytest.mark.parametrize("group", [tiling.GROUP, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a_mask(case, group, monkeypatch):
-    monkeypatch.setattr(tiles, "GROUP", group)
+    monkeypatch.setattr(tiling, "GROUP", group)
     sizes = dict(CASES[case])
-    hop, blocks = _hop(**sizes), BlockSizes(q=16, kv=8, cut=2)
-    mask = _mask(hop, sizes["t"], sizes["s"])[:, None]
-    computed, unmasked = _counts(hop, sizes["t"], sizes["s"], blocks)
+    pair, blocks = _pair(**sizes), BlockSizes(q=16, kv=8, cut=2)
+    mask = _mask(pair, sizes["t"], sizes["s"])[:, None]
+    computed, unmasked = _counts(pair, sizes["t"], sizes["s"], blocks)
     assert computed.max(initial=0) <= 1
     assert (computed[np.broadcast_to(mask, computed.shape)] == 1).all()
     assert mask[np.broadcast_to(unmasked > 0, unmasked.shape).any(1, keepdims=True)].all()
@@ -90,16 +90,16 @@ def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a
 
 def test_a_diagonal_costs_half_a_small_tile_a_row_and_a_shard_that_nobody_sees_nothing():
     t, blocks = 64, BlockSizes(q=16, kv=16, cut=2)
-    computed, _ = _counts(_hop(t, t), t, t, blocks)
+    computed, _ = _counts(_pair(t, t), t, t, blocks)
     assert computed[0, 0].sum() == t * (t + 8) / 2
-    whole, _ = _counts(_hop(t, t), t, t, BlockSizes(q=16, kv=16, cut=1))
-    assert whole[0, 0].sum() == t * (t + 16) / 2  # the control: tiles that are not cut
-    assert _counts(_hop(t, t, offset=-t), t, t, blocks)[0].sum() == 0
+    uncut, _ = _counts(_pair(t, t), t, t, BlockSizes(q=16, kv=16, cut=1))
+    assert uncut[0, 0].sum() == t * (t + 16) / 2  # the control: tiles that are not cut
+    assert _counts(_pair(t, t, offset=-t), t, t, blocks)[0].sum() == 0
 
 
 def test_several_heads_of_one_tile_are_visited_together():
-    together, _ = _counts(_hop(32, 32), 32, 32, BlockSizes(q=16, kv=16, heads=2))
-    alone, _ = _counts(_hop(32, 32), 32, 32, BlockSizes(q=16, kv=16))
+    together, _ = _counts(_pair(32, 32), 32, 32, BlockSizes(q=16, kv=16, heads=2))
+    alone, _ = _counts(_pair(32, 32), 32, 32, BlockSizes(q=16, kv=16))
     np.testing.assert_array_equal(together, alone)
 
 

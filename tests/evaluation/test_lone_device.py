@@ -14,7 +14,7 @@ from ring_helpers import Bound
 
 import ring_attention as ra
 from ring_attention.attention.kernels import KERNELS, require_platform
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.evaluation.lone_device import LoneDevice
 
 B, H, K, D, P = 1, 4, 2, 64, 4
@@ -31,15 +31,15 @@ def _results(qkv, kernel, layout, mask):
     """(out, dq, dk, dv) in natural order."""
     device = LoneDevice(kernel=KERNELS[kernel], layout=layout)
     segments, mask = mask.get("segment_ids"), {name: x for name, x in mask.items() if name != "segment_ids"}
-    rule = Rule(scale=D**-0.5, **mask)
+    mask = MaskSpec(scale=D**-0.5, **mask)
     q, k, v, dout = (_dealt(x, layout).swapaxes(2, 3) for x in qkv)
     segments = None if segments is None else _dealt(jnp.asarray(segments, jnp.int32), layout)
-    device.kernel.check(rule, q[0])
+    device.kernel.check(mask, q[0])
 
     @jax.jit
     def run(place):
-        out, lse = device.forward(place, q[place], k, v, segments, rule)
-        return out, *device.backward(place, q[place], k, v, segments, rule, out, lse, dout[place])
+        out, lse = device.forward(place, q[place], k, v, segments, mask)
+        return out, *device.backward(place, q[place], k, v, segments, mask, out, lse, dout[place])
 
     outs, dqs, dkvs = zip(*(run(place) for place in range(P)), strict=True)
     of_keys = [jnp.stack([sum(dkvs[i][i - j][n] for i in range(P)) for j in range(P)]) for n in range(2)]

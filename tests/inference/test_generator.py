@@ -262,7 +262,7 @@ def _rotary_is_one_token_behind(patch):
 
 
 def _shares_are_not_merged(patch):
-    patch.setattr(decode, "_merged", lambda running, axis: jax.tree.map(lambda x: jax.lax.pmax(x, axis), running))
+    patch.setattr(decode, "_merged", lambda state, axis: jax.tree.map(lambda x: jax.lax.pmax(x, axis), state))
 
 
 def _every_row_ends_where_the_longest_does(patch):
@@ -341,8 +341,8 @@ def test_mistakes_are_refused_in_one_line_before_anything_compiles(change, words
 
 
 def test_the_strategy_is_asked_about_the_window_and_the_softcap_of_the_model(monkeypatch):
-    def refuse(self, setting, shape, kv_heads, rule):
-        raise ValueError(f"window={rule.window} softcap={rule.softcap}")
+    def refuse(self, context, shape, kv_heads, mask):
+        raise ValueError(f"window={mask.window} softcap={mask.softcap}")
 
     attention = dataclasses.replace(WINDOW, softcap=0.5)
     monkeypatch.setattr(type(attention.make_strategy()), "check", refuse)

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as Spec
 
 import ring_attention as ra
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import Tokens, visible
-from ring_attention.attention.rule import Rule
 from ring_attention.evaluation.position_loss import LossReader
 from ring_attention.models.hf.loading import load_parameters
 from ring_attention.models.hf.source import open_source
@@ -258,10 +258,10 @@ def test_a_window_shows_what_the_mask_of_transformers_shows(window):
     theirs = masking_utils.sliding_window_causal_mask_function(window)
     at = jnp.arange(40)
     queries, keys = Tokens(at[:, None]), Tokens(at[None])
-    ours = np.asarray(visible(Rule(scale=1.0, window=window), queries, keys))
+    ours = np.asarray(visible(MaskSpec(scale=1.0, window=window), queries, keys))
     want = np.array([[bool(theirs(0, 0, torch.tensor(i), torch.tensor(j))) for j in range(40)] for i in range(40)])
     np.testing.assert_array_equal(ours, want)
-    other = np.asarray(visible(Rule(scale=1.0, window=window + 1), queries, keys))
+    other = np.asarray(visible(MaskSpec(scale=1.0, window=window + 1), queries, keys))
     assert (other != want).any() or window > 40  # the control
 
 

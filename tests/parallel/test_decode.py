@@ -13,7 +13,7 @@ from oracle import dense_attention
 
 import ring_attention as ra
 from ring_attention.attention import cached, online_softmax, sinks
-from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.parallel import decode
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.planning.hlo import compiled
@@ -143,8 +143,8 @@ def test_rows_that_see_nothing_are_zero_and_what_lies_beyond_a_rows_length_does_
     assert not out[0].any()
     assert not out[1, 0].any(), "the row's newest token but one was never there"
     assert out[1, 1].any()
-    beyond = (np.arange(S) >= lengths[:, None])[..., None, None]
-    changed = _decode(q, *(jnp.where(beyond, 1e4, x) for x in (k, v)), lengths, mesh=_mesh(4))
+    unused = (np.arange(S) >= lengths[:, None])[..., None, None]
+    changed = _decode(q, *(jnp.where(unused, 1e4, x) for x in (k, v)), lengths, mesh=_mesh(4))
     assert np.array_equal(out, changed)
     within = (np.arange(S) == lengths[:, None] - 1)[..., None, None]
     control = _decode(q, *(jnp.where(within, 1e4, x) for x in (k, v)), lengths, mesh=_mesh(4))
@@ -168,25 +168,25 @@ def test_what_was_prefilled_is_the_beginning_of_a_larger_striped_cache():
 
 
 def _sinks_on_every_device(patch):
-    def mutant(running, sinks_H):
-        return finish(running, None if sinks_H is None else sinks_H + np.log(4.0))
+    def mutant(state, sinks_H):
+        return finalize(state, None if sinks_H is None else sinks_H + np.log(4.0))
 
-    finish = sinks.finish
-    patch.setattr(sinks, "finish", mutant)
+    finalize = sinks.finalize
+    patch.setattr(sinks, "finalize", mutant)
 
 
 def _devices_count_alike(patch):
-    def mutant(running, axis_name):
-        everyone = lax.all_gather(online_softmax.finish(running)[0], axis_name, to="invarying")
+    def mutant(state, axis_name):
+        everyone = lax.all_gather(online_softmax.finalize(state)[0], axis_name, to="invarying")
         alike = jnp.ones(everyone.shape[1:-1])
-        return Running(everyone.mean(0), 0 * alike, alike)
+        return SoftmaxState(everyone.mean(0), 0 * alike, alike)
 
     patch.setattr(decode, "_merged", mutant)
 
 
 def _own_part_alone(patch):
-    def mutant(running, axis_name):
-        return Running(*(lax.all_gather(x, axis_name, to="invarying")[0] for x in running))
+    def mutant(state, axis_name):
+        return SoftmaxState(*(lax.all_gather(x, axis_name, to="invarying")[0] for x in state))
 
     patch.setattr(decode, "_merged", mutant)
 
@@ -221,8 +221,8 @@ def _first_tile_is_left_out(patch):
 
 
 def _window_is_one_too_wide(patch):
-    make = decode.make_rule
-    patch.setattr(decode, "make_rule", lambda *a, window, **kw: make(*a, window=window + 1, **kw))
+    make = decode.make_mask_spec
+    patch.setattr(decode, "make_mask_spec", lambda *a, window, **kw: make(*a, window=window + 1, **kw))
 
 
 MUTANTS = {
@@ -310,14 +310,14 @@ def test_the_cache_is_neither_gathered_nor_copied_and_memory_does_not_grow_with_
 
 def test_tiles_that_no_row_sees_are_not_read():
     def tiles(lengths, me, **settings):
-        rule = decode.make_rule(
+        mask = decode.make_mask_spec(
             jnp.zeros((1, 1, H, D)),
             **dict.fromkeys(("softcap", "scale", "alibi_slopes", "dropout_key", "window")) | settings,
             causal=True,
             dropout_rate=0.0,
         )
         positions = ra.SequenceLayout("striped", 4).shard_positions(me, 64)
-        found = cached._visited(rule, jnp.array(lengths)[:, None] - 1, positions, 16)
+        found = cached._visited(mask, jnp.array(lengths)[:, None] - 1, positions, 16)
         return found.items[: found.count].tolist()
 
     assert tiles([256, 9], 0) == [0, 1, 2, 3]

@@ -13,7 +13,7 @@ from ring_helpers import PLAIN, assert_exact, expected, quickly, results, ring_m
 
 import ring_attention as ra
 from ring_attention.attention import kernels
-from ring_attention.parallel import rotation
+from ring_attention.parallel import ring_pass
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 
 # Every size is another, so that swapped axes cannot pass.
@@ -129,8 +129,8 @@ def test_the_error_of_bfloat16_does_not_grow_with_the_ring(impl, monkeypatch):
 
         return run(self, rounded, carry, first)
 
-    run = rotation.Rotation.run
-    monkeypatch.setattr(rotation.Rotation, "run", run_in_bfloat16)
+    run = ring_pass.RingPass.run
+    monkeypatch.setattr(ring_pass.RingPass, "run", run_in_bfloat16)
     np.testing.assert_array_less(1.5 * few, _bf16_errors(64, impl))  # the control: sums over hops kept in bfloat16
 
 

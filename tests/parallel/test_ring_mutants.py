@@ -11,31 +11,31 @@ from ring_helpers import ALL_NAMES, PLAIN, Bound, results, sharded
 
 import ring_attention as ra
 from ring_attention.attention import kernels, online_softmax, sinks
-from ring_attention.attention.kernels.contract import Whole
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.weights import Meeting
+from ring_attention.attention.kernels.contract import GlobalStats
+from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.attention.weights import BlockScores
 from ring_attention.parallel import context, ring
-from ring_attention.parallel.rotation import Rotation
+from ring_attention.parallel.ring_pass import RingPass
 
 # --- What travels, how far and which way ------------------------------------------------------------------------------
 
 
 def _wrong_way(patch):
-    send = Rotation.send
-    patch.setattr(Rotation, "send", lambda self, tree, shift: send(self, tree, -shift))
+    send = RingPass.send
+    patch.setattr(RingPass, "send", lambda self, tree, shift: send(self, tree, -shift))
 
 
 def _segments_stay_at_home(patch):
-    send = Rotation.send
+    send = RingPass.send
 
     def mutant(self, tree, shift):
         return jax.tree.map(lambda old, new: old if old.dtype == jnp.int32 else new, tree, send(self, tree, shift))
 
-    patch.setattr(Rotation, "send", mutant)
+    patch.setattr(RingPass, "send", mutant)
 
 
 def _routes(more_hops=0, **more):
-    """A mutant whose blocks travel so many hops more, or for a reach of so many tokens more."""
+    """A mutant whose blocks travel so many hops more, or for a window of so many tokens more."""
 
     def mutate(patch):
         plan = ring.plan_routes
@@ -50,25 +50,25 @@ def _routes(more_hops=0, **more):
 
 
 def _gradients_stay_behind(patch):
-    pass_on = Rotation.pass_on
+    pass_on = RingPass.pass_on
     patch.setattr(
-        Rotation, "pass_on", lambda self, number, tree: tree if isinstance(tree, list) else pass_on(self, number, tree)
+        RingPass, "pass_on", lambda self, number, tree: tree if isinstance(tree, list) else pass_on(self, number, tree)
     )
 
 
 def _gradients_are_not_sent_home(patch):
-    patch.setattr(Rotation, "send_home", lambda self, number, tree: tree)
+    patch.setattr(RingPass, "send_home", lambda self, number, tree: tree)
 
 
 # --- Where tokens stand -----------------------------------------------------------------------------------------------
 
 
 def _wrong_source(patch):
-    def mutant(self, me, rule, q_segments, length, k_segments, route, step):
-        return hop(self, me, rule, q_segments, length, k_segments, route, self.layout.ring_size - step)
+    def mutant(self, me, mask, q_segments, length, k_segments, route, step):
+        return pair(self, me, mask, q_segments, length, k_segments, route, self.layout.ring_size - step)
 
-    hop = Rotation.hop
-    patch.setattr(Rotation, "hop", mutant)
+    pair = RingPass.pair
+    patch.setattr(RingPass, "pair", mutant)
 
 
 def _positions_of_another_layout(patch):
@@ -79,12 +79,12 @@ def _positions_of_another_layout(patch):
 
 def _window(more):
     def mutate(patch):
-        make_rule = context.make_rule
+        make_mask_spec = context.make_mask_spec
 
         def mutant(*args, **kwargs):
-            return make_rule(*args, **(kwargs | dict(window=kwargs["window"] + more)))
+            return make_mask_spec(*args, **(kwargs | dict(window=kwargs["window"] + more)))
 
-        patch.setattr(context, "make_rule", mutant)
+        patch.setattr(context, "make_mask_spec", mutant)
 
     return mutate
 
@@ -97,26 +97,26 @@ def _with_kernel(patch, **functions):
 
 
 def _hops_weigh_alike(patch):
-    def forward(q, k, v, hop, running, blocks):
-        here = PLAIN.forward(q, k, v, hop, jax.tree.map(jnp.zeros_like, running)._replace(top=running.top), blocks)
-        return Running(running.weighted + here.weighted, here.top, running.total + here.total)
+    def forward(q, k, v, pair, state, blocks):
+        here = PLAIN.forward(q, k, v, pair, jax.tree.map(jnp.zeros_like, state)._replace(max=state.max), blocks)
+        return SoftmaxState(state.acc + here.acc, here.max, state.sum + here.sum)
 
     _with_kernel(patch, forward=forward)
 
 
 def _lse_in_bfloat16(patch):
-    def mutant(running, sinks_H):
-        out, lse = finish(running, sinks_H)
+    def mutant(state, sinks_H):
+        out, lse = finalize(state, sinks_H)
         return out, lse.astype(jnp.bfloat16).astype(jnp.float32)
 
-    finish = sinks.finish
-    patch.setattr(sinks, "finish", mutant)
+    finalize = sinks.finalize
+    patch.setattr(sinks, "finalize", mutant)
 
 
 def _lse_of_the_hop(patch):
-    def backward(q, k, v, whole, hop, dq, blocks):
-        out, lse = online_softmax.finish(PLAIN.forward(q, k, v, hop, Running.empty(q.shape), blocks))
-        return PLAIN.backward(q, k, v, Whole.of(out.astype(q.dtype), lse, whole.dout), hop, dq, blocks)
+    def backward(q, k, v, stats, pair, dq, blocks):
+        out, lse = online_softmax.finalize(PLAIN.forward(q, k, v, pair, SoftmaxState.empty(q.shape), blocks))
+        return PLAIN.backward(q, k, v, GlobalStats.of(out.astype(q.dtype), lse, stats.dout), pair, dq, blocks)
 
     _with_kernel(patch, backward=backward)
 
@@ -137,11 +137,11 @@ def _without_a_hop_of_the_backward_pass(number):
     def mutate(patch):
         calls = []
 
-        def backward(q, k, v, whole, hop, dq, blocks):
-            calls.append(hop)
+        def backward(q, k, v, stats, pair, dq, blocks):
+            calls.append(pair)
             if len(calls) == number:
                 return dq, jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
-            return PLAIN.backward(q, k, v, whole, hop, dq, blocks)
+            return PLAIN.backward(q, k, v, stats, pair, dq, blocks)
 
         _with_kernel(patch, backward=backward)
 
@@ -157,17 +157,17 @@ def _dk_and_dv_swapped(patch):
 
 
 def _dq_of_the_last_hop_alone(patch):
-    def backward(q, k, v, whole, hop, dq, blocks):
-        return PLAIN.backward(q, k, v, whole, hop, jnp.zeros_like(dq), blocks)
+    def backward(q, k, v, stats, pair, dq, blocks):
+        return PLAIN.backward(q, k, v, stats, pair, jnp.zeros_like(dq), blocks)
 
     _with_kernel(patch, backward=backward)
 
 
 def _one_query_head_of_each_group(patch):
-    def backward(q, k, v, whole, *rest):
+    def backward(q, k, v, stats, *rest):
         first = (jnp.arange(q.shape[1]) % (q.shape[1] // k.shape[1]) == 0)[:, None]
-        whole = whole._replace(dout=whole.dout * first[..., None], delta=whole.delta * first)
-        return PLAIN.backward(q, k, v, whole, *rest)
+        stats = stats._replace(dout=stats.dout * first[..., None], delta=stats.delta * first)
+        return PLAIN.backward(q, k, v, stats, *rest)
 
     _with_kernel(patch, backward=backward)
 
@@ -176,12 +176,12 @@ def _one_query_head_of_each_group(patch):
 
 
 def _no_sinks(patch):
-    finish = sinks.finish
-    patch.setattr(sinks, "finish", lambda running, sinks_H: finish(running, None))
+    finalize = sinks.finalize
+    patch.setattr(sinks, "finalize", lambda state, sinks_H: finalize(state, None))
 
 
 def _no_gradient_of_the_sinks(patch):
-    patch.setattr(sinks, "gradient", lambda sinks_H, whole: jnp.zeros_like(sinks_H))
+    patch.setattr(sinks, "gradient", lambda sinks_H, stats: jnp.zeros_like(sinks_H))
 
 
 def _counted_from_0_on_each_device(axis):
@@ -199,8 +199,8 @@ def _keys_counted_from_0_in_each_shard(patch):
         keys = dataclasses.replace(self.keys, positions=self.keys.positions % 24)
         return factor(self._replace(keys=keys))
 
-    factor = Meeting.dropout_factor
-    patch.setattr(Meeting, "dropout_factor", mutant)
+    factor = BlockScores.dropout_factor
+    patch.setattr(BlockScores, "dropout_factor", mutant)
 
 
 # --- What shows -------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ MUTANTS = {
     "segments do not travel": (_segments_stay_at_home, "packed", NAMES),
     "a hop is missing": (_routes(more_hops=-1), "packed", NAMES),
     "a hop too many": (_routes(more_hops=1), "packed", NAMES),
-    "a token of a shard stays at home": (_routes(reach=-1), "window", NAMES),
+    "a token of a shard stays local": (_routes(window=-1), "window", NAMES),
     "a window one token too wide": (_window(1), "window", NAMES),
     "a window one token too narrow": (_window(-1), "window", NAMES),
     "hops weigh alike": (_hops_weigh_alike, "packed", NAMES),
@@ -227,12 +227,12 @@ MUTANTS = {
     "backward with the hop's own lse": (_lse_of_the_hop, "packed", GRADIENTS),
     "stale keys and values in the backward pass": (_stale_keys_in_the_backward_pass, "packed", GRADIENTS),
     "a hop is missing in the backward pass": (_without_a_hop_of_the_backward_pass(3), "packed", GRADIENTS),
-    "the later keys at home are missing in the backward pass": (
+    "the later local keys are missing in the backward pass": (
         _without_a_hop_of_the_backward_pass(1),
         "packed",
         GRADIENTS,
     ),
-    "the earlier keys at home are missing in the backward pass": (
+    "the earlier local keys are missing in the backward pass": (
         _without_a_hop_of_the_backward_pass(4),
         "packed",
         GRADIENTS,

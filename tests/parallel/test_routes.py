@@ -18,25 +18,25 @@ PLANS = st.fixed_dictionaries(
         half=st.integers(1, 6),
         odd=st.booleans(),
         causal=st.booleans(),
-        reach=st.none() | st.integers(1, 80),
+        window=st.none() | st.integers(1, 80),
         duplex=st.booleans(),
     )
 )
 
 
-def _plan(kind, P, half, odd, causal, reach, duplex):
+def _plan(kind, P, half, odd, causal, window, duplex):
     """(layout, tokens of a shard, routes, needs) of a drawn plan."""
     layout, shard_len = ra.SequenceLayout(kind, P), 2 * half + (odd and kind != "zigzag")
-    routes = plan_routes(layout, shard_len, causal=causal, reach=reach, duplex=duplex)
-    return layout, shard_len, routes, _needs(layout, shard_len, causal, reach)
+    routes = plan_routes(layout, shard_len, causal=causal, window=window, duplex=duplex)
+    return layout, shard_len, routes, _needs(layout, shard_len, causal, window)
 
 
-def _needs(layout, shard_len, causal, reach):
+def _needs(layout, shard_len, causal, window):
     """Bool [P, P, t]: whether a query of a device sees token number x of another device's shard."""
     P = layout.ring_size
     positions = layout.positions(P * shard_len).astype(np.int64)
     ahead = positions[:, None] - positions[None, :]
-    seen = np.abs(ahead) < (P * shard_len if reach is None else reach)
+    seen = np.abs(ahead) < (P * shard_len if window is None else window)
     seen &= (ahead >= 0) | (not causal)
     needs = seen.reshape(P, shard_len, P, shard_len).any(1)
     needs[np.arange(P), np.arange(P)] = False
@@ -76,7 +76,7 @@ def test_no_token_of_a_contiguous_or_zigzag_ring_travels_a_hop_farther_than_some
     P = layout.ring_size
     for token in range(shard_len):
         shifts = {(device - shard) % P for device, shard in np.argwhere(needs[:, :, token])}
-        if plan["reach"] is None:
+        if plan["window"] is None:
             shifts = set(range(1, P))
         hops = sum(route.hops for route in routes if route.start <= token < route.stop)
         assert hops == _fewest_hops(shifts, P), f"token {token}, needed {sorted(shifts)} places further"
@@ -98,8 +98,8 @@ def test_routes_are_of_one_hop_or_more_and_those_of_one_direction_do_not_overlap
 # --- Examples: shards of 16 tokens, four devices ----------------------------------------------------------------------
 
 
-def _routes(kind="contiguous", P=4, causal=True, reach=None, duplex=False):
-    return plan_routes(ra.SequenceLayout(kind, P), 16, causal=causal, reach=reach, duplex=duplex)
+def _routes(kind="contiguous", P=4, causal=True, window=None, duplex=False):
+    return plan_routes(ra.SequenceLayout(kind, P), 16, causal=causal, window=window, duplex=duplex)
 
 
 def _forth(start, stop, hops):
@@ -123,31 +123,31 @@ def test_in_a_duplex_ring_the_halves_go_opposite_ways(kind):
 
 
 def test_in_a_duplex_ring_a_window_that_is_short_sends_no_token_farther():
-    assert _routes(reach=5, duplex=True) == _routes(reach=5)
+    assert _routes(window=5, duplex=True) == _routes(window=5)
 
 
 def test_of_a_window_that_fits_a_shard_the_last_tokens_but_one_travel_one_hop():
-    assert _routes(reach=5) == (_forth(12, 16, 1),)
-    assert _routes(reach=16) == (_forth(1, 16, 1),)
-    assert _routes(reach=17) == (_forth(0, 16, 1),)
-    assert _routes(reach=18) == (_forth(0, 15, 1), _forth(15, 16, 2))
+    assert _routes(window=5) == (_forth(12, 16, 1),)
+    assert _routes(window=16) == (_forth(1, 16, 1),)
+    assert _routes(window=17) == (_forth(0, 16, 1),)
+    assert _routes(window=18) == (_forth(0, 15, 1), _forth(15, 16, 2))
 
 
 def test_a_window_both_ways_sends_the_ends_of_a_shard_to_its_neighbours():
-    assert _routes(reach=5, causal=False) == (_back(0, 4, 1), _forth(12, 16, 1))
+    assert _routes(window=5, causal=False) == (_back(0, 4, 1), _forth(12, 16, 1))
 
 
 def test_a_window_in_a_zigzag_ring_sends_the_end_of_each_chunk_to_the_device_of_the_next_chunk():
-    assert _routes("zigzag", reach=5) == (_forth(4, 8, 1), _back(12, 16, 1))
+    assert _routes("zigzag", window=5) == (_forth(4, 8, 1), _back(12, 16, 1))
 
 
 def test_stripes_travel_as_many_hops_as_the_window_has_tokens_before():
-    assert _routes("striped", reach=3) == (_forth(0, 16, 2),)
-    assert _routes("striped", reach=3, causal=False) == (_forth(0, 16, 3),)  # two hops each way would be more
+    assert _routes("striped", window=3) == (_forth(0, 16, 2),)
+    assert _routes("striped", window=3, causal=False) == (_forth(0, 16, 3),)  # two hops each way would be more
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("duplex", [True, False])
 def test_a_window_of_one_token_sends_nothing(kind, causal, duplex):
-    assert _routes(kind, causal=causal, reach=1, duplex=duplex) == ()
+    assert _routes(kind, causal=causal, window=1, duplex=duplex) == ()

@@ -14,7 +14,7 @@ from ring_helpers import ALL_NAMES, PLAIN, Bound, assert_exact, results, ring_me
 
 import ring_attention as ra
 from ring_attention.attention import kernels
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel import context, ring_self_attention, sparse, ulysses
 from ring_attention.parallel.all_gather import Gathering
 
@@ -182,7 +182,7 @@ def _tokens_in_the_order_of_devices(patch):
 
 
 def _rule_of_other_heads(patch):
-    patch.setattr(Rule, "of_heads", lambda self, start, number, of=Rule.of_heads: of(self, 0, number))
+    patch.setattr(MaskSpec, "of_heads", lambda self, start, number, of=MaskSpec.of_heads: of(self, 0, number))
 
 
 def _own_gradients_alone(patch):
@@ -200,25 +200,25 @@ def _the_same_heads_twice(patch):
 
 
 def _near_tokens_twice(patch):
-    hop = sparse.StridedExchange._hop
+    pair = sparse.StridedExchange._pair
 
     def mutant(self, *args):
-        found = hop(self, *args)
-        rule = dataclasses.replace(found.rule, beyond=0)
-        return dataclasses.replace(found, rule=rule)
+        found = pair(self, *args)
+        mask = dataclasses.replace(found.mask, min_distance=0)
+        return dataclasses.replace(found, mask=mask)
 
-    patch.setattr(sparse.StridedExchange, "_hop", mutant)
+    patch.setattr(sparse.StridedExchange, "_pair", mutant)
 
 
 def _residues_of_the_next_device(patch):
-    hop = sparse.StridedExchange._hop
+    pair = sparse.StridedExchange._pair
 
     def mutant(self, *args):
-        found = hop(self, *args)
+        found = pair(self, *args)
         tokens = dataclasses.replace(found.keys, positions=found.keys.positions + 1)
         return dataclasses.replace(found, keys=tokens)
 
-    patch.setattr(sparse.StridedExchange, "_hop", mutant)
+    patch.setattr(sparse.StridedExchange, "_pair", mutant)
 
 
 def _no_sum_over_devices(patch):

@@ -172,15 +172,15 @@ def test_half_precision_keys_and_values_travel_as_such_and_their_gradients_in_fl
 def quick(monkeypatch):
     """A kernel that uses all it is given and computes next to nothing, so that many rings compile in little time."""
 
-    def total(k, v, hop):
-        segments = () if hop.keys.segments is None else (hop.keys.segments,)
+    def total(k, v, pair):
+        segments = () if pair.keys.segments is None else (pair.keys.segments,)
         return sum(x.astype(jnp.float32).sum() for x in (k, v, *segments))
 
-    def forward(q, k, v, hop, running, blocks):
-        return jax.tree.map(lambda x: x + total(k, v, hop), running)
+    def forward(q, k, v, pair, state, blocks):
+        return jax.tree.map(lambda x: x + total(k, v, pair), state)
 
-    def backward(q, k, v, whole, hop, dq, blocks):
-        here = total(k, v, hop)
+    def backward(q, k, v, stats, pair, dq, blocks):
+        here = total(k, v, pair)
         return dq + here, *(x.astype(jnp.float32) * here for x in (k, v))
 
     monkeypatch.setitem(kernels.KERNELS, "quick", Kernel("quick", forward, backward))

@@ -1,8 +1,8 @@
-"""The kernels that compute a hop, by name; `contract` says what each of them promises."""
+"""The kernels that compute a pair of query and key blocks, by name; `contract` says what each of them promises."""
 
 import logging
 
-from ring_attention.attention.kernels import tiles, xla
+from ring_attention.attention.kernels import tiling, xla
 from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.attention.kernels.cudnn import CUDNN
 from ring_attention.attention.kernels.splash import SPLASH
@@ -10,7 +10,7 @@ from ring_attention.checks import require, require_choice
 
 _log = logging.getLogger(__name__)
 
-KERNELS = {"xla": Kernel("xla", xla.forward, xla.backward, halve=tiles.halve), "splash": SPLASH, "cudnn": CUDNN}
+KERNELS = {"xla": Kernel("xla", xla.forward, xla.backward, halve=tiling.halve), "splash": SPLASH, "cudnn": CUDNN}
 
 
 def find_kernel(impl: str) -> Kernel:

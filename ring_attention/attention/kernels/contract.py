@@ -1,10 +1,11 @@
 """What every kernel promises, so that a ring does not know which one it runs. Heads come first, tokens second to last.
 
-forward(q, k, v, hop, running, blocks) -> running
-    q [B,H,t,D]; k, v [B,K,s,D]; `running` [B,H,t,D], the statistics of the keys seen in earlier hops, to go on from.
-backward(q, k, v, whole, hop, dq, blocks) -> (dq, dk, dv)
-    this hop's part of the gradients of the whole attention, all float32: dq [B,H,t,D] is what earlier hops gave, to add
-    to; dk and dv [B,K,s,D] are of this hop alone.
+forward(q, k, v, pair, state, blocks) -> state
+    q [B,H,t,D]; k, v [B,K,s,D]; `state` [B,H,t,D], the softmax state of the keys seen in earlier block pairs, to go on
+    from.
+backward(q, k, v, stats, pair, dq, blocks) -> (dq, dk, dv)
+    this pair's part of the gradients of the whole attention, all float32: dq [B,H,t,D] is what earlier pairs gave, to
+    add to; dk and dv [B,K,s,D] are of this pair alone.
 """
 
 import inspect
@@ -15,21 +16,21 @@ import jax
 import jax.numpy as jnp
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.masks import Hop
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair
 from ring_attention.checks import require
 
 
-def no_check(rule: Rule, q) -> None:
-    """Every rule, size and dtype will do."""
+def no_check(mask: MaskSpec, q) -> None:
+    """Accept every mask, size and dtype."""
 
 
-def no_hop_check(hop: Hop) -> None:
-    """Every way in which queries and keys meet will do."""
+def no_pair_check(pair: BlockPair) -> None:
+    """Accept every pair of query and key blocks."""
 
 
 def halve(length: int, blocks: BlockSizes) -> int:
-    """How many of a shard's `length` own keys are in the first of the two parts that a backward pass takes them in."""
+    """How many of a shard's `length` local keys are in the first of the two parts of a backward pass."""
     return length // 2 or 1  # a single token is all in the earlier part
 
 
@@ -56,38 +57,38 @@ def refuse_unless_bound(kernel: str, fits: bool, difference: str) -> None:
 
 
 class Kernel(NamedTuple):
-    """One way to compute a hop.
+    """One way to compute a pair of query and key blocks.
 
     Attributes:
       name: by which it is chosen.
       forward, backward: as above.
-      check: (rule, q), of which it reads the shape [B,H,t,D] and the dtype; raises ValueError for what it cannot do.
-      check_hop: (hop), of which it reads the rule and the runs of queries and keys, so that it costs no tracing; raises
-        ValueError where the kernel cannot compute such a hop.
+      check: (mask, q), of which it reads the shape [B,H,t,D] and the dtype; raises ValueError for what it cannot do.
+      check_pair: (pair), of which it reads the mask and the runs of queries and keys, so that it costs no tracing;
+        raises ValueError where the kernel cannot compute such a pair.
       platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
-      merge_waits: whether a ring lets `running` and dq wait for what is on its way. For a kernel that computes a hop by
+      merge_waits: whether a ring lets `state` and dq wait for what is on its way. For a kernel that computes a pair by
         itself and only then takes these in, on TPU: with merging to put beside it, that compiler starts a transfer
-        after the hop that was to hide it.
-      halve: where a ring's backward pass cuts the keys at home in two, for a kernel whose forward pass must compute the
+        after the pair that was to hide it.
+      halve: where a ring's backward pass cuts the local keys in two, for a kernel whose forward pass must compute the
         scores of both parts just as they are there.
-      differentiates_lse: whether its backward uses `Whole.delta`, in which the cotangent of lse is, rather than out.
+      differentiates_lse: whether its backward uses `GlobalStats.delta`, which holds the cotangent of lse, and not out.
     """
 
     name: str
     forward: Callable
     backward: Callable
     check: Callable = no_check
-    check_hop: Callable = no_hop_check
+    check_pair: Callable = no_pair_check
     platform: str | None = None
     merge_waits: bool = False
     halve: Callable = halve
     differentiates_lse: bool = True
 
 
-class Whole(NamedTuple):
-    """Statistics over *all* keys of the sequence: with these a hop's gradient is its share of the whole attention's.
+class GlobalStats(NamedTuple):
+    """Softmax statistics over *all* keys: with these a block pair's gradient is its share of the whole attention's.
 
-    With a hop's own out and lse it would be the gradient of a smaller attention: right forward, wrong backward.
+    With the out and lse of the pair alone it would be the gradient of a smaller attention.
 
     Attributes:
       out: [B,H,t,D] in the dtype of q; None where queries were sent here without it, since delta says enough.
@@ -102,7 +103,7 @@ class Whole(NamedTuple):
     delta: jax.Array
 
     @staticmethod
-    def of(out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array | None = None) -> "Whole":
+    def of(out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array | None = None) -> "GlobalStats":
         """Bundle the statistics and work out delta."""
         delta = jnp.einsum("bhtd,bhtd->bht", dout, out, preferred_element_type=jnp.float32)
-        return Whole(out, lse, dout, delta if dlse is None else delta - dlse)
+        return GlobalStats(out, lse, dout, delta if dlse is None else delta - dlse)

@@ -1,10 +1,10 @@
-"""cuDNN's flash attention, as it comes with JAX, as the kernel of a hop.
+"""cuDNN's flash attention, as it comes with JAX, as a kernel.
 
-JAX's own front differentiates one attention from that attention's out and lse. In a ring the backward pass of a hop
-needs those of the whole sequence, so this adapter binds the primitives beneath it. It makes a call for each rectangle
-of scores that is full or causal (see `rectangles`). What cuDNN does not mask, which is where a segment's border or the
-end of a window crosses a rectangle, is computed by the tiles of `xla`. What a hop gives is in the dtype of q, and is
-merged with the other hops in float32.
+JAX's own front differentiates one attention from that attention's out and lse. In a ring the backward pass of a
+block pair needs those of the whole sequence, so this adapter binds the primitives beneath it. It makes a call for each
+tile of scores that is full or causal (see `static_tiles`). What cuDNN does not mask, which is where a segment's border
+or the end of a window crosses a tile, is computed by the smaller tiles of `xla`. The result of a pair is in the dtype
+of q, and is merged with those of the other pairs in float32.
 
 What it binds is private to JAX, and is looked at before it is bound: a JAX where it takes other arguments is refused.
 """
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import xla
-from ring_attention.attention.kernels.contract import Kernel, Whole, refuse_unless_bound, require_signature
-from ring_attention.attention.kernels.rectangles import CAUSAL, OTHER, Rectangle, plan, plans_of
-from ring_attention.attention.masks import Hop
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel, refuse_unless_bound, require_signature
+from ring_attention.attention.kernels.static_tiles import CAUSAL, OTHER, StaticTile, plan, plans_of
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import require
 
@@ -55,10 +55,10 @@ UNSEEING = 1e30
 """As lse of a query that sees nothing: every weight is then exp(score - lse) = 0."""
 
 
-def check(rule: Rule, q) -> None:
+def check(mask: MaskSpec, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D] and dtype."""
     _require_bindings()
-    for name, value in {"softcap": rule.softcap, "alibi_slopes": rule.slopes, "dropout_rate": rule.dropout}.items():
+    for name, value in {"softcap": mask.softcap, "alibi_slopes": mask.slopes, "dropout_rate": mask.dropout}.items():
         require(value is None, f'impl="cudnn" has no {name}; leave it out, or use impl="xla"')
     dtype, D = jnp.dtype(q.dtype).name, q.shape[-1]
     require(dtype in ("bfloat16", "float16"), f'impl="cudnn" takes bfloat16 or float16, got {dtype}; use impl="xla"')
@@ -68,100 +68,100 @@ def check(rule: Rule, q) -> None:
     )
 
 
-def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes) -> Running:
-    """Take one hop's keys into the running statistics; see `contract`."""
-    q, k, v, hop, running = vary_together(q, k, v, hop, running)
+def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes) -> SoftmaxState:
+    """Take the keys of one block pair into the softmax state; see `contract`."""
+    q, k, v, pair, state = vary_together(q, k, v, pair, state)
 
-    def fused(part: Rectangle):
-        return _attention(part.of_queries(q), part.of_keys(k), part.of_keys(v), hop.rule.scale, part)
+    def fused(part: StaticTile):
+        return _attention(part.of_queries(q), part.of_keys(k), part.of_keys(v), pair.mask.scale, part)
 
-    def tiled(part: Rectangle):
+    def tiled(part: StaticTile):
         here = part.of_queries(q)
-        empty = vary_together(Running.empty(here.shape), q)[0]
-        statistics = xla.forward(here, part.of_keys(k), part.of_keys(v), _meeting(part, hop), empty, blocks)
-        out, lse = online_softmax.finish(statistics)
+        empty = vary_together(SoftmaxState.empty(here.shape), q)[0]
+        statistics = xla.forward(here, part.of_keys(k), part.of_keys(v), _pair_of(part, pair), empty, blocks)
+        out, lse = online_softmax.finalize(statistics)
         return out.astype(q.dtype), lse
 
-    def none(part: Rectangle):
+    def none(part: StaticTile):
         rows = part.of_queries(q)
         return jnp.zeros_like(rows), jnp.full_like(rows[..., 0], -jnp.inf, jnp.float32)
 
-    def follow(rectangles):
-        found = [(part, *_choose(part, hop, fused, tiled, none)) for part in rectangles]
-        if not any(x.shares_queries(y) for x, y in itertools.combinations(rectangles, 2)):
+    def follow(static_tiles):
+        found = [(part, *_choose(part, pair, fused, tiled, none)) for part in static_tiles]
+        if not any(x.shares_queries(y) for x, y in itertools.combinations(static_tiles, 2)):
             result = jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
             for part, *new in found:
                 result = tuple(map(part.into_queries, result, new))
             return result
-        statistics = vary_together(Running.empty(q.shape), q)[0]
+        statistics = vary_together(SoftmaxState.empty(q.shape), q)[0]
         for part, out, lse in found:
-            here = Running(*map(part.of_queries, statistics))
-            here = online_softmax.absorb(here, out.astype(jnp.float32), lse)
-            statistics = Running(*map(part.into_queries, statistics, here))
-        out, lse = online_softmax.finish(statistics)
+            here = SoftmaxState(*map(part.of_queries, statistics))
+            here = online_softmax.merge(here, out.astype(jnp.float32), lse)
+            statistics = SoftmaxState(*map(part.into_queries, statistics, here))
+        out, lse = online_softmax.finalize(statistics)
         return out.astype(q.dtype), lse
 
-    out, lse = _plan_that_holds(hop, follow)
-    if hop.rule.seq_len is not None:  # padding sees nothing
-        lse = jnp.where(hop.queries.positions[:, None] < hop.rule.seq_len, lse, -jnp.inf)
-    return online_softmax.absorb(running, out.astype(jnp.float32), lse)
+    out, lse = _plan_that_holds(pair, follow)
+    if pair.mask.seq_len is not None:  # padding sees nothing
+        lse = jnp.where(pair.queries.positions[:, None] < pair.mask.seq_len, lse, -jnp.inf)
+    return online_softmax.merge(state, out.astype(jnp.float32), lse)
 
 
-def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes):
-    """Gradients of one hop, given the statistics of the whole sequence; see `contract`."""
-    q, k, v, hop, whole, dq = vary_together(q, k, v, hop, whole, dq)
-    unseeing = whole.lse == -jnp.inf
-    if hop.rule.seq_len is not None:  # the lse of padding is that of sinks, where there are any
-        unseeing |= hop.queries.positions[:, None] >= hop.rule.seq_len
-    lse = jnp.where(unseeing, UNSEEING, whole.lse)
+def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSizes):
+    """Gradients of one block pair, given the softmax statistics of all keys; see `contract`."""
+    q, k, v, pair, stats, dq = vary_together(q, k, v, pair, stats, dq)
+    unseeing = stats.lse == -jnp.inf
+    if pair.mask.seq_len is not None:  # the lse of padding is that of sinks, where there are any
+        unseeing |= pair.queries.positions[:, None] >= pair.mask.seq_len
+    lse = jnp.where(unseeing, UNSEEING, stats.lse)
 
-    def fused(part: Rectangle):
-        of_queries = [part.of_queries(x) for x in (q, whole.out, lse, whole.dout)]
-        return _gradients(*of_queries, part.of_keys(k), part.of_keys(v), hop.rule.scale, part)
+    def fused(part: StaticTile):
+        of_queries = [part.of_queries(x) for x in (q, stats.out, lse, stats.dout)]
+        return _gradients(*of_queries, part.of_keys(k), part.of_keys(v), pair.mask.scale, part)
 
-    def tiled(part: Rectangle):
-        here, q_here = Whole(*map(part.of_queries, whole)), part.of_queries(q)
+    def tiled(part: StaticTile):
+        here, q_here = GlobalStats(*map(part.of_queries, stats)), part.of_queries(q)
         nothing = vary_together(jnp.zeros(q_here.shape, jnp.float32), q)[0]
-        arrays = (q_here, part.of_keys(k), part.of_keys(v), here, _meeting(part, hop), nothing)
+        arrays = (q_here, part.of_keys(k), part.of_keys(v), here, _pair_of(part, pair), nothing)
         return tuple(x.astype(q.dtype) for x in xla.backward(*arrays, blocks))
 
-    def none(part: Rectangle):
+    def none(part: StaticTile):
         return tuple(map(jnp.zeros_like, (part.of_queries(q), part.of_keys(k), part.of_keys(v))))
 
-    def follow(rectangles):
+    def follow(static_tiles):
         sums = [jnp.zeros_like(x, jnp.float32) for x in (q, k, v)]
-        for part in rectangles:
-            of_queries, *of_keys = _choose(part, hop, fused, tiled, none)
+        for part in static_tiles:
+            of_queries, *of_keys = _choose(part, pair, fused, tiled, none)
             sums = [part.added_to_queries(sums[0], of_queries), *map(part.added_to_keys, sums[1:], of_keys)]
         return tuple(x.astype(q.dtype) for x in sums)
 
-    here, dk, dv = _plan_that_holds(hop, follow)
+    here, dk, dv = _plan_that_holds(pair, follow)
     return dq + here.astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
 
 
-CUDNN = Kernel("cudnn", _forward, _backward, check=check, check_hop=plans_of, platform="gpu", differentiates_lse=False)
+CUDNN = Kernel("cudnn", _forward, _backward, check=check, check_pair=plans_of, platform="gpu", differentiates_lse=False)
 
 
-def _plan_that_holds(hop: Hop, follow: Callable):
-    """`follow(rectangles)` for those that cover what the queries see of the keys."""
-    plans, number = plan(hop)
+def _plan_that_holds(pair: BlockPair, follow: Callable):
+    """`follow(tiles)` for the tiles that cover what the queries see of the keys."""
+    plans, number = plan(pair)
     if number is None:
         return follow(plans[0])
-    results = jax.lax.switch(number, [functools.partial(follow, rectangles) for rectangles in plans])
+    results = jax.lax.switch(number, [functools.partial(follow, static_tiles) for static_tiles in plans])
     # XLA would move what follows into the branches, and with it the wait for a transfer that they could hide.
     return jax.lax.optimization_barrier(results)
 
 
-def _choose(part: Rectangle, hop: Hop, fused: Callable, tiled: Callable, none: Callable):
-    """What a rectangle gives: cuDNN's result, that of tiles where it has no such mask, or nothing."""
-    if part.mask == OTHER:
+def _choose(part: StaticTile, pair: BlockPair, fused: Callable, tiled: Callable, none: Callable):
+    """What a tile gives: cuDNN's result, that of `xla` where cuDNN has no such mask, or nothing."""
+    if part.kind == OTHER:
         _say_once("cuDNN has no mask for the end of a window or for padding: where one crosses a hop, xla computes")
         return tiled(part)
-    if hop.queries.segments is None:
+    if pair.queries.segments is None:
         return fused(part)
     _say_once("cuDNN has no mask for segments: where a border crosses a part of a hop, xla computes that part")
-    meeting = _meeting(part, hop)
-    queries, keys = (x.segments for x in (meeting.queries, meeting.keys))
+    block = _pair_of(part, pair)
+    queries, keys = (x.segments for x in (block.queries, block.keys))
     apart = (queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))
     one = (queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))
     which = jnp.where(apart.all(), 0, jnp.where(one.all(), 1, 2))
@@ -173,27 +173,27 @@ def _say_once(words: str) -> None:
     _log.info("attention kernel: %s", words)
 
 
-def _meeting(part: Rectangle, hop: Hop) -> Hop:
-    """The hop of a rectangle alone."""
-    queries = jax.tree.map(lambda x: x[:, part.q : part.q_end], hop.queries)
-    keys = jax.tree.map(lambda x: x[:, part.kv : part.kv_end], hop.keys)
+def _pair_of(part: StaticTile, pair: BlockPair) -> BlockPair:
+    """The block pair of one tile alone."""
+    queries = jax.tree.map(lambda x: x[:, part.q : part.q_end], pair.queries)
+    keys = jax.tree.map(lambda x: x[:, part.kv : part.kv_end], pair.keys)
     # Runs are those of all tokens, and say nothing of where a part of them stands.
-    return Hop(*(dataclasses.replace(x, runs=None) for x in (queries, keys)), hop.rule)
+    return BlockPair(*(dataclasses.replace(x, runs=None) for x in (queries, keys)), pair.mask)
 
 
-def _attention(q, k, v, scale: float, part: Rectangle):
+def _attention(q, k, v, scale: float, part: StaticTile):
     """(out [B,H,t,D] in the dtype of q, lse float32 [B,H,t]) of cuDNN."""
     library, settings = _library(), _settings(scale, part)
     return tuple(library._dot_product_attention_fwd_p.bind(q, k, v, *_unused(q, 7), is_training=True, **settings))
 
 
-def _gradients(q, out, lse, dout, k, v, scale: float, part: Rectangle):
+def _gradients(q, out, lse, dout, k, v, scale: float, part: StaticTile):
     """(dq, dk, dv) of cuDNN in the dtype of q, given out and lse of all keys."""
     library, settings = _library(), _settings(scale, part)
     return tuple(library._dot_product_attention_bwd_p.bind(q, k, v, *_unused(q, 7), lse, out, dout, **settings))
 
 
-def _settings(scale: float, part: Rectangle) -> dict:
+def _settings(scale: float, part: StaticTile) -> dict:
     """What both primitives want to know."""
     library = _library()
     return _new_settings() | dict(
@@ -201,7 +201,7 @@ def _settings(scale: float, part: Rectangle) -> dict:
         seed=0,
         dropout_rate=0.0,
         variadic_args=(False, False),  # has a bias, wants its gradient
-        mask_type=library.MaskType.CAUSAL if part.mask == CAUSAL else library.MaskType.NO_MASK,
+        mask_type=library.MaskType.CAUSAL if part.kind == CAUSAL else library.MaskType.NO_MASK,
         layout=library.AttentionLayout.BNTH.value,
         sliding_window_length=part.window,
     )
@@ -225,7 +225,7 @@ def _require_bindings() -> None:
         library = _library()
         forward = library._dot_product_attention_fwd_cuda_lowering
         backward = library._dot_product_attention_bwd_cuda_lowering
-        settings = _settings(1.0, Rectangle(0, 1, 0, 1, CAUSAL))
+        settings = _settings(1.0, StaticTile(0, 1, 0, 1, CAUSAL))
         library._dot_product_attention_fwd_p.bind, library._dot_product_attention_bwd_p.bind  # noqa: B018
     except (ImportError, AttributeError) as error:
         refuse_unless_bound("cudnn", False, f"cuDNN module is another: {error}")

@@ -1,11 +1,11 @@
-"""JAX's Pallas kernel for TPU, "splash attention", as the kernel of a hop.
+"""JAX's Pallas kernel for TPU, "splash attention", as a kernel.
 
 The library's own front wants masks known when a program is traced, and in a ring the keys at hand are not. So
 this adapter calls the kernels beneath it and gives them, as arrays, what the front would have worked out: which tiles
 anybody sees, and where the queries stand. Their backward takes statistics of the whole sequence, as a ring needs.
 
-The kernels count keys from 0. So a hop is one call for each run of evenly spaced keys (`Tokens.runs`), and its queries
-are counted from the first of them. Partial results are in the dtype of q, and merged in float32.
+The kernels count keys from 0. So a block pair is one call for each run of evenly spaced keys (`Tokens.runs`), and
+its queries are counted from the first of them. Partial results are in the dtype of q, and merged in float32.
 
 What it calls is private to JAX, and is looked at before it is called: a JAX where it takes other arguments is refused.
 So it is imported only where it is used, and a JAX without it still has the other kernels.
@@ -20,10 +20,10 @@ import jax.numpy as jnp
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import Kernel, Whole, refuse_unless_bound, require_signature
-from ring_attention.attention.masks import EMPTY, Hop, Tokens, tile_kinds, visible
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel, refuse_unless_bound, require_signature
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import EMPTY, BlockPair, Tokens, tile_kinds, visible
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import require
 
@@ -47,10 +47,10 @@ HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 """The score of a key that is not seen; the kernels do not take -inf."""
 
 
-def check(rule: Rule, q) -> None:
+def check(mask: MaskSpec, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D]."""
     _require_bindings()
-    for name, value in {"alibi_slopes": rule.slopes, "dropout_rate": rule.dropout}.items():
+    for name, value in {"alibi_slopes": mask.slopes, "dropout_rate": mask.dropout}.items():
         require(value is None, f'impl="splash" has no {name}; leave it out, or use impl="xla"')
     require(
         q.shape[2] % LANES == 0,
@@ -59,10 +59,10 @@ def check(rule: Rule, q) -> None:
     )
 
 
-def check_hop(hop: Hop) -> None:
+def check_pair(pair: BlockPair) -> None:
     """Raise ValueError unless the keys are in runs that are known."""
     require(
-        hop.keys.runs is not None,
+        pair.keys.runs is not None,
         'impl="splash" needs to know how keys are spaced, and here they are dealt in a way it does not know; use '
         'impl="xla"',
     )
@@ -98,13 +98,13 @@ class _Call:
 
     Attributes:
       start, length: of the run among all keys, static.
-      hop: the meeting, of one sequence, the run padded to whole tiles.
+      pair: of one sequence, the run padded to a multiple of the tile.
       tile_q, tile_kv: sizes.
     """
 
     start: int
     length: int
-    hop: Hop
+    pair: BlockPair
     tile_q: int
     tile_kv: int
 
@@ -113,20 +113,20 @@ class _Call:
         x_Ks = jax.lax.slice_in_dim(x_Ks, self.start, self.start + self.length, axis=1)
         return jnp.pad(x_Ks, ((0, 0), (0, -self.length % LANES), (0, 0)))
 
-    def mask(self, by_keys: bool) -> tuple:
-        """What the library would make of a mask: which tiles to visit and load, and the rule within them or None."""
-        queries, keys = self.hop.queries, self.hop.keys
-        tiles = Hop(queries.tiles(self.tile_q), keys.tiles(self.tile_kv), self.hop.rule)
+    def mask_info(self, by_keys: bool) -> tuple:
+        """What the library would make of a mask: which tiles to visit and load, and the mask within them or None."""
+        queries, keys = self.pair.queries, self.pair.keys
+        tiles = BlockPair(queries.tiles(self.tile_q), keys.tiles(self.tile_kv), self.pair.mask)
         seen = (tile_kinds(tiles)[0] != EMPTY).astype(jnp.int32)
         loaded = _next_seen(seen, axis=0 if by_keys else 1)
-        rule, padded = dataclasses.replace(self.hop.rule, seq_len=None), self.length % LANES > 0
+        mask, padded = dataclasses.replace(self.pair.mask, seq_len=None), self.length % LANES > 0
 
         def within(q, k):
-            seen = visible(rule, Tokens(q), Tokens(k * keys.runs.step))
+            seen = visible(mask, Tokens(q), Tokens(k * keys.runs.step))
             real = k < self.length if padded else None
             return functools.reduce(jnp.logical_and, [x for x in (seen, real) if x is not None])
 
-        masked = padded or rule.causal or rule.window is not None or rule.beyond > 0
+        masked = padded or mask.causal or mask.window is not None or mask.min_distance > 0
         info = _library().mask_info_lib.MaskInfo(
             data_next=loaded[None],
             mask_next=None,
@@ -138,7 +138,7 @@ class _Call:
 
     def segments(self):
         """Segments of both, those of padding unlike any other; None where there are none."""
-        queries, keys, seq_len = self.hop.queries, self.hop.keys, self.hop.rule.seq_len
+        queries, keys, seq_len = self.pair.queries, self.pair.keys, self.pair.mask.seq_len
         if queries.segments is None and seq_len is None:
             return None
 
@@ -156,16 +156,16 @@ def _next_seen(seen: jax.Array, axis: int) -> jax.Array:
     return jnp.where(following == size, 0, following)
 
 
-def _calls(hop: Hop, blocks: BlockSizes) -> Iterator[_Call]:
-    """The calls of a hop of one sequence."""
-    check_hop(hop)
+def _calls(pair: BlockPair, blocks: BlockSizes) -> Iterator[_Call]:
+    """The calls for a block pair of one sequence."""
+    check_pair(pair)
     start = 0
-    for length in hop.keys.runs.lengths:
+    for length in pair.keys.runs.lengths:
         padding = -length % LANES
-        run = jax.tree.map(lambda x, first=start, last=start + length: x[:, first:last], hop.keys)
+        run = jax.tree.map(lambda x, first=start, last=start + length: x[:, first:last], pair.keys)
         keys = jax.tree.map(lambda x, more=padding: jnp.pad(x, ((0, 0), (0, more)), mode="edge"), run)
-        sizes = _tile(hop.queries.positions.shape[1], blocks.q), _tile(length + padding, blocks.kv)
-        yield _Call(start, length, Hop(hop.queries, keys, hop.rule), *sizes)
+        sizes = _tile(pair.queries.positions.shape[1], blocks.q), _tile(length + padding, blocks.kv)
+        yield _Call(start, length, BlockPair(pair.queries, keys, pair.mask), *sizes)
         start += length
 
 
@@ -175,18 +175,18 @@ def _tile(tokens: int, wanted: int) -> int:
     return sizes[-1]
 
 
-def _each_sequence(fn: Callable, hop: Hop, *arrays):
-    """`fn(hop, *arrays)` for each sequence of the batch, whose mask may be another."""
+def _each_sequence(fn: Callable, pair: BlockPair, *arrays):
+    """`fn(pair, *arrays)` for each sequence of the batch, whose mask may be another."""
     B = arrays[0].shape[0]
-    queries, keys = hop.queries.of_batch(B), hop.keys.of_batch(B)
+    queries, keys = pair.queries.of_batch(B), pair.keys.of_batch(B)
     if B == 1:
-        results = fn(hop, *(x[0] for x in arrays))
+        results = fn(pair, *(x[0] for x in arrays))
         return jax.tree.map(lambda x: x[None], results)
 
     def one(row):
         queries, keys, arrays = row
         alone = jax.tree.map(lambda x: x[None], (queries, keys))
-        return fn(Hop(*alone, hop.rule), *arrays)
+        return fn(BlockPair(*alone, pair.mask), *arrays)
 
     return jax.lax.map(one, (queries, keys, arrays))
 
@@ -224,12 +224,14 @@ def _launch(kernel: Callable, arrays: dict, call: _Call, products: int):
 
 def _pairs(q, call: _Call) -> int:
     """Of queries and keys that a call computes, as if a causal mask showed half of them and a window all."""
-    (H, t, _), s = q.shape, call.hop.keys.positions.shape[1]
-    return H * t * s // (2 if call.hop.rule.causal else 1)
+    (H, t, _), s = q.shape, call.pair.keys.positions.shape[1]
+    return H * t * s // (2 if call.pair.mask.causal else 1)
 
 
-def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret: bool = False) -> Running:
-    """Take one hop's keys into the running statistics; see `contract`."""
+def _forward(
+    q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, interpret: bool = False
+) -> SoftmaxState:
+    """Take the keys of one block pair into the softmax state; see `contract`."""
     library = _library()
     settings = dict(
         sinks=None,
@@ -237,14 +239,14 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret:
         is_mqa=False,
         residual_checkpoint_name=None,
         save_residuals=True,
-        attn_logits_soft_cap=hop.rule.softcap,
+        attn_logits_soft_cap=pair.mask.softcap,
         interpret=interpret,
     )
 
-    def one(hop: Hop, q, k, v):
+    def one(pair: BlockPair, q, k, v):
         found = []
-        for call in _calls(hop, blocks):
-            info, within = call.mask(by_keys=False)
+        for call in _calls(pair, blocks):
+            info, within = call.mask_info(by_keys=False)
             sizes = library.BlockSizes(block_q=call.tile_q, block_kv=call.tile_kv)
             arrays = dict(fwd_mask_info=info, q=q, k=call.of_keys(k), v=call.of_keys(v), segment_ids=call.segments())
             run = functools.partial(
@@ -255,28 +257,28 @@ def _forward(q, k, v, hop: Hop, running: Running, blocks: BlockSizes, interpret:
             found.append((jnp.where(empty[..., None], 0, out).astype(jnp.float32), jnp.where(empty, -jnp.inf, lse)))
         return found
 
-    for out, lse in _each_sequence(one, hop, _scaled(q, hop.rule), k, v):
-        running = online_softmax.absorb(running, out, lse)
-    return running
+    for out, lse in _each_sequence(one, pair, _scaled(q, pair.mask), k, v):
+        state = online_softmax.merge(state, out, lse)
+    return state
 
 
-def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes, interpret: bool = False):
-    """Gradients of one hop, given the statistics of the whole sequence; see `contract`."""
+def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSizes, interpret: bool = False):
+    """Gradients of one block pair, given the softmax statistics of all keys; see `contract`."""
     library = _library()
     settings = dict(
         is_mqa=False,
         mask_value=HIDDEN,
-        attn_logits_soft_cap=hop.rule.softcap,
+        attn_logits_soft_cap=pair.mask.softcap,
         q_layout=library.QKVLayout.HEAD_DIM_MINOR,
         k_layout=library.QKVLayout.HEAD_DIM_MINOR,
         v_layout=library.QKVLayout.HEAD_DIM_MINOR,
         interpret=interpret,
     )
 
-    def one(hop: Hop, q, k, v, lse, dout, delta):
+    def one(pair: BlockPair, q, k, v, lse, dout, delta):
         of_queries, of_keys = [], []
-        for call in _calls(hop, blocks):
-            (by_queries, within), (by_keys, _) = call.mask(by_keys=False), call.mask(by_keys=True)
+        for call in _calls(pair, blocks):
+            (by_queries, within), (by_keys, _) = call.mask_info(by_keys=False), call.mask_info(by_keys=True)
             arrays = dict(q=q, k=call.of_keys(k), v=call.of_keys(v), segment_ids=call.segments(), sinks=None)
             arrays |= dict(logsumexp=lse, do=dout, di=delta)
             same = settings | dict(bq=call.tile_q, bkv=call.tile_kv, mask_function=within)
@@ -289,17 +291,17 @@ def _backward(q, k, v, whole: Whole, hop: Hop, dq, blocks: BlockSizes, interpret
             _, dk, dv = _launch(run_dkv, arrays | dict(mask_info=by_keys), call, products=4)
             of_keys.append([x[:, : call.length].astype(jnp.float32) for x in (dk, dv)])
         dk, dv = (jnp.concatenate(parts, 1) for parts in zip(*of_keys, strict=True))
-        return sum(of_queries) * hop.rule.scale, dk, dv
+        return sum(of_queries) * pair.mask.scale, dk, dv
 
     # A row that sees nothing has lse -inf; its scores are all hidden, so any finite number will do.
-    arrays = (_scaled(q, hop.rule), k, v, online_softmax.finite(whole.lse), whole.dout, whole.delta)
-    here, dk, dv = _each_sequence(one, hop, *arrays)
+    arrays = (_scaled(q, pair.mask), k, v, online_softmax.finite(stats.lse), stats.dout, stats.delta)
+    here, dk, dv = _each_sequence(one, pair, *arrays)
     return dq + here, dk, dv
 
 
-def _scaled(q, rule: Rule):
+def _scaled(q, mask: MaskSpec):
     """The kernels do not scale."""
-    return (q.astype(jnp.float32) * rule.scale).astype(q.dtype)
+    return (q.astype(jnp.float32) * mask.scale).astype(q.dtype)
 
 
-SPLASH = Kernel("splash", _forward, _backward, check=check, check_hop=check_hop, platform="tpu", merge_waits=True)
+SPLASH = Kernel("splash", _forward, _backward, check=check, check_pair=check_pair, platform="tpu", merge_waits=True)

@@ -1,9 +1,9 @@
-"""The kernel that runs everywhere: tiles of scores in plain XLA, for one hop.
+"""The kernel that runs everywhere: tiles of scores in plain XLA, for one block pair.
 
 The G query heads that share a key/value head stand below each other, so that grouped queries are one two-dimensional
 product a tile and K and V are never expanded. Tiles that the mask empties are not computed, full ones run without a
 mask, and those that it cuts through are computed as smaller ones. Tiles are read from and written to the arrays of the
-ring themselves: to loop over heads with `lax.map` would copy each head's part at every hop.
+ring themselves: to loop over heads with `lax.map` would copy each head's part for every block pair.
 """
 
 import jax
@@ -12,114 +12,114 @@ from einops import rearrange
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import Whole
-from ring_attention.attention.kernels.tiles import Area, Tiles, Visits
-from ring_attention.attention.masks import Hop
-from ring_attention.attention.online_softmax import Running
+from ring_attention.attention.kernels.contract import GlobalStats
+from ring_attention.attention.kernels.tiling import Tile, Tiling, Visits
+from ring_attention.attention.masks import BlockPair
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import vary_together
-from ring_attention.attention.weights import Meeting
+from ring_attention.attention.weights import BlockScores
 
 
-def forward(q_BHtD, k_BKsD, v_BKsD, hop: Hop, running: Running, blocks: BlockSizes) -> Running:
-    """Take one hop's keys into the running statistics; see `contract`."""
+def forward(q_BHtD, k_BKsD, v_BKsD, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes) -> SoftmaxState:
+    """Take the keys of one block pair into the softmax state; see `contract`."""
     t, K = q_BHtD.shape[2], k_BKsD.shape[1]
-    tiles = Tiles.of(hop, q_BHtD, k_BKsD, blocks)
-    arrays = [tiles.pad_queries(_group(x, K)) for x in (q_BHtD, *running)]
-    arrays += [tiles.pad_keys(x) for x in (k_BKsD, v_BKsD)]
-    tiles, q, *running, k, v = vary_together(tiles, *arrays)
+    tiling = Tiling.of(pair, q_BHtD, k_BKsD, blocks)
+    arrays = [tiling.pad_queries(_group(x, K)) for x in (q_BHtD, *state)]
+    arrays += [tiling.pad_keys(x) for x in (k_BKsD, v_BKsD)]
+    tiling, q, *state, k, v = vary_together(tiling, *arrays)
 
-    def query_tile(row: Area, visits: Visits, running):
-        def take(area: Area, tile):
-            """Take the keys of an area into the statistics of this tile."""
-            here = [area.of_tile(x, 2, row) for x in tile]
-            here = _each_head(_take_keys, tiles, area)(area.of_queries(q), area.of_keys(k), area.of_keys(v), *here)
-            return [area.into_tile(x, new, 2, row) for x, new in zip(tile, here, strict=True)]
+    def query_tile(row: Tile, visits: Visits, state):
+        def take(tile: Tile, row_state):
+            """Take the keys of a tile into the state of this row."""
+            here = [tile.of_row(x, 2, row) for x in row_state]
+            here = _each_head(_take_keys, tiling, tile)(tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), *here)
+            return [tile.into_row(x, new, 2, row) for x, new in zip(row_state, here, strict=True)]
 
-        tile = tiles.visit(row, visits, take, [row.of_queries(x) for x in running])
-        return [row.into_queries(x, new) for x, new in zip(running, tile, strict=True)]
+        row_state = tiling.visit(row, visits, take, [row.of_queries(x) for x in state])
+        return [row.into_queries(x, new) for x, new in zip(state, row_state, strict=True)]
 
-    running = tiles.each(query_tile, running)
-    return Running(*(_ungroup(x[:, :, :, :t]) for x in running))
+    state = tiling.each(query_tile, state)
+    return SoftmaxState(*(_ungroup(x[:, :, :, :t]) for x in state))
 
 
-def _take_keys(meeting: Meeting, q_GtD, k_sD, v_sD, *running_Gt):
-    """The statistics with the keys of one area taken in."""
+def _take_keys(block: BlockScores, q_GtD, k_sD, v_sD, *running_Gt):
+    """The softmax state with the keys of one tile taken in."""
     products = jnp.dot(q_GtD.reshape(-1, q_GtD.shape[-1]), k_sD.T, preferred_element_type=jnp.float32)
-    scores, _ = meeting.scores(products.reshape(*q_GtD.shape[:2], -1))
-    return tuple(online_softmax.update(Running(*running_Gt), scores, v_sD, meeting.dropout_factor()))
+    scores, _ = block.scores(products.reshape(*q_GtD.shape[:2], -1))
+    return tuple(online_softmax.update(SoftmaxState(*running_Gt), scores, v_sD, block.dropout_factor()))
 
 
-def backward(q_BHtD, k_BKsD, v_BKsD, whole: Whole, hop: Hop, dq_BHtD, blocks: BlockSizes):
-    """Gradients of one hop, given the statistics of the whole sequence; see `contract`.
+def backward(q_BHtD, k_BKsD, v_BKsD, stats: GlobalStats, pair: BlockPair, dq_BHtD, blocks: BlockSizes):
+    """Gradients of one block pair, given the softmax statistics of all keys; see `contract`.
 
     dk and dv are summed as [D,s] from queries as [D,r], which are turned once a tile: products whose first factor would
     have to be transposed run at a third of the speed in XLA's CPU compiler (docs/experiments.md).
     """
     t, s, K = q_BHtD.shape[2], k_BKsD.shape[2], k_BKsD.shape[1]
-    tiles = Tiles.of(hop, q_BHtD, k_BKsD, blocks)
+    tiling = Tiling.of(pair, q_BHtD, k_BKsD, blocks)
     # A row that sees nothing has lse -inf; its scores are all hidden, so any finite number will do.
-    of_queries = (q_BHtD, whole.dout, online_softmax.finite(whole.lse), whole.delta, dq_BHtD)
-    arrays = [tiles.pad_queries(_group(x, K)) for x in of_queries]
-    arrays += [tiles.pad_keys(x) for x in (k_BKsD, v_BKsD)]
+    of_queries = (q_BHtD, stats.dout, online_softmax.finite(stats.lse), stats.delta, dq_BHtD)
+    arrays = [tiling.pad_queries(_group(x, K)) for x in of_queries]
+    arrays += [tiling.pad_keys(x) for x in (k_BKsD, v_BKsD)]
     zeros = jnp.zeros_like(_turn(arrays[-1]), jnp.float32)
-    tiles, *of_queries, dq, k, v, dk, dv = vary_together(tiles, *arrays, zeros, zeros)
+    tiling, *of_queries, dq, k, v, dk, dv = vary_together(tiling, *arrays, zeros, zeros)
 
-    def query_tile(row: Area, visits: Visits, grads):
+    def query_tile(row: Tile, visits: Visits, grads):
         q, dout, *statistics = [row.of_queries(x) for x in of_queries]
         turned = [rearrange(x, "h G t D -> h D G t") for x in (q, dout)]
 
-        def add(area: Area, grads):
-            """Add an area's part to the dq of this tile and to dk and dv."""
-            tile, *dkv = grads
-            here = [area.of_tile(x, 2, row) for x in (q, dout, *statistics)]
-            here += [area.of_tile(x, 3, row) for x in turned]
-            dq_here, *dkv_here = _each_head(_gradients, tiles, area)(*here, area.of_keys(k), area.of_keys(v))
-            tile = area.into_tile(tile, area.of_tile(tile, 2, row) + dq_here, 2, row)
-            dkv_here = [area.of_columns(x) + new for x, new in zip(dkv, dkv_here, strict=True)]
-            return [tile, *(area.into_columns(x, new) for x, new in zip(dkv, dkv_here, strict=True))]
+        def add(tile: Tile, grads):
+            """Add a tile's part to the dq of this row and to dk and dv."""
+            row_dq, *dkv = grads
+            here = [tile.of_row(x, 2, row) for x in (q, dout, *statistics)]
+            here += [tile.of_row(x, 3, row) for x in turned]
+            dq_here, *dkv_here = _each_head(_gradients, tiling, tile)(*here, tile.of_keys(k), tile.of_keys(v))
+            row_dq = tile.into_row(row_dq, tile.of_row(row_dq, 2, row) + dq_here, 2, row)
+            dkv_here = [tile.of_columns(x) + new for x, new in zip(dkv, dkv_here, strict=True)]
+            return [row_dq, *(tile.into_columns(x, new) for x, new in zip(dkv, dkv_here, strict=True))]
 
         dq, *dkv = grads
-        tile, *dkv = tiles.visit(row, visits, add, [row.of_queries(dq), *dkv])
-        return [row.into_queries(dq, tile), *dkv]
+        row_dq, *dkv = tiling.visit(row, visits, add, [row.of_queries(dq), *dkv])
+        return [row.into_queries(dq, row_dq), *dkv]
 
-    dq, dk, dv = tiles.each(query_tile, [dq, dk, dv])
+    dq, dk, dv = tiling.each(query_tile, [dq, dk, dv])
     return _ungroup(dq[:, :, :, :t]), _turn(dk)[:, :, :s], _turn(dv)[:, :, :s]
 
 
-def _gradients(meeting: Meeting, q_GtD, dout_GtD, lse_Gt, delta_Gt, q_DGt, dout_DGt, k_sD, v_sD):
-    """(dq [G,t,D], dk [D,s], dv [D,s]) of one area."""
+def _gradients(block: BlockScores, q_GtD, dout_GtD, lse_Gt, delta_Gt, q_DGt, dout_DGt, k_sD, v_sD):
+    """(dq [G,t,D], dk [D,s], dv [D,s]) of one tile."""
     dtype, (G, t, D), s = q_GtD.dtype, q_GtD.shape, k_sD.shape[0]
 
     def product(x, y):
         return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
     products = [product(x.reshape(-1, D), y.T).reshape(G, t, s) for x, y in ((q_GtD, k_sD), (dout_GtD, v_sD))]
-    (scores_Gts, slope), dp_Gts, factor = meeting.scores(products[0]), products[1], meeting.dropout_factor()
+    (scores_Gts, slope), dp_Gts, factor = block.scores(products[0]), products[1], block.dropout_factor()
     p_Gts = jnp.exp(scores_Gts - lse_Gt[..., None])
     counted_Gts = p_Gts if factor is None else p_Gts * factor
     dp_Gts = dp_Gts if factor is None else dp_Gts * factor
-    ds_Gts = p_Gts * (dp_Gts - delta_Gt[..., None]) * meeting.rule.scale
+    ds_Gts = p_Gts * (dp_Gts - delta_Gt[..., None]) * block.mask.scale
     ds_Gts = ds_Gts if slope is None else ds_Gts * slope
     ds_rs, counted_rs = (x.astype(dtype).reshape(-1, s) for x in (ds_Gts, counted_Gts))
     dk_Ds, dv_Ds = product(q_DGt.reshape(D, -1), ds_rs), product(dout_DGt.reshape(D, -1), counted_rs)
     return product(ds_rs, k_sD).reshape(G, t, D), dk_Ds, dv_Ds
 
 
-def _each_head(fn, tiles: Tiles, area: Area):
-    """`fn(meeting, *arrays)` over arrays with a leading axis of key/value heads; batched if there is more than one."""
+def _each_head(fn, tiling: Tiling, tile: Tile):
+    """`fn(block, *arrays)` over arrays with a leading axis of key/value heads; batched if there is more than one."""
 
     def expanded(tree, axes):
         return jax.tree.map(lambda x: jnp.expand_dims(x, axes), tree)
 
-    queries, keys = (expanded(x, axes) for x, axes in zip(tiles.tokens(area), ((0, 2), (0, 1)), strict=True))
-    slopes_hG, heads_hG, batch = tiles.of_heads(area)
+    queries, keys = (expanded(x, axes) for x, axes in zip(tiling.tokens(tile), ((0, 2), (0, 1)), strict=True))
+    slopes_hG, heads_hG, batch = tiling.of_heads(tile)
 
     def one_head(slopes_G, heads_G, *arrays):
         slopes, heads = expanded((slopes_G, heads_G), (1, 2))
-        return fn(Meeting(tiles.hop.rule, queries, keys, slopes, batch, heads, area.masked), *arrays)
+        return fn(BlockScores(tiling.pair.mask, queries, keys, slopes, batch, heads, tile.masked), *arrays)
 
     def every_head(*arrays):
-        if area.heads > 1:
+        if tile.heads > 1:
             return jax.vmap(one_head)(slopes_hG, heads_hG, *arrays)
         results = one_head(*jax.tree.map(lambda x: x[0], (slopes_hG, heads_hG, *arrays)))
         return jax.tree.map(lambda x: x[None], results)

@@ -77,9 +77,9 @@ class Step(NamedTuple):
 
 
 def ring_steps(work: Workload, pace: Pace, wires: Wires, backward: bool, duplex: bool = False) -> list[Step]:
-    """The steps of `parallel.rotation.Rotation` on the device that computes most."""
+    """The steps of `parallel.ring_pass.RingPass` on the device that computes most."""
     P, t = work.devices, work.shard
-    routes = plan_routes(SequenceLayout(work.layout, P), t, causal=work.causal, reach=work.window, duplex=duplex)
+    routes = plan_routes(SequenceLayout(work.layout, P), t, causal=work.causal, window=work.window, duplex=duplex)
     hops, token_hops_of_all = max((route.hops for route in routes), default=0), token_hops(routes)
     home = _seconds(_home_pairs(work, t), work, pace, backward)
     if hops == 0:

@@ -1,7 +1,7 @@
-"""A hop as a few rectangles of scores, for kernels that know few masks.
+"""A block pair as a few tiles whose places are known when the program is traced, for kernels that know few masks.
 
-Which queries see which keys depends on the devices that meet, and so on numbers that only the running program knows.
-But there are few ways in which shards can meet: in a zigzag ring three, whatever its size. Each is planned while the
+Which queries see which keys depends on the devices that their shards belong to, and so on numbers that only the running
+program knows. But there are few kinds of pairs: in a zigzag ring three, whatever its size. Each is planned while the
 program is traced, and the device picks the plan that holds when it runs.
 """
 
@@ -12,38 +12,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ring_attention.attention.masks import Hop, Runs
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair, Runs
 from ring_attention.checks import require
 
 FULL, CAUSAL, OTHER = "full", "causal", "other"
-"""Masks of a rectangle: every query sees every key; query number a sees the keys up to number a, of those less than
+"""Masks of a tile: every query sees every key; query number a sees the keys up to number a, of those less than
 `window` back where there is one; anything else."""
 
-MOST_RECTANGLES = 256
+MOST_TILES = 256
 """Each is a call in the program; more are refused rather than compiled."""
 
 
-class Rectangle(NamedTuple):
-    """Queries from `q` to `q_end` and keys from `kv` to `kv_end` of a hop, counted in the order of its arrays."""
+class StaticTile(NamedTuple):
+    """Queries from `q` to `q_end` and keys from `kv` to `kv_end` of a block pair, counted in the order of its arrays.
+
+    Not a `tiling.Tile`: these numbers are Python's, for static slices, and cover all sequences and heads of a call.
+    """
 
     q: int
     q_end: int
     kv: int
     kv_end: int
-    mask: str
+    kind: str
     window: int | None = None
 
-    def shares_queries(self, other: "Rectangle") -> bool:
+    def shares_queries(self, other: "StaticTile") -> bool:
         """Whether some queries are in both."""
         return self.q < other.q_end and other.q < self.q_end
 
     def of_queries(self, x):
-        """The rectangle's queries of an array [B,H,t,...]."""
+        """The tile's queries of an array [B,H,t,...]."""
         return x[:, :, self.q : self.q_end]
 
     def of_keys(self, x):
-        """The rectangle's keys of an array [B,K,s,...]."""
+        """The tile's keys of an array [B,K,s,...]."""
         return x[:, :, self.kv : self.kv_end]
 
     def into_queries(self, x, new):
@@ -73,28 +76,28 @@ class _Spans(NamedTuple):
         )
 
 
-def plan(hop: Hop) -> tuple[list[list[Rectangle]], jax.Array | None]:
+def plan(pair: BlockPair) -> tuple[list[list[StaticTile]], jax.Array | None]:
     """(plans, number): the ways in which queries and keys may meet here, and which of them holds; None if only one may.
 
-    The rectangles of a plan are disjoint, and every score outside of them is hidden. Raises as `plans_of`.
+    The tiles of a plan are disjoint, and every score outside of them is hidden. Raises as `plans_of`.
     """
-    plans, bands = plans_of(hop)
+    plans, bands = plans_of(pair)
     if len(plans) == 1:
         return plans, None
-    sides = [(tokens.positions, _Spans.of(tokens.runs)) for tokens in (hop.queries, hop.keys)]
+    sides = [(tokens.positions, _Spans.of(tokens.runs)) for tokens in (pair.queries, pair.keys)]
     starts = [positions[0, np.array(spans.offsets)] for positions, spans in sides]
-    here = _bands(hop.rule, *starts, *(spans for _, spans in sides), hop.queries.runs.step)
+    here = _bands(pair.mask, *starts, *(spans for _, spans in sides), pair.queries.runs.step)
     return plans, jnp.argmax((bands == here).all((1, 2, 3)))
 
 
-def plans_of(hop: Hop) -> tuple[list[list[Rectangle]], np.ndarray]:
-    """(plans, bands of each, see `_bands`): all ways in which queries and keys may meet, by their runs and the rule.
+def plans_of(pair: BlockPair) -> tuple[list[list[StaticTile]], np.ndarray]:
+    """(plans, bands of each, see `_bands`): all ways in which queries and keys may meet, by their runs and the mask.
 
     Raises:
       ValueError: where nobody says how the tokens are spaced, or for more than MOST_RECTANGLES.
     """
-    queries, keys, rule = hop.queries, hop.keys, hop.rule
-    require(rule.beyond == 0, 'this kernel cannot leave out the keys that are near; use impl="xla"')
+    queries, keys, mask = pair.queries, pair.keys, pair.mask
+    require(mask.min_distance == 0, 'this kernel cannot leave out the keys that are near; use impl="xla"')
     known = queries.runs is not None and keys.runs is not None
     require(
         known and queries.runs.step == keys.runs.step,
@@ -103,42 +106,42 @@ def plans_of(hop: Hop) -> tuple[list[list[Rectangle]], np.ndarray]:
     )
     q, kv, step = _Spans.of(queries.runs), _Spans.of(keys.runs), queries.runs.step
     i, j = np.indices((len(q.starts), len(kv.starts))).reshape(2, -1)
-    i, j = (x[i == j] if hop.own else x for x in (i, j))
-    bands = np.unique(_bands(rule, q.starts[i], kv.starts[j], q, kv, step), axis=0)
-    plans = [_rectangles(rule, meeting, q, kv) for meeting in bands]
+    i, j = (x[i == j] if pair.diagonal else x for x in (i, j))
+    bands = np.unique(_bands(mask, q.starts[i], kv.starts[j], q, kv, step), axis=0)
+    plans = [_tiles(mask, block, q, kv) for block in bands]
     number = sum(map(len, plans))
     require(
-        number <= MOST_RECTANGLES,
+        number <= MOST_TILES,
         f"this kernel would need {number} calls for the ways in which shards of this layout can meet, at most "
-        f'{MOST_RECTANGLES} are allowed; use strategy="ring" with layout="zigzag", or impl="xla"',
+        f'{MOST_TILES} are allowed; use strategy="ring" with layout="zigzag", or impl="xla"',
     )
     return plans, bands
 
 
-def _bands(rule: Rule, q_starts, kv_starts, q: _Spans, kv: _Spans, step: int):
+def _bands(mask: MaskSpec, q_starts, kv_starts, q: _Spans, kv: _Spans, step: int):
     """[..., queries' runs, keys' runs, 2]: the least and the most number by which a query may lead a key that it sees.
 
     Query number a of a run sees key number b of another where least <= a - b <= most. Both are cut to what can occur,
-    so that two meetings with the same mask have the same numbers.
+    so that two pairs with the same mask have the same numbers.
     """
     xp = jnp if isinstance(q_starts, jax.Array) else np
     ahead = q_starts[..., :, None] - kv_starts[..., None, :]
     lengths, others = xp.array(q.lengths)[:, None], xp.array(kv.lengths)[None, :]
     least, most = xp.broadcast_to(1 - others, ahead.shape), xp.broadcast_to(lengths - 1, ahead.shape)
-    if rule.causal:
+    if mask.causal:
         least = -(ahead // step)
-    if rule.window is not None:
-        most = (rule.window - 1 - ahead) // step
-        least = least if rule.causal else -((rule.window - 1 + ahead) // step)
+    if mask.window is not None:
+        most = (mask.window - 1 - ahead) // step
+        least = least if mask.causal else -((mask.window - 1 + ahead) // step)
     bands = [xp.clip(least, 1 - others, lengths), xp.clip(most, -others, lengths - 1)]
     hidden = bands[0] > bands[1]  # one way of writing it
     return xp.stack([xp.where(hidden, lengths, bands[0]), xp.where(hidden, -others, bands[1])], -1)
 
 
-def _rectangles(rule: Rule, bands: np.ndarray, q: _Spans, kv: _Spans) -> list[Rectangle]:
-    """The plan for one way of meeting."""
-    if rule.seq_len is not None and not rule.causal:  # under a causal mask no real query sees padding
-        return [Rectangle(0, sum(q.lengths), 0, sum(kv.lengths), OTHER)]
+def _tiles(mask: MaskSpec, bands: np.ndarray, q: _Spans, kv: _Spans) -> list[StaticTile]:
+    """The plan for one kind of block pair."""
+    if mask.seq_len is not None and not mask.causal:  # under a causal mask no real query sees padding
+        return [StaticTile(0, sum(q.lengths), 0, sum(kv.lengths), OTHER)]
     lowest, highest = 1 - np.array(kv.lengths)[None, :], np.array(q.lengths)[:, None] - 1
     full = (bands[..., 0] == lowest) & (bands[..., 1] == highest)
     hidden = bands[..., 0] > bands[..., 1]
@@ -146,27 +149,27 @@ def _rectangles(rule: Rule, bands: np.ndarray, q: _Spans, kv: _Spans) -> list[Re
     if q.lengths == kv.lengths:
         earlier, same = np.tri(len(q.lengths), k=-1, dtype=bool), np.eye(len(q.lengths), dtype=bool)
         if (full == earlier).all() and (diagonal[same]).all() and hidden[~(earlier | same)].all():
-            return [Rectangle(0, sum(q.lengths), 0, sum(kv.lengths), CAUSAL)]
+            return [StaticTile(0, sum(q.lengths), 0, sum(kv.lengths), CAUSAL)]
     found = []
     for row, runs in itertools.groupby(range(len(q.lengths)), key=lambda i: full[i].tolist()):
         runs = list(runs)
         top, bottom = q.offsets[runs[0]], q.offsets[runs[-1]] + q.lengths[runs[-1]]
-        for whole, columns in itertools.groupby(range(len(row)), key=row.__getitem__):
+        for is_full, columns in itertools.groupby(range(len(row)), key=row.__getitem__):
             columns = list(columns)
-            if whole:
+            if is_full:
                 last = columns[-1]
-                found.append(Rectangle(top, bottom, kv.offsets[columns[0]], kv.offsets[last] + kv.lengths[last], FULL))
+                found.append(StaticTile(top, bottom, kv.offsets[columns[0]], kv.offsets[last] + kv.lengths[last], FULL))
     for i, j in zip(*np.nonzero(~full & ~hidden), strict=True):
         found += _cut(*bands[i, j].tolist(), q.offsets[i], q.lengths[i], kv.offsets[j], kv.lengths[j])
     return found
 
 
-def _cut(least: int, most: int, q: int, length: int, kv: int, others: int) -> list[Rectangle]:
-    """The rectangles of two runs whose meeting the mask cuts."""
+def _cut(least: int, most: int, q: int, length: int, kv: int, others: int) -> list[StaticTile]:
+    """The tiles of two runs whose scores the mask cuts."""
     size = min(length - least, others)
     first, last, window = q + least, q + least + size, most - least + 1  # queries before the first see nothing
     after = q + length - last  # queries that would see all keys, were there no window
     if least < 0 or (after and most < length - 1):
-        return [Rectangle(q, q + length, kv, kv + others, OTHER)]
-    causal = Rectangle(first, last, kv, kv + size, CAUSAL, window if window < size else None)
-    return [causal, Rectangle(last, q + length, kv, kv + others, FULL)] if after else [causal]
+        return [StaticTile(q, q + length, kv, kv + others, OTHER)]
+    causal = StaticTile(first, last, kv, kv + size, CAUSAL, window if window < size else None)
+    return [causal, StaticTile(last, q + length, kv, kv + others, FULL)] if after else [causal]

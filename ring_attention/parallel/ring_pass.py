@@ -14,17 +14,17 @@ import numpy as np
 from jax import lax
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import Kernel, Whole
-from ring_attention.attention.masks import Hop, Tokens
-from ring_attention.attention.online_softmax import Running
-from ring_attention.attention.rule import Rule
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import BlockPair, Tokens
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.routes import Route
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotation:
+class RingPass:
     """An exchange (see `exchange`) in which keys and values go around and queries stay.
 
     Attributes:
@@ -32,7 +32,7 @@ class Rotation:
       layout: of the sequence over the places of the ring.
       routes: which part of each shard goes how far, and which way.
       unroll: write the steps out rather than loop over them.
-      kernel, blocks: how a hop is computed.
+      kernel, blocks: how a block pair is computed.
       width: how many consecutive devices share a place, each going around a ring of its own with its heads.
     """
 
@@ -44,47 +44,48 @@ class Rotation:
     blocks: BlockSizes
     width: int = 1
 
-    def forward(self, me, q, k, v, segments, rule: Rule) -> Running:
+    def forward(self, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
         """Statistics of this device's queries over all keys that they see."""
         length = q.shape[2]
 
-        def take(running, block, hop: Hop):
-            return self.kernel.forward(q, *block[:2], hop, running, self.blocks)
+        def take(state, block, pair: BlockPair):
+            return self.kernel.forward(q, *block[:2], pair, state, self.blocks)
 
         def advance(carry, step, active, going_on):
-            running, blocks = carry
+            state, blocks = carry
             following = {i: self.pass_on(i, blocks[i]) for i in going_on}
-            running, following = self.after(running, following)
+            state, following = self.after(state, following)
             for i in active:
-                hop = self.hop(me, rule, segments, length, blocks[i][2], self.routes[i], step)
-                running = take(running, blocks[i], hop)
-            return running, following
+                pair = self.pair(me, mask, segments, length, blocks[i][2], self.routes[i], step)
+                state = take(state, blocks[i], pair)
+            return state, following
 
         arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
-        hop = self.hop_at_home(me, rule, segments, length, 0, length)
-        running, arriving = self.after(vary_over(Running.empty(q.shape), axes_of(q)), arriving)
-        running = take(running, (k, v), hop)
-        running, _ = self.run(advance, (running, arriving), first=1)
-        return running
+        pair = self.local_pair(me, mask, segments, length, 0, length)
+        state, arriving = self.after(vary_over(SoftmaxState.empty(q.shape), axes_of(q)), arriving)
+        state = take(state, (k, v), pair)
+        state, _ = self.run(advance, (state, arriving), first=1)
+        return state
 
-    def backward(self, me, q, k, v, segments, rule: Rule, whole: Whole):
+    def backward(self, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
         """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent home.
 
-        While a hop is computed, what the hop before gave is on its way. The keys at home are computed while nothing
-        else could be: one half while the first block arrives, the other while the gradients from abroad return. Left to
-        itself a compiler may put them beside a transfer that has a hop already, so what follows is made to wait.
+        While a hop is computed, what the hop before gave is on its way. The local keys are computed while nothing
+        else could be: one half while the first block arrives, the other while the gradients of remote keys return.
+        Left to itself a compiler may put them beside a transfer that has a hop already, so what follows is made to
+        wait.
         """
         length = q.shape[2]
 
-        def gradients(dq, block, hop: Hop):
-            dq, *dblock = self.kernel.backward(q, *block[:2], whole, hop, dq, self.blocks)
+        def gradients(dq, block, pair: BlockPair):
+            dq, *dblock = self.kernel.backward(q, *block[:2], stats, pair, dq, self.blocks)
             return dq, dblock
 
-        def at_home(dq, kv, start: int, stop: int):
+        def local(dq, kv, start: int, stop: int):
             if start == stop:
                 return dq, [x[:, :, :0].astype(jnp.float32) for x in kv]
             block = [x[:, :, start:stop] for x in kv]
-            return gradients(dq, block, self.hop_at_home(me, rule, segments, length, start, stop))
+            return gradients(dq, block, self.local_pair(me, mask, segments, length, start, stop))
 
         def advance(carry, step, active, going_on):
             dq, blocks, dblocks, returned = carry
@@ -93,27 +94,27 @@ class Rotation:
             arriving = {i: lax.optimization_barrier(self.pass_on(i, dblocks[i])) for i in active if i in dblocks}
             gathered = {}
             for i in active:
-                hop = self.hop(me, rule, segments, length, blocks[i][2], self.routes[i], step)
-                dq, here = gradients(dq, blocks[i], hop)
+                pair = self.pair(me, mask, segments, length, blocks[i][2], self.routes[i], step)
+                dq, here = gradients(dq, blocks[i], pair)
                 gathered[i] = jax.tree.map(jnp.add, arriving[i], here) if i in arriving else here
             back = {i: self.send_home(i, gathered[i]) for i in active if i not in going_on}
             return dq, following, {i: gathered[i] for i in going_on}, returned | back
 
         dq = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
         if not self.routes:
-            dq, (dk, dv) = at_home(dq, (k, v), 0, length)
+            dq, (dk, dv) = local(dq, (k, v), 0, length)
             return dq, dk, dv
         cut = self.kernel.halve(length, self.blocks)
         arriving = {i: self.pass_on(i, self.part(i, k, v, segments)) for i in range(len(self.routes))}
         dq, arriving = self.after(dq, arriving)
-        dq, later = at_home(dq, (k, v), cut, length)  # in most layouts the half that fewer queries see
+        dq, later = local(dq, (k, v), cut, length)  # in most layouts the half that fewer queries see
         dq, later, arriving = lax.optimization_barrier((dq, later, arriving))
         carry = (dq, arriving, {}, {})  # nothing has been gathered yet that could be on its way
         carry = advance(carry, 1, range(len(self.routes)), self.beyond_first)
         dq, _, _, returned = self.run(advance, carry, first=2)
         dq, kv = lax.optimization_barrier((dq, (k, v)))
         dq, returned = self.after(dq, returned)
-        dq, earlier = at_home(dq, kv, 0, cut)
+        dq, earlier = local(dq, kv, 0, cut)
         dk, dv = (jnp.concatenate(halves, 2) for halves in zip(earlier, later, strict=True))
         for i, (dk_part, dv_part) in returned.items():
             here = slice(self.routes[i].start, self.routes[i].stop)
@@ -134,19 +135,21 @@ class Rotation:
         pairs = [(i, (i + shift * self.width) % devices) for i in range(devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, pairs), tree)
 
-    def hop(self, me, rule: Rule, q_segments, length: int, k_segments, route: Route, step) -> Hop:
+    def pair(self, me, mask: MaskSpec, q_segments, length: int, k_segments, route: Route, step) -> BlockPair:
         """Where the resident queries stand, and the keys that came along `route` in this step."""
         P = self.layout.ring_size
         source = lax.rem(self._place(me) - route.direction * step + P, np.int32(P))
         keys = self.layout.shard_positions(source, length)[None, route.start : route.stop]
         runs = self.layout.runs(length, route.start, route.stop)
-        return Hop(self._queries(me, q_segments, length), Tokens(keys, k_segments, runs), rule)
+        return BlockPair(self._queries(me, q_segments, length), Tokens(keys, k_segments, runs), mask)
 
-    def hop_at_home(self, me, rule: Rule, segments, length: int, start: int, stop: int) -> Hop:
+    def local_pair(self, me, mask: MaskSpec, segments, length: int, start: int, stop: int) -> BlockPair:
         """Where the resident queries stand, and the keys from `start` to `stop` of the same shard."""
         queries = self._queries(me, segments, length)
         positions, segments = (None if x is None else x[:, start:stop] for x in (queries.positions, segments))
-        return Hop(queries, Tokens(positions, segments, self.layout.runs(length, start, stop)), rule, own=True)
+        return BlockPair(
+            queries, Tokens(positions, segments, self.layout.runs(length, start, stop)), mask, diagonal=True
+        )
 
     def _queries(self, me, segments, length: int) -> Tokens:
         positions = self.layout.shard_positions(self._place(me), length)[None]

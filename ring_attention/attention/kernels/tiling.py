@@ -1,4 +1,4 @@
-"""How a hop is cut into tiles, which of them the mask leaves to compute, and where each stands in the ring's arrays.
+"""Cuts a block of queries and a block of keys into tiles, and lists those that the mask leaves to compute.
 
 Arrays of queries are [B,K,G,t,...], of keys [B,K,s,...], of a tile the same without B and with fewer heads and tokens.
 """
@@ -13,14 +13,14 @@ import numpy as np
 from jax import lax
 
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.masks import EMPTY, FULL, PARTIAL, Bounds, Hop, Tokens, in_rows, kinds_between
+from ring_attention.attention.masks import EMPTY, FULL, PARTIAL, BlockPair, Bounds, Tokens, in_rows, kinds_between
 
 GROUP = 64
 """Lists of what a tile of queries visits are for so many key tiles at most, so that memory is linear in tokens."""
 
 
-class Area(NamedTuple):
-    """A rectangle of scores: of sequence `b`, heads from `h` on, queries from `q` on, keys from `kv` on.
+class Tile(NamedTuple):
+    """A rectangle of scores: sequence `b`, heads from `h` on, queries from `q` on, keys from `kv` on.
 
     How many there are of each is static, and so is whether the mask may hide some of the scores.
     """
@@ -58,17 +58,17 @@ class Area(NamedTuple):
         """The array with these keys replaced."""
         return _write(x_BKDs, new_hDs[None], (self.b, self.h, 0, self.kv))
 
-    def of_tile(self, tile, axis: int, whole: "Area"):
-        """The area's queries, which stand on `axis`, of a tile that holds those of `whole`."""
-        if self.q_size == whole.q_size:
-            return tile
-        return lax.dynamic_slice_in_dim(tile, self.q - whole.q, self.q_size, axis)
+    def of_row(self, x, axis: int, row: "Tile"):
+        """The tile's queries, which stand on `axis`, of an array with all queries of `row`."""
+        if self.q_size == row.q_size:
+            return x
+        return lax.dynamic_slice_in_dim(x, self.q - row.q, self.q_size, axis)
 
-    def into_tile(self, tile, new, axis: int, whole: "Area"):
-        """The tile with the area's queries replaced."""
-        if self.q_size == whole.q_size:
+    def into_row(self, x, new, axis: int, row: "Tile"):
+        """The array of `row` with the tile's queries replaced."""
+        if self.q_size == row.q_size:
             return new
-        return lax.dynamic_update_slice_in_dim(tile, new, self.q - whole.q, axis)
+        return lax.dynamic_update_slice_in_dim(x, new, self.q - row.q, axis)
 
 
 class Sizes(NamedTuple):
@@ -99,7 +99,7 @@ class Visits(NamedTuple):
 
     Attributes:
       start: number of the first key tile of the group.
-      full: those that are visited whole and without a mask.
+      full: those that are computed uncut and without a mask.
       parts: pieces of those that the mask cuts, numbered tile after tile, in a tile by query and then key.
     """
 
@@ -110,14 +110,14 @@ class Visits(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tiles:
-    """The tiles of a hop, as a loop over query tiles visits them.
+class Tiling:
+    """The tiles of a block pair, as a loop over query tiles visits them.
 
     There are lists of what to visit rather than a branch in the loop, because a branch copies what it passes through.
     They are made inside the loop, from the bounds of tiles: for all pairs of tiles at once they would be quadratic.
 
     Attributes:
-      hop: with tokens [B,t] and [B,s], padded to whole tiles.
+      pair: with tokens [B,t] and [B,s], padded to whole tiles.
       queries: bounds of the pieces of n query tiles, [B,n,cut_q].
       keys: bounds of the pieces of m key tiles, [B,m,cut_kv].
       slopes: float32 [K,G] or None, ALiBi's.
@@ -126,7 +126,7 @@ class Tiles:
       num_kv_heads: K.
     """
 
-    hop: Hop
+    pair: BlockPair
     queries: Bounds
     keys: Bounds
     slopes: jax.Array | None
@@ -135,25 +135,25 @@ class Tiles:
     num_kv_heads: int = dataclasses.field(metadata={"static": True})
 
     @staticmethod
-    def of(hop: Hop, q_BHtD: jax.Array, k_BKsD: jax.Array, blocks: BlockSizes) -> "Tiles":
-        """Cut the meeting of these queries and keys."""
+    def of(pair: BlockPair, q_BHtD: jax.Array, k_BKsD: jax.Array, blocks: BlockSizes) -> "Tiling":
+        """Cut the pair of these queries and keys into tiles."""
         (B, _, t, _), (_, K, s, _) = q_BHtD.shape, k_BKsD.shape
-        q, kv = _tile_size(t, blocks.q), _home_tile(t, blocks) if hop.own else _tile_size(s, blocks.kv)
+        q, kv = _tile_size(t, blocks.q), _local_tile(t, blocks) if pair.diagonal else _tile_size(s, blocks.kv)
         size = Sizes(q, kv, math.gcd(blocks.cut, q), math.gcd(blocks.cut, kv), math.gcd(blocks.heads, K))
-        queries, keys, rule = hop.queries, hop.keys, hop.rule
+        queries, keys, mask = pair.queries, pair.keys, pair.mask
         # Bounds that are constants, where they can be: XLA then drops loops that it knows to visit nothing.
         bounds = [
             Bounds.of(tokens.known().pad(-length % tile).tiles(tile // cut))
             for tokens, length, tile, cut in ((queries, t, q, size.cut_q), (keys, s, kv, size.cut_kv))
         ]
         bounds = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, x.shape[1])), bounds)
-        hop = Hop(queries.pad(-t % q).of_batch(B), keys.pad(-s % kv).of_batch(B), rule)
-        return Tiles(
-            hop=hop,
+        pair = BlockPair(queries.pad(-t % q).of_batch(B), keys.pad(-s % kv).of_batch(B), mask)
+        return Tiling(
+            pair=pair,
             queries=jax.tree.map(lambda x: in_rows(x, size.cut_q), bounds[0]),
             keys=jax.tree.map(lambda x: in_rows(x, size.cut_kv), bounds[1]),
-            slopes=None if rule.slopes is None else rule.slopes.reshape(K, -1),
-            heads=None if rule.dropout is None else rule.dropout.heads.reshape(K, -1),
+            slopes=None if mask.slopes is None else mask.slopes.reshape(K, -1),
+            heads=None if mask.dropout is None else mask.dropout.heads.reshape(K, -1),
             size=size,
             num_kv_heads=K,
         )
@@ -167,9 +167,9 @@ class Tiles:
         return _pad(x_BKs, 2, self.size.kv)
 
     def each(self, body, carry):
-        """`body(area, visits, carry) -> carry` for all tiles of queries and groups of key tiles that they may see.
+        """`body(row, visits, carry) -> carry` for all tiles of queries and groups of key tiles that they may see.
 
-        The area has no keys yet; `visit` goes through its `visits`, which all heads share.
+        `row` is a tile without keys yet; `visit` goes through its `visits`, which all heads share.
         """
         (B, n, _), m, size = self.queries.low.shape, self.keys.low.shape[1], self.size
         heads = np.int32(self.num_kv_heads // size.heads)
@@ -190,19 +190,19 @@ class Tiles:
             def group(number, carry):
                 keys = jax.tree.map(lambda x: x[b, number], pieces)
                 rest = jnp.minimum(m - number * length, length)
-                return meet(self._visits(queries, keys, number * length, rest), carry)
+                return visit_heads(self._visits(queries, keys, number * length, rest), carry)
 
-            def meet(visits: Visits, carry):
+            def visit_heads(visits: Visits, carry):
                 def head(number, carry):
                     h, q = number * size.heads, i * size.q
-                    return body(Area(b, h, q, np.int32(0), size.heads, size.q, 0, False), visits, carry)
+                    return body(Tile(b, h, q, np.int32(0), size.heads, size.q, 0, False), visits, carry)
 
                 some = visits.full.count + visits.parts.count > 0
                 return loop(jnp.where(some, heads, np.int32(0)), head, carry)
 
             if groups == 1:
-                return meet(jax.tree.map(lambda x: x[b, i], of_all), carry)
-            kinds = kinds_between(self.hop.rule, queries.joined(size.cut_q), jax.tree.map(lambda x: x[b], of_groups))
+                return visit_heads(jax.tree.map(lambda x: x[b, i], of_all), carry)
+            kinds = kinds_between(self.pair.mask, queries.joined(size.cut_q), jax.tree.map(lambda x: x[b], of_groups))
             seen = Worklist.of(kinds[0] != EMPTY)
             return loop(seen.count, lambda number, carry: group(seen.items[number], carry), carry)
 
@@ -212,43 +212,43 @@ class Tiles:
 
     def _visits(self, queries: Bounds, keys: Bounds, start, number) -> Visits:
         """What the pieces of a query tile visit of those of a group of key tiles; the first `number` of these exist."""
-        rule, size = self.hop.rule, self.size
-        whole = kinds_between(rule, queries.joined(size.cut_q), keys.joined(size.cut_kv))[0]
-        whole = jnp.where(jnp.arange(whole.size, dtype=jnp.int32) < number, whole, EMPTY)
-        pieces = kinds_between(rule, queries, keys).reshape(size.cut_q, -1, size.cut_kv).swapaxes(0, 1)
-        cut = (whole == PARTIAL)[:, None, None] & (pieces != EMPTY)
-        return Visits(jnp.int32(start), Worklist.of(whole == FULL), Worklist.of(cut.reshape(-1)))
+        mask, size = self.pair.mask, self.size
+        kinds = kinds_between(mask, queries.joined(size.cut_q), keys.joined(size.cut_kv))[0]
+        kinds = jnp.where(jnp.arange(kinds.size, dtype=jnp.int32) < number, kinds, EMPTY)
+        pieces = kinds_between(mask, queries, keys).reshape(size.cut_q, -1, size.cut_kv).swapaxes(0, 1)
+        cut = (kinds == PARTIAL)[:, None, None] & (pieces != EMPTY)
+        return Visits(jnp.int32(start), Worklist.of(kinds == FULL), Worklist.of(cut.reshape(-1)))
 
-    def visit(self, tile: Area, visits: Visits, take, carry):
-        """`take(area, carry) -> carry` over the areas that are visible to a query tile."""
+    def visit(self, row: Tile, visits: Visits, take, carry):
+        """`take(tile, carry) -> carry` over the tiles of keys that a tile of queries sees."""
         size = self.size
 
-        def whole(number, carry):
+        def full(number, carry):
             j = visits.start + visits.full.items[number]
-            return take(tile._replace(kv=j * size.kv, kv_size=size.kv), carry)
+            return take(row._replace(kv=j * size.kv, kv_size=size.kv), carry)
 
         def part(number, carry):
             item, pieces = visits.parts.items[number], size.cut_q * size.cut_kv
             j, x, y = visits.start + item // pieces, item % pieces // size.cut_kv, item % size.cut_kv
             q_size, kv_size = size.q // size.cut_q, size.kv // size.cut_kv
-            q, kv = tile.q + x * q_size, j * size.kv + y * kv_size
-            return take(tile._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True), carry)
+            q, kv = row.q + x * q_size, j * size.kv + y * kv_size
+            return take(row._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True), carry)
 
-        carry = loop(visits.full.count, whole, carry)
+        carry = loop(visits.full.count, full, carry)
         return loop(visits.parts.count, part, carry)
 
-    def tokens(self, area: Area) -> tuple[Tokens, Tokens]:
-        """Where the area's queries [t] and keys [s] stand."""
-        queries = jax.tree.map(lambda x: _read(x, (area.b, area.q), (1, area.q_size))[0], self.hop.queries)
-        keys = jax.tree.map(lambda x: _read(x, (area.b, area.kv), (1, area.kv_size))[0], self.hop.keys)
+    def tokens(self, tile: Tile) -> tuple[Tokens, Tokens]:
+        """Where the tile's queries [t] and keys [s] stand."""
+        queries = jax.tree.map(lambda x: _read(x, (tile.b, tile.q), (1, tile.q_size))[0], self.pair.queries)
+        keys = jax.tree.map(lambda x: _read(x, (tile.b, tile.kv), (1, tile.kv_size))[0], self.pair.keys)
         return queries, keys
 
-    def of_heads(self, area: Area) -> tuple:
-        """The area's slopes [h,G], and global indices of its heads [h,G] and sequence; None for what is not used."""
+    def of_heads(self, tile: Tile) -> tuple:
+        """The tile's slopes [h,G], and global indices of its heads [h,G] and sequence; None for what is not used."""
         slopes, heads = jax.tree.map(
-            lambda x: lax.dynamic_slice_in_dim(x, area.h, area.heads), (self.slopes, self.heads)
+            lambda x: lax.dynamic_slice_in_dim(x, tile.h, tile.heads), (self.slopes, self.heads)
         )
-        return slopes, heads, None if heads is None else self.hop.rule.dropout.batch[area.b]
+        return slopes, heads, None if heads is None else self.pair.mask.dropout.batch[tile.b]
 
 
 def loop(count, body, carry):
@@ -260,13 +260,13 @@ def loop(count, body, carry):
 
 
 def halve(length: int, blocks: BlockSizes) -> int:
-    """How many of a shard's own keys are in the first of two parts: about half, in whole tiles of the shard."""
-    size = _home_tile(length, blocks)
+    """How many of a shard's local keys are in the first of two parts: about half, a multiple of the tile's size."""
+    size = _local_tile(length, blocks)
     return min(-(-length // (2 * size)) * size, length)
 
 
-def _home_tile(length: int, blocks: BlockSizes) -> int:
-    """Keys of a tile where a shard meets its own: as many in a pass that takes them by halves as in one that does not.
+def _local_tile(length: int, blocks: BlockSizes) -> int:
+    """Keys of a tile on the diagonal: as many in a pass that takes a shard by halves as in one that does not.
 
     Products of another shape are summed in another order. Where logits are large, the scores of a backward pass would
     then differ from those in the lse by enough to make dv several times as wrong (docs/accuracy.md).

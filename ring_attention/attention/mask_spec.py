@@ -1,4 +1,4 @@
-"""How the product of a query and a key becomes a weight: one rule for every tile, hop, device and strategy."""
+"""How the product of a query and a key becomes a weight: one specification for every tile, device and strategy."""
 
 import dataclasses
 import math
@@ -17,14 +17,14 @@ def _static(**kwargs):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
+class MaskSpec:
     """score = softcap(scale * q.k) - slope * distance where the mask lets the query see the key, else -inf.
 
     Attributes:
       scale: of the products.
       causal: a query sees its own position and those before it; otherwise all of them.
       window: a query sees positions less than this far away; None for no bound.
-      beyond: a query sees only positions at least this far away; 0 for all.
+      min_distance: a query sees only positions at least this far away; 0 for all.
       seq_len: positions from here on are padding that nobody sees and that sees nothing; None where there is none.
       softcap: scores x become softcap * tanh(x / softcap); None leaves them (Gemma 2).
       slopes: float32 [H], ALiBi's (Press et al. 2022): scores fall by slope for each position of distance; or None.
@@ -34,14 +34,14 @@ class Rule:
     scale: float = _static()
     causal: bool = _static(default=True)
     window: int | None = _static(default=None)
-    beyond: int = _static(default=0)
+    min_distance: int = _static(default=0)
     seq_len: int | None = _static(default=None)
     softcap: float | None = _static(default=None)
     slopes: jax.Array | None = None
     dropout: Dropout | None = None
 
-    def of_heads(self, start: int | jax.Array, number: int) -> "Rule":
-        """The rule of `number` of the heads, from `start` on."""
+    def of_heads(self, start: int | jax.Array, number: int) -> "MaskSpec":
+        """The specification for `number` of the heads, from `start` on."""
 
         def of(x):
             return jax.lax.dynamic_slice_in_dim(x, start, number)
@@ -50,7 +50,7 @@ class Rule:
         return dataclasses.replace(self, slopes=None if self.slopes is None else of(self.slopes), dropout=dropout)
 
 
-def make_rule(
+def make_mask_spec(
     q: jax.Array,
     *,
     causal: bool,
@@ -63,14 +63,14 @@ def make_rule(
     batch_offset: int | jax.Array = 0,
     head_offset: int | jax.Array = 0,
     seq_len: int | None = None,
-) -> Rule:
-    """The rule for queries q [B,t,H,D], of whose arrays the first sequence and head have these global indices.
+) -> MaskSpec:
+    """The mask specification for queries q [B,t,H,D], whose first sequence and head have these global indices.
 
     Raises:
       ValueError: for values out of range and shapes that do not fit.
     """
     B, _, H, D = q.shape
-    check_rule(causal, window, softcap, scale, dropout_rate, dropout_key)
+    check_mask_spec(causal, window, softcap, scale, dropout_rate, dropout_key)
     alibi_slopes = of_heads("alibi_slopes", alibi_slopes, H)
     dropout = None
     if dropout_rate > 0:
@@ -84,7 +84,7 @@ def make_rule(
     slopes = None
     if alibi_slopes is not None:
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
-    return Rule(
+    return MaskSpec(
         scale=D**-0.5 if scale is None else float(scale),
         causal=bool(causal),
         window=bounded(window),
@@ -115,7 +115,7 @@ def of_heads(name: str, values, heads: int) -> jax.Array | None:
     return values
 
 
-def check_rule(causal, window, softcap, scale, dropout_rate, dropout_key) -> None:
+def check_mask_spec(causal, window, softcap, scale, dropout_rate, dropout_key) -> None:
     """Raise ValueError for values that mean nothing."""
     fits = is_number(causal) and causal in (True, False)
     require(fits, f"causal={shown(causal)} must be True or False; leave it out to take True")
@@ -149,5 +149,5 @@ def bounded(window: int | None) -> int | None:
 
 def check_window(name: str, window: int | None) -> None:
     """Raise ValueError unless `window` is None or a number of tokens."""
-    whole = window is None or is_whole(window, 1)
-    require(whole, f"{name}={shown(window)} must be a whole number of tokens, 1 (itself alone) or more; None sees all")
+    fits = window is None or is_whole(window, 1)
+    require(fits, f"{name}={shown(window)} must be a whole number of tokens, 1 (itself alone) or more; None sees all")
