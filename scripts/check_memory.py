@@ -25,8 +25,8 @@ from rich.table import Table
 from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
-from ring_attention.parallel.chips import GiB
-from ring_attention.planning.pods import pod_devices
+from ring_attention.hardware.chips import GiB
+from ring_attention.hardware.pods import pod_devices
 from ring_attention.planning.prediction.published import LLAMA_7B
 from ring_attention.planning.programs import compile_step
 from ring_attention.training.config import AttentionConfig, TrainConfig

@@ -26,11 +26,11 @@ from rich.table import Table
 from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
+from ring_attention.hardware.pods import pod_devices
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.wires import hops_of
 from ring_attention.planning.hlo import compiled
-from ring_attention.planning.pods import pod_devices
 from ring_attention.planning.programs import compile_ring, compile_step
 from ring_attention.training.config import AttentionConfig, TrainConfig
 

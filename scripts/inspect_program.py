@@ -34,12 +34,12 @@ import ring_attention as ra
 from ring_attention.checks import ConfigError, local_path, require_field
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
+from ring_attention.hardware.pods import pod_devices
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.mesh import compiler_options
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.wires import hops_of
 from ring_attention.planning.hlo import compiled
-from ring_attention.planning.pods import pod_devices
 
 PROGRAMS = ("forward", "backward", "forward+backward")
 

@@ -29,10 +29,10 @@ from rich.console import Console
 from ring_attention.checks import ConfigError, local_path, printable
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
-from ring_attention.parallel.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
+from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
+from ring_attention.hardware.topology import find_topology
 from ring_attention.planning import proof_report, report
 from ring_attention.planning.prediction.plan import Plan, make_plan
-from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.planning.proof import Proof, longest_compiled, prove
 from ring_attention.training.flags import parse_config, split_path
 

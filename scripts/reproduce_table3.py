@@ -7,7 +7,7 @@
 Each cell is the whole training step (forward, backward, AdamW) of a LLaMA model with as many key/value heads as query
 heads, one sequence on all devices of the pod, compiled by the pod's own compiler on this machine. It fits if the
 compiler accepts it, the bytes of a device stay below its memory and those on the host below the host's memory over its
-devices (parallel/chips.py). XLA for GPU refuses nothing: there its total is compared with 79 GiB, what the driver
+devices (hardware/chips.py). XLA for GPU refuses nothing: there its total is compared with 79 GiB, what the driver
 leaves of 80. Rows that --out already has, compiled by the same versions, are not compiled again.
 
 The exit status is 1 if a context of the paper does not fit. docs/table3.md shows the table.
@@ -34,8 +34,8 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.checks import ConfigError, local_path
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
-from ring_attention.parallel.chips import CHIPS, GiB
-from ring_attention.planning.pods import pod_devices
+from ring_attention.hardware.chips import CHIPS, GiB
+from ring_attention.hardware.pods import pod_devices
 from ring_attention.planning.prediction.published import LLAMA_7B
 from ring_attention.planning.programs import compile_step
 from ring_attention.training.config import AttentionConfig, TrainConfig

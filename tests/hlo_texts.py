@@ -1,6 +1,6 @@
 """What the tests of planning/hlo share: compiled programs as text, cut down or put together line by line."""
 
-from ring_attention.parallel.chips import CHIPS
+from ring_attention.hardware.chips import CHIPS
 
 V5E, H100 = CHIPS["v5e"], CHIPS["h100"]
 MESH = dict(dp=1, fsdp=2, sp=4, tp=1)

@@ -8,7 +8,18 @@ import pytest
 import ring_attention as ra
 
 PACKAGE = pathlib.Path(ra.__file__).parent
-ROOMS = ("planning", "evaluation", "inference", "training", "data", "models", "parallel", "attention", "checks")
+ROOMS = (
+    "planning",
+    "evaluation",
+    "inference",
+    "training",
+    "data",
+    "models",
+    "parallel",
+    "attention",
+    "hardware",
+    "checks",
+)
 """Top to bottom, as DESIGN.md orders them: a room imports those to its right."""
 
 STRANGERS = {("data", "models"), ("models", "data")}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from ring_attention.parallel.chips import GiB
+from ring_attention.hardware.chips import GiB
 from ring_attention.planning.prediction.attention_times import Step
 from ring_attention.planning.prediction.plan import Plan
 from ring_attention.planning.prediction.step_times import layer_steps

@@ -8,14 +8,14 @@ import time
 import jax
 
 from ring_attention.checks import ConfigError
-from ring_attention.parallel.chips import GiB
+from ring_attention.hardware.chips import GiB
+from ring_attention.hardware.pods import pod_devices
+from ring_attention.hardware.rates import wires_of
+from ring_attention.hardware.topology import Topology
 from ring_attention.parallel.mesh import TENSOR
 from ring_attention.planning.hlo import compiled
 from ring_attention.planning.hlo.transfers import AxisTraffic, Transfer, collectives_by_axis, transfers, warnings_of
-from ring_attention.planning.pods import pod_devices
 from ring_attention.planning.prediction.plan import GRAIN, Plan
-from ring_attention.planning.prediction.rates import wires_of
-from ring_attention.planning.prediction.topology import Topology
 from ring_attention.planning.programs import compile_step
 from ring_attention.training.config import TrainConfig
 

@@ -4,10 +4,10 @@ import dataclasses
 
 from rich.table import Table
 
-from ring_attention.parallel.chips import GiB
+from ring_attention.hardware.chips import GiB
+from ring_attention.hardware.rates import EFFICIENCY, wires_of
 from ring_attention.planning.prediction.hiding import PAPER_TABLE_2, tokens_to_hide
 from ring_attention.planning.prediction.plan import Plan
-from ring_attention.planning.prediction.rates import EFFICIENCY, wires_of
 from ring_attention.planning.prediction.step_times import sent_bytes
 
 FIGURES = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError
-from ring_attention.parallel.chips import chip_of
+from ring_attention.hardware.chips import chip_of
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.training.config import MeshConfig

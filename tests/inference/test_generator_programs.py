@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec as Spec
 
 import ring_attention as ra
 from ring_attention.attention import cached
+from ring_attention.hardware.pods import pod_devices
 from ring_attention.inference import cache, generator, programs
 from ring_attention.inference.generator import Generator
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.transformer import abstract_parameters, parameter_specs
 from ring_attention.planning.hlo import compiled
-from ring_attention.planning.pods import pod_devices
 from ring_attention.training.config import AttentionConfig
 
 V, L, M, H, K, D, F = 40, 3, 64, 4, 2, 6, 96

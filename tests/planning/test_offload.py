@@ -2,8 +2,8 @@
 
 import pytest
 
+from ring_attention.hardware.pods import pod_devices
 from ring_attention.models.config import ModelConfig
-from ring_attention.planning.pods import pod_devices
 from ring_attention.planning.programs import compile_step
 from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
 

@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from ring_attention.checks import ConfigError
+from ring_attention.hardware.topology import find_topology
 from ring_attention.planning import proof
 from ring_attention.planning.prediction.plan import make_plan
-from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.training.flags import load_config
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ring_attention.parallel.chips import CHIPS, GPU_MEMORY_FRACTION
+from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION
 from ring_attention.training.fault_tolerance import errors
 from ring_attention.training.flags import parse_config
 

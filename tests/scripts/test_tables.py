@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ring_attention.evaluation.needle_report import HeatMap, accuracy_table
 from ring_attention.evaluation.tables import fitted, show
+from ring_attention.hardware.topology import find_topology
 from ring_attention.planning import proof_report, report
 from ring_attention.planning.prediction.plan import make_plan
-from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.training.flags import load_config
 
 REPOSITORY = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from ring_attention.parallel.chips import Chip
+from ring_attention.hardware.chips import Chip
 from ring_attention.planning.hlo.compiled import KINDS
 from ring_attention.planning.hlo.loops import trips_of
 from ring_attention.planning.hlo.program import Array, Instruction, Program, placed_arrays

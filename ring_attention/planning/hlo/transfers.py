@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 
-from ring_attention.parallel.chips import Chip
+from ring_attention.hardware.chips import Chip
 from ring_attention.planning.hlo.axes import PERMUTE, axes_of
 from ring_attention.planning.hlo.compiled import collectives_in
 from ring_attention.planning.hlo.findings import kept_masks, whole_sequences

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 
-from ring_attention.parallel.chips import Chip
+from ring_attention.hardware.chips import Chip
 from ring_attention.planning.hlo.axes import PERMUTE, axes_of, place_of
 from ring_attention.planning.hlo.compiled import Collective
 from ring_attention.planning.hlo.peak_times import Estimate, PeakTimes

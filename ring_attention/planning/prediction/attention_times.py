@@ -6,11 +6,11 @@
 import dataclasses
 from typing import NamedTuple
 
+from ring_attention.hardware.rates import Wires
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.routes import plan_routes, token_hops
 from ring_attention.parallel.strategy import Workload
 from ring_attention.parallel.ulysses import kv_copies
-from ring_attention.planning.prediction.rates import Wires
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

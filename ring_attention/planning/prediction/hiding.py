@@ -6,7 +6,7 @@ send less, a causal mask computes less, and the backward pass sends gradients in
 
 import dataclasses
 
-from ring_attention.parallel.chips import GB
+from ring_attention.hardware.chips import GB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

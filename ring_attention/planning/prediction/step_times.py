@@ -3,6 +3,7 @@
 import dataclasses
 
 from ring_attention.checks import ConfigError
+from ring_attention.hardware.rates import EFFICIENCY, Wires, wires_of
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.strategies import find_strategy
@@ -18,7 +19,6 @@ from ring_attention.planning.prediction.attention_times import (
     usp_times,
 )
 from ring_attention.planning.prediction.memory import kept_for_backward
-from ring_attention.planning.prediction.rates import EFFICIENCY, Wires, wires_of
 from ring_attention.planning.prediction.shares import Share
 
 TIMED = ("ring", "sliding_window", "all_gather", "ulysses", "usp")

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from ring_attention.parallel.chips import GB
+from ring_attention.hardware.chips import GB
 from ring_attention.planning.prediction.plan import Candidate, candidates_of, recommend, strategies_of
 from ring_attention.planning.prediction.shares import Share
 

@@ -9,6 +9,7 @@ import pytest
 
 from ring_attention.attention.kernels import cudnn
 from ring_attention.checks import ConfigError
+from ring_attention.hardware.topology import find_topology
 from ring_attention.models.config import REMAT_POLICIES, ModelConfig
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy
@@ -17,7 +18,6 @@ from ring_attention.planning.prediction.published import COMPARISONS
 from ring_attention.planning.prediction.shares import Share
 from ring_attention.planning.prediction.step_times import TIMED, attention_times
 from ring_attention.planning.prediction.strategy_map import map_strategies
-from ring_attention.planning.prediction.topology import find_topology
 from ring_attention.planning.report import as_json
 from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
 from ring_attention.training.flags import load_config

@@ -5,7 +5,7 @@ import math
 import re
 
 from ring_attention.checks import ConfigError, require_field
-from ring_attention.parallel.chips import CHIPS, Chip
+from ring_attention.hardware.chips import CHIPS, Chip
 
 _SHAPE = re.compile(r"\d+(x\d+)*")
 _SIDES = {"v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}

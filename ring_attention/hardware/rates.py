@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from ring_attention.planning.prediction.topology import Topology
+from ring_attention.hardware.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.planning.prediction.topology import find_topology
+from ring_attention.hardware.topology import find_topology
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 from jax.experimental import topologies
 
 from ring_attention.checks import ConfigError
-from ring_attention.planning.prediction.topology import Topology, find_topology
+from ring_attention.hardware.topology import Topology, find_topology
 
 _H100_SXM = """
 gpu_device_info {

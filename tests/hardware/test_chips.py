@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from ring_attention.parallel.chips import CHIPS, chip_of
+from ring_attention.hardware.chips import CHIPS, chip_of
 
 
 @pytest.mark.parametrize("name", CHIPS)

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 
 from ring_attention.checks import ConfigError
-from ring_attention.planning.pods import pod_devices
+from ring_attention.hardware.pods import pod_devices
 
 needs_tpu_compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra compile-tpu")
 needs_gpu_compiler = pytest.mark.skipif(
@@ -83,7 +83,7 @@ def test_a_gpu_compiler_that_found_no_gpu_is_told_not_to_look_for_one(monkeypatc
 @needs_gpu_compiler
 @pytest.mark.parametrize(("topology", "kind"), [("a100:4x8", "A100-SXM4-80GB"), ("h100:4x8", "H100 80GB HBM3")])
 def test_gpus_are_those_of_the_chip(topology, kind):
-    code = f"""from ring_attention.planning.pods import pod_devices
+    code = f"""from ring_attention.hardware.pods import pod_devices
 print([device.device_kind for device in pod_devices({topology!r})])"""
     run = [sys.executable, "-c", code]
     found = subprocess.run(run, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True)
