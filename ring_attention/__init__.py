@@ -10,39 +10,65 @@ layout the order in which tokens are dealt to shards. lse is a float32 natural l
 key.
 """
 
-from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.blockwise import blockwise_attention
-from ring_attention.attention.feedforward import blockwise_feedforward
-from ring_attention.attention.reference import reference_attention
-from ring_attention.parallel.context import (
-    context_attention,
-    context_attention_shard,
-    ring_attention,
-    ring_attention_shard,
-)
-from ring_attention.parallel.decode import decode_attention, decode_attention_shard
-from ring_attention.parallel.exchange import SAVED_NAMES
-from ring_attention.parallel.flax_attention import flax_attention_fn
-from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.mesh import make_mesh
-from ring_attention.parallel.strategies import STRATEGIES
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors and type checkers see; `_MODULES` says the same to `__getattr__`
+    from ring_attention.attention.blocks import BlockSizes as BlockSizes
+    from ring_attention.attention.blockwise import blockwise_attention as blockwise_attention
+    from ring_attention.attention.feedforward import blockwise_feedforward as blockwise_feedforward
+    from ring_attention.attention.reference import reference_attention as reference_attention
+    from ring_attention.parallel.context import context_attention as context_attention
+    from ring_attention.parallel.context import context_attention_shard as context_attention_shard
+    from ring_attention.parallel.context import ring_attention as ring_attention
+    from ring_attention.parallel.context import ring_attention_shard as ring_attention_shard
+    from ring_attention.parallel.decode import decode_attention as decode_attention
+    from ring_attention.parallel.decode import decode_attention_shard as decode_attention_shard
+    from ring_attention.parallel.exchange import SAVED_NAMES as SAVED_NAMES
+    from ring_attention.parallel.flax_attention import flax_attention_fn as flax_attention_fn
+    from ring_attention.parallel.layouts import SequenceLayout as SequenceLayout
+    from ring_attention.parallel.mesh import compiler_options as compiler_options
+    from ring_attention.parallel.mesh import make_mesh as make_mesh
+    from ring_attention.parallel.simulate import simulate_devices as simulate_devices
+    from ring_attention.parallel.strategies import STRATEGIES as STRATEGIES
+    from ring_attention.parallel.strategy import Strategy as Strategy
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SAVED_NAMES",
-    "STRATEGIES",
-    "BlockSizes",
-    "SequenceLayout",
-    "blockwise_attention",
-    "blockwise_feedforward",
-    "context_attention",
-    "context_attention_shard",
-    "decode_attention",
-    "decode_attention_shard",
-    "flax_attention_fn",
-    "make_mesh",
-    "reference_attention",
-    "ring_attention",
-    "ring_attention_shard",
-]
+_MODULES = {
+    "BlockSizes": "attention.blocks",
+    "SAVED_NAMES": "parallel.exchange",
+    "STRATEGIES": "parallel.strategies",
+    "SequenceLayout": "parallel.layouts",
+    "Strategy": "parallel.strategy",
+    "blockwise_attention": "attention.blockwise",
+    "blockwise_feedforward": "attention.feedforward",
+    "compiler_options": "parallel.mesh",
+    "context_attention": "parallel.context",
+    "context_attention_shard": "parallel.context",
+    "decode_attention": "parallel.decode",
+    "decode_attention_shard": "parallel.decode",
+    "flax_attention_fn": "parallel.flax_attention",
+    "make_mesh": "parallel.mesh",
+    "reference_attention": "attention.reference",
+    "ring_attention": "parallel.context",
+    "ring_attention_shard": "parallel.context",
+    "simulate_devices": "parallel.simulate",
+}
+"""Public name -> the module that it is imported from when somebody first asks for it."""
+
+__all__ = [*_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if not TYPE_CHECKING:  # a type checker would take a module's __getattr__ for a leave to misspell
+
+    def __getattr__(name: str) -> object:
+        """Import the public name when it is first used, so that importing the package costs nothing beside JAX."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        """Names of the module, those not yet imported too."""
+        return sorted({*globals(), *__all__})

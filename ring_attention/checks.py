@@ -4,6 +4,7 @@ Every check runs on static facts (shapes, dtypes, names, config values), so that
 """
 
 import argparse
+import importlib.util
 import numbers
 import re
 import reprlib
@@ -46,6 +47,20 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless `condition`; the message says got, need and remedy."""
     if not condition:
         raise ValueError(message)
+
+
+def require_packages(room: str, *modules: str) -> None:
+    """Raise ModuleNotFoundError for a module that `room` imports and that is not installed.
+
+    The attention alone installs little; all else comes with the extra `train`, which the error names.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"{room} needs {', '.join(missing)}, not installed; pip install 'ring_attention[train]', or in a checkout "
+            "pip install -e '.[train]'",
+            name=missing[0],
+        )
 
 
 def require_field(condition: bool, field: str, value: object, need: str, remedy: str) -> None:

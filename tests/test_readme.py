@@ -35,7 +35,7 @@ def test_ci_runs_the_readmes_two_commands():
 def test_ci_installs_the_lowest_version_of_all_that_is_declared():
     lowest = subprocess.run([sys.executable, ROOT / ".ci/lowest"], capture_output=True, text=True, check=True).stdout
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    requirements = re.findall(r'"([\w-]+)[^"]*>=([\d.]+)"', setup[setup.index("install_requires") :])
+    requirements = re.findall(r'"([\w-]+)[^"]*>=([\d.]+)"', setup)
     assert {*lowest.split()} == {f"{name}=={version}" for name, version in requirements}
     assert "jax==0.10.2" in lowest.split()
     assert len(requirements) > 15

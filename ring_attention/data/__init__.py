@@ -1,0 +1,3 @@
+from ring_attention.checks import require_packages
+
+require_packages(__name__, "grain", "tokenizers")
