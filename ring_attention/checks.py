@@ -15,6 +15,8 @@ import numpy as np
 
 _LONGEST = 500  # characters of a value that a message shows
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: `Path` makes one of two
+TRAIN_MODULES = "absl flax grain matplotlib ml_collections optax orbax rich safetensors tensorboardX tokenizers".split()
+"""What the extra `train` of setup.py installs, as it is imported."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 20
@@ -49,12 +51,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_packages(room: str, *modules: str) -> None:
-    """Raise ModuleNotFoundError for a module that `room` imports and that is not installed.
+def require_train(room: str) -> None:
+    """Raise ModuleNotFoundError if what the extra `train` installs is not there, which `room` needs.
 
-    The attention alone installs little; all else comes with the extra `train`, which the error names.
+    The attention alone installs little. An import that fails in its middle would not say how to get the rest.
     """
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    missing = [module for module in TRAIN_MODULES if importlib.util.find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
             f"{room} needs {', '.join(missing)}, not installed; pip install 'ring_attention[train]', or in a checkout "

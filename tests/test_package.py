@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ring_attention as ra
-from ring_attention.checks import require_packages
+from ring_attention.checks import TRAIN_MODULES, require_train
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ring_attention"
@@ -59,14 +59,6 @@ def _files(room):
     return [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
-def _required(room):
-    """The modules that the room's `__init__` gives to `require_packages`."""
-    for node in ast.walk(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "require_packages":
-            return {argument.value for argument in node.args[1:]}
-    return set()
-
-
 TRAIN_ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
 TRAIN_ROOMS = [room for room in TRAIN_ROOMS if room not in ATTENTION_ROOMS]
 
@@ -108,20 +100,19 @@ def test_train_declares_what_the_other_rooms_import():
     assert _foreign_imports(files) - _declared(SETUP["ATTENTION"]) == _declared(SETUP["TRAIN"])
 
 
-@pytest.mark.parametrize("room", TRAIN_ROOMS)
-def test_require_packages_is_given_what_the_room_imports(room):
-    assert _required(room) == _foreign_imports(_files(room)) - _declared(SETUP["ATTENTION"])
+def test_require_train_looks_for_what_train_declares():
+    assert {*TRAIN_MODULES} == _declared(SETUP["TRAIN"])
 
 
 def test_every_extra_installs_what_train_does():
     assert all({*SETUP["TRAIN"]} <= {*requirements} for requirements in SETUP["EXTRAS"].values())
 
 
-def test_require_packages_names_the_extra():
-    require_packages("ring_attention.training", "json")
+def test_require_train_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(ModuleNotFoundError) as caught:
-        require_packages("ring_attention.training", "json", "no_such_package")
-    want = "ring_attention.training needs no_such_package, not installed; pip install 'ring_attention[train]'"
+        require_train("ring_attention.training")
+    want = "ring_attention.training needs grain, not installed; pip install 'ring_attention[train]'"
     assert str(caught.value).startswith(want)
     assert len(str(caught.value).splitlines()) == 1
 

@@ -1,3 +1,3 @@
-from ring_attention.checks import require_packages
+from ring_attention.checks import require_train
 
-require_packages(__name__, "matplotlib", "rich")
+require_train(__name__)

@@ -1,5 +1,3 @@
-from ring_attention.checks import require_packages
+from ring_attention.checks import require_train
 
-require_packages(
-    __name__, "absl", "flax", "matplotlib", "ml_collections", "optax", "orbax", "rich", "tensorboardX", "tokenizers"
-)
+require_train(__name__)
