@@ -36,7 +36,7 @@ from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.exactness import random_qkv
 from ring_attention.evaluation.rivals import with_gradients
 from ring_attention.evaluation.tables import show
-from ring_attention.parallel.strategy import Workload
+from ring_attention.parallel.workload import Workload
 from ring_attention.planning.simulator import Machine, simulate
 
 COMPARED = ("ring", "all_gather")

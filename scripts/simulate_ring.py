@@ -25,8 +25,8 @@ from ring_attention.checks import local_path, require_field
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
-from ring_attention.parallel.strategy import Workload
 from ring_attention.parallel.ulysses import even_size
+from ring_attention.parallel.workload import Workload
 from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, seconds_of_both_passes, simulate
 
 TRIALS = 5

@@ -16,7 +16,7 @@ from rich.table import Table
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.parallel.strategies import STRATEGIES
-from ring_attention.parallel.strategy import Workload
+from ring_attention.parallel.workload import Workload
 from ring_attention.planning.traffic import GIB, attention_seconds, broadcast_bytes, worked_example
 
 

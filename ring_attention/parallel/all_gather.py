@@ -19,7 +19,8 @@ from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.strategy import Context, Strategy, Workload
+from ring_attention.parallel.strategy import Context, Strategy
+from ring_attention.parallel.workload import GATHER, Schedule, Step, Workload
 
 TOKENS = 2
 """Axis of tokens in arrays [B,K,t,D]."""
@@ -185,3 +186,14 @@ class AllGather(Strategy):
         others = (work.devices - 1) * work.shard
         sent = 2 * work.bytes_of(others, work.kv_heads) + work.segment_bytes(others)
         return sent + 2 * work.bytes_of(others, work.kv_heads, 4) * backward
+
+    def schedule(self, work: Workload, backward: bool = False) -> Schedule:
+        """A part of the heads at a time, while the next one's keys arrive and the gradients of the one before leave."""
+        groups, others = self._groups(work.kv_heads), (work.devices - 1) * work.shard
+        keys = 2 * work.bytes_of(others, work.kv_heads) / groups
+        gradients = 2 * work.bytes_of(others, work.kv_heads, 4) / groups * backward
+        steps = [Step(keys=keys, way=GATHER)]
+        for group in range(groups):
+            ahead, leaving = keys * (group + 1 < groups), gradients * (group > 0)
+            steps.append(Step(range(work.devices), 1 / groups, ahead, leaving, GATHER))
+        return Schedule(work=work, steps=(*steps, Step(gradients=gradients, way=GATHER)))

@@ -12,7 +12,8 @@ from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring_pass import RingPass
 from ring_attention.parallel.routes import Route, plan_routes, token_hops
-from ring_attention.parallel.strategy import Context, Strategy, Workload
+from ring_attention.parallel.strategy import Context, Strategy
+from ring_attention.parallel.workload import BOTH_WAYS, HOP, Schedule, Step, Workload, later_part
 
 
 def ring_pass_of(context: Context, mask: MaskSpec, shard_len: int, *, duplex=False, unroll=False, width=1) -> RingPass:
@@ -76,6 +77,31 @@ class Ring(Strategy):
         sent = 2 * work.bytes_of(hops, work.kv_heads) + work.segment_bytes(hops)
         return sent + 2 * work.bytes_of(hops, work.kv_heads, 4) * backward
 
+    def schedule(self, work: Workload, backward: bool = False) -> Schedule:
+        """Own keys first, then those of one place more at each hop, each block sent on before it is computed with.
+
+        Backward the own keys are computed in halves: the second one while the first block arrives, the first one while
+        the last gradients return. Gradients follow their keys a hop behind.
+        """
+        routes, way = self._routes(work), BOTH_WAYS if self.duplex else HOP
+        tokens = [sum(r.stop - r.start for r in routes if r.hops > hop) for hop in range(work.devices)]  # that go on
+        keys = [2 * work.bytes_of(x, work.kv_heads) for x in tokens]
+        gradients = [2 * work.bytes_of(x, work.kv_heads, 4) * backward for x in tokens]
+        last = max((route.hops for route in routes), default=0)
+        later = later_part(work) if backward and last else 1.0
+        steps = [Step(range(1), later, keys[0], 0, way)]
+        steps += [
+            Step(range(hop, hop + 1), 1.0, keys[hop], gradients[hop - 2] if hop > 1 else 0, way)
+            for hop in range(1, last + 1)
+        ]
+        if later < 1:
+            steps.append(Step(range(1), 1 - later, 0, gradients[last - 1], way))
+        return Schedule(work=work, steps=tuple(steps))
+
+    def variants(self, work: Workload, both_ways: bool) -> list[Strategy]:
+        """One way round, and both ways where the links gain by it."""
+        return [self, dataclasses.replace(self, duplex=True)] if both_ways else [self]
+
     def _routes(self, work: Workload) -> tuple[Route, ...]:
         layout = SequenceLayout(work.layout, work.devices)
         return plan_routes(layout, work.shard, causal=work.causal, window=work.window, duplex=self.duplex)
@@ -136,3 +162,7 @@ class SingleDevice(Strategy):
     def sent_bytes(self, work: Workload, backward: bool = False) -> int:
         """None."""
         return 0
+
+    def schedule(self, work: Workload, backward: bool = False) -> Schedule:
+        """All at once."""
+        return Schedule(work=work, steps=(Step(range(1)),))

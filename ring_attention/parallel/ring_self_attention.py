@@ -20,7 +20,8 @@ from ring_attention.attention.masks import Tokens
 from ring_attention.attention.online_softmax import finite
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.attention.weights import BlockScores
-from ring_attention.parallel.strategy import Context, Strategy, Workload
+from ring_attention.parallel.strategy import Context, Strategy
+from ring_attention.parallel.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

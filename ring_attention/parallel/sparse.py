@@ -24,7 +24,8 @@ from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring import Ring, check_pairs, ring_pass_of
 from ring_attention.parallel.ring_pass import RingPass
-from ring_attention.parallel.strategy import Context, Strategy, Workload, closest_divisor
+from ring_attention.parallel.strategy import Context, Strategy, closest_divisor
+from ring_attention.parallel.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.workload import Schedule, Workload
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,49 +32,6 @@ class Context:
     def devices(self) -> int:
         """P, the number of devices that hold the sequence."""
         return self.layout.ring_size
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """One attention, for working out what it costs a device.
-
-    Attributes:
-      batch: B, sequences of one device.
-      seq_len: T, tokens of the whole sequence.
-      heads: H.
-      kv_heads: K.
-      head_dim: D.
-      devices: P, that hold the sequence.
-      itemsize: bytes of an element of q, k and v.
-      layout: of the sequence.
-      causal, window: the mask.
-      segments: whether there are segment ids, of 4 bytes each.
-    """
-
-    seq_len: int
-    devices: int
-    heads: int = 1
-    kv_heads: int = 1
-    head_dim: int = 1
-    batch: int = 1
-    itemsize: int = 2
-    layout: str = "contiguous"
-    causal: bool = True
-    window: int | None = None
-    segments: bool = False
-
-    @property
-    def shard(self) -> int:
-        """t, tokens of a device."""
-        return self.seq_len // self.devices
-
-    def bytes_of(self, tokens: int, heads: int, itemsize: int | None = None) -> int:
-        """Of an array of so many tokens and heads."""
-        return self.batch * tokens * heads * self.head_dim * (self.itemsize if itemsize is None else itemsize)
-
-    def segment_bytes(self, tokens: int) -> int:
-        """Of the segment ids of so many tokens."""
-        return 4 * self.batch * tokens * self.segments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +71,21 @@ class Strategy:
         raise NotImplementedError
 
     def sent_bytes(self, work: Workload, backward: bool = False) -> int:
-        """That one device sends in the forward pass, or in the backward pass where nothing is computed again."""
+        """Bytes that one device sends in the forward pass, or in the backward pass where nothing is computed again."""
         raise NotImplementedError
+
+    def schedule(self, work: Workload, backward: bool = False) -> Schedule | None:
+        """What each device computes and sends, step by step, in one pass; None if that is not known."""
+        return None
+
+    def variants(self, work: Workload, both_ways: bool) -> list["Strategy"]:
+        """The strategy with each choice of options that may suit the work; `both_ways`: links carry both at once."""
+        return [self]
+
+    @property
+    def family(self) -> str:
+        """The name of the strategy that this one is a special case of, or its own."""
+        return next(kind.name for kind in reversed(type(self).__mro__) if hasattr(kind, "name"))
 
 
 def closest_divisor(number: int, wanted: float, multiple_of: int = 1) -> int | None:

@@ -17,9 +17,10 @@ from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import require
 from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.ring import check_pairs, ring_pass_of
+from ring_attention.parallel.ring import Ring, check_pairs, ring_pass_of
 from ring_attention.parallel.routes import plan_routes, token_hops
-from ring_attention.parallel.strategy import Context, Strategy, Workload, closest_divisor
+from ring_attention.parallel.strategy import Context, Strategy, closest_divisor
+from ring_attention.parallel.workload import SWAP, Schedule, Step, Workload
 
 HEADS, TOKENS = 1, 2
 """Axes of arrays [B,H,t,D]."""
@@ -140,6 +141,23 @@ class Usp(Strategy):
             return swapped + ring + 2 * work.bytes_of(hops, kv_heads, 4) // U
         return swapped + ring + work.segment_bytes((U - 1) * work.shard)
 
+    def schedule(self, work: Workload, backward: bool = False) -> Schedule:
+        """A ring of the places, with more tokens and fewer heads, between two swaps that nothing hides."""
+        U = self.size(work.devices, work.heads, work.kv_heads)
+        kv_heads = work.kv_heads * kv_copies(work.kv_heads, U)
+        queries, keys = (work.bytes_of(work.shard, heads) * (U - 1) / U for heads in (work.heads, kv_heads))
+        before, after = (queries, queries + 2 * keys) if backward else (queries + 2 * keys, queries)
+        places = dataclasses.replace(work, devices=work.devices // U, heads=work.heads // U, kv_heads=kv_heads // U)
+        ring = Ring().schedule(places, backward)
+        steps = (Step(keys=before, way=SWAP), *ring.steps, Step(keys=after, way=SWAP))
+        return Schedule(work=places, steps=steps, width=U)
+
+    def variants(self, work: Workload, both_ways: bool) -> list[Strategy]:
+        """Every size for which both swaps and a ring are left to do."""
+        sizes = range(2, work.devices)
+        fits = [size for size in sizes if work.devices % size == work.heads % size == 0]
+        return [dataclasses.replace(self, ulysses_size=size) for size in fits]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ulysses(Usp):
@@ -155,6 +173,10 @@ class Ulysses(Usp):
     def size(self, devices: int, heads: int, kv_heads: int) -> int:
         """All devices."""
         return devices
+
+    def variants(self, work: Workload, both_ways: bool) -> list[Strategy]:
+        """Only this one."""
+        return [self]
 
 
 def even_size(devices: int) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 
 from ring_attention.checks import require, require_choice
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.strategy import Workload
 from ring_attention.parallel.ulysses import kv_copies
+from ring_attention.parallel.workload import Workload
 from ring_attention.planning.balance import work_by_hop
 
 SIMULATED = ("ring", "all_gather", "ulysses", "usp")

@@ -8,8 +8,9 @@ from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy
-from ring_attention.parallel.strategy import Context, Strategy, Workload
+from ring_attention.parallel.strategy import Context, Strategy
 from ring_attention.parallel.ulysses import even_size
+from ring_attention.parallel.workload import Workload
 
 GIB = 2**30
 

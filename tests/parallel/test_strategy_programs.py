@@ -9,7 +9,8 @@ from ring_helpers import PLAIN, ring_mesh
 import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.parallel.strategies import find_strategy
-from ring_attention.parallel.strategy import Strategy, Workload
+from ring_attention.parallel.strategy import Strategy
+from ring_attention.parallel.workload import Workload
 from ring_attention.planning.hlo import compiled
 
 P, B, T, H, K, D = 4, 2, 96, 8, 4, 6

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ring_attention as ra
-from ring_attention.parallel.strategy import Workload
+from ring_attention.parallel.workload import Workload
 from ring_attention.planning.balance import work_by_hop
 from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, seconds_of_both_passes, simulate
 

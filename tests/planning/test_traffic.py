@@ -1,6 +1,6 @@
 import pytest
 
-from ring_attention.parallel.strategy import Workload
+from ring_attention.parallel.workload import Workload
 from ring_attention.planning.traffic import GIB, attention_seconds, broadcast_bytes, traffic, worked_example
 
 

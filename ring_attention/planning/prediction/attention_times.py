@@ -9,8 +9,8 @@ from typing import NamedTuple
 from ring_attention.hardware.rates import Wires
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.routes import plan_routes, token_hops
-from ring_attention.parallel.strategy import Workload
 from ring_attention.parallel.ulysses import kv_copies
+from ring_attention.parallel.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

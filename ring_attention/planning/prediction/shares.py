@@ -6,7 +6,7 @@ from ring_attention.checks import ConfigError
 from ring_attention.hardware.topology import Topology
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_mesh_shape
-from ring_attention.parallel.strategy import Workload
+from ring_attention.parallel.workload import Workload
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.validate import check_feasible
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from ring_attention.hardware.rates import Wires
-from ring_attention.parallel.strategy import Workload
+from ring_attention.parallel.workload import Workload
 from ring_attention.planning.prediction.attention_times import Pace, ring_steps
 from ring_attention.planning.prediction.hiding import PAPER_TABLE_2, tokens_to_hide
 
