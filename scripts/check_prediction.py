@@ -25,10 +25,10 @@ from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.topology import find_topology
+from ring_attention.planning.compile_report import compile_for
 from ring_attention.planning.hlo.compiled import memory_of as memory_of_program
-from ring_attention.planning.prediction.memory import memory_of
-from ring_attention.planning.prediction.shares import Share
-from ring_attention.planning.proof import compile_for
+from ring_attention.planning.memory import memory_of
+from ring_attention.planning.shares import Share
 from ring_attention.training.flags import parse_config
 
 TOLERANCE = 0.15

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
-from ring_attention.planning.prediction.published import COMPARISONS
+from ring_attention.planning.published import COMPARISONS
 
 
 def main(argv: list[str]) -> int:

@@ -31,9 +31,9 @@ from ring_attention.evaluation.arguments import Parser
 from ring_attention.evaluation.tables import show
 from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
 from ring_attention.hardware.topology import find_topology
-from ring_attention.planning import proof_report, report
-from ring_attention.planning.prediction.plan import Plan, make_plan
-from ring_attention.planning.proof import Proof, longest_compiled, prove
+from ring_attention.planning import compile_report, report
+from ring_attention.planning.compile_report import CompileReport, longest_compiled, make_report
+from ring_attention.planning.plan import Plan, make_plan
 from ring_attention.training.flags import parse_config, split_path
 
 DEFAULT_CONFIG = "configs/tpu_v5e_256_7b.py"
@@ -50,13 +50,13 @@ def main(argv: list[str]) -> int:
         return 0
     topology = find_topology(args.topology)
     plan = make_plan(parse_config(flags, DEFAULT_CONFIG), topology)
-    proof = compile_plan(plan, console) if args.compile else None
-    describe(plan, proof, flags, console)
+    compiled = compile_plan(plan, console) if args.compile else None
+    describe(plan, compiled, flags, console)
     if args.max_context:
         find_longest(plan, console)
     if args.out:
-        write(plan, proof, args.out, console)
-    enough = proof.memory.total <= topology.chip.memory if proof else plan.own.fits
+        write(plan, compiled, args.out, console)
+    enough = compiled.memory.total <= topology.chip.memory if compiled else plan.own.fits
     return 0 if enough else 1
 
 
@@ -71,11 +71,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def compile_plan(plan: Plan, console: Console) -> Proof:
+def compile_plan(plan: Plan, console: Console) -> CompileReport:
     """Ask the pod's compiler."""
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     with console.status(f"compiling the training step for {plan.share.topology.name}"):
-        return prove(plan)
+        return make_report(plan)
 
 
 def find_longest(plan: Plan, console: Console) -> None:
@@ -91,7 +91,7 @@ def find_longest(plan: Plan, console: Console) -> None:
     console.print(f"Longest context that compiles within the memory: [bold]{longest:,}[/bold] tokens")
 
 
-def describe(plan: Plan, proof: Proof | None, flags: list[str], console: Console) -> None:
+def describe(plan: Plan, compiled: CompileReport | None, flags: list[str], console: Console) -> None:
     """Print the tables and the advice; `flags` are the config's own."""
     share = plan.share
     mesh = " ".join(f"{name}={size}" for name, size in share.mesh.items() if size > 1)
@@ -101,11 +101,11 @@ def describe(plan: Plan, proof: Proof | None, flags: list[str], console: Console
     )
     console.print(f"model FLOPs of a step: {plan.model_flops:.3g}")
     show(report.hardware_table(plan), console)
-    show(report.memory_table(plan, proof and proof.memory.total), console)
+    show(report.memory_table(plan, compiled and compiled.memory.total), console)
     for table in (report.wire_table, report.hiding_table, report.strategy_table):
         show(table(plan), console)
-    if proof:
-        describe_proof(proof, console)
+    if compiled:
+        describe_compiled(compiled, console)
     if plan.recommended is None:
         console.print(f"[red]Nothing fits[/red]: {plan.reason}.")
     else:
@@ -138,25 +138,25 @@ def command(plan: Plan, flags: list[str]) -> str:
     return setting + shlex.join(words)
 
 
-def describe_proof(proof: Proof, console: Console) -> None:
+def describe_compiled(compiled: CompileReport, console: Console) -> None:
     """Print what the compiler said."""
-    names = ", ".join(f"{name} {version}" for name, version in proof.versions.items())
-    console.print(f"Compiled in {proof.seconds:.0f} s by {names}")
-    show(proof_report.collectives_table(proof), console)
-    show(proof_report.transfers_table(proof), console)
-    console.print(proof_report.verdict(proof))
-    for warning in proof.warnings:
+    names = ", ".join(f"{name} {version}" for name, version in compiled.versions.items())
+    console.print(f"Compiled in {compiled.seconds:.0f} s by {names}")
+    show(compile_report.collectives_table(compiled), console)
+    show(compile_report.transfers_table(compiled), console)
+    console.print(compile_report.verdict(compiled))
+    for warning in compiled.warnings:
         console.print(f"[red]warning[/red]: {warning}")
 
 
-def write(plan: Plan, proof: Proof | None, folder: Path, console: Console) -> None:
+def write(plan: Plan, compiled: CompileReport | None, folder: Path, console: Console) -> None:
     """The JSON and the pictures."""
     from ring_attention.planning import plots  # slow to import
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = report.as_json(plan) | ({"compiled": proof_report.as_json(proof)} if proof else {})
+    written = report.as_json(plan) | ({"compiled": compile_report.as_json(compiled)} if compiled else {})
     (folder / "plan.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    plots.draw_all(plan, folder, proof and proof.memory.total)
+    plots.draw_all(plan, folder, compiled and compiled.memory.total)
     console.print(f"Written: {folder}/plan.json, memory.png, timeline.png, map.png")
 
 

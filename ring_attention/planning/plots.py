@@ -11,10 +11,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from ring_attention.hardware.chips import GiB
-from ring_attention.planning.prediction.attention_times import Step
-from ring_attention.planning.prediction.plan import Plan
-from ring_attention.planning.prediction.step_times import layer_steps
-from ring_attention.planning.prediction.strategy_map import StrategyMap, map_strategies
+from ring_attention.planning.attention_times import Step
+from ring_attention.planning.plan import Plan
+from ring_attention.planning.step_times import layer_steps
+from ring_attention.planning.strategy_map import StrategyMap, map_strategies
 
 PART_COLORS = {
     "parameters": "#08306b",

@@ -6,9 +6,9 @@ from rich.table import Table
 
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.rates import EFFICIENCY, wires_of
-from ring_attention.planning.prediction.hiding import PAPER_TABLE_2, tokens_to_hide
-from ring_attention.planning.prediction.plan import Plan
-from ring_attention.planning.prediction.step_times import sent_bytes
+from ring_attention.planning.hiding import PAPER_TABLE_2, tokens_to_hide
+from ring_attention.planning.plan import Plan
+from ring_attention.planning.step_times import sent_bytes
 
 FIGURES = {
     "flops": ("{:.1f} TFLOP/s bfloat16", 1e12),

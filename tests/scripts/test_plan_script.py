@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ring_attention.hardware.topology import find_topology
-from ring_attention.planning.prediction.plan import make_plan
+from ring_attention.planning.plan import make_plan
 from ring_attention.training.flags import override, parse_config
 
 REPOSITORY = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from rich.table import Table
 from ring_attention.evaluation.needle_report import HeatMap, accuracy_table
 from ring_attention.evaluation.tables import fitted, show
 from ring_attention.hardware.topology import find_topology
-from ring_attention.planning import proof_report, report
-from ring_attention.planning.prediction.plan import make_plan
+from ring_attention.planning import compile_report, report
+from ring_attention.planning.plan import make_plan
 from ring_attention.training.flags import load_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,9 +65,9 @@ def test_the_papers_table_and_those_of_a_compiled_step_fit():
         exposed_seconds=1.5,
         asynchronous=True,
     )
-    proof = types.SimpleNamespace(collectives=[collective] * 2, transfers=[transfer] * 2)
-    check(proof_report.collectives_table(proof))
-    check(proof_report.transfers_table(proof))
+    compiled = types.SimpleNamespace(collectives=[collective] * 2, transfers=[transfer] * 2)
+    check(compile_report.collectives_table(compiled))
+    check(compile_report.transfers_table(compiled))
 
 
 def test_a_heat_map_of_many_lengths_comes_in_parts_that_all_begin_with_the_depth():

@@ -4,7 +4,7 @@ from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.planning.hlo.axes import axes_of
 from ring_attention.planning.hlo.compiled import collectives_in
 from ring_attention.planning.hlo.program import ENTRY, Array, Program
-from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.shares import Share
 
 _OF_MASKS = ("pred", "s32", "f32")
 _MAKES_NOTHING = ("get-tuple-element", "tuple", "while", "conditional", "parameter")

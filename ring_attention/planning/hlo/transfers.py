@@ -10,7 +10,7 @@ from ring_attention.planning.hlo.findings import kept_masks, whole_sequences
 from ring_attention.planning.hlo.peak_times import PeakTimes
 from ring_attention.planning.hlo.program import Instruction, Program
 from ring_attention.planning.hlo.waits import Flight, follow
-from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.shares import Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

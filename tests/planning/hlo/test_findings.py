@@ -11,7 +11,7 @@ import ring_attention as ra
 from ring_attention.hardware.topology import find_topology
 from ring_attention.models.config import ModelConfig
 from ring_attention.planning.hlo.transfers import warnings_of
-from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.shares import Share
 from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
 
 

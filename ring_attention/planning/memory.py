@@ -10,7 +10,7 @@ import operator
 
 from ring_attention.parallel.mesh import TENSOR
 from ring_attention.parallel.strategy import Strategy
-from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.shares import Share
 
 F32 = 4
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 
 from ring_attention.hardware.chips import GB
-from ring_attention.planning.prediction.plan import Candidate, candidates_of, recommend, strategies_of
-from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.plan import Candidate, candidates_of, recommend, strategies_of
+from ring_attention.planning.shares import Share
 
 FAMILIES = ("ring", "all_gather", "usp", "none fits")
 

@@ -5,7 +5,7 @@ import pytest
 from ring_attention.hardware.rates import Wires
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.workload import Workload
-from ring_attention.planning.prediction.attention_times import Pace, all_gather_times, ring_times, usp_times
+from ring_attention.planning.attention_times import Pace, all_gather_times, ring_times, usp_times
 from ring_attention.planning.simulator import Machine, simulate
 
 P, HEADS, HEAD_DIM = 8, 8, 64

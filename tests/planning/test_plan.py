@@ -13,12 +13,12 @@ from ring_attention.hardware.topology import find_topology
 from ring_attention.models.config import REMAT_POLICIES, ModelConfig
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy
-from ring_attention.planning.prediction.plan import Plan, longest_context, make_plan, strategies_of
-from ring_attention.planning.prediction.published import COMPARISONS
-from ring_attention.planning.prediction.shares import Share
-from ring_attention.planning.prediction.step_times import TIMED, attention_times
-from ring_attention.planning.prediction.strategy_map import map_strategies
+from ring_attention.planning.plan import Plan, longest_context, make_plan, strategies_of
+from ring_attention.planning.published import COMPARISONS
 from ring_attention.planning.report import as_json
+from ring_attention.planning.shares import Share
+from ring_attention.planning.step_times import TIMED, attention_times
+from ring_attention.planning.strategy_map import map_strategies
 from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
 from ring_attention.training.flags import load_config
 from ring_attention.training.state import abstract_state, state_shardings

@@ -8,7 +8,7 @@ from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy
-from ring_attention.planning.prediction.attention_times import (
+from ring_attention.planning.attention_times import (
     Pace,
     Step,
     Times,
@@ -18,8 +18,8 @@ from ring_attention.planning.prediction.attention_times import (
     single_times,
     usp_times,
 )
-from ring_attention.planning.prediction.memory import kept_for_backward
-from ring_attention.planning.prediction.shares import Share
+from ring_attention.planning.memory import kept_for_backward
+from ring_attention.planning.shares import Share
 
 TIMED = ("ring", "sliding_window", "all_gather", "ulysses", "usp")
 """Strategies whose times are known."""

@@ -1,4 +1,4 @@
-"""What the pod's own compiler says of a config: whether it fits, what it sends, and what hides its transfers."""
+"""Has the compiler of a pod compile a config, and reports what fits, what is sent, and what hides the transfers."""
 
 import dataclasses
 import importlib.metadata
@@ -6,6 +6,7 @@ import re
 import time
 
 import jax
+from rich.table import Table
 
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.chips import GiB
@@ -15,7 +16,7 @@ from ring_attention.hardware.topology import Topology
 from ring_attention.parallel.mesh import TENSOR
 from ring_attention.planning.hlo import compiled
 from ring_attention.planning.hlo.transfers import AxisTraffic, Transfer, collectives_by_axis, transfers, warnings_of
-from ring_attention.planning.prediction.plan import GRAIN, Plan
+from ring_attention.planning.plan import GRAIN, Plan
 from ring_attention.planning.programs import compile_step
 from ring_attention.training.config import TrainConfig
 
@@ -41,7 +42,7 @@ class DoesNotFitError(ConfigError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Proof:
+class CompileReport:
     """A training step as it was compiled for a pod.
 
     Attributes:
@@ -91,12 +92,12 @@ def compile_for(config: TrainConfig, topology: Topology):
     return program, time.monotonic() - start
 
 
-def prove(plan: Plan) -> Proof:
+def make_report(plan: Plan) -> CompileReport:
     """Compile the plan's config, and read what the compiler made of it."""
     share = plan.share
     program, seconds = compile_for(share.config, share.topology)
     text, hop = program.as_text(), wires_of(share.topology, share.ring, share.mesh[TENSOR]).hop
-    return Proof(
+    return CompileReport(
         memory=compiled.memory_of(program),
         seconds=seconds,
         collectives=collectives_by_axis(text, share.mesh),
@@ -177,3 +178,51 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def collectives_table(report: CompileReport) -> Table:
+    """Every collective by kind and mesh axis."""
+    table = Table(title="Collectives of the compiled step, of one device")
+    for name in ("kind", "axes"):
+        table.add_column(name)
+    for name in ("in the text", "runs", "GB received", "GB sent"):
+        table.add_column(name, justify="right")
+    for row in report.collectives:
+        runs = "unknown" if row.runs is None else f"{row.runs:,}"
+        gigabytes = (f"{size / 1e9:.3f}" for size in (row.bytes, row.sent))
+        table.add_row(row.kind, row.axes, str(row.instructions), runs, *gigabytes)
+    return table
+
+
+def transfers_table(report: CompileReport) -> Table:
+    """Every permute: the link's time beside that of what is computed meanwhile, at the chip's peak."""
+    table = Table(
+        title="Transfers of the ring: the link's time, and what is computed meanwhile at the chip's peak",
+        caption="of one run; a device waits for what is exposed; in a chip's practice computing takes longer and "
+        "hides more",
+    )
+    for name in ("pass", "axes"):
+        table.add_column(name)
+    for name in ("runs", "MB", "link ms", "computing ms", "exposed ms", ""):
+        table.add_column(name, justify="right")
+    for row in report.transfers:
+        hidden = row.asynchronous and row.exposed_seconds <= 0
+        verdict = "hidden" if hidden else "synchronous" if not row.asynchronous else "exposed"
+        times = (f"{x * 1e3:.3f}" for x in (row.link_seconds, row.compute_seconds, row.exposed_seconds))
+        runs = "?" if row.runs is None else f"{row.runs:,}"
+        style = "" if hidden else "red"
+        table.add_row(row.phase, row.axes, runs, f"{row.bytes / 1e6:.1f}", *times, verdict, style=style)
+    return table
+
+
+def verdict(report: CompileReport) -> str:
+    """One line: how many transfers are covered by computing, and what the others cost a step."""
+    hidden = sum(row.asynchronous and row.exposed_seconds <= 0 for row in report.transfers)
+    waits = sum(row.exposed_seconds * (row.runs or 1) for row in report.transfers)
+    total = len(report.transfers)
+    return f"{hidden} of {total} transfers are covered by computing; the others cost {waits * 1e3:.1f} ms of a step"
+
+
+def as_json(report: CompileReport) -> dict:
+    """All of it, for a file."""
+    return dataclasses.asdict(report) | {"memory_total": report.memory.total, "verdict": verdict(report)}

@@ -4,8 +4,8 @@ import pytest
 
 from ring_attention.hardware.rates import Wires
 from ring_attention.parallel.workload import Workload
-from ring_attention.planning.prediction.attention_times import Pace, ring_steps
-from ring_attention.planning.prediction.hiding import PAPER_TABLE_2, tokens_to_hide
+from ring_attention.planning.attention_times import Pace, ring_steps
+from ring_attention.planning.hiding import PAPER_TABLE_2, tokens_to_hide
 
 FLOPS, BANDWIDTH = 275e12, 45e9
 

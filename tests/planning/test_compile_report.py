@@ -7,8 +7,8 @@ import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.topology import find_topology
-from ring_attention.planning import proof
-from ring_attention.planning.prediction.plan import make_plan
+from ring_attention.planning import compile_report
+from ring_attention.planning.plan import make_plan
 from ring_attention.training.flags import load_config
 
 
@@ -26,11 +26,11 @@ def _pretend(monkeypatch, limit: int, refuse: bool = False):
     def compile_for(config, topology):
         needed = config.seq_len / limit * topology.chip.memory
         if refuse and config.seq_len > limit:
-            raise proof.DoesNotFitError("too much", needed)
+            raise compile_report.DoesNotFitError("too much", needed)
         return needed, 1.0
 
-    monkeypatch.setattr(proof, "compile_for", compile_for)
-    monkeypatch.setattr(proof.compiled, "memory_of", memory)
+    monkeypatch.setattr(compile_report, "compile_for", compile_for)
+    monkeypatch.setattr(compile_report.compiled, "memory_of", memory)
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.9, 1.0, 1.4, 3.0])
@@ -39,7 +39,7 @@ def test_the_longest_context_is_found_to_a_sixteenth_wherever_the_prediction_lie
     limit = int(plan.longest * factor)
     _pretend(monkeypatch, limit, refuse)
     tried = []
-    found = proof.longest_compiled(plan, lambda tokens, needed, fits: tried.append((tokens, fits)))
+    found = compile_report.longest_compiled(plan, lambda tokens, needed, fits: tried.append((tokens, fits)))
     assert 15 / 16 * limit - 4096 <= found <= limit
     assert all(fits == (tokens <= limit) for tokens, fits in tried)
     assert len(tried) == len(set(tried)) < 20
@@ -47,15 +47,15 @@ def test_the_longest_context_is_found_to_a_sixteenth_wherever_the_prediction_lie
 
 def test_where_no_context_fits_it_is_none(monkeypatch, plan):
     _pretend(monkeypatch, 1)
-    assert proof.longest_compiled(plan, lambda *_: None) == 0
+    assert compile_report.longest_compiled(plan, lambda *_: None) == 0
 
 
 def _refusing(monkeypatch, message: str):
     def refuse(*_):
         raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(proof, "compile_step", refuse)
-    monkeypatch.setattr(proof, "pod_devices", lambda name: [])
+    monkeypatch.setattr(compile_report, "compile_step", refuse)
+    monkeypatch.setattr(compile_report, "pod_devices", lambda name: [])
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def _refusing(monkeypatch, message: str):
 )
 def test_a_refusal_for_want_of_memory_says_how_much_and_what_to_do(monkeypatch, plan, message):
     _refusing(monkeypatch, message)
-    with pytest.raises(proof.DoesNotFitError, match=r"23\.7 GiB") as error:
-        proof.compile_for(plan.share.config, plan.share.topology)
+    with pytest.raises(compile_report.DoesNotFitError, match=r"23\.7 GiB") as error:
+        compile_report.compile_for(plan.share.config, plan.share.topology)
     assert error.value.needed == 23.72 * 2**30
     assert "\n" not in str(error.value)
 
@@ -90,12 +90,12 @@ SHARED = "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 27033
 def test_memory_beside_the_cores_is_not_taken_for_the_devices(monkeypatch, plan, message, name):
     _refusing(monkeypatch, message)
     for ask in (
-        lambda: proof.compile_for(plan.share.config, plan.share.topology),
-        lambda: proof.longest_compiled(plan, lambda *_: None),  # no shorter context would help
+        lambda: compile_report.compile_for(plan.share.config, plan.share.topology),
+        lambda: compile_report.longest_compiled(plan, lambda *_: None),  # no shorter context would help
     ):
         with pytest.raises(ConfigError, match=rf"attention\.block_q=.* ran out of {name}, not .*give smaller") as error:
             ask()
-        assert not isinstance(error.value, proof.DoesNotFitError)
+        assert not isinstance(error.value, compile_report.DoesNotFitError)
         assert "\n" not in str(error.value)
 
 
@@ -103,7 +103,7 @@ def test_other_failures_of_a_compiler_are_not_taken_for_that(monkeypatch, plan):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed")
 
-    monkeypatch.setattr(proof, "compile_step", fail)
-    monkeypatch.setattr(proof, "pod_devices", lambda name: [])
+    monkeypatch.setattr(compile_report, "compile_step", fail)
+    monkeypatch.setattr(compile_report, "pod_devices", lambda name: [])
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
-        proof.compile_for(plan.share.config, plan.share.topology)
+        compile_report.compile_for(plan.share.config, plan.share.topology)

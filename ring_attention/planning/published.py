@@ -7,8 +7,8 @@ from ring_attention.hardware.chips import CHIPS, GB
 from ring_attention.hardware.topology import Topology, find_topology
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.strategies import find_strategy
-from ring_attention.planning.prediction.shares import Share
-from ring_attention.planning.prediction.step_times import attention_times, step_time
+from ring_attention.planning.shares import Share
+from ring_attention.planning.step_times import attention_times, step_time
 from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
 
 

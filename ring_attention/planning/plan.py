@@ -7,11 +7,11 @@ from ring_attention.hardware.rates import wires_of
 from ring_attention.hardware.topology import Topology
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy
-from ring_attention.planning.prediction.attention_times import usp_sizes
-from ring_attention.planning.prediction.hiding import tokens_to_hide
-from ring_attention.planning.prediction.memory import Memory, memory_of
-from ring_attention.planning.prediction.shares import Share
-from ring_attention.planning.prediction.step_times import StepTime, pace_of, step_time
+from ring_attention.planning.attention_times import usp_sizes
+from ring_attention.planning.hiding import tokens_to_hide
+from ring_attention.planning.memory import Memory, memory_of
+from ring_attention.planning.shares import Share
+from ring_attention.planning.step_times import StepTime, pace_of, step_time
 from ring_attention.training.config import STRATEGY_OPTIONS, TrainConfig
 from ring_attention.training.config_values import spelt
 from ring_attention.training.validate import check_attention
