@@ -13,17 +13,19 @@ import logging
 import sys
 import traceback
 
-from ring_attention.evaluation.run import run_training
+from ring_attention.evaluation.report import report
 from ring_attention.training.fault_tolerance.errors import FINISHED, Preempted, is_expected, last_words, leave
 from ring_attention.training.flags import parse_config, parse_processes
+from ring_attention.training.run import open_run, train
 
 DEFAULT_CONFIG = "configs/cpu_demo.py"
 
 
 def main(argv: list[str]) -> None:
-    """Read the config, and run it."""
+    """Read the config, train, and report."""
     process_flags, argv = parse_processes(argv)
-    run_training(parse_config(argv, DEFAULT_CONFIG), process_flags)
+    with open_run(parse_config(argv, DEFAULT_CONFIG), process_flags) as opened:
+        report(opened, train(opened))
 
 
 def run(argv: list[str]) -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ring_attention.checks import local_path, require_field
 from ring_attention.evaluation.arguments import Parser
-from ring_attention.evaluation.run import run_training
+from ring_attention.evaluation.report import report
 from ring_attention.models.hf.manifest import TOKENIZER
 from ring_attention.models.hf.source import Source, open_source
 from ring_attention.training.config import OptimizerConfig, TrainConfig
@@ -35,6 +35,7 @@ from ring_attention.training.hf_conversion import export_config, export_hf, expo
 from ring_attention.training.init_from import find_initial
 from ring_attention.training.processes import ProcessFlags
 from ring_attention.training.progress import tensor_progress
+from ring_attention.training.run import open_run, train
 from ring_attention.training.run_folder import folder_of
 from ring_attention.training.trained import config_of, open_trained
 
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> None:
     require_new(args.out, "--out")
     find_initial(config)  # what the flags contradict costs its line now, not after training
     export_config(config, source.values)
-    run_training(config, ALONE)
+    with open_run(config, ALONE) as opened:
+        report(opened, train(opened))
     trained = open_trained(str(folder_of(config).path))
     with tensor_progress("Writing", exported_bytes(trained)) as progress:
         export_hf(trained, args.out, open_mesh(config.mesh), progress)

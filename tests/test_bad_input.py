@@ -28,7 +28,7 @@ from ring_attention.training.batches import Corpus
 from ring_attention.training.config import OptimizerConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict
 from ring_attention.training.flags import load_config, parse_config
-from ring_attention.training.validate import check_feasible, check_vocabulary
+from ring_attention.training.validate import check_vocabulary, validate_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KEY = np.array([0, 7], np.uint32)
@@ -92,7 +92,7 @@ def start(*argv):
     """All that train.py looks at before it makes a folder and compiles."""
     config = parse_config(list(argv), str(CONFIGS / "tiny.py"))
     mesh = resolve_mesh_shape(dataclasses.asdict(config.mesh), jax.device_count())
-    check_feasible(config, mesh, jax.default_backend())
+    validate_config(config, mesh, jax.default_backend())
     corpus = Corpus.open(config.data)
     check_vocabulary(config, corpus.tokenizer)
 

@@ -8,7 +8,7 @@ from small_tokenizers import write_tokenizer
 
 import train
 from ring_attention.checks import ConfigError
-from ring_attention.training import loop
+from ring_attention.training import run as run_module
 from ring_attention.training.metrics import TrainLog, read_metrics
 
 ROOT = Path(train.__file__).parent
@@ -133,7 +133,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("flag", IMPOSSIBLE)
 def test_an_impossible_combination_is_refused_before_anything_compiles(corpus, tmp_path, flag, monkeypatch):
-    monkeypatch.setattr(loop, "initial_state", lambda *_: pytest.fail("went on to compile"))
+    monkeypatch.setattr(run_module, "initial_state", lambda *_: pytest.fail("went on to compile"))
     with pytest.raises(ConfigError) as error:
         run(corpus, tmp_path, flag)
     assert IMPOSSIBLE[flag] in str(error.value)

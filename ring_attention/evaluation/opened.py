@@ -22,7 +22,7 @@ from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.devices import open_mesh
 from ring_attention.training.flags import override
 from ring_attention.training.trained import Trained, open_trained
-from ring_attention.training.validate import check_feasible, check_vocabulary
+from ring_attention.training.validate import check_vocabulary, validate_config
 
 FREE_SECTIONS = ("mesh", "attention", "model.rope")
 """What may be changed of a trained model without training it again."""
@@ -58,7 +58,7 @@ class Opened:
         optimizer = dataclasses.replace(self.config.optimizer, accumulation_steps=1)
         sizes = dict(seq_len=seq_len, batch_size=rows, eval_sequences=rows)
         config = dataclasses.replace(self.config, attention=attention, optimizer=optimizer, **sizes)
-        check_feasible(config, dict(self.mesh.shape), self.mesh.devices.flat[0].platform)
+        validate_config(config, dict(self.mesh.shape), self.mesh.devices.flat[0].platform)
 
     def load(self) -> Any:
         """The parameters, in the compute dtype."""

@@ -12,8 +12,8 @@ from ring_attention.evaluation.loss_plot import plot_losses
 from ring_attention.evaluation.tables import show
 from ring_attention.training.batches import Corpus, HeldOut
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.loop import Result
-from ring_attention.training.run_folder import RunFolder
+from ring_attention.training.fault_tolerance.disk import require_there
+from ring_attention.training.run import Result, Run
 
 FITTED_BYTES = 256 * 2**20
 """Of text that the byte models are fitted on, at most: a large corpus is not read to its end for them."""
@@ -39,9 +39,19 @@ def _first_texts(documents: DocumentSource, num_bytes: int) -> Iterator[bytes]:
         yield text
 
 
-def report(config: TrainConfig, folder: RunFolder, corpus: Corpus, result: Result) -> None:
-    """Draw the plot of the losses and print the scores, the run folder, and what to try next."""
-    references = byte_references(corpus, result.held_out)
+def report(run: Run, result: Result) -> None:
+    """Draw the plot of the losses and print the scores, the run folder, and what to try next.
+
+    Of the processes of a run the first one does, the others return at once.
+
+    Raises:
+      RunError: if the metrics were removed while the run went on.
+    """
+    if not run.is_first:
+        return
+    config, folder, held_out = run.config, run.folder, run.held_out
+    require_there(folder.metrics)
+    references = byte_references(run.corpus, held_out)
     plot_losses(
         folder.metrics,
         folder.loss_plot,
@@ -51,7 +61,7 @@ def report(config: TrainConfig, folder: RunFolder, corpus: Corpus, result: Resul
         training="bits_per_byte",
         heldout="heldout_bits_per_byte",
     )
-    table = Table("model", "bits per byte", title=f"Held-out text, {result.held_out.num_bytes:,} bytes")
+    table = Table("model", "bits per byte", title=f"Held-out text, {held_out.num_bytes:,} bytes")
     table.columns[1].justify = "right"
     scores = references | {"this Transformer": result.heldout_bits_per_byte}
     if result.initial_bits_per_byte is not None:

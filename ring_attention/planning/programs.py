@@ -14,7 +14,7 @@ from ring_attention.parallel.mesh import compiler_options, make_mesh
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.state import sharded_abstract_state
 from ring_attention.training.step import BATCH_SPEC, make_train_step
-from ring_attention.training.validate import check_feasible
+from ring_attention.training.validate import validate_config
 
 
 def compile_ring(
@@ -45,7 +45,7 @@ def compile_ring(
 def compile_step(config: TrainConfig, devices: Sequence[jax.Device]):
     """A config's whole training step, as `jax.stages.Compiled`; raises ConfigError if the devices cannot run it."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    check_feasible(config, dict(mesh.shape), mesh.devices.flat[0].platform)
+    validate_config(config, dict(mesh.shape), mesh.devices.flat[0].platform)
     state = sharded_abstract_state(config, mesh)
     shape = (config.batch_size, config.seq_len)
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))

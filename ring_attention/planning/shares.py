@@ -8,7 +8,7 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_mesh_shape
 from ring_attention.parallel.workload import Workload
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.validate import check_feasible
+from ring_attention.training.validate import validate_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Share:
     def of(config: TrainConfig, topology: Topology) -> "Share":
         """A device's part of this config on this pod; raises ConfigError if the pod cannot run it."""
         mesh = resolve_config_mesh(config, topology)
-        check_feasible(config, mesh, topology.chip.platform)
+        validate_config(config, mesh, topology.chip.platform)
         return Share(config=config, topology=topology, mesh=mesh)
 
     @property

@@ -1,6 +1,7 @@
 """From documents to batches on the devices: the corpus, the feed of training rows, and the held-out rows."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -169,3 +170,17 @@ class HeldOut:
         """Mean negative log-likelihood in nats per token."""
         sums = [self._evaluate(params, batch) for batch in self._batches]
         return sum(float(nats) for nats, _ in sums) / self._num_targets
+
+
+def digests(config: DataConfig, corpus: Corpus) -> dict[str, str]:
+    """Field -> digest of what it stands for: of the documents on either side of the split, and of the tokenizer."""
+    return {
+        "data.paths (training documents)": f"{len(corpus.train):,} with digest {corpus.train.digest()}",
+        "data.paths (held-out documents)": f"{len(corpus.held_out):,} with digest {corpus.held_out.digest()}",
+        "data.tokenizer": f"digest {_tokenizer_digest(config.tokenizer)}",
+    }
+
+
+def _tokenizer_digest(tokenizer: str) -> str:
+    content = BYTES.encode() if tokenizer == BYTES else Path(tokenizer).read_bytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +12,9 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ring_attention.checks import ConfigError, require_field
-from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.hf.files import read_json
 from ring_attention.parallel.strategies import STRATEGIES
-from ring_attention.training.batches import Corpus
-from ring_attention.training.config import DataConfig, TrainConfig
+from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds, spelt
 from ring_attention.training.fault_tolerance.disk import FolderLock
 from ring_attention.training.processes import is_first
@@ -189,15 +186,6 @@ DIGESTS = "contents.json"
 """In the run's folder."""
 
 
-def digests(config: DataConfig, corpus: Corpus) -> dict[str, str]:
-    """Field -> digest of what it stands for: of the documents on either side of the split, and of the tokenizer."""
-    return {
-        "data.paths (training documents)": f"{len(corpus.train):,} with digest {corpus.train.digest()}",
-        "data.paths (held-out documents)": f"{len(corpus.held_out):,} with digest {corpus.held_out.digest()}",
-        "data.tokenizer": f"digest {_tokenizer_digest(config.tokenizer)}",
-    }
-
-
 def require_same_contents(folder: RunFolder, now: dict[str, str], *, has_begun: bool) -> None:
     """Raise ConfigError unless a run that `has_begun` reads what it began with; one that begins writes that down.
 
@@ -226,8 +214,3 @@ def _read(path: Path) -> dict[str, str]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not an object in JSON; remove it to go on without comparing contents")
     return values
-
-
-def _tokenizer_digest(tokenizer: str) -> str:
-    content = BYTES.encode() if tokenizer == BYTES else Path(tokenizer).read_bytes()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -24,7 +24,7 @@ MOST = 2**31 - 1
 """Of anything that is counted: steps, tokens and positions are int32, and so are the axes of an array."""
 
 
-def check_feasible(config: TrainConfig, mesh_shape: dict[str, int], platform: str | None = None) -> None:
+def validate_config(config: TrainConfig, mesh_shape: dict[str, int], platform: str | None = None) -> None:
     """Raise ConfigError, saying what is wrong, unless the config can run on a mesh of this shape.
 
     Every sharded axis must divide by its share of the mesh, the strategy and the kernel must be able to do what is

@@ -15,7 +15,7 @@ from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds
 from ring_attention.training.flags import load_config, parse_config
-from ring_attention.training.validate import check_feasible
+from ring_attention.training.validate import validate_config
 
 TINY = pathlib.Path(__file__).parent.parent.parent / "configs" / "tiny.py"
 FIELDS = sorted(field_kinds())
@@ -102,7 +102,7 @@ def test_changed_fields_give_a_config_that_fits_or_not_or_one_line(changed, mesh
     if isinstance(config, str):
         return
     assert config_from_dict(config_to_dict(config)) == config
-    outcome(check_feasible, config, mesh, platform)
+    outcome(validate_config, config, mesh, platform)
 
 
 @examples(400)
@@ -110,7 +110,7 @@ def test_changed_fields_give_a_config_that_fits_or_not_or_one_line(changed, mesh
 def test_sizes_fit_or_give_one_line(changed, mesh, platform):
     config = outcome(config_from_dict, unflatten_dict(copy.copy(VALUES) | changed, sep="."))
     if isinstance(config, TrainConfig):
-        outcome(check_feasible, config, mesh, platform)
+        outcome(validate_config, config, mesh, platform)
 
 
 @examples(300)
@@ -147,7 +147,7 @@ def test_any_command_line_gives_a_config_or_one_line(words):
 def test_changed_fields_give_a_config_that_fits_or_not_or_one_line_at_length(changed, mesh, platform):
     config = outcome(config_from_dict, unflatten_dict(copy.copy(VALUES) | changed, sep="."))
     if isinstance(config, TrainConfig):
-        outcome(check_feasible, config, mesh, platform)
+        outcome(validate_config, config, mesh, platform)
 
 
 def test_a_number_that_python_does_not_write_out_gives_one_line():
@@ -162,7 +162,7 @@ def test_a_number_that_python_does_not_write_out_gives_one_line():
 def test_the_unchanged_config_is_one_and_fits():
     config = outcome(config_from_dict, unflatten_dict(VALUES, sep="."))
     assert isinstance(config, TrainConfig)
-    assert outcome(check_feasible, config, dict(dp=1, fsdp=2, sp=2, tp=2), "cpu") is None
+    assert outcome(validate_config, config, dict(dp=1, fsdp=2, sp=2, tp=2), "cpu") is None
 
 
 @pytest.mark.parametrize("message", ["two\nlines; here", "no remedy", "x" * 5000 + "; long"])

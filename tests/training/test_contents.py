@@ -7,8 +7,8 @@ import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.data.config import DataConfig
-from ring_attention.training.batches import Corpus
-from ring_attention.training.run_folder import DIGESTS, RunFolder, digests, require_same_contents
+from ring_attention.training.batches import Corpus, digests
+from ring_attention.training.run_folder import DIGESTS, RunFolder, require_same_contents
 
 
 class Documents:

@@ -13,7 +13,7 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.state import make_state
 from ring_attention.training.step import BATCH_SPEC, make_train_step
-from ring_attention.training.validate import check_feasible
+from ring_attention.training.validate import validate_config
 
 STEPS, SEQ_LEN, ROWS = 50, 64, 2
 MODEL = ModelConfig(vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24)
@@ -114,23 +114,23 @@ def test_a_config_that_means_nothing_is_refused(attention, message):
 )
 def test_what_a_strategy_cannot_do_is_said_before_anything_compiles(attention, message):
     with pytest.raises(ConfigError) as error:
-        check_feasible(_config(**attention), dict(dp=2, fsdp=1, sp=4, tp=1))
+        validate_config(_config(**attention), dict(dp=2, fsdp=1, sp=4, tp=1))
     assert message in str(error.value)
 
 
 def test_a_kernel_for_other_devices_is_refused_before_anything_compiles():
     config = _config(impl="splash")
     config = dataclasses.replace(config, seq_len=4096)
-    check_feasible(config, dict(dp=2, fsdp=1, sp=4, tp=1), "tpu")
+    validate_config(config, dict(dp=2, fsdp=1, sp=4, tp=1), "tpu")
     with pytest.raises(ConfigError, match="impl='splash' runs on tpu devices, but these are cpu; use impl="):
-        check_feasible(config, dict(dp=2, fsdp=1, sp=4, tp=1), "cpu")
+        validate_config(config, dict(dp=2, fsdp=1, sp=4, tp=1), "cpu")
 
 
 def test_groups_of_heads_that_a_tpu_cannot_fetch_from_its_host_are_refused_there_alone():
     model = dataclasses.replace(MODEL, remat="offload", head_groups=2)
     config = dataclasses.replace(_config(), model=model)
     shape = dict(dp=2, fsdp=1, sp=4, tp=1)
-    check_feasible(config, shape, "gpu")
-    check_feasible(dataclasses.replace(config, model=dataclasses.replace(model, remat="offload_input")), shape, "tpu")
+    validate_config(config, shape, "gpu")
+    validate_config(dataclasses.replace(config, model=dataclasses.replace(model, remat="offload_input")), shape, "tpu")
     with pytest.raises(ConfigError, match='head_groups=2 with model.remat="offload": .* use remat="offload_input"'):
-        check_feasible(config, shape, "tpu")
+        validate_config(config, shape, "tpu")

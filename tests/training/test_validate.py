@@ -1,4 +1,4 @@
-"""What `check_feasible` lets pass can be traced, and what cannot be traced it refuses, before anything compiles."""
+"""What `validate_config` lets pass can be traced, and what cannot be traced it refuses, before anything compiles."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.flags import load_config
 from ring_attention.training.step import attention_of
-from ring_attention.training.validate import check_feasible
+from ring_attention.training.validate import validate_config
 
 MESH = dict(dp=1, fsdp=1, sp=2, tp=1)
 SHARD = 256
@@ -74,10 +74,10 @@ def test_what_cannot_be_traced_is_refused_before_and_what_is_not_refused_can_be_
         except ValueError as error:
             refusal = str(error)
         if refusal is None:
-            check_feasible(config, MESH)
+            validate_config(config, MESH)
         else:
             with pytest.raises(ConfigError) as error:
-                check_feasible(config, MESH)
+                validate_config(config, MESH)
             assert str(error.value) == refusal
 
 
@@ -85,7 +85,7 @@ def test_the_control_both_kinds_are_among_these():
     outcomes = set()
     for strategy, impl in itertools.product(("ring", "single_device"), ("xla", "cudnn")):
         try:
-            check_feasible(config_of(strategy=strategy, impl=impl, softcap=30.0), MESH)
+            validate_config(config_of(strategy=strategy, impl=impl, softcap=30.0), MESH)
             outcomes.add("passes")
         except ConfigError:
             outcomes.add("refused")
@@ -94,4 +94,4 @@ def test_the_control_both_kinds_are_among_these():
 
 def test_a_cap_that_the_kernel_does_not_have_is_refused():
     with pytest.raises(ConfigError, match='impl="cudnn" has no softcap; leave it out, or use impl="xla"'):
-        check_feasible(config_of(impl="cudnn", softcap=30.0), MESH)
+        validate_config(config_of(impl="cudnn", softcap=30.0), MESH)
