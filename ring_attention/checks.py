@@ -15,19 +15,10 @@ import numpy as np
 
 _LONGEST = 500  # characters of a value that a message shows
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: `Path` makes one of two
-TRAIN_MODULES = [
-    "absl",
-    "flax",
-    "grain",
-    "matplotlib",
-    "ml_collections",
-    "optax",
-    "orbax",
-    "rich",
-    "safetensors",
-    "tensorboardX",
-    "tokenizers",
-]
+TRAIN_MODULES = (
+    *("absl", "flax", "grain", "matplotlib", "ml_collections", "optax", "orbax", "rich", "safetensors"),
+    *("tensorboardX", "tokenizers"),
+)
 """What the extra `train` of setup.py installs, as it is imported."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
