@@ -1,0 +1,55 @@
+"""What the documentation promises: its programs run, its commands and files exist, its generated pages are fresh."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _slug(heading):
+    """The anchor that a heading gets on the usual hosts."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def _anchors(page):
+    return {_slug(heading) for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def test_programs_of_your_model_page_run():
+    text = (ROOT / "docs/your_model.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) > 6
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "docs/your_model.md", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name) if name else page
+        if target.startswith(("http:", "https:")):
+            continue
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in _anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+def test_index_names_every_page():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    linked = {*re.findall(r"\]\(([\w.]+\.md)[)#]", index)}
+    assert linked >= {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_workflow_runs_the_pythons_that_are_declared():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    declared = sorted(int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", setup))
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    used = [int(minor) for minor in re.findall(r"^ +3\.(\d+)$", workflow, re.MULTILINE)]
+    assert used == [declared[0], declared[-1]]
