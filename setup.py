@@ -45,15 +45,15 @@ EXTRAS = {
         "chex>=0.1.92",
         "ruff>=0.15",
     ],
-    # The other side of tests/interop and scripts/benchmark_training.py; torch as it was tried.
+    # The other side of tests/interop and `scripts.benchmarks training`; torch as it was tried.
     "interop": [*TRAIN, "torch==2.13.0", "transformers>=5.0"],
-    # Compilers for hardware that is not there, for scripts/plan.py, check_pods.py and reproduce_table3.py: those that
+    # Compilers for hardware that is not there, for scripts/plan.py --compile and `scripts.verify`: those that
     # the installed JAX names as its own.
     "compile-tpu": [*TRAIN, "jax[tpu]>=0.10.2"],
     "compile-gpu": [*TRAIN, "jax[cuda12-local]>=0.10.2"],
     # In CI only; node comes from the package index, too. Pinned, because each version finds something new.
     "types": [*TRAIN, "pyright[nodejs]==1.1.414"],
-    # The paper's own code, for scripts/benchmark_attention.py to measure ours against.
+    # The paper's own code, for `scripts.benchmarks attention` to measure ours against.
     "benchmark": [*TRAIN, "ringattention==0.1.2"],
 }
 
@@ -105,6 +105,7 @@ if __name__ == "__main__":
         license_expression="Apache-2.0",
         license_files=["LICENSE"],
         python_requires=">=3.11",
+        entry_points={"console_scripts": ["ring-attention = ring_attention.commands.console:main"]},
         packages=find_packages(include=["ring_attention", "ring_attention.*"]),
         package_data={"ring_attention": ["py.typed"]},
         install_requires=ATTENTION,

@@ -1,66 +1,10 @@
 """Import a Hugging Face checkpoint: Llama 2 and 3, Mistral, Qwen2, Qwen3, from a local folder of safetensors files.
 
-  python scripts/import_hf.py Llama-3.2-1B --out=runs/llama
-  python train.py --config=configs/NAME.py --config.init_from=runs/llama ...
-  python scripts/export_hf.py runs/llama --out=Llama-again
-
-The folder that is written is like that of a run: config.json with the model's shape, a checkpoint of the parameters in
-float32 with fingerprints, and, in hf/, what is needed to write the same files again. All that is in the checkpoint's
-config.json and not implemented is refused by name. Tensors are read one at a time, straight onto the devices that JAX
-finds; without accelerators, into the host's memory: 4 bytes a parameter. docs/long_context.md says more.
+`python scripts/import_hf.py --help` says more. The code is in ring_attention/commands/import_hf.py.
 """
 
-import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
-
-# isort: split
-
-import argparse
-import sys
-
-import jax
-
-from ring_attention.checks import ConfigError, local_path, printable
-from ring_attention.evaluation.arguments import Parser
-from ring_attention.models.hf.source import Source, open_source
-from ring_attention.parallel.mesh import make_mesh
-from ring_attention.training.fault_tolerance.errors import RunError
-from ring_attention.training.hf_conversion import import_hf
-from ring_attention.training.progress import tensor_progress
-
-
-def main(argv: list[str]) -> None:
-    """Check the folder, then copy it."""
-    args = parse(argv)
-    source = open_source(args.folder)
-    print(describe(source))
-    with tensor_progress("Reading", source.tensor_bytes) as progress:
-        kept = import_hf(source, args.out, make_mesh(sp=jax.device_count()), progress)
-    for name in kept.left_out:
-        print(f"Left out: {printable(name)}, which export_hf.py will not write again.")
-    print(f"Written: {args.out}")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=local_path, help="with config.json and safetensors files")
-    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="to write; new or empty")
-    return parser.parse_args(argv)
-
-
-def describe(source: Source) -> str:
-    """Which model this is."""
-    config, model = source.config, source.config.model
-    dtypes = ", ".join(sorted({stored.dtype for stored in source.stored.values()}))
-    parts = [f"{config.max_len:,} tokens of context", f"{len(source.files)} files of {dtypes}"]
-    parts += [f"rotary scaling {model.rope.scaling}"] if model.rope.scaling != "none" else []
-    parts += [f"window {config.window:,}"] if config.window else []
-    return f"{source.path}: {config.family}, {model.num_parameters:,} parameters, {', '.join(parts)}."
-
+from ring_attention.commands.console import COMMANDS
+from ring_attention.commands.program import start
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, RunError) as error:
-        print(f"import_hf.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    start("import_hf.py", COMMANDS["import"])

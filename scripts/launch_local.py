@@ -12,10 +12,6 @@ status is that of the process that failed first, 128 + N if signal N ended it. N
 Linux not even if that is killed with SIGKILL.
 """
 
-import interrupt  # noqa: F401 - first, so that Ctrl-C is heard while the others load
-
-# isort: split
-
 import argparse
 import contextlib
 import ctypes
@@ -31,6 +27,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+from ring_attention.checks import local_path
+from ring_attention.commands.arguments import Parser
+from ring_attention.commands.program import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
@@ -68,13 +68,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if "--" in ours:
         place = ours.index("--")
         ours, dashes, rest = ours[:place], ours[place : place + 1], ours[place + 1 :]
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    # One line, as ring_attention.evaluation.arguments has it, but without importing JAX here.
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}; see --help\n")
+    parser = Parser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2, help="how many (default: %(default)s)")
     parser.add_argument("--grace", type=float, default=60, help="seconds for others to stop (default: %(default)s)")
-    parser.add_argument("--program", type=Path, default=REPOSITORY / "train.py", help="what to run (default: train.py)")
+    parser.add_argument(
+        "--program", type=local_path, default=REPOSITORY / "train.py", help="what to run; by default train.py"
+    )
     args, strays = parser.parse_known_args(ours)
     if strays:
         hint = "" if dashes else ", so write -- before the arguments of the program"
@@ -194,4 +193,4 @@ def say(words: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("launch_local.py", main, sys.argv[1:]))

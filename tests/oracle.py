@@ -1,6 +1,6 @@
 """What the numerics tests share: random inputs, the float64 oracle's errors, and the bound on them."""
 
-from ring_attention.evaluation.exactness import (
+from ring_attention.testing import (
     NAMES,
     dense_attention,
     errors,

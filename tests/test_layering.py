@@ -9,15 +9,19 @@ import ring_attention as ra
 
 PACKAGE = pathlib.Path(ra.__file__).parent
 ROOMS = (
+    "__main__",
+    "commands",
     "planning",
     "evaluation",
     "inference",
     "training",
     "data",
     "models",
+    "testing",
     "parallel",
     "attention",
     "hardware",
+    "tables",
     "checks",
 )
 """Top to bottom, as DESIGN.md orders them: a room imports those to its right."""

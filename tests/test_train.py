@@ -1,17 +1,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from command_lines import REPOSITORY as ROOT
+from command_lines import call_command
 from small_tokenizers import write_tokenizer
 
-import train
 from ring_attention.checks import ConfigError
+from ring_attention.commands import train
 from ring_attention.training import run as run_module
 from ring_attention.training.metrics import TrainLog, read_metrics
 
-ROOT = Path(train.__file__).parent
 TINY = "--config=configs/tiny.py"
 
 
@@ -90,7 +90,7 @@ def test_a_finished_run_is_not_trained_again_but_reported_again(corpus, finished
 
 
 @pytest.mark.slow
-def test_texts_and_a_tokenizer_that_changed_under_the_same_names_end_a_run_with_status_2(tmp_path, monkeypatch, capsys):
+def test_texts_and_a_tokenizer_that_changed_under_the_same_names_end_a_run_with_status_2(tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     for number in range(12):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"the {number}th text says so. " * 40)
@@ -104,8 +104,7 @@ def test_texts_and_a_tokenizer_that_changed_under_the_same_names_end_a_run_with_
         "--config.model.num_layers=1",
     ]
     flags += [f"--config.mesh.{axis}=1" for axis in ("fsdp", "sp", "tp")]
-    monkeypatch.setattr(train, "leave", lambda status: None)
-    assert train.run(flags) == 0, capsys.readouterr().err
+    assert call_command("train.py", train.main, *flags) == 0, capsys.readouterr().err
     fields = {"texts/3.txt": "data.paths (", "tokenizer.json": "data.tokenizer: "}
     for name, field in fields.items():
         whole = (tmp_path / name).read_text()
@@ -113,7 +112,7 @@ def test_texts_and_a_tokenizer_that_changed_under_the_same_names_end_a_run_with_
         assert len(changed) - len(whole) == name.endswith(".json")
         (tmp_path / name).write_text(changed)
         capsys.readouterr()
-        assert train.run(flags) == 2
+        assert call_command("train.py", train.main, *flags) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"train.py: error: {field}")
         assert "its contents are others" in line

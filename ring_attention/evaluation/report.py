@@ -9,7 +9,7 @@ from rich.table import Table
 from ring_attention.data.sources import DocumentSource
 from ring_attention.evaluation.byte_models import MAX_ORDER, ByteModel
 from ring_attention.evaluation.loss_plot import plot_losses
-from ring_attention.evaluation.tables import show
+from ring_attention.tables import show
 from ring_attention.training.batches import Corpus, HeldOut
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.fault_tolerance.disk import require_there

@@ -110,7 +110,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
         "attention.speeds",
         config.attention.speeds,
         "a plan takes all devices for alike",
-        "leave it out for planning, and see scripts/simulate_ring.py for unequal devices",
+        "leave it out for planning, and see python -m scripts.figures simulate_ring for unequal devices",
     )
     share = Share.of(config, topology)
     candidates = candidates_of(share)

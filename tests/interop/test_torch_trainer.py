@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from ring_attention.evaluation.trainers import ELSE, PRODUCTS, OurTrainer, TorchTrainer, write_text
 from ring_attention.models.rope import RopeConfig
 from ring_attention.training.config import DataConfig, MeshConfig
 from ring_attention.training.flags import load_config
+from scripts.benchmarks.trainers import ELSE, PRODUCTS, OurTrainer, TorchTrainer, write_text
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.interop

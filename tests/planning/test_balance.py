@@ -1,12 +1,10 @@
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_lines import run_command
 
 import ring_attention as ra
 from ring_attention.parallel.layouts import LAYOUT_KINDS
@@ -133,14 +131,12 @@ def test_errors_say_what_is_wrong():
 
 
 def _show_balance(*flags):
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, REPOSITORY / "scripts" / "show_balance.py", *map(str, flags)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return run_command("figures balance", *flags)
 
 
 def test_show_balance_prints_a_row_for_each_layout_and_draws_them(tmp_path):
     picture = tmp_path / "balance.png"
-    flags = ["--devices", 4, "--seq-len", 4096, "--window", 3000, "--documents", 3, "--speeds", "1 0.5 1 1"]
+    flags = ["--devices", 4, "--seq_len", 4096, "--window", 3000, "--documents", 3, "--speeds", "1 0.5 1 1"]
     done = _show_balance(*flags, "--out", picture)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"│ (\w+) +│([^\n]*)│", done.stdout)
@@ -156,6 +152,6 @@ def test_show_balance_says_in_a_line_what_is_wrong():
     done = _show_balance("--devices", 4, "--speeds", "1 1")
     assert done.returncode == 2
     assert "speeds=[1.0, 1.0]: need 4 numbers" in done.stderr.splitlines()[-1]
-    done = _show_balance("--seq-len", 1001)
+    done = _show_balance("--seq_len", 1001)
     assert done.returncode == 2
     assert "seq_len=1001 is not divisible" in done.stderr.splitlines()[-1]

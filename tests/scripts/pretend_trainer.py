@@ -1,4 +1,4 @@
-"""A train.py that learns nothing and takes milliseconds, for the tests of scripts/soak.py; it can break every promise.
+"""A train.py that learns nothing and takes milliseconds, to test the soak harness with; it can break every promise.
 
 The environment variable BREAKS names the one that it breaks; without it, it keeps them all.
 """

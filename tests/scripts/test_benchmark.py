@@ -4,18 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from test_scripts import run
+from command_lines import run_command
 
-from ring_attention.evaluation import timing
-from ring_attention.evaluation.rivals import System
+from scripts.benchmarks import timing
+from scripts.benchmarks.baselines import System
 
 
 @pytest.mark.slow  # compiles 18 programs
 @pytest.mark.long
 def test_the_benchmark_measures_every_layout_and_mask_and_writes_what_it_prints(tmp_path):
     out = tmp_path / "cpu"
-    done = run(
-        "benchmark_attention.py", "--case", 64, 4, 2, 8, "--devices", 2, "--repeats", 1, "--forward", "--out", out
+    done = run_command(
+        "benchmarks attention", "--case", 64, 4, 2, 8, "--devices", 2, "--repeats", 1, "--forward", "--out", out
     )
     assert done.returncode == 0, done.stderr
     facts = json.loads(out.with_suffix(".json").read_text())

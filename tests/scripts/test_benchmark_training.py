@@ -1,13 +1,13 @@
-"""scripts/benchmark_training.py runs, compares losses and writes what it prints."""
+"""scripts/benchmarks/training.py runs, compares losses and writes what it prints."""
 
 import json
 
 import pytest
-from test_evaluate_script import load
-from test_scripts import run
+from command_lines import call_command, run_command
 
-from ring_attention.evaluation.trainer_process import Step
 from ring_attention.training.fault_tolerance.errors import RunError
+from scripts.benchmarks import training
+from scripts.benchmarks.trainer_process import Step
 
 TINY = [
     "--config.seq_len=128",
@@ -20,7 +20,7 @@ TINY += ["--config.model.vocab_size=264", "--config.model.head_dim=16"]
 
 @pytest.mark.slow
 def test_it_prints_tables_and_writes_a_picture_and_all_numbers(tmp_path):
-    done = run("benchmark_training.py", "--repeats=2", *TINY, f"--out={tmp_path}/out")
+    done = run_command("benchmarks training", "--repeats=2", *TINY, f"--out={tmp_path}/out")
     assert done.returncode == 0, done.stderr
     assert "L=1 M=32 F=64 V=264 H=4 K=2 D=16" in done.stdout
     assert "Where a step's time goes: ours" in done.stdout
@@ -31,14 +31,13 @@ def test_it_prints_tables_and_writes_a_picture_and_all_numbers(tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(capsys):
-    script = load("benchmark_training")
     for flags, line in (
         (["--repeats=0"], "repeats=0: must be positive"),
         (["--config.mesh.tp=2"], "mesh, batch_size: a ring is compared, with one sequence a step; set only mesh.sp"),
         (["--config.batch_size=2"], "mesh, batch_size: "),
         (["--config.model.heads=2"], "model.heads"),
     ):
-        assert script.run(flags) == 2
+        assert call_command("training", training.main, *flags) == 2
         assert line in capsys.readouterr().err
 
 
@@ -51,8 +50,7 @@ class _Trainer:
 
 
 def test_losses_that_differ_end_the_comparison():
-    script = load("benchmark_training")
-    steps = script.take_turns([_Trainer("ours", [4, 3, 2, 1]), _Trainer("other", [4.0001, 3, 2, 1])], 2, lambda: None)
+    steps = training.take_turns([_Trainer("ours", [4, 3, 2, 1]), _Trainer("other", [4.0001, 3, 2, 1])], 2, lambda: None)
     assert [step.loss for step in steps["ours"]] == [2, 1]
     with pytest.raises(RunError, match="other: the loss of step 1 is 3.010000, ours is 3.000000"):
-        script.take_turns([_Trainer("ours", [4, 3, 2]), _Trainer("other", [4, 3.01, 2])], 1, lambda: None)
+        training.take_turns([_Trainer("ours", [4, 3, 2]), _Trainer("other", [4, 3.01, 2])], 1, lambda: None)

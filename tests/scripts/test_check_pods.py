@@ -1,23 +1,17 @@
 """Rings compiled for a TPU slice that is not there; needs the compiler, which `.ci/run` installs."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
+from command_lines import run_command
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.pod
 
 
 def _check(tmp_path, **environment):
     out = tmp_path / "pods.json"
-    command = [sys.executable, REPOSITORY / "scripts" / "check_pods.py", "v5e:4x4", "--out", out]
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    done = run_command("verify pods", "v5e:4x4", "--out", out, timeout=900, **environment)
     return done, json.loads(out.read_text()) if out.exists() else None
 
 
@@ -38,8 +32,7 @@ def test_every_transfer_of_a_ring_and_of_a_training_step_is_one_link_long_and_ha
 def test_the_planner_and_the_compiler_agree_on_memory_and_computing_covers_the_ring(tmp_path):
     config = ["--config.attention.impl=splash", "--config.mesh.sp=16", "--config.seq_len=131072"]
     flags = ["--topology=v5e:4x4", "--compile", f"--out={tmp_path}", "--config.model.num_layers=8", *config]
-    command = [sys.executable, REPOSITORY / "scripts" / "plan.py", *flags]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    done = run_command("plan.py", *flags, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["memory"]["total"] == pytest.approx(plan["compiled"]["memory_total"], rel=0.15)

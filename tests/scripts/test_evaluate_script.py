@@ -1,31 +1,32 @@
 """Measuring a trained model as a person calls it."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import jax
 import pytest
+from command_lines import call_command
 
 import ring_attention as ra
 from ring_attention.checks import ConfigError
+from ring_attention.commands import evaluate as command
+from ring_attention.commands import make_retrieval_data
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import DataConfig, TrainConfig
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.state import make_state
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 MODEL = ModelConfig(vocab_size=264, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=6, ffn_dim=24)
 PNG = b"\x89PNG"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make_data(*flags):
+    return call_command("make_retrieval_data.py", make_retrieval_data.main, *flags)
+
+
+def evaluate_command(*flags):
+    return call_command("evaluate.py", command.main, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def data(tmp_path_factory):
     """What make_retrieval_data.py writes."""
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     flags = ["--shortest=20", "--longest=200", "--documents=60", "--seed=3"]
-    assert load("make_retrieval_data").run([f"--out={path}", *flags]) == 0
+    assert make_data(f"--out={path}", *flags) == 0
     return path
 
 
@@ -52,13 +53,12 @@ def checkpoint(tmp_path_factory, data):
 @pytest.fixture
 def evaluate(checkpoint, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "100")
-    script = load("evaluate")
 
-    def run(command, *flags):
+    def run(subcommand, *flags):
         """(exit status, stdout, stderr)."""
         given = any(flag.startswith("--checkpoint") for flag in flags)
         checkpoints = [] if given else [f"--checkpoint={checkpoint}"]
-        status = script.run([command, *checkpoints, f"--out={tmp_path}/out", *flags])
+        status = evaluate_command(subcommand, *checkpoints, f"--out={tmp_path}/out", *flags)
         return status, *capsys.readouterr()
 
     return run
@@ -69,11 +69,10 @@ def test_data_are_as_long_as_asked_and_the_same_for_a_seed(data, tmp_path):
     assert len(texts) == 60
     assert all(20 <= len(text) <= 200 for text in texts)
     assert all(re.search(r"key=([A-X]{3})\. .*key=\1\.$", text) for text in texts)
-    again = load("make_retrieval_data")
     flags = [f"--out={tmp_path}/new/again", "--shortest=20", "--longest=200", "--documents=60"]
-    assert again.run([*flags, "--seed=3"]) == 0
+    assert make_data(*flags, "--seed=3") == 0
     assert (tmp_path / "new" / "again").read_bytes() == data.read_bytes()
-    assert again.run([*flags, "--seed=4"]) == 0
+    assert make_data(*flags, "--seed=4") == 0
     assert (tmp_path / "new" / "again").read_bytes() != data.read_bytes()
 
 
@@ -91,11 +90,20 @@ def test_needles_give_a_table_a_picture_and_all_numbers(evaluate, tmp_path):
     assert [len(row) for row in values["accuracy"]] == [2, 2, 2]
     assert (tmp_path / "out" / "needle.png").read_bytes().startswith(PNG)
     both = [str(tmp_path / "out" / "needle.json")] * 2
-    script = load("evaluate")
-    assert script.run(["heat-maps", *both, f"--out={tmp_path}/both.png", "--titles", "a", "b"]) == 0
+    assert (
+        call_command(
+            "evaluate.py", command.main, "heat-maps", *both, f"--out={tmp_path}/both.png", "--titles", "a", "b"
+        )
+        == 0
+    )
     assert (tmp_path / "both.png").read_bytes().startswith(PNG)
-    assert script.run(["heat-maps", both[0], f"--out={tmp_path}/both.png", "--titles", "a", "b"]) == 2
-    assert script.run(["heat-maps", f"{tmp_path}/both.png", f"--out={tmp_path}/c.png"]) == 2
+    assert (
+        call_command(
+            "evaluate.py", command.main, "heat-maps", both[0], f"--out={tmp_path}/both.png", "--titles", "a", "b"
+        )
+        == 2
+    )
+    assert evaluate_command("heat-maps", f"{tmp_path}/both.png", f"--out={tmp_path}/c.png") == 2
 
 
 @pytest.mark.slow
@@ -155,7 +163,7 @@ def test_texts_begin_with_what_generation_feeds(evaluate, flags, monkeypatch):
     def asked(trained, tokenizer):
         raise ConfigError(f"{trained.checkpoint.name}, {tokenizer.document_start}")
 
-    monkeypatch.setattr("ring_attention.evaluation.opened.prompt_start", asked)
+    monkeypatch.setattr("ring_attention.evaluation.model_source.prompt_start", asked)
     assert evaluate(*flags) == (2, "", "evaluate.py: error: 1, 256\n")
 
 
@@ -169,7 +177,7 @@ def test_texts_begin_with_what_generation_feeds(evaluate, flags, monkeypatch):
     ],
 )
 def test_data_that_cannot_be_made_are_refused_in_a_line(capsys, tmp_path, flags, words):
-    assert load("make_retrieval_data").run([f"--out={tmp_path}/x", "--documents=2", *flags]) == 2
+    assert make_data(f"--out={tmp_path}/x", "--documents=2", *flags) == 2
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1

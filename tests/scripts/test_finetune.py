@@ -3,28 +3,25 @@
 import json
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from command_lines import REPOSITORY as ROOT
+from command_lines import words_of
 from hf_folders import contents
 from safetensors.numpy import load_file
 
 from ring_attention.models.hf.source import open_source
 
-ROOT = Path(__file__).parent.parent.parent
 DATA = f"--data={ROOT / 'ring_attention'}/**/*.py"
 QUICK = ("--config.num_steps=4", "--config.optimizer.warmup_steps=1", "--config.seq_len=256", "--config.eval_every=2")
 
 
-def command(name, *arguments):
-    return [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-
-
 def run(name, *arguments):
-    done = subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [*words_of(name), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -82,7 +79,7 @@ def test_a_learning_rate_that_moves_nothing_gives_back_the_same_bytes_also_after
         "--config.num_steps=40",
     )
     started = subprocess.Popen(
-        command("finetune.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words_of("finetune.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in started.stdout:
         if line.startswith("step "):

@@ -1,19 +1,18 @@
 """Generation as a person calls it."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
+from command_lines import REPOSITORY, call_command, run_command, words_of
 from hf_folders import QWEN3, write_folder
 from small_tokenizers import write_tokenizer
 
 import ring_attention as ra
+from ring_attention.commands import generate as command
 from ring_attention.data.tokenizers import load_tokenizer
 from ring_attention.inference.ends import end_tokens
 from ring_attention.models.config import ModelConfig
@@ -24,21 +23,11 @@ from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.state import make_state
 from ring_attention.training.trained import open_trained
 
-REPOSITORY = Path(__file__).parents[2]
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
 FIGURES = re.compile(
     r"\[(?P<length>\d+) tokens; read in [\d.]+ s; (?P<new>\d+) new ones, [\d.,]+ tokens/s; "
     r"cache (?P<mib>[\d.]+) MiB on each device\]"
 )
-
-
-@pytest.fixture(scope="module")
-def script():
-    assert jax.device_count() == 8  # they have started, so that the script cannot choose another number
-    spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "scripts" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +44,12 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(script, checkpoint, capsys):
+def generate(checkpoint, capsys):
+    assert jax.device_count() == 8  # they have started, so that the command cannot choose another number
+
     def run(*flags):
         """(exit status, stdout, stderr)."""
-        status = script.run([f"--checkpoint={checkpoint}", *flags])
+        status = call_command("generate.py", command.main, f"--checkpoint={checkpoint}", *flags)
         return status, *capsys.readouterr()
 
     return run
@@ -69,7 +60,7 @@ def test_a_prompt_is_continued_on_any_mesh_and_the_figures_follow(generate):
     assert alone[0] == 0
     found = FIGURES.search(alone[2])
     assert (found["length"], found["new"]) == ("10", "20")
-    spread = generate("--prompt=def main(", "--max-new-tokens=20", "--sp=4", "--tp=2")
+    spread = generate("--prompt=def main(", "--max_new_tokens=20", "--sp=4", "--tp=2")
     assert spread[:2] == alone[:2]
     other = generate("--prompt=def x", "--max_new_tokens=20")
     assert other[1] != alone[1], "the control"
@@ -77,7 +68,7 @@ def test_a_prompt_is_continued_on_any_mesh_and_the_figures_follow(generate):
 
 def test_a_file_is_a_prompt_without_its_last_line_break(generate, tmp_path):
     (tmp_path / "prompt.txt").write_text("Grüße\n")
-    by_file = generate(f"--prompt-file={tmp_path}/prompt.txt", "--max_new_tokens=9")
+    by_file = generate(f"--prompt_file={tmp_path}/prompt.txt", "--max_new_tokens=9")
     assert by_file[:2] == generate("--prompt=Grüße", "--max_new_tokens=9")[:2]
     assert FIGURES.search(by_file[2])["length"] == str(1 + len("Grüße".encode()))
 
@@ -87,7 +78,7 @@ def test_prompts_of_a_file_are_continued_as_each_would_be_alone(generate, tmp_pa
     texts, path = ["def main(", "a", "Grüße, 世界"], tmp_path / "prompts.jsonl"
     path.write_text("\n".join([json.dumps(texts[0]), "", *(json.dumps({"prompt": text}) for text in texts[1:])]))
     flags = ["--temperature=0.7", "--top_p=0.9", "--max_new_tokens=8"]
-    status, out, err = generate(f"--prompt-file={path}", *flags, "--batch_size=2", "--seed=5")
+    status, out, err = generate(f"--prompt_file={path}", *flags, "--batch_size=2", "--seed=5")
     assert status == 0
     alone = [generate(f"--prompt={text}", *flags, f"--seed={5 + n}")[1] for n, text in enumerate(texts)]
     assert out == "".join(f"--- {path}:{line}\n{text}" for line, text in zip((1, 3, 4), alone, strict=True))
@@ -125,7 +116,7 @@ def test_a_prompt_file_is_cut_at_line_feeds_alone_and_its_line_ends_are_no_text(
     fed, checkpoint, tmp_path, name, contents, texts
 ):
     (tmp_path / name).write_bytes(contents)
-    prompts, _ = fed(f"--checkpoint={checkpoint}", f"--prompt-file={tmp_path / name}")
+    prompts, _ = fed(f"--checkpoint={checkpoint}", f"--prompt_file={tmp_path / name}")
     assert prompts == [[256, *text] for text in texts]
 
 
@@ -199,9 +190,9 @@ def test_a_cache_of_more_than_the_run_had_is_noted(generate):
     [
         (["--prompt="], "prompt: is empty; write at least a character"),
         ([], "got no prompt, need one"),
-        (["--prompt=a", "--prompt-file=b"], "got prompt and prompt_file, need one"),
+        (["--prompt=a", "--prompt_file=b"], "got prompt and prompt_file, need one"),
         (["--prompt=\udcff"], "prompt: is not UTF-8 at character 0"),
-        (["--prompt-file=nowhere.txt"], "prompt_file=nowhere.txt: cannot be read (No such file or directory)"),
+        (["--prompt_file=nowhere.txt"], "prompt_file=nowhere.txt: cannot be read (No such file or directory)"),
         (
             ["--prompt=abc", "--capacity=5", "--max_new_tokens=9"],
             "a prompt of 4 tokens and max_new_tokens=9 do not fit",
@@ -242,19 +233,19 @@ def test_a_mistake_costs_one_line_and_no_compilation(generate, flags, words, mon
 )
 def test_a_file_that_holds_no_prompts_says_where(generate, tmp_path, contents, words):
     (tmp_path / "prompts.jsonl").write_bytes(contents)
-    status, out, err = generate(f"--prompt-file={tmp_path}/prompts.jsonl")
+    status, out, err = generate(f"--prompt_file={tmp_path}/prompts.jsonl")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert words in err
 
 
 @pytest.mark.slow
 def test_the_text_alone_goes_to_stdout_and_needs_no_one_who_reads_it_all(checkpoint):
-    command = [sys.executable, "scripts/generate.py", f"--checkpoint={checkpoint}", "--prompt=abc"]
-    done = subprocess.run([*command, "--max_new_tokens=5"], cwd=REPOSITORY, capture_output=True, timeout=300)
+    flags = [f"--checkpoint={checkpoint}", "--prompt=abc"]
+    done = run_command("generate.py", *flags, "--max_new_tokens=5")
     assert done.returncode == 0, done.stderr
-    assert b"tokens/s" in done.stderr
-    assert b"tokens/s" not in done.stdout
-    head = f"{' '.join(map(str, command))} --max_new_tokens=50000 --temperature=1 | head -c 3"
+    assert "tokens/s" in done.stderr
+    assert "tokens/s" not in done.stdout
+    head = f"{' '.join([*words_of('generate.py'), *flags])} --max_new_tokens=50000 --temperature=1 | head -c 3"
     done = subprocess.run(["bash", "-c", head], cwd=REPOSITORY, capture_output=True, timeout=300)
     assert len(done.stdout) == 3
     assert b"Traceback" not in done.stderr

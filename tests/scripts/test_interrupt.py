@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-PROGRAMS = [
+WRAPPERS = [
     REPOSITORY / "train.py",
-    *(file for file in sorted(REPOSITORY.glob("scripts/*.py")) if file.name != "interrupt.py"),
+    *(file for file in sorted(REPOSITORY.glob("scripts/*.py")) if file.name != "launch_local.py"),  # loads no JAX
+    *sorted(REPOSITORY.glob("scripts/*/__main__.py")),
 ]
+LIGHT = {"ring_attention.commands.console", "ring_attention.commands.program"}
 
 SLOW_MODULE = """
 import time
@@ -40,20 +42,26 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.name)
-def test_every_program_is_guarded_before_it_loads_anything_else(program):
-    tree = ast.parse(program.read_text())
-    first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
-    assert [alias.name for alias in first.names] == ["interrupt"]
-    assert "main" in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], "the guard looks for it"
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_wrapper_loads_nothing_heavy_before_ctrl_c_is_heard(wrapper):
+    tree = ast.parse(wrapper.read_text())
+    assert {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} <= LIGHT
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+
+
+def test_what_wrappers_load_is_light():
+    script = f"import sys, {', '.join(LIGHT)}\nprint('jax' in sys.modules, 'numpy' in sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
 
 
 def interrupt(tmp_path, module, source, word):
-    """Run worked_example.py with `source` in the place of a module, and interrupt it there."""
+    """Run the worked example with `source` in the place of a module, and interrupt it there."""
     (tmp_path / module).parent.mkdir(exist_ok=True)
     (tmp_path / module).write_text(source)
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-u", "scripts/worked_example.py"]
+    command = [sys.executable, "-u", "-m", "scripts.figures", "worked_example"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
     try:
@@ -83,7 +91,7 @@ def test_other_errors_still_have_their_traceback(tmp_path):
     (tmp_path / "rich").mkdir()
     (tmp_path / "rich" / "__init__.py").write_text("raise ValueError('seen')")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
-    command = [sys.executable, "scripts/worked_example.py"]
+    command = [sys.executable, "-m", "scripts.figures", "worked_example"]
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")

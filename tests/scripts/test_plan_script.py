@@ -3,22 +3,17 @@
 import importlib.util
 import json
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from command_lines import REPOSITORY, run_command
 
 from ring_attention.hardware.topology import find_topology
 from ring_attention.planning.plan import make_plan
 from ring_attention.training.flags import override, parse_config
 
-REPOSITORY = Path(__file__).parents[2]
-
 
 def _plan(*flags):
-    command = [sys.executable, "scripts/plan.py", *flags]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return run_command("plan.py", *flags)
 
 
 def test_a_plan_has_every_table_a_recommendation_and_pictures(tmp_path):

@@ -1,10 +1,9 @@
 import dataclasses
 import json
-import sys
 
 import pytest
 
-from scripts import reproduce_table3 as table3
+from scripts.verify import table3
 
 MESSAGE = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (23.72G) exceeds "
@@ -40,10 +39,7 @@ def _run(monkeypatch, rows, *arguments):
         return rows[name, times]
 
     monkeypatch.setattr(table3, "compile_row", compile_row)
-    monkeypatch.setattr(sys, "argv", ["reproduce_table3.py", "--cells", NAME, *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        table3.main()
-    return end.value.code, compiled
+    return table3.main(["--cells", NAME, *map(str, arguments)]), compiled
 
 
 @pytest.mark.parametrize("name", table3.CELLS)

@@ -1,25 +1,17 @@
 """The scripts run as a user runs them, on small cases."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_lines import run_command
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run(script, *flags):
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, REPOSITORY / "scripts" / script, *map(str, flags)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
 def test_inspect_program_finds_the_fewest_transfers_and_no_other_collective(tmp_path):
     out = tmp_path / "structure.json"
-    done = run("inspect_program.py", "--rings", 4, "--shard", 64, "--dtype", "bfloat16", "--out", out)
+    done = run_command("verify programs", "--rings", 4, "--shard", 64, "--dtype", "bfloat16", "--out", out)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 110
     forward, both = json.loads(out.read_text())
@@ -36,7 +28,7 @@ def test_inspect_program_finds_the_fewest_transfers_and_no_other_collective(tmp_
 def test_inspect_program_compares_a_loop_with_an_unrolled_ring_under_a_window_and_both_ways_round(tmp_path):
     out = tmp_path / "structure.json"
     flags = ["--rings", 4, "--shard", 64, "--layout", "contiguous", "--window", 0, 33, "--program", "backward"]
-    done = run("inspect_program.py", *flags, "--duplex", "--compare", "--out", out)
+    done = run_command("verify programs", *flags, "--duplex", "--compare", "--out", out)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 110
     rows = json.loads(out.read_text())
@@ -54,7 +46,7 @@ def test_inspect_program_compares_a_loop_with_an_unrolled_ring_under_a_window_an
 
 
 def test_inspect_program_says_in_a_line_what_is_wrong_with_a_topology():
-    done = run("inspect_program.py", "--topology", "v5e:nowhere")
+    done = run_command("verify programs", "--topology", "v5e:nowhere")
     assert done.returncode == 2
     assert "v5e:nowhere" in done.stderr.splitlines()[-1]
 
@@ -62,13 +54,13 @@ def test_inspect_program_says_in_a_line_what_is_wrong_with_a_topology():
 @pytest.mark.slow
 def test_check_accuracy_accepts_ours_and_its_limit_can_be_missed(tmp_path):
     out = tmp_path / "accuracy.json"
-    done = run("check_accuracy.py", "--tokens", 128, "--rings", 64, "--only-rings", "--out", out)
+    done = run_command("verify accuracy", "--tokens", 128, "--rings", 64, "--only_rings", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads(out.read_text())
     assert result["ring_size"] == 64
     assert 0 < result["worst_ratio"] <= 2
     assert result["mask"] == "causal"
-    missed = run("check_accuracy.py", "--tokens", 128, "--rings", 2, "--only-rings", "--limit", 0.01)
+    missed = run_command("verify accuracy", "--tokens", 128, "--rings", 2, "--only_rings", "--limit", 0.01)
     assert missed.returncode == 1, missed.stdout + missed.stderr
 
 
@@ -77,7 +69,7 @@ def test_check_accuracy_accepts_ours_and_its_limit_can_be_missed(tmp_path):
 def test_check_accuracy_has_every_mask_at_once(tmp_path):
     out = tmp_path / "accuracy.json"
     flags = ["--tokens", 64, "--masks", "everything", "--dtypes", "float16", "--rings"]
-    done = run("check_accuracy.py", *flags, "--out", out)
+    done = run_command("verify accuracy", *flags, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads(out.read_text())
     assert (result["mask"], result["dtype"]) == ("everything", "float16")
@@ -85,6 +77,6 @@ def test_check_accuracy_has_every_mask_at_once(tmp_path):
 
 
 def test_draw_ring_writes_a_picture(tmp_path):
-    done = run("draw_ring.py", tmp_path / "ring.png")
+    done = run_command("figures ring", tmp_path / "ring.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ring.png").read_bytes().startswith(b"\x89PNG")

@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+from command_lines import run_command
 
-from scripts.soaking import disk, rivals, scene
-from scripts.soaking.life import Child, EndedError, HangError, Life
-from scripts.soaking.report import as_json, line_of, summary_of, table_of
-from scripts.soaking.session import FAULTS, Session
-from scripts.soaking.trainer import Trainer
-from scripts.soaking.verdicts import Outcome, first_difference, read_lines, worst_relative_difference
+from scripts.verify.soak import disk, rivals, scene
+from scripts.verify.soak.life import Child, EndedError, HangError, Life
+from scripts.verify.soak.report import as_json, line_of, summary_of, table_of
+from scripts.verify.soak.session import FAULTS, Session
+from scripts.verify.soak.trainer import Trainer
+from scripts.verify.soak.verdicts import Outcome, first_difference, read_lines, worst_relative_difference
 
 REPOSITORY = Path(__file__).parents[2]
 PRETENDER = [sys.executable, str(Path(__file__).parent / "pretend_trainer.py")]
@@ -135,7 +136,7 @@ def test_no_trainer_outlives_the_harness(tmp_path):
     script = f"""
 import os
 from pathlib import Path
-from scripts.soaking.life import Child
+from scripts.verify.soak.life import Child
 child = Child(["sleep", "1000"], env=os.environ, log=Path({str(tmp_path / "log")!r}))
 print(child.pid, flush=True)
 os.kill(os.getpid(), 9)
@@ -204,9 +205,7 @@ def test_what_went_wrong_is_on_the_line_of_the_fault():
 
 @pytest.mark.parametrize("flag", ["--faults=kill,kil", "--out=."])
 def test_the_script_refuses_what_it_cannot_do(flag):
-    done = subprocess.run(
-        [sys.executable, "scripts/soak.py", flag], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
-    )
+    done = run_command("verify soak", flag)
     assert done.returncode == 2
     assert flag.partition("=")[0] in done.stderr.splitlines()[-1]
 
@@ -215,7 +214,7 @@ def test_the_script_refuses_what_it_cannot_do(flag):
 def test_a_real_run_survives_kills_preemption_damage_and_a_second_run(tmp_path):
     kinds = "kill,kill_saving,kill_saved,kill_starting,terminate,truncate,second_run"
     flags = ["--minutes=1.5", "--steps=150", f"--out={tmp_path / 'soak'}", f"--faults={kinds}"]
-    done = subprocess.run([sys.executable, "scripts/soak.py", *flags], cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_command("verify soak", *flags, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "soak" / "soak.json").read_text())
     assert figures["problems"] == 0

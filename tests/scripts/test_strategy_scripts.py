@@ -1,30 +1,24 @@
 """The scripts that compare strategies and simulate unequal devices, on small cases."""
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_lines import run_command
+
+from scripts.benchmarks import strategies as compare
 
 REPOSITORY = Path(__file__).parents[2]
 TWO_CORES = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
-
-
-def run(script, *flags, timeout=300):
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, REPOSITORY / "scripts" / script, *map(str, flags)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_every_approach_is_measured_in_one_command(tmp_path):
     out = tmp_path / "strategies"
-    sizes = ["--seq-len", 512, "--devices", 4, "--heads", 4, "--kv-heads", 4, "--head-dim", 16, "--window", 64]
-    done = run("compare_strategies.py", *sizes, "--repeats", 1, "--out", out)
+    sizes = ["--seq_len", 512, "--devices", 4, "--heads", 4, "--kv_heads", 4, "--head_dim", 16, "--window", 64]
+    done = run_command("benchmarks strategies", *sizes, "--repeats", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 178
     rows = json.loads(out.with_suffix(".json").read_text())["approaches"]
@@ -52,10 +46,6 @@ def test_every_approach_is_measured_in_one_command(tmp_path):
 
 
 def test_exponents_are_those_of_a_power_law():
-    spec = importlib.util.spec_from_file_location("compare", REPOSITORY / "scripts" / "compare_strategies.py")
-    compare = importlib.util.module_from_spec(spec)
-    sys.modules["compare"] = compare  # dataclasses look their module up
-    spec.loader.exec_module(compare)
     costs = {n: compare.Cost(memory=3 * n**2, sent=0) for n in (64, 128, 512)}
     row = compare.Row(by_length=costs, by_devices={2: costs[64], 4: compare.Cost(memory=3 * 32**2, sent=7)})
     assert row.exponent("length", "memory") == pytest.approx(2)
@@ -70,7 +60,7 @@ def test_exponents_are_those_of_a_power_law():
 def test_two_processes_are_measured_beside_the_prediction(tmp_path):
     out = tmp_path / "stragglers.json"
     for _ in range(3):  # other work on the same cores may hide the load from one measurement
-        done = run("measure_stragglers.py", "--seq-len", 2048, "--heads", 2, "--repeats", 3, "--out", out)
+        done = run_command("benchmarks stragglers", "--seq_len", 2048, "--heads", 2, "--repeats", 3, "--out", out)
         assert done.returncode == 0, done.stderr
         facts = json.loads(out.read_text())
         fast, slow = facts["calibration"]["seconds_per_pair"]
@@ -85,17 +75,17 @@ def test_two_processes_are_measured_beside_the_prediction(tmp_path):
 
 def test_unequal_devices_are_simulated_and_drawn(tmp_path):
     out = tmp_path / "timeline.png"
-    done = run("simulate_ring.py", "--speeds", "1 0.5 1 1", "--seq-len", 4096, "--out", out)
+    done = run_command("figures simulate_ring", "--speeds", "1 0.5 1 1", "--seq_len", 4096, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "for_speeds" in done.stdout
     assert out.stat().st_size > 20_000
-    wrong = run("simulate_ring.py", "--speeds", "1 fast")
+    wrong = run_command("figures simulate_ring", "--speeds", "1 fast")
     assert wrong.returncode == 2
     assert "speeds='1 fast' must be positive numbers" in wrong.stderr
 
 
 def test_the_worked_example_prints_what_the_document_says():
-    done = run("worked_example.py")
+    done = run_command("figures worked_example")
     assert done.returncode == 0, done.stderr
     assert "64 GiB, 0.32 s at 200 GiB/s" in done.stdout
     assert "ring                                │      14.00 GiB" in done.stdout

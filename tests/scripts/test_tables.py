@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_attention.evaluation.needle_report import HeatMap, accuracy_table
-from ring_attention.evaluation.tables import fitted, show
 from ring_attention.hardware.topology import find_topology
 from ring_attention.planning import compile_report, report
 from ring_attention.planning.plan import make_plan
+from ring_attention.tables import fitted, show
 from ring_attention.training.flags import load_config
 
 REPOSITORY = Path(__file__).parents[2]

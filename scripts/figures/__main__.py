@@ -1,0 +1,16 @@
+"""Draw and print what the documents show: `python -m scripts.figures NAME`; without a name it lists what there is."""
+
+from ring_attention.commands.program import Command, dispatch
+
+COMMANDS = {
+    name: Command(f"scripts.figures.{name}", words)
+    for name, words in {
+        "balance": "how evenly each layout shares the work of a ring",
+        "ring": "how blocks travel around a ring of four devices",
+        "simulate_ring": "step times on devices that are not alike, simulated",
+        "worked_example": "what a naive broadcast costs, and what is really sent",
+    }.items()
+}
+
+if __name__ == "__main__":
+    dispatch("python -m scripts.figures", COMMANDS)

@@ -1,0 +1,21 @@
+"""Check what the documents claim: `python -m scripts.verify NAME`; without a name it lists what there is."""
+
+from ring_attention.commands.program import Command, dispatch
+
+COMMANDS = {
+    name: Command(f"scripts.verify.{name}", words)
+    for name, words in {
+        "accuracy": "errors of ring attention against float64, beside dense attention's",
+        "memory": "the memory of a device for rings of 16 to 512, compiled for TPU pods",
+        "pods": "whether transfers lie beside computation, in programs compiled for pods",
+        "prediction": "the planner's memory beside the compiler's",
+        "programs": "transfers, bytes, largest array and memory of compiled rings",
+        "ranking": "the planner's order beside published comparisons",
+        "soak": "train while processes are killed and files damaged; every loss must stay",
+        "table3": "the longest contexts of the Ring Attention paper's Table 3, compiled",
+    }.items()
+}
+COMMANDS["soak"] = COMMANDS["soak"]._replace(module="scripts.verify.soak.command")
+
+if __name__ == "__main__":
+    dispatch("python -m scripts.verify", COMMANDS)

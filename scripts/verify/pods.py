@@ -1,0 +1,151 @@
+"""Does a ring overlap on pods that are not there? Compiles for each, reads the programs and prints a table.
+
+  pip install -e '.[compile-tpu,compile-gpu]'
+  python -m scripts.verify pods --out pods.json
+  python -m scripts.verify pods v5e:4x4
+
+For each pod two programs: ring attention over all of its devices, forward and backward, and the whole training step of
+a small Transformer. Required of each: rings whose hops are one link long (on TPU), no synchronous permute, and work
+between the start and the end of every other. The last line says whether all of that was found; the exit status is 1 if
+it was not. docs/kernels.md shows the table.
+"""
+
+import dataclasses
+import json
+import time
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from ring_attention.checks import local_path
+from ring_attention.commands.arguments import Parser
+from ring_attention.hardware.pods import pod_devices
+from ring_attention.models.config import ModelConfig
+from ring_attention.parallel.mesh import make_mesh
+from ring_attention.parallel.wires import hops_of
+from ring_attention.planning.hlo import compiled
+from ring_attention.planning.programs import compile_ring, compile_step
+from ring_attention.tables import show
+from ring_attention.training.config import AttentionConfig, TrainConfig
+
+PODS = ("v5e:16x16", "v4:8x8x8", "v5p:8x8x16", "v6e:16x16", "h100:4x8")
+HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 8, 128, 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One compiled program.
+
+    Attributes:
+      pod: what it was compiled for.
+      program: "ring" or "step".
+      kernel: that computed its hops.
+      devices: how many.
+      links: of the longest hop; 0 where the compiler's devices have no coordinates.
+      schedule: of its permutes.
+      temporary_bytes: of a device.
+      seconds: that compilation took.
+    """
+
+    pod: str
+    program: str
+    kernel: str
+    devices: int
+    links: int
+    schedule: compiled.Schedule
+    temporary_bytes: int
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is as required."""
+        return self.links <= 1 and self.schedule.synchronous == self.schedule.exposed == 0
+
+
+def small_step(devices: int, shard: int, kernel: str) -> TrainConfig:
+    """A Transformer whose layers are as wide as the ring of attention alone, on a ring of all devices."""
+    model = ModelConfig(
+        vocab_size=32_000,
+        num_layers=LAYERS,
+        model_dim=HEADS * HEAD_DIM,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        ffn_dim=4 * HEADS * HEAD_DIM,
+        compute_dtype="bfloat16",
+    )
+    attention = AttentionConfig(impl=kernel)
+    return TrainConfig(name="small", model=model, attention=attention, seq_len=devices * shard, num_steps=1000)
+
+
+def check(pod: str, shard: int):
+    """Compile and read both programs."""
+    devices = pod_devices(pod)
+    kernel = "cudnn" if devices[0].platform == "gpu" else "splash"
+    sizes = dict(shard=shard, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    programs = {
+        "ring": lambda: compile_ring(devices, **sizes, layout="zigzag", impl=kernel),
+        "step": lambda: compile_step(small_step(len(devices), shard, kernel), devices),
+    }
+    for name, compile_program in programs.items():
+        start = time.monotonic()
+        program = compile_program()
+        yield Row(
+            pod=pod,
+            program=name,
+            kernel=kernel,
+            devices=len(devices),
+            links=hops_of(make_mesh(sp=-1, devices=devices)).links,
+            schedule=compiled.schedule_of(program.as_text()),
+            temporary_bytes=program.memory_analysis().temp_size_in_bytes,
+            seconds=round(time.monotonic() - start, 1),
+        )
+
+
+def table_of(rows: list[Row], shard: int) -> Table:
+    """The rows for a reader."""
+    sizes = f"t={shard}, H={HEADS}, K={KV_HEADS}, D={HEAD_DIM}, {LAYERS} layers"
+    table = Table(
+        title=f"Rings compiled for pods, bfloat16, zigzag, {sizes}",
+        caption="permutes in the program's text; hop: a hop is computed beside it; other: other work of its size is; "
+        "hidden by nothing: neither",
+    )
+    for name in ("pod", "program", "kernel"):
+        table.add_column(name)
+    for name in ("links", "sync", "async", "hop", "other", "nothing", "temp MiB", "compile"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        found = row.schedule
+        counts = (found.synchronous, found.asynchronous, found.hidden, found.beside_other_work)
+        exposed = f"{found.exposed}" + f" ({found.exposed_bytes / 2**10:.0f} KiB)" * (found.exposed > 0)
+        numbers = [
+            str(row.links or "-"),
+            *map(str, counts),
+            exposed,
+            f"{row.temporary_bytes / 2**20:.0f}",
+            f"{row.seconds:.0f} s",
+        ]
+        table.add_row(row.pod, row.program, row.kernel, *numbers, style="" if row.fits else "red")
+    return table
+
+
+def main(argv: list[str]) -> int:
+    """Compile, print, write."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
+    parser.add_argument("--shard", type=int, default=2048, metavar="t", help="tokens of one device")
+    parser.add_argument("--out", type=local_path, help="also write the rows as JSON to this file")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
+    console, rows = Console(highlight=False), []
+    for pod in args.pods:
+        with console.status(f"compiling for {pod}"):
+            rows += check(pod, args.shard)
+    show(table_of(rows, args.shard), console)
+    if args.out:
+        flat = [dataclasses.asdict(row) for row in rows]
+        args.out.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
+    failed = [f"{row.pod} {row.program}" for row in rows if not row.fits]
+    print(f"not as required: {', '.join(failed)}" if failed else "all as required")
+    return int(bool(failed))

@@ -1,0 +1,122 @@
+"""Is the planner's memory the compiler's? Compiles configs for pods and compares.
+
+  pip install -e '.[compile-tpu,compile-gpu]'
+  python -m scripts.verify prediction --out prediction.json
+
+Each case is a config with some fields changed, one to three minutes on two cores. Rows that --out already has are not
+compiled again, but predicted again. The exit status is 1 if a prediction is off by more than 15%.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from ring_attention.checks import local_path
+from ring_attention.commands.arguments import Parser
+from ring_attention.hardware.chips import GiB
+from ring_attention.hardware.topology import find_topology
+from ring_attention.planning.compile_report import compile_for
+from ring_attention.planning.hlo.compiled import memory_of as memory_of_program
+from ring_attention.planning.memory import memory_of
+from ring_attention.planning.shares import Share
+from ring_attention.tables import show
+from ring_attention.training.flags import parse_config
+
+TOLERANCE = 0.15
+TPU, GPU = "configs/tpu_v5e_256_7b.py", "configs/gpu_8xh100_7b.py"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A config on a pod; `fields` are changed, names shortened as the last part of theirs."""
+
+    pod: str
+    config: str
+    fields: str
+
+    def share(self) -> Share:
+        """A device's part of it."""
+        topology = find_topology(self.pod)
+        kernel = "splash" if topology.tpu else "cudnn"
+        flags = [f"--config={self.config}", f"--config.attention.impl={kernel}"]
+        flags += [f"--config.{_LONG.get(name, name)}={value}" for name, value in self._pairs()]
+        return Share.of(parse_config(flags, TPU), topology)
+
+    def _pairs(self):
+        return [field.split("=") for field in self.fields.split()]
+
+
+_LONG = {name: f"model.{name}" for name in ("num_layers", "num_kv_heads", "remat", "model_dim", "ffn_dim", "num_heads")}
+_LONG |= {"vocab_size": "model.vocab_size", "sp": "mesh.sp", "tp": "mesh.tp", "fsdp": "mesh.fsdp"}
+_LONG |= {name: f"attention.{name}" for name in ("impl", "strategy", "ulysses_size")}
+_SMALL = "num_layers=12 model_dim=1024 ffn_dim=4096 num_heads=8 num_kv_heads=8 vocab_size=131072"
+
+CASES = [
+    Case(pod=pod, config=TPU if pod.startswith("v") else GPU, fields=fields)
+    for pod, fields in (
+        ("v5e:16x16", ""),
+        ("v5e:4x4", "num_layers=8 sp=16 seq_len=131072"),
+        ("v5e:4x4", "num_layers=8 sp=16 seq_len=131072 impl=xla"),
+        ("v5e:4x4", "num_layers=8 sp=16 seq_len=262144 remat=full"),
+        ("v5e:4x4", "num_layers=2 sp=16 seq_len=131072 remat=none"),
+        ("v5e:4x4", "num_layers=8 sp=4 tp=4 seq_len=65536"),
+        ("v5e:4x4", "num_layers=8 sp=4 fsdp=4 batch_size=4 eval_sequences=4 seq_len=32768"),
+        ("v5e:4x4", "num_layers=4 sp=16 seq_len=131072 strategy=all_gather"),
+        ("v5e:4x4", "num_layers=4 sp=16 seq_len=131072 strategy=usp ulysses_size=4"),
+        ("v5e:4x4", "num_layers=16 sp=16 seq_len=131072 num_kv_heads=32"),
+        ("v4:4x4x4", "sp=64 seq_len=786432 num_kv_heads=32"),
+        ("v4:2x2x4", "num_layers=16 sp=16 seq_len=196608 num_kv_heads=32"),
+        ("v4:2x2x4", "num_layers=16 sp=16 seq_len=393216 num_kv_heads=32 remat=full"),
+        ("v4:8x8x8", "sp=512 seq_len=3276800"),
+        ("v6e:16x16", "seq_len=3932160"),
+        ("v5p:8x8x16", "sp=1024 seq_len=6553600"),
+        ("v6e:2x4", f"{_SMALL} sp=8 seq_len=65536"),
+        ("h100:1x8", ""),
+        ("h100:1x8", "impl=xla"),
+        ("h100:1x8", "num_layers=8 sp=4 tp=2"),
+        ("h100:4x8", "sp=32 seq_len=1048576 remat=full"),
+        ("h100:1x8", f"{_SMALL} seq_len=65536"),
+    )
+]
+
+
+def table_of(rows: list[dict]) -> Table:
+    """Prediction beside the compiler's figure."""
+    table = Table(title="Memory of a device, GiB")
+    for name in ("pod", "changed in the config"):
+        table.add_column(name, overflow="fold")
+    for name in ("predicted", "compiler", "ratio"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ratio = row["predicted"] / row["compiler"]
+        style = "red" if abs(ratio - 1) > TOLERANCE else ""
+        cells = (f"{row[name] / GiB:.2f}" for name in ("predicted", "compiler"))
+        table.add_row(row["pod"], row["fields"] or "-", *cells, f"{ratio:.2f}", style=style)
+    return table
+
+
+def main(argv: list[str]) -> int:
+    """Compile what is missing, predict, print."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=local_path, default=Path("prediction.json"), help="rows that are done")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
+    known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
+    compiled = {(row["pod"], row["fields"]): row["compiler"] for row in known}
+    console, rows = Console(highlight=False), []
+    for case in CASES:
+        share, key = case.share(), (case.pod, case.fields)
+        if key not in compiled:
+            with console.status(f"compiling {case.pod} {case.fields}"):
+                compiled[key] = memory_of_program(compile_for(share.config, share.topology)[0]).total
+        predicted = memory_of(share, share.config.attention.make_strategy()).total
+        rows.append(dict(pod=case.pod, fields=case.fields, predicted=predicted, compiler=compiled[key]))
+        args.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    show(table_of(rows), console)
+    off = [row for row in rows if abs(row["predicted"] / row["compiler"] - 1) > TOLERANCE]
+    print(f"{len(off)} of {len(rows)} are off by more than {TOLERANCE:.0%}")
+    return 1 if off else 0

@@ -1,0 +1,1 @@
+"""Parts of `scripts/verify/soak`: processes that can be killed, what they must leave, and the faults themselves."""
