@@ -196,4 +196,4 @@ class AllGather(Strategy):
         for group in range(groups):
             ahead, leaving = keys * (group + 1 < groups), gradients * (group > 0)
             steps.append(Step(range(work.devices), 1 / groups, ahead, leaving, GATHER))
-        return Schedule(work=work, steps=(*steps, Step(gradients=gradients, way=GATHER)))
+        return Schedule(work=work, steps=(*steps, Step(gradients=gradients, way=GATHER)), backward=backward)

@@ -96,7 +96,7 @@ class Ring(Strategy):
         ]
         if later < 1:
             steps.append(Step(range(1), 1 - later, 0, gradients[last - 1], way))
-        return Schedule(work=work, steps=tuple(steps))
+        return Schedule(work=work, steps=tuple(steps), backward=backward)
 
     def variants(self, work: Workload, both_ways: bool) -> list[Strategy]:
         """One way round, and both ways where the links gain by it."""
@@ -163,6 +163,6 @@ class SingleDevice(Strategy):
         """None."""
         return 0
 
-    def schedule(self, work: Workload, backward: bool = False) -> Schedule:
-        """All at once."""
-        return Schedule(work=work, steps=(Step(range(1)),))
+    def schedule(self, work: Workload, backward: bool = False) -> Schedule | None:
+        """All at once, on one device."""
+        return Schedule(work=work, steps=(Step(range(1)),), backward=backward) if work.devices == 1 else None

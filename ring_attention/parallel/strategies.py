@@ -13,6 +13,7 @@ from ring_attention.parallel.ring_self_attention import RingSelfAttention
 from ring_attention.parallel.sparse import Sparse
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.parallel.ulysses import Ulysses, Usp
+from ring_attention.parallel.workload import Workload
 
 STRATEGIES = MappingProxyType(
     {
@@ -53,6 +54,11 @@ def find_strategy(strategy: str | Strategy, options: dict | None = None, functio
     strategy = dataclasses.replace(strategy, **options) if options else strategy
     _check_options(strategy)
     return strategy
+
+
+def scheduled(work: Workload) -> list[str]:
+    """The names of the strategies whose schedule for this work is known."""
+    return [name for name, strategy in STRATEGIES.items() if strategy.schedule(work)]
 
 
 def _suggestion(name: str, known: list[str], function: Callable | None) -> str:

@@ -150,7 +150,7 @@ class Usp(Strategy):
         places = dataclasses.replace(work, devices=work.devices // U, heads=work.heads // U, kv_heads=kv_heads // U)
         ring = Ring().schedule(places, backward)
         steps = (Step(keys=before, way=SWAP), *ring.steps, Step(keys=after, way=SWAP))
-        return Schedule(work=places, steps=steps, width=U)
+        return Schedule(work=places, steps=steps, backward=backward, width=U)
 
     def variants(self, work: Workload, both_ways: bool) -> list[Strategy]:
         """Every size for which both swaps and a ring are left to do."""

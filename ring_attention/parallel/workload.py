@@ -84,11 +84,13 @@ class Schedule:
     Attributes:
       work: the attention among the places of the ring, with the heads of one device.
       steps: what each device does, one after the other.
+      backward: whether it is the backward pass.
       width: how many consecutive devices share a place, each with heads of its own.
     """
 
     work: Workload
     steps: tuple[Step, ...]
+    backward: bool
     width: int = 1
 
     @property

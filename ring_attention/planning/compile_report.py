@@ -11,13 +11,12 @@ from rich.table import Table
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.pods import pod_devices
-from ring_attention.hardware.rates import wires_of
 from ring_attention.hardware.topology import Topology
-from ring_attention.parallel.mesh import TENSOR
 from ring_attention.planning.hlo import compiled
 from ring_attention.planning.hlo.transfers import AxisTraffic, Transfer, collectives_by_axis, transfers, warnings_of
 from ring_attention.planning.plan import GRAIN, Plan
 from ring_attention.planning.programs import compile_step
+from ring_attention.planning.step_times import ring_wires
 from ring_attention.training.config import TrainConfig
 
 _NUMBER = r"([\d.]+)([KMGT]?)"
@@ -96,7 +95,7 @@ def make_report(plan: Plan) -> CompileReport:
     """Compile the plan's config, and read what the compiler made of it."""
     share = plan.share
     program, seconds = compile_for(share.config, share.topology)
-    text, hop = program.as_text(), wires_of(share.topology, share.ring, share.mesh[TENSOR]).hop
+    text, hop = program.as_text(), ring_wires(share).hop
     return CompileReport(
         memory=compiled.memory_of(program),
         seconds=seconds,

@@ -7,6 +7,8 @@ send less, a causal mask computes less, and the backward pass sends gradients in
 import dataclasses
 
 from ring_attention.hardware.chips import GB
+from ring_attention.planning.shares import Share
+from ring_attention.planning.step_times import pace_of, ring_wires
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,3 +84,41 @@ def tokens_to_hide(
     sent = itemsize + 4 * backward
     operations = 2 * (2.5 if backward else 1) / (2 if causal else 1)
     return flops / bandwidth * sent / operations / queries_per_key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hiding:
+    """Tokens that a device must hold so that the ring's wires are not waited for; see `tokens_to_hide`.
+
+    Attributes:
+      name: of what.
+      at_peak: if the device computed at its published peak.
+      at_pace: at the rate that its attention kernel reaches.
+    """
+
+    name: str
+    at_peak: float
+    at_pace: float
+
+
+def hiding_of(share: Share) -> tuple[Hiding, ...]:
+    """Tokens a device must hold: as the paper reckons, and with grouped queries and a causal mask, both passes."""
+    chip, pace = share.topology.chip, pace_of(share)
+    hop = ring_wires(share).hop
+    groups = share.model.num_heads / share.model.num_kv_heads
+    forms = [
+        ("no mask, one key/value head for each query head", {}),
+        (f"grouped queries, {groups:g} to a key/value head", dict(queries_per_key=groups)),
+        ("and a causal mask", dict(queries_per_key=groups, causal=True)),
+        ("and the backward pass", dict(queries_per_key=groups, causal=True, backward=True)),
+    ]
+    return tuple(
+        Hiding(
+            name=name,
+            at_peak=tokens_to_hide(chip.flops, hop, itemsize=share.itemsize, **form),
+            at_pace=tokens_to_hide(
+                pace.backward if form.get("backward") else pace.forward, hop, itemsize=share.itemsize, **form
+            ),
+        )
+        for name, form in forms
+    )

@@ -3,15 +3,14 @@
 import dataclasses
 
 from ring_attention.checks import require_field
-from ring_attention.hardware.rates import wires_of
 from ring_attention.hardware.topology import Topology
-from ring_attention.parallel.strategies import find_strategy
+from ring_attention.parallel.ring import SingleDevice
+from ring_attention.parallel.strategies import STRATEGIES, scheduled
 from ring_attention.parallel.strategy import Strategy
-from ring_attention.planning.attention_times import usp_sizes
-from ring_attention.planning.hiding import tokens_to_hide
+from ring_attention.planning.hiding import Hiding, hiding_of
 from ring_attention.planning.memory import Memory, memory_of
 from ring_attention.planning.shares import Share
-from ring_attention.planning.step_times import StepTime, pace_of, step_time
+from ring_attention.planning.step_times import StepTime, step_time
 from ring_attention.training.config import STRATEGY_OPTIONS, TrainConfig
 from ring_attention.training.config_values import spelt
 from ring_attention.training.validate import check_attention
@@ -28,6 +27,7 @@ class Candidate:
     """A strategy for the same step.
 
     Attributes:
+      strategy: with its options.
       label: its name and options.
       flags: how to choose it on the command line of train.py.
       time: of a step.
@@ -35,26 +35,12 @@ class Candidate:
       fits: whether the memory is there.
     """
 
+    strategy: Strategy
     label: str
     flags: tuple[str, ...]
     time: StepTime
     memory: Memory
     fits: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Hiding:
-    """Tokens that a device must hold so that the ring's wires are not waited for; see `hiding.tokens_to_hide`.
-
-    Attributes:
-      name: of what.
-      at_peak: if the device computed at its published peak.
-      at_pace: at the rate that its attention kernel reaches.
-    """
-
-    name: str
-    at_peak: float
-    at_pace: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +100,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     )
     share = Share.of(config, topology)
     candidates = candidates_of(share)
-    own = _candidate(share, config.attention.make_strategy())
+    own = _candidate(share, share.strategy)
     if own.label not in [candidate.label for candidate in candidates]:
         candidates = sorted([*candidates, own], key=lambda candidate: candidate.time.total)
     recommended, reason = recommend(share, candidates)
@@ -169,15 +155,11 @@ def candidates_of(share: Share, strategies: list[Strategy] | None = None) -> lis
 
 
 def strategies_of(share: Share) -> list[Strategy]:
-    """Every exact strategy that this mesh, shape and kernel can run; see `feasible.check_attention`."""
+    """Every exact strategy that this mesh, shape and kernel can run; see `validate.check_attention`."""
     work = share.work()
-    if share.ring == 1:
-        return [find_strategy("single_device")]
-    strategies = [find_strategy("ring"), find_strategy("all_gather")]
-    if share.topology.tpu:  # a GPU's one link carries no more if it sends both ways
-        strategies.append(find_strategy("ring", {"duplex": True}))
-    strategies += [find_strategy("usp", {"ulysses_size": size}) for size in usp_sizes(work)]
-    strategies.append(find_strategy("ulysses"))
+    both_ways = share.topology.tpu  # a GPU's one link carries no more if it sends both ways
+    known = [STRATEGIES[name] for name in scheduled(work)] if share.ring > 1 else [SingleDevice()]
+    strategies = [x for known in known if known.exact and known.full for x in known.variants(work, both_ways)]
     return [strategy for strategy in strategies if _can_run(share, strategy)]
 
 
@@ -202,34 +184,12 @@ def _candidate(share: Share, strategy: Strategy) -> Candidate:
     flags += [f"--config.attention.{name}={spelt(value)}" for name, value in (others | options).items()]
     memory = memory_of(share, strategy)
     return Candidate(
+        strategy=strategy,
         label=label,
         flags=tuple(flags),
         time=step_time(share, strategy),
         memory=memory,
         fits=memory.total <= share.topology.chip.memory and memory.host <= share.topology.chip.host_memory,
-    )
-
-
-def hiding_of(share: Share) -> tuple[Hiding, ...]:
-    """Tokens a device must hold: as the paper reckons, and with grouped queries and a causal mask, both passes."""
-    chip, pace = share.topology.chip, pace_of(share)
-    hop = wires_of(share.topology, share.ring, share.mesh["tp"]).hop
-    groups = share.model.num_heads / share.model.num_kv_heads
-    forms = [
-        ("no mask, one key/value head for each query head", {}),
-        (f"grouped queries, {groups:g} to a key/value head", dict(queries_per_key=groups)),
-        ("and a causal mask", dict(queries_per_key=groups, causal=True)),
-        ("and the backward pass", dict(queries_per_key=groups, causal=True, backward=True)),
-    ]
-    return tuple(
-        Hiding(
-            name=name,
-            at_peak=tokens_to_hide(chip.flops, hop, itemsize=share.itemsize, **form),
-            at_pace=tokens_to_hide(
-                pace.backward if form.get("backward") else pace.forward, hop, itemsize=share.itemsize, **form
-            ),
-        )
-        for name, form in forms
     )
 
 
@@ -240,7 +200,7 @@ def longest_context(config: TrainConfig, topology: Topology) -> int:
 
     def fits(tokens: int) -> bool:
         longer = dataclasses.replace(share, config=dataclasses.replace(config, seq_len=tokens))
-        return _candidate(longer, config.attention.make_strategy()).fits
+        return _candidate(longer, longer.strategy).fits
 
     low, high = 0, step
     while fits(high) and high < 2**40:

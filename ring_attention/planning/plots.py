@@ -11,9 +11,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from ring_attention.hardware.chips import GiB
-from ring_attention.planning.attention_times import Step
+from ring_attention.parallel.ring import Ring
+from ring_attention.planning.attention_times import Seconds, add_up
 from ring_attention.planning.plan import Plan
-from ring_attention.planning.step_times import layer_steps
+from ring_attention.planning.step_times import priced_steps
 from ring_attention.planning.strategy_map import StrategyMap, map_strategies
 
 PART_COLORS = {
@@ -26,7 +27,7 @@ PART_COLORS = {
     "vocabulary": "#fdae6b",
     "loss": "#9e9ac8",
 }
-MAP_COLORS = ("#2171b5", "#d94801", "#238b45", "#9e9ac8")
+MAP_COLORS = ("#9e9ac8", "#d94801", "#2171b5", "#238b45", "#08306b", "#fdae6b", "#74c476")
 COMPUTE, WIRE, GRADIENTS = "#1f6fb4", "#9aa3ad", "#d97706"
 SHOWN = 4
 """Hops drawn at each end of a pass; the rest are alike."""
@@ -69,11 +70,14 @@ def draw_timeline(plan: Plan, path: Path) -> None:
     """A layer's ring on one device, forward and backward: what it computes above, what its link carries below."""
     figure, rows = _figure(11, 4.6, rows=2)
     for axes, backward in zip(rows, (False, True), strict=True):
-        steps = layer_steps(plan.share, backward)
+        steps = priced_steps(plan.share, Ring(duplex=plan.share.config.attention.duplex), backward)
         shown = steps if len(steps) <= 2 * SHOWN else [*steps[:SHOWN], None, *steps[-SHOWN:]]
         _draw_steps(axes, shown, len(steps) - 2 * SHOWN)
-        exposed = sum(max(step.wire - step.compute, 0) for step in steps) / sum(step.seconds for step in steps)
-        axes.set_title(f"{'backward' if backward else 'forward'}: {exposed:.0%} waiting for the link", loc="left")
+        waiting = add_up(steps).exposed / add_up(steps).total
+        axes.set_title(
+            f"{'backward' if backward else 'forward'}: {waiting:.0%} waiting for the link",
+            loc="left",
+        )
         axes.set_yticks([1, 0], ["device", "link"])
         axes.set_ylim(-0.6, 1.6)
         axes.xaxis.set_major_formatter(EngFormatter("s"))
@@ -88,11 +92,11 @@ def draw_timeline(plan: Plan, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_steps(axes: Axes, steps: list[Step | None], left_out: int) -> None:
+def _draw_steps(axes: Axes, steps: list[Seconds | None], left_out: int) -> None:
     start = 0.0
     for step in steps:
         if step is None:
-            gap = max(s.seconds for s in steps if s)
+            gap = max(s.total for s in steps if s)
             axes.text(start + gap / 2, 0.5, f"{left_out} more\nhops", ha="center", va="center", fontsize=9)
             start += gap
             continue
@@ -100,7 +104,7 @@ def _draw_steps(axes: Axes, steps: list[Step | None], left_out: int) -> None:
         axes.barh(1, step.compute, left=start, color=COMPUTE, **edge)
         axes.barh(0, step.keys, left=start, color=WIRE, **edge)
         axes.barh(0, step.gradients, left=start + step.keys, color=GRADIENTS, **edge)
-        start += step.seconds
+        start += step.total
 
 
 def draw_map(found: StrategyMap, plan: Plan, path: Path) -> None:

@@ -8,7 +8,7 @@ from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.rates import EFFICIENCY, wires_of
 from ring_attention.planning.hiding import PAPER_TABLE_2, tokens_to_hide
 from ring_attention.planning.plan import Plan
-from ring_attention.planning.step_times import sent_bytes
+from ring_attention.planning.step_times import schedule_of, sent_bytes
 
 FIGURES = {
     "flops": ("{:.1f} TFLOP/s bfloat16", 1e12),
@@ -67,13 +67,12 @@ def wire_table(plan: Plan) -> Table:
         table.add_column(name)
     for name in ("GB", "alone, ms"):
         table.add_column(name, justify="right")
-    groups = [(share.ring, share.mesh["tp"], "hop"), (share.owners, share.mesh["tp"], "gather")]
+    way = schedule_of(share, share.strategy).steps[0].way  # in which attention's strategy sends first
+    groups = [(share.ring, share.mesh["tp"], way), (share.owners, share.mesh["tp"], "gather")]
     groups += [(share.mesh["tp"], 1, "gather"), (share.mesh["dp"], share.devices // share.mesh["dp"], "gather")]
     for (name, size), (group, stride, way) in zip(sent_bytes(share).items(), groups, strict=True):
         if size:
             wires = wires_of(share.topology, group, stride)
-            if way == "hop" and share.config.attention.strategy in ("all_gather", "ulysses", "usp"):
-                way = "gather" if share.config.attention.strategy == "all_gather" else "swap"
             table.add_row(name, wires.kind, f"{size / 1e9:.2f}", f"{size / getattr(wires, way) * 1e3:.0f}")
     return table
 

@@ -6,6 +6,7 @@ from ring_attention.checks import ConfigError
 from ring_attention.hardware.topology import Topology
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_mesh_shape
+from ring_attention.parallel.strategy import Strategy
 from ring_attention.parallel.workload import Workload
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.validate import validate_config
@@ -36,6 +37,11 @@ class Share:
     def model(self) -> ModelConfig:
         """Of the config."""
         return self.config.model
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the config has attention computed."""
+        return self.config.attention.make_strategy()
 
     @property
     def itemsize(self) -> int:

@@ -5,24 +5,13 @@ import dataclasses
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.rates import EFFICIENCY, Wires, wires_of
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
-from ring_attention.parallel.ring import Ring
-from ring_attention.parallel.strategies import find_strategy
+from ring_attention.parallel.ring import SingleDevice
+from ring_attention.parallel.strategies import scheduled
 from ring_attention.parallel.strategy import Strategy
-from ring_attention.planning.attention_times import (
-    Pace,
-    Step,
-    Times,
-    all_gather_times,
-    ring_steps,
-    ring_times,
-    single_times,
-    usp_times,
-)
+from ring_attention.parallel.workload import Schedule
+from ring_attention.planning.attention_times import Pace, Seconds, Times, add_up, price_steps
 from ring_attention.planning.memory import kept_for_backward
 from ring_attention.planning.shares import Share
-
-TIMED = ("ring", "sliding_window", "all_gather", "ulysses", "usp")
-"""Strategies whose times are known."""
 
 RERUN = ("full", "offload_input")
 """Policies under which the backward pass of a layer runs its attention once more."""
@@ -72,45 +61,44 @@ def pace_of(share: Share) -> Pace:
     )
 
 
-def attention_times(share: Share, strategy: Strategy, backward: bool) -> Times:
-    """One layer's attention of one micro-batch."""
-    work, pace, tp = share.work(), pace_of(share), share.mesh[TENSOR]
-    wires = wires_of(share.topology, work.devices, tp)
-    if work.devices == 1:
-        return single_times(work, pace, backward)
-    if strategy.name == "all_gather":
-        return all_gather_times(work, pace, wires, backward, strategy.head_groups)
-    if strategy.name in ("usp", "ulysses"):
-        size = strategy.size(work.devices, work.heads, work.kv_heads)
-        inner = wires_of(share.topology, size, tp)
-        return usp_times(work, pace, inner, wires_across(share, size), backward, size)
-    if isinstance(strategy, Ring):  # sliding_window too, which goes as far as the window reaches
-        return ring_times(work, pace, wires, backward, strategy.duplex)
-    raise _unknown_time(share, strategy)
+def schedule_of(share: Share, strategy: Strategy, backward: bool = False) -> Schedule:
+    """The schedule of one layer's attention, of one micro-batch.
 
-
-def _unknown_time(share: Share, strategy: Strategy) -> ConfigError:
-    return ConfigError(
-        f"attention.strategy={strategy.name!r}: the planner does not know how long it takes on {share.ring} devices; "
-        f"plan with one of {', '.join(TIMED)}"
-    )
-
-
-def layer_steps(share: Share, backward: bool) -> list[Step]:
-    """The steps of one layer's ring."""
-    wires = wires_of(share.topology, share.ring, share.mesh[TENSOR])
-    duplex = share.config.attention.duplex
-    return ring_steps(share.work(), pace_of(share), wires, backward, duplex)
-
-
-def wires_across(share: Share, size: int) -> Wires:
-    """The wires of the rings that usp's places form, each of one member of every group of `size` neighbours.
-
-    Across hosts each member has its own adapter. On a TPU `size` such rings share the links between two places, and the
-    way to the next place is `size` hops of the cycle, so that each link carries every member's block.
+    Raises:
+      ConfigError: for a strategy whose schedule is not known.
     """
-    wires = wires_of(share.topology, share.ring, share.mesh[TENSOR])
-    return dataclasses.replace(wires, hop=wires.hop / size) if share.topology.tpu else wires
+    work = share.work()
+    schedule = (strategy if work.devices > 1 else SingleDevice()).schedule(work, backward)  # one device computes alone
+    if schedule is None:
+        raise ConfigError(
+            f"attention.strategy={strategy.name!r}: the planner does not know how long it takes on {share.ring} "
+            f"devices; plan with one of {', '.join(scheduled(work))}"
+        )
+    return schedule
+
+
+def priced_steps(share: Share, strategy: Strategy, backward: bool) -> list[Seconds]:
+    """The steps of `schedule_of`, in seconds."""
+    schedule = schedule_of(share, strategy, backward)
+    return price_steps(schedule, pace_of(share), ring_wires(share, schedule.width))
+
+
+def attention_times(share: Share, strategy: Strategy, backward: bool) -> Times:
+    """How long one layer's attention takes, of one micro-batch; raises ConfigError as `schedule_of` does."""
+    return add_up(priced_steps(share, strategy, backward))
+
+
+def ring_wires(share: Share, width: int = 1) -> Wires:
+    """The wires of a ring along which `width` neighbours share each place and swap heads for tokens.
+
+    Each of them goes around with heads of its own. Across hosts each has its own adapter. On a TPU these rings share
+    the links between two places, and the way to the next place is `width` hops of the cycle, so that each link carries
+    everybody's block.
+    """
+    tp = share.mesh[TENSOR]
+    wires = wires_of(share.topology, share.ring, tp)
+    shared = width if share.topology.tpu else 1
+    return dataclasses.replace(wires, hop=wires.hop / shared, swap=wires_of(share.topology, width, tp).swap)
 
 
 def step_time(share: Share, strategy: Strategy) -> StepTime:
@@ -176,7 +164,7 @@ def sums_seconds(share: Share) -> float:
 
 def sent_bytes(share: Share) -> dict[str, int]:
     """What one device sends in a step, by purpose."""
-    strategy = find_strategy(share.config.attention.make_strategy())
+    strategy = share.strategy
     passes = share.model.num_layers * share.config.optimizer.accumulation_steps
     forward = strategy.sent_bytes(share.work()) * (1 + (share.model.remat in RERUN))
     attention = passes * (forward + strategy.sent_bytes(share.work(), backward=True))

@@ -5,20 +5,20 @@ import dataclasses
 import numpy as np
 
 from ring_attention.hardware.chips import GB
-from ring_attention.planning.plan import Candidate, candidates_of, recommend, strategies_of
+from ring_attention.planning.plan import candidates_of, recommend, strategies_of
 from ring_attention.planning.shares import Share
 
-FAMILIES = ("ring", "all_gather", "usp", "none fits")
+NONE = "none fits"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StrategyMap:
-    """The winners.
+    """The family of strategies that wins, for each length of a shard and each bandwidth.
 
     Attributes:
       tokens: of a device, [x].
       bandwidths: of a link one way, bytes a second, [y].
-      families: names; Ulysses counts as usp.
+      families: their names; a strategy that is a special case of another counts as that one.
       best: [y, x], numbers of families.
     """
 
@@ -36,17 +36,13 @@ def map_strategies(share: Share, columns: int = 15, rows: int = 13) -> StrategyM
     bandwidths = np.geomspace(5 * GB, 900 * GB, rows)
     best = np.zeros((rows, columns), int)
     strategies = strategies_of(share)  # other contexts of the same mesh run the same ones
+    families = (NONE, *dict.fromkeys(strategy.family for strategy in strategies))
     for y, bandwidth in enumerate(bandwidths):
         for x, t in enumerate(tokens):
             other = _other(share, int(t), bandwidth)
             recommended, _ = recommend(other, candidates_of(other, strategies))
-            best[y, x] = FAMILIES.index(_family(recommended))
-    return StrategyMap(tokens=tokens, bandwidths=bandwidths, families=FAMILIES, best=best)
-
-
-def _family(candidate: Candidate | None) -> str:
-    name = candidate.label.split()[0] if candidate else "none fits"
-    return "usp" if name == "ulysses" else name
+            best[y, x] = families.index(recommended.strategy.family if recommended else NONE)
+    return StrategyMap(tokens=tokens, bandwidths=bandwidths, families=families, best=best)
 
 
 def _other(share: Share, tokens: int, bandwidth: float) -> Share:

@@ -19,15 +19,18 @@ import ring_attention as ra
 from ring_attention.checks import local_path, require_field
 from ring_attention.commands.arguments import Parser, as_mistakes
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
+from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.ulysses import even_size
 from ring_attention.parallel.workload import Workload
-from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, seconds_of_both_passes, simulate
+from ring_attention.planning.simulator import Machine, Timeline, seconds_of_both_passes, simulate
 from ring_attention.tables import show
 
 TRIALS = 5
 """Runs with jitter, of which the mean counts."""
 
-COLORS = {"hop 0": "#0b3c6f", "hop": "#1f6fb4", "head": "#1f6fb4", "keys": "#9aa3ad", "gradients": "#d97706"}
+COMPARED = ("ring", "all_gather", "ulysses", "usp")
+
+COLORS = {"hop 0": "#0b3c6f", "hop": "#1f6fb4", "keys": "#9aa3ad", "gradients": "#d97706"}
 
 
 def pairs_per_second(args: argparse.Namespace) -> float:
@@ -62,14 +65,15 @@ def table_of(args: argparse.Namespace, speeds: list[float], work: Workload, layo
     for name in ("beside", "blocking"):
         table.add_column(name, justify="right")
     size = even_size(len(speeds))
-    for strategy in SIMULATED:
+    for strategy in COMPARED:
+        chosen = find_strategy(strategy, {"ulysses_size": size} if strategy == "usp" else {})
         for name, layout in layouts.items():
             cells = []
             for blocking in (False, True):
                 machine = machine_of(args, speeds, blocking)
                 try:
                     trials = [
-                        seconds_of_both_passes(strategy, layout, work, machine, ulysses_size=size, seed=seed)
+                        seconds_of_both_passes(chosen, layout, work, machine, seed=seed)
                         for seed in range(TRIALS if args.jitter else 1)
                     ]
                     cells.append(f"{statistics.mean(trials) / fair:.2f}")

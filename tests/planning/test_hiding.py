@@ -3,15 +3,16 @@ import dataclasses
 import pytest
 
 from ring_attention.hardware.rates import Wires
+from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.parallel.workload import Workload
-from ring_attention.planning.attention_times import Pace, ring_steps
+from ring_attention.planning.attention_times import Pace, price_steps
 from ring_attention.planning.hiding import PAPER_TABLE_2, tokens_to_hide
 
 FLOPS, BANDWIDTH = 275e12, 45e9
 
 
 @pytest.mark.parametrize("row", PAPER_TABLE_2, ids=lambda row: row.hardware)
-def test_table_2_of_the_paper_comes_out_to_its_printed_digits(row):
+def test_paper_table_2_comes_out_to_its_printed_digits(row):
     block, tokens = row.reckoned
     if row.hardware == "A100 InfiniBand":  # printed 24.5 and 149.5, and 312 / 12.5 is 24.96, six times that 149.76
         assert (block, tokens) == pytest.approx((24.96, 149.76))
@@ -24,7 +25,7 @@ def test_table_2_of_the_paper_comes_out_to_its_printed_digits(row):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("kv_heads", [2, 8])
-def test_from_so_many_tokens_on_a_ring_waits_for_nothing(causal, backward, kv_heads):
+def test_tokens_to_hide_is_where_a_ring_stops_waiting(causal, backward, kv_heads):
     form = dict(causal=causal, backward=backward)
     need = tokens_to_hide(FLOPS, BANDWIDTH, queries_per_key=8 / kv_heads, **form)
     pace = Pace(forward=FLOPS, backward=FLOPS, memory=float("inf"))
@@ -33,13 +34,13 @@ def test_from_so_many_tokens_on_a_ring_waits_for_nothing(causal, backward, kv_he
     def waits(tokens):
         sizes = dict(heads=8, kv_heads=kv_heads, head_dim=128, layout="zigzag")
         work = Workload(seq_len=8 * tokens, devices=8, causal=causal, **sizes)
-        middle = ring_steps(work, pace, wires, backward)[3]
+        middle = price_steps(STRATEGIES["ring"].schedule(work, backward), pace, wires)[3]
         return middle.wire > middle.compute
 
     assert waits(int(0.98 * need) // 2 * 2)
     assert not waits(int(1.02 * need) // 2 * 2)
 
 
-def test_the_control_a_row_with_another_bandwidth_is_not_table_2():
+def test_paper_row_with_another_bandwidth_is_not_table_2():
     wrong = dataclasses.replace(PAPER_TABLE_2[0], bandwidth=350e9)
     assert round(wrong.reckoned[1], 1) != wrong.tokens

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import ring_attention as ra
+from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.workload import Workload
 from ring_attention.planning.balance import work_by_hop
-from ring_attention.planning.simulator import SIMULATED, Machine, Timeline, seconds_of_both_passes, simulate
+from ring_attention.planning.simulator import Machine, seconds_of_both_passes, simulate
 
 T, P = 256, 4
 WORK = Workload(seq_len=T, devices=P, heads=4, kv_heads=4, head_dim=8)
@@ -22,20 +23,19 @@ def _seconds(strategy, layout="zigzag", machine=ALIKE, work=WORK, **options):
     return simulate(strategy, layout, work, machine, **options).seconds
 
 
-@pytest.mark.parametrize("strategy", SIMULATED)
-def test_devices_that_are_alike_and_never_wait_share_the_work(strategy):
-    options = dict(ulysses_size=2) if strategy == "usp" else {}
-    assert _seconds(strategy, **options) == pytest.approx(PAIRS / P, rel=1e-3)
-    assert _seconds(strategy, backward=True, **options) == pytest.approx(2.5 * PAIRS / P, rel=1e-3)
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses", find_strategy("usp", {"ulysses_size": 2})])
+def test_simulate_shares_work_among_devices_that_never_wait(strategy):
+    assert _seconds(strategy) == pytest.approx(PAIRS / P, rel=1e-3)
+    assert _seconds(strategy, backward=True) == pytest.approx(2.5 * PAIRS / P, rel=1e-3)
 
 
-def test_a_contiguous_ring_lasts_as_long_as_its_last_device_computes():
+def test_simulate_contiguous_ring_waits_for_its_last_device():
     work = 4 * work_by_hop(LAYOUTS["contiguous"], T)
     assert _seconds("ring", "contiguous") == work.sum(1).max()
     assert _seconds("ulysses", "contiguous") == PAIRS / P  # which shares heads out, not tokens
 
 
-def test_a_slow_device_holds_up_all_who_wait_for_it_and_nobody_else():
+def test_simulate_slow_device_holds_up_only_those_who_wait():
     machine = Machine.of_speeds([1.0, 0.5, 1.0, 1.0])
     assert _seconds("ring", machine=machine) == pytest.approx(2 * PAIRS / P, rel=1e-2)
     spans = simulate("ring", LAYOUTS["zigzag"], WORK, machine).spans
@@ -43,7 +43,7 @@ def test_a_slow_device_holds_up_all_who_wait_for_it_and_nobody_else():
     assert ends[1] > ends[2] > ends[3] == ends[0]  # two hops of slack are enough for the others
 
 
-def test_tokens_dealt_for_speeds_even_that_out_where_transfers_run_beside():
+def test_simulate_layout_for_speeds_evens_speeds_out():
     speeds = [1.0, 0.5, 1.0, 1.0]
     layout = ra.SequenceLayout.for_speeds(speeds, 16)
     beside, blocking = (Machine.of_speeds(speeds, blocking=blocking) for blocking in (False, True))
@@ -53,7 +53,7 @@ def test_tokens_dealt_for_speeds_even_that_out_where_transfers_run_beside():
     assert 1.1 * fair < _seconds("ring", layout, blocking) < 0.95 * _seconds("ring", "zigzag", blocking)
 
 
-def test_a_transfer_that_blocks_adds_its_time_and_one_that_does_not_is_hidden():
+def test_simulate_adds_transfers_only_where_they_block():
     hop = PAIRS / P / P
     size = 2 * WORK.bytes_of(WORK.shard, 4)
     links = dict(bandwidth=size / (hop / 2))  # half as long as a hop
@@ -62,37 +62,46 @@ def test_a_transfer_that_blocks_adds_its_time_and_one_that_does_not_is_hidden():
     assert _seconds("ring", machine=blocking) == pytest.approx(PAIRS / P + 3 * hop / 2, rel=1e-2)
 
 
-def test_a_link_that_is_too_slow_decides_instead():
+def test_simulate_slow_link_decides_instead():
     hop = PAIRS / P / P
     size = 2 * WORK.bytes_of(WORK.shard, 4)
     slow = Machine.of_speeds([1.0] * P, bandwidth=size / (3 * hop))
     assert _seconds("ring", machine=slow) == pytest.approx(3 * 3 * hop + hop, rel=1e-2)  # and the last hop
 
 
-def test_backward_sends_gradients_too():
+def test_simulate_backward_sends_gradients_too():
     size = 2 * WORK.bytes_of(WORK.shard, 4, 4)
     timeline = simulate("ring", LAYOUTS["zigzag"], WORK, Machine.of_speeds([1.0] * P, bandwidth=1e3), backward=True)
     names = [span.name for span in timeline.spans if span.resource == "link 0"]
-    assert names == ["keys 1", "keys 2", "keys 3", "gradients 1", "gradients 2", "gradients home"]
-    home = next(span for span in timeline.spans if span.name == "gradients home")
+    assert names == ["keys 1", "keys 2", "keys 3", "gradients 2", "gradients 3", "gradients 4"]
+    home = next(span for span in timeline.spans if span.name == "gradients 4")
     assert home.end - home.start == pytest.approx(size / 1e3)
 
 
-def test_resources_do_one_thing_at_a_time_and_nothing_begins_before_what_it_needs():
-    rng = np.random.default_rng(0)
-    timeline = Timeline(ALIKE)
-    needed = []
-    for number in range(200):
-        after = [needed[i] for i in rng.integers(0, len(needed), 2)] if needed else []
-        span = timeline.compute(int(rng.integers(P)), str(number), float(rng.random()), after)
-        assert all(span.start >= other.end for other in after)
-        needed.append(span)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses", find_strategy("usp", {"ulysses_size": 2})])
+def test_simulate_gives_each_resource_one_thing_at_a_time(strategy, backward):
+    speeds = np.random.default_rng(0).random(P) + 0.5
+    machine = Machine.of_speeds(speeds, bandwidth=1.0, latency=30.0, jitter=0.5)
+    spans = simulate(strategy, LAYOUTS["zigzag"], WORK, machine, backward=backward).spans
+    for name in {span.resource for span in spans}:
+        own = [span for span in spans if span.resource == name]
+        assert all(x.end <= y.start for x, y in zip(own, own[1:], strict=False))
+        assert all(span.start < span.end for span in own)
+
+
+def test_simulate_computes_a_hop_when_its_keys_are_there():
+    machine = Machine.of_speeds([1.0, 0.5, 2.0, 1.0], bandwidth=1.0, jitter=0.5)
+    spans = simulate("ring", LAYOUTS["zigzag"], WORK, machine).spans
+    at = {(span.resource, span.name): span for span in spans}
     for device in range(P):
-        spans = [span for span in timeline.spans if span.resource == f"device {device}"]
-        assert all(x.end <= y.start for x, y in zip(spans, spans[1:], strict=False))
+        for hop in range(1, P):
+            sent = at[f"link {(device - 1) % P}", f"keys {hop}"]
+            assert at[f"device {device}", f"hop {hop}"].start >= sent.end
+            assert sent.start >= at[f"device {(device - 1) % P}", f"hop {hop - 2}"].end if hop > 1 else sent.start == 0
 
 
-def test_jitter_is_drawn_from_the_seed_and_makes_rings_wait():
+def test_simulate_jitter_follows_the_seed_and_makes_rings_wait():
     machine = Machine.of_speeds([1.0] * P, jitter=0.3)
     same, again, other = (_seconds("ring", machine=machine, seed=seed) for seed in (1, 1, 2))
     assert same == again != other
@@ -100,24 +109,26 @@ def test_jitter_is_drawn_from_the_seed_and_makes_rings_wait():
     assert mean > 1.1 * PAIRS / P
 
 
-def test_a_step_is_both_passes():
+def test_seconds_of_both_passes_is_their_sum():
     assert seconds_of_both_passes("ring", LAYOUTS["zigzag"], WORK, ALIKE) == _seconds("ring") + _seconds(
         "ring", backward=True
     )
 
 
-def test_what_cannot_be_simulated_is_refused():
+def test_simulate_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="strategy='sparse' is not known; choose one of 'all_gather'"):
         _seconds("sparse")
     with pytest.raises(ValueError, match="got 2 speeds and a layout for 4 devices, need 4 of both"):
         _seconds("ring", machine=Machine.of_speeds([1.0, 1.0]))
     with pytest.raises(ValueError, match="3 devices cannot share 4 heads of 4 devices; choose a divisor of both"):
-        _seconds("usp", ulysses_size=3)
+        _seconds(find_strategy("usp", {"ulysses_size": 3}))
+    with pytest.raises(ValueError, match="transfers both ways are not simulated; leave duplex out"):
+        _seconds(find_strategy("ring", {"duplex": True}))
     with pytest.raises(ValueError, match="window=7, segments=False: only full attention is simulated"):
         _seconds("ring", work=dataclasses.replace(WORK, window=7))
 
 
-def test_hops_and_transfers_have_a_cost_of_their_own():
+def test_simulate_charges_each_hop_and_transfer():
     hop = PAIRS / P / P
     machine = Machine.of_speeds([1.0] * P, hop_seconds=hop, latency=hop / 2, blocking=True)
     assert _seconds("ring", machine=machine) == pytest.approx(8 * hop + 3 * hop / 2, rel=1e-2)

@@ -1,6 +1,7 @@
 """What ought not to be in a compiled training step: whole sequences on one device, and masks kept in memory."""
 
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
+from ring_attention.parallel.workload import BOTH_WAYS, HOP
 from ring_attention.planning.hlo.axes import axes_of
 from ring_attention.planning.hlo.compiled import collectives_in
 from ring_attention.planning.hlo.program import ENTRY, Array, Program
@@ -13,12 +14,14 @@ _MAKES_NOTHING = ("get-tuple-element", "tuple", "while", "conditional", "paramet
 def whole_sequences(program: Program, share: Share) -> list[str]:
     """Activations that a collective along the ring gives one device for the whole sequence, a line each.
 
-    These are results of an all-gather, and under the strategy "ring" of an all-reduce or all-to-all too, in floating
-    point, with a dimension of T, or with as many elements as the keys of all tokens have. Weights are sharded over the
-    ring as well and gathered too: what has the sides of a weight of the config is taken for one, so an activation that
-    has the same sides is overlooked.
+    These are results of an all-gather, and where the strategy only sends to the next place of a ring, of an all-reduce
+    or all-to-all too, in floating point, with a dimension of T, or with as many elements as the keys of all tokens
+    have. Weights are sharded over the ring as well and gathered too: what has the sides of a weight of the config is
+    taken for one, so an activation that has the same sides is overlooked.
     """
-    kinds = ["all-gather"] + ["all-reduce", "all-to-all"] * (share.config.attention.strategy == "ring")
+    schedule = share.strategy.schedule(share.work())
+    hops_only = schedule is not None and schedule.ways <= {HOP, BOTH_WAYS}
+    kinds = ["all-gather"] + ["all-reduce", "all-to-all"] * hops_only
     tokens, lines = share.config.seq_len, []
     keys = share.batch * tokens * share.kv_heads * share.model.head_dim
     for item in collectives_in(program):
