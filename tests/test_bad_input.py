@@ -18,7 +18,7 @@ import tokenizers
 from jax.sharding import PartitionSpec as Spec
 
 import ring_attention as ra
-from ring_attention.data.bad import Reason
+from ring_attention.data.bad_documents import Reason
 from ring_attention.data.config import DataConfig
 from ring_attention.data.loader import TrainLoader
 from ring_attention.data.sources import open_documents

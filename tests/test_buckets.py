@@ -14,7 +14,7 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.flags import load_config
 from ring_attention.training.hf_conversion import new_folder
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained_model import open_trained_model
 
 ROOT = Path(__file__).parents[1]
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64)
@@ -40,7 +40,7 @@ TAKERS = {
     "init_from": lambda path: dataclasses.replace(CONFIG, init_from=path),
     "data.paths": lambda path: DataConfig(paths=f"texts/*.txt, {path}/*.txt"),
     "data.tokenizer": lambda path: DataConfig(tokenizer=path),
-    "checkpoint": open_trained,
+    "checkpoint": open_trained_model,
     "--config": load_config,
     "--out": make_new_folder,
     "out": lambda path: output_folder("runs/a", path),

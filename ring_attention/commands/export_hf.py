@@ -20,13 +20,13 @@ from ring_attention.models.hf.export import DTYPE_NAMES
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.training.hf_conversion import NEW_DTYPE, export_hf, exported_bytes
 from ring_attention.training.progress import tensor_progress
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained_model import open_trained_model
 
 
 def main(argv: list[str]) -> None:
     """Read the parameters, write the files."""
     args = parse(argv)
-    trained = open_trained(str(args.folder))
+    trained = open_trained_model(str(args.folder))
     print(f"{trained.checkpoint}: {trained.model.num_parameters:,} parameters.")
     with tensor_progress("Writing", exported_bytes(trained, args.dtype)) as progress:
         export_hf(trained, args.out, make_mesh(sp=jax.device_count()), progress, args.dtype)

@@ -29,7 +29,7 @@ from ring_attention.training.processes import ProcessFlags
 from ring_attention.training.progress import tensor_progress
 from ring_attention.training.run import open_run, train
 from ring_attention.training.run_folder import folder_of
-from ring_attention.training.trained import config_of, open_trained
+from ring_attention.training.trained_model import config_of, open_trained_model
 
 MOST_TOKENS = 8192
 """Of a sequence, where none is asked for: what a laptop holds."""
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     export_config(config, source.values)
     with open_run(config, ALONE) as opened:
         report(opened, train(opened))
-    trained = open_trained(str(folder_of(config).path))
+    trained = open_trained_model(str(folder_of(config).path))
     with tensor_progress("Writing", exported_bytes(trained)) as progress:
         export_hf(trained, args.out, open_mesh(config.mesh), progress)
     print(f"Written: {args.out}")

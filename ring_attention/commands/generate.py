@@ -36,7 +36,7 @@ from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
-from ring_attention.training.trained import Trained, open_trained
+from ring_attention.training.trained_model import TrainedModel, open_trained_model
 
 EXACT = [name for name, strategy in STRATEGIES.items() if strategy.exact]
 
@@ -166,16 +166,16 @@ def special_stops(stops: list[str], tokenizer: Tokenizer) -> list[int]:
     return [token for token, name in tokenizer.special_tokens.items() if name in stops]
 
 
-def open_model(args: argparse.Namespace) -> Trained:
+def open_model(args: argparse.Namespace) -> TrainedModel:
     """The trained model, to be computed in the dtype that was asked for."""
-    trained = open_trained(args.checkpoint)
+    trained = open_trained_model(args.checkpoint)
     if args.dtype is None:
         return trained
     model = dataclasses.replace(trained.config.model, compute_dtype=args.dtype)
     return dataclasses.replace(trained, config=dataclasses.replace(trained.config, model=model))
 
 
-def open_generator(args: argparse.Namespace, trained: Trained, tokenizer: Tokenizer, capacity: int) -> Generator:
+def open_generator(args: argparse.Namespace, trained: TrainedModel, tokenizer: Tokenizer, capacity: int) -> Generator:
     """The model on its devices."""
     attention = trained.config.attention
     if args.strategy is not None:

@@ -15,11 +15,10 @@ import zlib
 import numpy as np
 
 from ring_attention.checks import printable
-from ring_attention.data.bad import BadDocumentError, LeaveOut, Reason
+from ring_attention.data.bad_documents import BadDocumentError, LeaveOut, Reason
 from ring_attention.data.config import DataConfig
 from ring_attention.data.json_lines import holds_json_lines, read_documents, text_of_line
-from ring_attention.data.reading import Line, is_gzipped, read_pieces, read_span
-from ring_attention.data.spool import Spool
+from ring_attention.data.reading import Line, Spool, is_gzipped, read_pieces, read_span
 from ring_attention.data.utf8 import BOM, decode, refuse_json_lines, refuse_nul, refuse_other_formats, too_long
 
 DOCUMENT = np.dtype([("begin", "<u8"), ("length", "<u4"), ("number", "<u4"), ("checksum", "<u4"), ("name_hash", "<u8")])

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from ring_attention.checks import printable
-from ring_attention.data.bad import BadDocumentError, DataReport, Reason
+from ring_attention.data.bad_documents import BadDocumentError, DataReport, Reason
 from ring_attention.data.config import DataConfig
 from ring_attention.data.files import DOCUMENT, needs_spool
 from ring_attention.data.json_lines import holds_json_lines
-from ring_attention.data.spool import Spool
+from ring_attention.data.reading import Spool
 
 VERSION = 1
 """Of the folder's layout; an index of another is not found."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from ring_attention.checks import printable, shown
-from ring_attention.data.bad import BadDocumentError, LeaveOut, Reason
+from ring_attention.data.bad_documents import BadDocumentError, LeaveOut, Reason
 from ring_attention.data.config import DataConfig
 from ring_attention.data.reading import Line, read_lines
 from ring_attention.data.utf8 import BOM, decode, refuse_nul, refuse_other_formats, too_long

@@ -14,12 +14,12 @@ from typing import Protocol
 import numpy as np
 
 from ring_attention.checks import ConfigError, printable, require_field
-from ring_attention.data.bad import BadDocumentError, DataReport, Reason
+from ring_attention.data.bad_documents import BadDocumentError, DataReport, Reason
 from ring_attention.data.config import PYTHON_STDLIB, SKIP, DataConfig
 from ring_attention.data.files import DOCUMENT, DocumentFile, PartOfFile, examine_file, needs_spool
 from ring_attention.data.globs import matching_files
 from ring_attention.data.index import DocumentIndex, Examined
-from ring_attention.data.spool import Spool
+from ring_attention.data.reading import Spool
 
 LEAST_INDEXED = 16 * 2**20
 """Bytes of files from which on an index that nobody asked for is worth its place: smaller ones are read in a moment."""
@@ -133,10 +133,10 @@ def open_documents(config: DataConfig, index_dir: Path | None = None) -> Documen
     bytes and more), and a file whose size and time are the same is not read again. Without either, nothing is kept.
 
     Empty documents are left out, and of the standard library files that are deliberately no UTF-8 (test data for the
-    parser). Others that cannot be used, for the reasons in `bad.Reason`, are left out if `config.bad_documents` is
-    "skip"; the source's `report` has counted all of them. An archive that is damaged is left out whole, since its
-    checksum stands at its end. A document that is left out changes neither the names of others nor their side of
-    `split_documents`.
+    parser). Others that cannot be used, for the reasons in `bad_documents.Reason`, are left out if
+    `config.bad_documents` is "skip"; the source's `report` has counted all of them. An archive that is damaged is left
+    out whole, since its checksum stands at its end. A document that is left out changes neither the names of others nor
+    their side of `split_documents`.
 
     Raises ConfigError if a glob matches no file, for the first document that can neither be used nor left out, if no
     document remains, and if the index cannot be kept.

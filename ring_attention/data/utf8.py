@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 
-from ring_attention.data.bad import BadDocumentError, Reason
+from ring_attention.data.bad_documents import BadDocumentError, Reason
 
 BOM = codecs.BOM_UTF8
 

@@ -21,7 +21,7 @@ from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.devices import open_mesh
 from ring_attention.training.flags import override
-from ring_attention.training.trained import Trained, open_trained
+from ring_attention.training.trained_model import TrainedModel, open_trained_model
 from ring_attention.training.validate import check_vocabulary, validate_config
 
 FREE_SECTIONS = ("mesh", "attention", "model.rope")
@@ -35,7 +35,7 @@ BATCH_TOKENS = 2**15
 class Opened:
     """A trained model, the config to measure it with, its tokenizer and its devices."""
 
-    trained: Trained
+    trained: TrainedModel
     config: TrainConfig
     tokenizer: Tokenizer
     mesh: Mesh
@@ -69,13 +69,13 @@ def open_model(checkpoint: str, overrides: Sequence[str] = ()) -> Opened:
     """Find the model and its devices; reads no arrays.
 
     Args:
-      checkpoint: as `open_trained` takes it.
+      checkpoint: as `open_trained_model` takes it.
       overrides: `--config.FIELD=VALUE`s of the FREE_SECTIONS.
 
     Raises:
       ConfigError: if it does not exist or cannot be changed so.
     """
-    trained = open_trained(checkpoint)
+    trained = open_trained_model(checkpoint)
     config = override(trained.config, list(overrides))
     for word in overrides:
         field = word.lstrip("-").partition("=")[0].removeprefix("config.")

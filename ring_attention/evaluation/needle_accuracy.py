@@ -67,7 +67,7 @@ class AnswerScorer:
     """Which tokens of answers a model has the highest score for; a program for each length."""
 
     def __init__(self, config: TrainConfig, params: Any, *, mesh: Mesh, vocab_size: int):
-        """`params` as `Trained.load` gives them; tokens from `vocab_size` on, the tokenizer's, do not count."""
+        """`params` as `TrainedModel.load` gives them; tokens from `vocab_size` on, the tokenizer's, do not count."""
         self._params, self._mesh, self._rope = params, mesh, config.model.rope
         self._program_for = functools.cache(functools.partial(make_answer_program, config, mesh, vocab_size))
         self._layout = config.attention.make_layout(mesh.shape[SEQUENCE])

@@ -68,7 +68,7 @@ class LossReader:
     """Losses of a model at every position, for one attention."""
 
     def __init__(self, config: TrainConfig, attention: AttentionConfig, params: Any, mesh: Mesh):
-        """`params` as `Trained.load` gives them; `attention` may have another window than the config's."""
+        """`params` as `TrainedModel.load` gives them; `attention` may have another window than the config's."""
         self._params, self._mesh, self._rope = params, mesh, config.model.rope
         self._layout = attention.make_layout(mesh.shape[SEQUENCE])
         self._program_for = functools.cache(functools.partial(make_loss_program, config, attention, mesh))

@@ -5,21 +5,21 @@ from pathlib import Path
 
 from ring_attention.data.special_tokens import read_values, token_ids
 from ring_attention.data.tokenizers import Tokenizer
-from ring_attention.training.trained import Trained
+from ring_attention.training.trained_model import TrainedModel
 
 _FILES = ("config.json", "generation_config.json")
 
 
-def prompt_start(trained: Trained, tokenizer: Tokenizer) -> list[int]:
+def prompt_start(trained: TrainedModel, tokenizer: Tokenizer) -> list[int]:
     """What a prompt is opened with: `document_start`, as packed documents are.
 
     A model that came from Hugging Face gets what `transformers` feeds it instead, for Qwen nothing.
     """
-    came_from_hf = trained.source is not None or trained.kept is not None
+    came_from_hf = trained.source is not None or trained.manifest is not None
     return list(tokenizer.prompt_start) if came_from_hf else [tokenizer.document_start]
 
 
-def end_tokens(trained: Trained, tokenizer: Tokenizer) -> list[int]:
+def end_tokens(trained: TrainedModel, tokenizer: Tokenizer) -> list[int]:
     """`document_end`, `document_start`, since another document would begin, and every `eos_token_id` of a Hugging Face
     checkpoint.
 
@@ -32,10 +32,10 @@ def end_tokens(trained: Trained, tokenizer: Tokenizer) -> list[int]:
     return sorted(found)
 
 
-def _files(trained: Trained) -> list[Path]:
+def _files(trained: TrainedModel) -> list[Path]:
     """Files of Hugging Face that name ends of texts."""
     if trained.source is not None:
         paths = [trained.checkpoint / name for name in _FILES]
     else:
-        paths = [] if trained.kept is None else [trained.kept.other(name) for name in _FILES]
+        paths = [] if trained.manifest is None else [trained.manifest.other(name) for name in _FILES]
     return [path for path in paths if os.path.isfile(path)]

@@ -24,7 +24,7 @@ from ring_attention.parallel.sharding import check_fits
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.parallel.strategy import Context
 from ring_attention.training.config import AttentionConfig
-from ring_attention.training.trained import Trained
+from ring_attention.training.trained_model import TrainedModel
 
 PROMPT_STEPS = 8
 """Lengths that prompts are padded to between one power of two and the next: each costs a compilation, and padding up to
@@ -53,7 +53,7 @@ class Generator:
 
         Args:
           model: its shape.
-          params: as `Trained.load` gives them, in float32 or the compute dtype.
+          params: as `TrainedModel.load` gives them, in float32 or the compute dtype.
           mesh: with fsdp=1.
           capacity: the most tokens of a row, prompt and continuation together. Rotary scaling "dynamic", which goes by
             the length of the sequence, takes it for the whole generation, so that keys in the cache stay valid.
@@ -74,7 +74,7 @@ class Generator:
         self.step_program = functools.lru_cache(maxsize=16)(self._compile_step)
 
     @staticmethod
-    def of(trained: Trained, *, mesh: Mesh, capacity: int, **others) -> "Generator":
+    def of(trained: TrainedModel, *, mesh: Mesh, capacity: int, **others) -> "Generator":
         """The generator of a trained model, its parameters read in the compute dtype; `others` as above."""
         model, settings = trained.config.model, {"capacity": capacity, "attention": trained.config.attention} | others
         _plan(model, mesh, **settings)  # what does not fit is said before anything is read
@@ -258,5 +258,5 @@ def _placed(params: Any, model: ModelConfig, mesh: Mesh) -> Any:
     want = abstract_parameters(model)
     same = jax.tree.structure(params) == jax.tree.structure(want)
     same = same and all(x.shape == y.shape for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True))
-    require(same, "params are those of another model: names or shapes differ; load them with Trained.load")
+    require(same, "params are those of another model: names or shapes differ; load them with TrainedModel.load")
     return jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(model)))

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from ring_attention.checks import ConfigError, printable
-from ring_attention.data.bad import DataReport
+from ring_attention.data.bad_documents import DataReport
 from ring_attention.data.config import DataConfig
 from ring_attention.data.loader import Batch, TrainLoader, deal_batches, held_out_rows, merge_states, spell_rows
 from ring_attention.data.sources import DocumentSource, open_documents, split_documents

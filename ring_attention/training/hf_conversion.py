@@ -17,7 +17,7 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.config import HFConfig, config_from_hf, config_to_hf, family_for, update_hf
 from ring_attention.models.hf.export import DTYPE_NAMES, numpy_dtype, write_again, write_standard
 from ring_attention.models.hf.loading import Progress, load_parameters
-from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Kept, keep
+from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Manifest, write_manifest
 from ring_attention.models.hf.names import tensors_of
 from ring_attention.models.hf.source import Source
 from ring_attention.parallel.strategies import STRATEGIES
@@ -26,7 +26,7 @@ from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.run_folder import VERSION, RunFolder
-from ring_attention.training.trained import Trained, config_of
+from ring_attention.training.trained_model import TrainedModel, config_of
 
 
 def require_new(path: Path, flag: str) -> None:
@@ -74,7 +74,7 @@ def new_folder(path: Path, num_bytes: int, flag: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Kept:
+def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Manifest:
     """Write the folder `out`: config.json, a checkpoint of the parameters with fingerprints, and `hf/`.
 
     Args:
@@ -88,7 +88,7 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Kept
       RunError: if the disk refuses.
     """
     with new_folder(out, 4 * source.config.model.num_parameters, "--out") as partial:
-        kept = keep(source, partial / FOLDER)
+        manifest = write_manifest(source, partial / FOLDER)
         params = load_parameters(source, mesh, progress=progress)
         folder = RunFolder(partial)
         with Checkpoints(folder.checkpoints) as checkpoints:
@@ -96,7 +96,7 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Kept
         config = config_to_dict(config_of(source))
         config["data"]["tokenizer"] = os.path.join(out.absolute(), FOLDER, FILES, TOKENIZER)
         folder.config.write_text(json.dumps({"version": VERSION} | config, indent=2) + "\n", encoding="utf-8")
-    return kept
+    return manifest
 
 
 NEW_DTYPE = "float32"
@@ -133,14 +133,14 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in tensors_of(model).items()}
 
 
-def export_hf(trained: Trained, out: Path, mesh: Mesh, progress: Progress, dtype: str | None = None) -> None:
+def export_hf(trained: TrainedModel, out: Path, mesh: Mesh, progress: Progress, dtype: str | None = None) -> None:
     """Write `trained` to the folder `out`.
 
     A model that came from a Hugging Face checkpoint becomes one with the same files, names, order and dtypes; where
     nothing was trained, the bytes are the same too. Another becomes a checkpoint of its own, with a tokenizer.
 
     Args:
-      trained: of `open_trained`, an import or a run. For one process.
+      trained: of `open_trained_model`, an import or a run. For one process.
       out: that does not exist, or is empty.
       mesh: whose devices hold the parameters meanwhile.
       progress: told of each tensor.
@@ -152,10 +152,10 @@ def export_hf(trained: Trained, out: Path, mesh: Mesh, progress: Progress, dtype
     """
     if trained.source is not None:
         raise ConfigError(f"{trained.checkpoint} is a Hugging Face checkpoint already; copy it")
-    kept = trained.kept
-    config = export_config(trained.config, kept and kept.values)
+    manifest = trained.manifest
+    config = export_config(trained.config, manifest and manifest.values)
     require_field(
-        dtype is None or not kept,
+        dtype is None or not manifest,
         "--dtype",
         dtype,
         "the files keep the dtypes of the checkpoint that the model came from",
@@ -165,17 +165,18 @@ def export_hf(trained: Trained, out: Path, mesh: Mesh, progress: Progress, dtype
         require_choice("--dtype", dtype, DTYPE_NAMES)
     with new_folder(out, exported_bytes(trained, dtype) + _ROOM, "--out") as partial:
         params = trained.load(mesh)
-        if kept:
-            write_again(kept, params, config, partial, progress)
+        if manifest:
+            write_again(manifest, params, config, partial, progress)
         else:
             tokens = write_tokenizer(trained.config, partial)
             write_standard(params, config, dtype or NEW_DTYPE, partial, progress, extra=tokens)
 
 
-def exported_bytes(trained: Trained, dtype: str | None = None) -> int:
+def exported_bytes(trained: TrainedModel, dtype: str | None = None) -> int:
     """Bytes of the tensors that `export_hf` writes."""
-    kept = trained.kept
-    return kept.tensor_bytes if kept else numpy_dtype(dtype or NEW_DTYPE).itemsize * trained.model.num_parameters
+    if trained.manifest:
+        return trained.manifest.tensor_bytes
+    return numpy_dtype(dtype or NEW_DTYPE).itemsize * trained.model.num_parameters
 
 
 def write_tokenizer(config: TrainConfig, out: Path) -> dict[str, Any]:

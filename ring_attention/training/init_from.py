@@ -14,14 +14,14 @@ from ring_attention.data.config import DataConfig
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.hf.config import config_from_hf
 from ring_attention.models.hf.files import is_regular, read_json
-from ring_attention.models.hf.manifest import FOLDER, TOKENIZER, keep
+from ring_attention.models.hf.manifest import FOLDER, TOKENIZER, write_manifest
 from ring_attention.models.hf.source import CONFIG, is_hf_folder
 from ring_attention.training.config import AttentionConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict, field_default
 from ring_attention.training.processes import is_first
 from ring_attention.training.run_folder import RunFolder, read_config
 from ring_attention.training.state import TrainState, make_state, state_with
-from ring_attention.training.trained import Trained, open_trained
+from ring_attention.training.trained_model import TrainedModel, open_trained_model
 
 FREE_FIELDS = ("compute_dtype", "remat", "head_groups", "ffn_chunk", "loss_chunk", "start_local")
 """Of the model: fields that may differ from those of the model that a run begins with, as may the section rope. They
@@ -32,7 +32,7 @@ _SAID = ("attention.window", "attention.softcap")
 """Of attention: fields that change the function of a model, and may."""
 
 
-def find_initial(config: TrainConfig) -> Trained | None:
+def find_initial(config: TrainConfig) -> TrainedModel | None:
     """The trained model that `config.init_from` names, if it names one; reads no arrays.
 
     Raises:
@@ -41,7 +41,7 @@ def find_initial(config: TrainConfig) -> Trained | None:
     if not config.init_from:
         return None
     try:
-        trained = open_trained(config.init_from)
+        trained = open_trained_model(config.init_from)
     except ConfigError as error:
         raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
     theirs = flatten_dict(config_to_dict(trained.config)["model"], sep=".")
@@ -72,7 +72,7 @@ def find_initial(config: TrainConfig) -> Trained | None:
     return trained
 
 
-def describe_initial(config: TrainConfig, trained: Trained) -> list[str]:
+def describe_initial(config: TrainConfig, trained: TrainedModel) -> list[str]:
     """Lines that say where a run begins, and what it changes of the model."""
     lines = [f"Beginning with the parameters of {trained.checkpoint}."]
     theirs = flatten_dict(config_to_dict(trained.config), sep=".")
@@ -109,13 +109,13 @@ def initial_state(config: TrainConfig, mesh: Mesh, folder: RunFolder) -> TrainSt
     return state_with(config, mesh, trained.load(mesh))
 
 
-def _keep(trained: Trained, target: Path) -> None:
+def _keep(trained: TrainedModel, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    kept = trained.kept
+    manifest = trained.manifest
     if trained.source is not None:
-        keep(trained.source, target)
-    elif kept is not None:
-        shutil.copytree(kept.path, target)
+        write_manifest(trained.source, target)
+    elif manifest is not None:
+        shutil.copytree(manifest.path, target)
 
 
 def _same_tokens(ours: str, theirs: str) -> bool:
@@ -195,7 +195,7 @@ def config_from_folder(path: Path) -> TrainConfig:
 
 def _config_of(begin: str) -> TrainConfig:
     try:
-        return open_trained(begin).config
+        return open_trained_model(begin).config
     except ConfigError as error:
         raise ConfigError(f"init_from={shown(begin)}: {error}") from error
 

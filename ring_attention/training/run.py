@@ -21,7 +21,7 @@ from ring_attention.training.processes import ProcessFlags, compile_anew_where_n
 from ring_attention.training.run_folder import RunFolder, folder_of, open_run_folder, require_same_contents
 from ring_attention.training.state import TrainState, sharded_abstract_state
 from ring_attention.training.step import make_train_step
-from ring_attention.training.trained import Trained
+from ring_attention.training.trained_model import TrainedModel
 from ring_attention.training.validate import check_vocabulary, require_memory, validate_config
 
 _ALIKE = "start all processes with the same flags, config, versions and settings"
@@ -175,7 +175,7 @@ def _warn(line: str) -> None:
     print(f"train.py: warning: {line}", file=sys.stderr, flush=True)
 
 
-def _describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, initial: Trained | None) -> str:
+def _describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, initial: TrainedModel | None) -> str:
     """Return what a person reads before the first step: what will run, and on what."""
     devices = mesh.devices.flatten()
     if devices[0].platform == "cpu":

@@ -10,7 +10,7 @@ import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.data import reading
-from ring_attention.data.bad import DataReport, Reason
+from ring_attention.data.bad_documents import DataReport, Reason
 from ring_attention.data.config import DataConfig
 from ring_attention.data.loader import TrainLoader
 from ring_attention.data.sources import open_documents, split_documents

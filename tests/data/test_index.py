@@ -13,7 +13,7 @@ import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.data import reading, sources
-from ring_attention.data.bad import DataReport, Reason
+from ring_attention.data.bad_documents import DataReport, Reason
 from ring_attention.data.config import DataConfig
 from ring_attention.data.files import DOCUMENT
 from ring_attention.data.index import DocumentIndex, Examined
@@ -307,7 +307,7 @@ def test_no_room_for_the_unpacked_texts_is_refused_in_a_line(corpus, index_dir, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ring_attention.data.spool.Spool._write", full)
+    monkeypatch.setattr("ring_attention.data.reading.Spool._write", full)
     with pytest.raises(
         ConfigError, match=r"^data\.index_dir: .* cannot be written \(No space left on device\)"
     ) as error:

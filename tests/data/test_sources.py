@@ -5,7 +5,7 @@ import grain
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.data.bad import Reason
+from ring_attention.data.bad_documents import Reason
 from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents, split_documents
 

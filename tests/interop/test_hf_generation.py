@@ -9,7 +9,7 @@ from test_hf_parity import MESHES, SHAPE, make_checkpoint
 
 import ring_attention as ra
 from ring_attention.inference.generator import Generator
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained_model import open_trained_model
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.interop
@@ -31,7 +31,7 @@ def _theirs(model):
 
 
 def _ours(folder, mesh, **change):
-    trained = open_trained(str(folder))
+    trained = open_trained_model(str(folder))
     trained = dataclasses.replace(trained, config=dataclasses.replace(trained.config, **change))
     writer = Generator.of(trained, mesh=mesh, capacity=128)
     return [list(row) for row in zip(*writer.generate(PROMPTS, max_new_tokens=NEW), strict=True)]
@@ -43,6 +43,6 @@ def test_greedy_continuations_are_those_of_transformers(tmp_path, family, rope):
     mesh = ra.make_mesh(**MESHES["sp4-tp2"], devices=jax.devices())
     assert _ours(tmp_path, mesh) == want
     assert all(len(set(row)) > 5 for row in want)
-    config = open_trained(str(tmp_path)).config
+    config = open_trained_model(str(tmp_path)).config
     other = dataclasses.replace(config.attention, window=5)
     assert _ours(tmp_path, mesh, attention=other) != want, "the control"

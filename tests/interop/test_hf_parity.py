@@ -19,7 +19,7 @@ from ring_attention.models.hf.source import open_source
 from ring_attention.models.rope import RopeConfig, frequencies, rotary_tables
 from ring_attention.models.transformer import Transformer, parameter_specs
 from ring_attention.training.config import AttentionConfig
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained_model import open_trained_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -234,7 +234,7 @@ def test_a_part_that_is_left_out_or_wrong_is_seen(tmp_path, control):
 
 def test_losses_of_documents_of_any_length_with_dynamic_scaling_are_theirs_on_any_number_of_devices(tmp_path):
     model = make_checkpoint(tmp_path, "llama", "dynamic", 1e4)
-    trained, attention = open_trained(str(tmp_path)), AttentionConfig(layout="zigzag")
+    trained, attention = open_trained_model(str(tmp_path)), AttentionConfig(layout="zigzag")
     worst = {}
     for length in (WINDOW + 1, 101):  # ever longer: theirs remembers the longest
         with torch.no_grad():

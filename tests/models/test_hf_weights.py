@@ -18,7 +18,7 @@ from ring_attention.models.hf import source as source_module
 from ring_attention.models.hf.config import config_from_hf
 from ring_attention.models.hf.export import write_again, write_standard
 from ring_attention.models.hf.loading import load_parameters
-from ring_attention.models.hf.manifest import keep, open_kept
+from ring_attention.models.hf.manifest import read_manifest, write_manifest
 from ring_attention.models.hf.source import open_source
 from ring_attention.models.transformer import parameter_specs
 
@@ -149,9 +149,9 @@ def test_a_process_reads_no_more_than_its_devices_hold(tmp_path, monkeypatch):
 def _import_and_write(folder, tmp_path, change=lambda params: params, config=None, mesh="sp8"):
     source = open_source(folder)
     params = load_parameters(source, _mesh(mesh))
-    kept = keep(source, tmp_path / "kept")
+    kept = write_manifest(source, tmp_path / "kept")
     (tmp_path / "out").mkdir()
-    write_again(open_kept(tmp_path / "kept"), change(params), config or source.config, tmp_path / "out", _quiet)
+    write_again(read_manifest(tmp_path / "kept"), change(params), config or source.config, tmp_path / "out", _quiet)
     return kept
 
 
@@ -224,12 +224,12 @@ def test_values_that_a_file_cannot_hold_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["files/config.json", "headers/model.safetensors", "files/LICENSE"])
 def test_what_was_kept_is_checked_before_it_is_used(tmp_path, name):
     write_folder(tmp_path / "hf", LLAMA)
-    keep(open_source(tmp_path / "hf"), tmp_path / "kept")
-    open_kept(tmp_path / "kept")
+    write_manifest(open_source(tmp_path / "hf"), tmp_path / "kept")
+    read_manifest(tmp_path / "kept")
     path = tmp_path / "kept" / name
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(ConfigError, match=f"{name} is not as it was written; import"):
-        open_kept(tmp_path / "kept")
+        read_manifest(tmp_path / "kept")
 
 
 # --- From nothing -----------------------------------------------------------------------------------------------------

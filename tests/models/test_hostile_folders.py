@@ -36,11 +36,11 @@ from ring_attention.inference.ends import end_tokens
 from ring_attention.models.hf.export import write_again
 from ring_attention.models.hf.files import inside
 from ring_attention.models.hf.loading import load_parameters
-from ring_attention.models.hf.manifest import keep, open_kept
+from ring_attention.models.hf.manifest import read_manifest, write_manifest
 from ring_attention.models.hf.source import open_source
 from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.hf_conversion import export_config, export_hf, import_hf, new_folder
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained_model import open_trained_model
 
 SEED, COUNT = int(os.environ.get("HOSTILE_SEED", "0")), int(os.environ.get("HOSTILE_FOLDERS", "0"))
 MOST_SECONDS = 10
@@ -73,7 +73,7 @@ def folders(tmp_path_factory):
 
 def import_folder(folder, out, params):
     """What import_hf.py does but for the checkpoint of ours, which orbax writes."""
-    trained = open_trained(str(folder))
+    trained = open_trained_model(str(folder))
     source = trained.source or open_source(folder)
     assert source.tensor_bytes > 0
     with contextlib.suppress(ConfigError):  # a checkpoint without a tokenizer can be imported
@@ -82,23 +82,23 @@ def import_folder(folder, out, params):
         import_hf(source, out, _mesh(), _quiet)
     else:
         load_parameters(source, _mesh())
-        keep(source, out)
+        write_manifest(source, out)
 
 
 def export_folder(folder, out, params):
     """What export_hf.py does but for reading the checkpoint of ours."""
-    trained = open_trained(str(folder))
+    trained = open_trained_model(str(folder))
     if COUNT:
         export_hf(trained, out, _mesh(), _quiet)
         return
-    config = export_config(trained.config, trained.kept.values)
+    config = export_config(trained.config, trained.manifest.values)
     with new_folder(out, 0, "--out") as partial:
-        write_again(trained.kept, params, config, partial, _quiet)
+        write_again(trained.manifest, params, config, partial, _quiet)
 
 
 def load_run(folder, out, params):
     """What every program does with a run's folder."""
-    trained = open_trained(str(folder))
+    trained = open_trained_model(str(folder))
     trained.load(_mesh())
     load_tokenizer(trained.config.data.tokenizer)
     export_folder(folder, out, params)
@@ -213,12 +213,12 @@ def test_whatever_a_stranger_changed_costs_one_line_and_writes_nowhere_else(fold
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/../../../x", "..", "", "./x", "a//x", "a" * 300, "\0", 7])
 def test_an_import_whose_manifest_names_what_is_not_below_it_is_refused(folders, tmp_path, key, name):
     kept = copy(folders / "imported" / "hf", tmp_path / "a" / "b" / "hf")
-    assert open_kept(kept).others  # the control
+    assert read_manifest(kept).others  # the control
     values = json.loads((kept / "manifest.json").read_text())
     values[key].append(name)
     (kept / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="manifest.json: .* must name a file below its folder; take the folder from"):
-        open_kept(kept)
+        read_manifest(kept)
 
 
 @pytest.mark.parametrize("name", ["x", "a/b.json", "a b", "é", "...", "..x"])
@@ -236,6 +236,6 @@ def test_what_lies_beside_a_checkpoint_and_is_no_file_is_left_out_and_named(fold
             (folder / "extra").symlink_to("nowhere")
         case "folder link":
             (folder / "extra").symlink_to(".")
-    kept = keep(open_source(folder), tmp_path / "kept")
+    kept = write_manifest(open_source(folder), tmp_path / "kept")
     assert kept.left_out == ("extra",)
     assert "tokenizer.json" in kept.others

@@ -21,7 +21,7 @@ from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.hf_conversion import write_tokenizer as export_tokenizer
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.state import make_state
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained_model import open_trained_model
 
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
 FIGURES = re.compile(
@@ -166,7 +166,7 @@ def test_a_hugging_face_checkpoint_ends_where_its_files_say_and_may_be_computed_
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     config = TrainConfig(name="x", model=MODEL, seq_len=64, num_steps=200)
     export_tokenizer(config, tmp_path / "hf")
-    trained = open_trained(str(tmp_path / "hf"))
+    trained = open_trained_model(str(tmp_path / "hf"))
     assert {7, 9} < set(end_tokens(trained, load_tokenizer(trained.config.data.tokenizer)))
     flags = [f"--checkpoint={tmp_path}/hf", "--prompt=abc", "--max_new_tokens=5", "--no_document_start"]
     for dtype in ("float32", "bfloat16"):

@@ -26,7 +26,7 @@ from ring_attention.training.fault_tolerance.integrity import sign
 from ring_attention.training.hf_conversion import export_config, export_hf, exported_bytes, import_hf
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.state import make_state
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained_model import open_trained_model
 
 REPOSITORY = Path(__file__).parent.parent.parent
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
@@ -56,7 +56,7 @@ def folders(tmp_path_factory):
 
 
 def test_an_import_has_the_config_and_the_parameters_of_the_checkpoint(folders):
-    trained = open_trained(str(folders / "imported"))
+    trained = open_trained_model(str(folders / "imported"))
     config = trained.config
     assert (config.model, config.attention.window) == (open_source(folders / "hf").config.model, 24)
     assert (config.seq_len, config.name) == (64, "hf")
@@ -66,31 +66,31 @@ def test_an_import_has_the_config_and_the_parameters_of_the_checkpoint(folders):
 
 
 def test_a_hugging_face_folder_is_opened_as_it_is(folders):
-    direct, imported = open_trained(str(folders / "hf")), open_trained(str(folders / "imported"))
+    direct, imported = open_trained_model(str(folders / "hf")), open_trained_model(str(folders / "imported"))
     assert Path(direct.config.data.tokenizer) == folders / "hf" / "tokenizer.json"
     data = dataclasses.replace(direct.config.data, tokenizer=imported.config.data.tokenizer)
     assert dataclasses.replace(direct.config, data=data) == imported.config
-    assert (direct.kept, imported.kept.config) == (None, direct.source.config)
+    assert (direct.manifest, imported.manifest.config) == (None, direct.source.config)
     mesh = ra.make_mesh(sp=8)
     jax.tree.map(np.testing.assert_array_equal, direct.load(mesh, "bfloat16"), imported.load(mesh, "bfloat16"))
 
 
 def test_a_folder_beside_the_caller_keeps_nothing(folders, monkeypatch):
     monkeypatch.chdir(folders)
-    assert open_trained("hf").kept is None  # and does not look above it
-    assert open_trained("imported").kept is not None
+    assert open_trained_model("hf").manifest is None  # and does not look above it
+    assert open_trained_model("imported").manifest is not None
 
 
 def test_an_import_that_was_moved_finds_its_tokenizer(folders, tmp_path):
     shutil.copytree(folders / "imported", tmp_path / "moved")
     config = tmp_path / "moved" / "config.json"
     config.write_text(config.read_text().replace(str(folders / "imported"), "/nowhere"))
-    tokenizer = open_trained(str(tmp_path / "moved")).config.data.tokenizer
+    tokenizer = open_trained_model(str(tmp_path / "moved")).config.data.tokenizer
     assert Path(tokenizer) == tmp_path / "moved" / "hf" / "files" / "tokenizer.json"
 
 
 def test_exporting_an_import_gives_the_same_bytes(folders, tmp_path):
-    trained = open_trained(str(folders / "imported"))
+    trained = open_trained_model(str(folders / "imported"))
     told = []
     export_hf(trained, tmp_path / "out", ra.make_mesh(sp=8), lambda name, size: told.append(size))
     assert contents(tmp_path / "out") == contents(folders / "hf")
@@ -105,7 +105,7 @@ def test_an_import_whose_bits_flipped_is_refused(folders, tmp_path):
     values["fingerprints"]["params.embed"] += 1
     metadata.write_text(json.dumps(sign(values)))
     with pytest.raises(ConfigError, match="params.embed changed since it was written"):
-        open_trained(str(tmp_path / "copy")).load(ra.make_mesh(sp=8))
+        open_trained_model(str(tmp_path / "copy")).load(ra.make_mesh(sp=8))
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
 def test_a_run_that_came_from_nothing_becomes_a_checkpoint_with_a_tokenizer(run, tmp_path, dtype):
     path, params = run
-    export_hf(open_trained(str(path)), tmp_path / "out", ra.make_mesh(sp=8), _quiet, dtype)
-    again = open_trained(str(tmp_path / "out"))
+    export_hf(open_trained_model(str(path)), tmp_path / "out", ra.make_mesh(sp=8), _quiet, dtype)
+    again = open_trained_model(str(tmp_path / "out"))
     assert again.source.config.family == "mistral"
     assert (again.config.model, again.config.attention.window, again.config.seq_len) == (MODEL, 10, 64)
     got = again.load(ra.make_mesh(sp=8))
@@ -150,16 +150,16 @@ def test_what_no_family_computes_is_refused_by_field():
 
 
 def test_a_model_that_was_stretched_is_exported_with_its_new_length_and_scaling(folders):
-    before = open_trained(str(folders / "imported"))
+    before = open_trained_model(str(folders / "imported"))
     rope = RopeConfig(theta=1e4, scaling="yarn", factor=4.0, original_len=64)
     longer = dataclasses.replace(before.config, seq_len=256, model=dataclasses.replace(before.model, rope=rope))
-    exported = export_config(longer, before.kept.values)
+    exported = export_config(longer, before.manifest.values)
     assert (exported.family, exported.max_len, exported.model.rope) == ("mistral", 256, rope)
     dynamic = RopeConfig(theta=1e4, scaling="dynamic", factor=4.0, original_len=64)
     longer = dataclasses.replace(longer, model=dataclasses.replace(before.model, rope=dynamic))
-    assert export_config(longer, before.kept.values).max_len == 64  # which transformers scales from
+    assert export_config(longer, before.manifest.values).max_len == 64  # which transformers scales from
     shorter = dataclasses.replace(before.config, seq_len=32)
-    assert export_config(shorter, before.kept.values) == before.kept.config
+    assert export_config(shorter, before.manifest.values) == before.manifest.config
 
 
 # --- The scripts ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ring_attention.training.hf_conversion import export_hf, import_hf
 from ring_attention.training.init_from import describe_initial, find_initial, has_begun, initial_state
 from ring_attention.training.run_folder import RunFolder, open_run_folder
 from ring_attention.training.state import make_state
-from ring_attention.training.trained import config_of, open_trained
+from ring_attention.training.trained_model import config_of, open_trained_model
 
 
 def _quiet(name, size):
@@ -59,13 +59,13 @@ def test_a_run_begins_with_the_parameters_of_any_folder_and_with_fresh_moments(f
     mesh, config = ra.make_mesh(fsdp=2, sp=2, tp=2), begin_with(folders / kind, folders / "hf")
     state = initial_state(config, mesh, RunFolder(tmp_path))
     random = make_state(dataclasses.replace(config, init_from=""), mesh)
-    jax.tree.map(np.testing.assert_array_equal, state.params, open_trained(str(folders / "hf")).load(mesh))
+    jax.tree.map(np.testing.assert_array_equal, state.params, open_trained_model(str(folders / "hf")).load(mesh))
     for got, want in zip(jax.tree.leaves(state[2:]), jax.tree.leaves(random[2:]), strict=True):
         np.testing.assert_array_equal(got, want)
         assert (got.sharding, got.dtype) == (want.sharding, want.dtype)
     assert int(state.step) == 0
     assert not np.array_equal(state.params["embed"], random.params["embed"])  # the control
-    assert open_trained(str(folders / "run")).kept.shards == ("model-00001-of-00002.safetensors", *SECOND)
+    assert open_trained_model(str(folders / "run")).manifest.shards == ("model-00001-of-00002.safetensors", *SECOND)
     assert contents(tmp_path / "hf" / "files") == contents(folders / "imported" / "hf" / "files")
 
 
@@ -73,7 +73,7 @@ SECOND = ("model-00002-of-00002.safetensors",)
 
 
 def test_a_run_that_began_with_a_checkpoint_is_exported_as_that_one_was(folders, tmp_path):
-    export_hf(open_trained(str(folders / "run")), tmp_path / "out", ra.make_mesh(sp=8), _quiet)
+    export_hf(open_trained_model(str(folders / "run")), tmp_path / "out", ra.make_mesh(sp=8), _quiet)
     assert contents(tmp_path / "out") == contents(folders / "hf")
 
 
@@ -130,7 +130,7 @@ def test_bytes_are_refused_where_the_tokenizer_of_the_model_is_not_there(folders
     config = begin_with(tmp_path / kind, tmp_path / "hf", data=DataConfig())
     with pytest.raises(ConfigError) as caught:
         find_initial(config)
-    missing = open_trained(config.init_from).config.data.tokenizer
+    missing = open_trained_model(config.init_from).config.data.tokenizer
     assert str(caught.value) == (
         f"data.tokenizer='bytes': the parameters of init_from={config.init_from!r} were trained with a tokenizer that "
         f"is not there, {missing}; use --config.data.tokenizer=PATH with the path of its tokenizer.json"
@@ -238,7 +238,7 @@ def test_the_command_line_may_change_the_scaling_and_the_window_of_the_model_and
     longer = parsed(path, "--config.model.rope.factor=16", begin=stretched)
     assert longer.model.rope == dataclasses.replace(STRETCHED, factor=16.0)
     bytes_ = dataclasses.replace(config, data=DataConfig(tokenizer="bytes"))
-    lines = describe_initial(bytes_, open_trained(str(stretched)))
+    lines = describe_initial(bytes_, open_trained_model(str(stretched)))
     assert "attention.window was 24 and is 0." in lines
     assert "model.rope.scaling was 'llama3' and is 'yarn'." in lines
 

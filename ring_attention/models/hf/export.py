@@ -17,7 +17,7 @@ from ring_attention.models.hf.config import HFConfig, config_to_hf, update_hf
 from ring_attention.models.hf.files import inside
 from ring_attention.models.hf.header import DTYPES, parse_header
 from ring_attention.models.hf.loading import Progress
-from ring_attention.models.hf.manifest import Kept
+from ring_attention.models.hf.manifest import Manifest
 from ring_attention.models.hf.names import TIED_COPY, Tensor, is_no_parameter, leaf, tensors_of
 from ring_attention.models.hf.source import CONFIG, INDEX, SINGLE, all_finite
 
@@ -32,32 +32,32 @@ def numpy_dtype(name: str) -> np.dtype:
     return DTYPES[DTYPE_NAMES[name]]
 
 
-def write_again(kept: Kept, params: Any, config: HFConfig, out: Path, progress: Progress) -> None:
-    """Write the folder that `kept` was kept of, with the values of `params`.
+def write_again(manifest: Manifest, params: Any, config: HFConfig, out: Path, progress: Progress) -> None:
+    """Write the folder that `manifest` was made of, with the values of `params`.
 
     Every file has the names, the order, the dtypes and the bytes that it had, but for the values, and for config.json
     where `config` is another. With the values that were read, all bytes are the same.
 
     Args:
-      kept: of `manifest.open_kept`.
+      manifest: of `manifest.read_manifest`.
       params: the parameters, float32.
       config: of the model that they are of.
       out: folder that exists and is empty.
       progress: told of each tensor.
     """
-    for name in kept.others:
-        target = inside(out, name, said_by=kept.path)
+    for name in manifest.others:
+        target = inside(out, name, said_by=manifest.path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept.other(name), target)
-    values = kept.values
+        shutil.copyfile(manifest.other(name), target)
+    values = manifest.values
     updated = update_hf(values, config)
     if updated != values:
         _write_json(out / CONFIG, updated)
     tensors = _with_tied_copy(config.model)
-    for shard in kept.shards:
-        header = kept.header(shard)
-        target = inside(out, shard, said_by=kept.path)
-        _write(target, header, _contents(header, target, kept, tensors, params), progress)
+    for shard in manifest.shards:
+        header = manifest.header(shard)
+        target = inside(out, shard, said_by=manifest.path)
+        _write(target, header, _contents(header, target, manifest, tensors, params), progress)
 
 
 def write_standard(
@@ -115,12 +115,12 @@ def _with_tied_copy(model: ModelConfig) -> dict[str, Tensor]:
 
 
 def _contents(
-    header: bytes, path: Path, kept: Kept | None, tensors: dict[str, Tensor], params: Any
+    header: bytes, path: Path, manifest: Manifest | None, tensors: dict[str, Tensor], params: Any
 ) -> Iterator[tuple[str, bytes | memoryview]]:
     """The name and the bytes of each tensor of the file at `path`, in their order there."""
     for name, entry in parse_header(header, path).items():
         if is_no_parameter(name):
-            yield name, kept.tensor(name)
+            yield name, manifest.tensor(name)
             continue
         tensor = tensors[name]
         values = tensor.to_tensor(host_array(leaf(params, tensor.parameter), tensor.layer))

@@ -1,4 +1,4 @@
-"""What is kept of a checkpoint's folder beside its parameters, so that the same folder can be written again.
+"""The files of a checkpoint that are no parameters, kept so that the same folder can be written again.
 
 A folder `hf/` with the small files as they were (config.json, the tokenizer, the index of the shards), the header of
 each safetensors file, the few tensors that are no parameters, and manifest.json, which lists them with their digests.
@@ -21,13 +21,13 @@ from ring_attention.models.hf.names import TIED_COPY, is_no_parameter, tensors_o
 from ring_attention.models.hf.source import CONFIG, Source
 
 FOLDER = "hf"
-"""Of a run or an import: where the manifest lies."""
+"""Folder of a run or an import that holds the manifest."""
 
 TOKENIZER = "tokenizer.json"
 
 VERSION = 1
 FILES = "files"
-"""In it: the small files of the checkpoint."""
+"""Folder in it that holds the small files of the checkpoint."""
 
 _HEADERS, _TENSORS, _MANIFEST = "headers", "tensors", "manifest.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz")
@@ -36,11 +36,11 @@ _COPY = "import the checkpoint again"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """A folder of what was kept.
+class Manifest:
+    """The folder that holds what a checkpoint was besides its parameters.
 
     Attributes:
-      path: of the folder.
+      path: the folder.
       shards: names of the safetensors files.
       others: relative paths of the other files.
       left_out: relative paths of files that were not kept: weights in another form, what is very large, and what is
@@ -59,16 +59,16 @@ class Kept:
 
     @property
     def config(self) -> HFConfig:
-        """What they mean."""
+        """What `values` means to this library."""
         return config_from_hf(self.values)
 
     @property
     def tensor_bytes(self) -> int:
-        """Of the safetensors files, but for their headers."""
+        """Bytes of the safetensors files, but for their headers."""
         return sum(entry.end for shard in self.shards for entry in list(self.entries(shard).values())[-1:])
 
     def other(self, name: str) -> Path:
-        """Where a file lies that is no safetensors file."""
+        """Return the path of a file that is no safetensors file."""
         return self.path / FILES / name
 
     def header(self, shard: str) -> bytes:
@@ -86,8 +86,8 @@ class Kept:
         return (self.path / _TENSORS / name).read_bytes()
 
 
-def keep(source: Source, folder: Path) -> Kept:
-    """Copy what must be kept of `source` into `folder`, which must not exist."""
+def write_manifest(source: Source, folder: Path) -> Manifest:
+    """Copy what is needed to write `source` again, but for its parameters, into `folder`, which must not exist."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for part in (FILES, _HEADERS, _TENSORS):
@@ -118,10 +118,10 @@ def keep(source: Source, folder: Path) -> Kept:
     }
     (partial / _MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder)
-    return open_kept(folder)
+    return read_manifest(folder)
 
 
-def open_kept(folder: Path) -> Kept:
+def read_manifest(folder: Path) -> Manifest:
     """Open what `keep` wrote; ConfigError where it is damaged, of a newer version, or names what is not in it."""
     where, manifest = printable(str(folder)), folder / _MANIFEST
     values = read_json(manifest, _COPY)
@@ -140,26 +140,27 @@ def open_kept(folder: Path) -> Kept:
         if key != "left_out":  # which names what is not here
             for name in named:
                 inside(folder, name, said_by=manifest)
-    kept = Kept(folder, *(tuple(values[key]) for key in ("shards", "others", "left_out")))
-    for path in map(kept.other, kept.others):
+    manifest = Manifest(folder, *(tuple(values[key]) for key in ("shards", "others", "left_out")))
+    for path in map(manifest.other, manifest.others):
         require_regular(path, _COPY)
-    twice = len({*kept.shards, *kept.others}) < len(kept.shards) + len(kept.others)
-    require_field(not twice, f"{where}: shards", list(kept.shards), "a file is named twice", _COPY)
-    _require_tensors(kept)
-    return kept
+    twice = len({*manifest.shards, *manifest.others}) < len(manifest.shards) + len(manifest.others)
+    require_field(not twice, f"{where}: shards", list(manifest.shards), "a file is named twice", _COPY)
+    _require_tensors(manifest)
+    return manifest
 
 
-def _require_tensors(kept: Kept) -> None:
+def _require_tensors(manifest: Manifest) -> None:
     """Raise ConfigError unless the headers name just the tensors that config.json asks for, in their shapes."""
-    where, missing = printable(str(kept.path)), tensors_of(kept.config.model)
+    model = manifest.config.model
+    where, missing = printable(str(manifest.path)), tensors_of(model)
     tied = next(tensor for tensor in missing.values() if tensor.parameter == "embed")
-    for shard in kept.shards:
-        for name, entry in kept.entries(shard).items():
+    for shard in manifest.shards:
+        for name, entry in manifest.entries(shard).items():
             if is_no_parameter(name):
-                path = kept.path / _TENSORS / name
+                path = manifest.path / _TENSORS / name
                 fits = is_regular(path) and path.stat().st_size == entry.end - entry.begin
             else:
-                tensor = missing.pop(name, tied if name == TIED_COPY and kept.config.model.tied_embeddings else None)
+                tensor = missing.pop(name, tied if name == TIED_COPY and model.tied_embeddings else None)
                 fits = tensor is not None and entry.shape == tensor.shape and entry.dtype in DTYPES
             if not fits:
                 raise ConfigError(f"{where}: tensor {printable(name)} is none of the model of {CONFIG}; {_COPY}")

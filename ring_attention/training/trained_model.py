@@ -22,7 +22,7 @@ from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.files import is_regular, require_regular_tree
 from ring_attention.models.hf.loading import Progress, load_parameters
-from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Kept, open_kept
+from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Manifest, read_manifest
 from ring_attention.models.hf.source import Source, is_hf_folder, open_source
 from ring_attention.models.transformer import abstract_parameters, parameter_specs
 from ring_attention.training.config import AttentionConfig, OptimizerConfig, TrainConfig
@@ -38,7 +38,7 @@ _GARBAGE = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A model that was trained.
 
     Attributes:
@@ -74,12 +74,12 @@ class Trained:
         return cast(params)
 
     @property
-    def kept(self) -> Kept | None:
+    def manifest(self) -> Manifest | None:
         """What is kept of the Hugging Face checkpoint that an import, or a run that began with one, came from."""
         if self.source is not None:
             return None
         folder = self.checkpoint.parents[1] / FOLDER
-        return open_kept(folder) if os.path.isdir(folder) else None
+        return read_manifest(folder) if os.path.isdir(folder) else None
 
     @property
     def model(self) -> ModelConfig:
@@ -87,7 +87,7 @@ class Trained:
         return self.config.model
 
 
-def open_trained(path: str) -> Trained:
+def open_trained_model(path: str) -> TrainedModel:
     """Find the newest checkpoint of a run, or the one that `path` names, and the config beside it; reads no arrays.
 
     Where the tokenizer of the config is gone, as when an import was moved, the copy that the import holds is named.
@@ -99,7 +99,7 @@ def open_trained(path: str) -> Trained:
     folder = Path(path)
     if is_hf_folder(folder):
         source = open_source(folder)
-        return Trained(folder, config_of(source), source)
+        return TrainedModel(folder, config_of(source), source)
     chosen = folder if folder.parent.name == "checkpoints" else None
     run = RunFolder(folder.parents[1] if chosen else folder)
     require_field(is_regular(run.config), "checkpoint", path, "has no config.json", _NEED)
@@ -108,7 +108,7 @@ def open_trained(path: str) -> Trained:
         require_field(bool(steps), "checkpoint", path, "holds no checkpoint yet", "wait for the first, or train on")
         chosen = run.checkpoints / str(max(steps))
     require_field(os.path.isdir(chosen / "state"), "checkpoint", path, "is no checkpoint", _NEED)
-    return Trained(chosen, _with_tokenizer(read_config(run), run))
+    return TrainedModel(chosen, _with_tokenizer(read_config(run), run))
 
 
 def config_of(source: Source) -> TrainConfig:

@@ -17,7 +17,7 @@ from ring_attention.training.config import TrainConfig
 from ring_attention.training.fault_tolerance.integrity import sign
 from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.state import make_state
-from ring_attention.training.trained import open_trained
+from ring_attention.training.trained_model import open_trained_model
 
 MODEL = ModelConfig(vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
 CONFIG = TrainConfig(name="x", model=MODEL, seq_len=64, num_steps=200)
@@ -43,27 +43,27 @@ def same(params, want):
 @pytest.mark.parametrize("mesh", [dict(sp=8), dict(dp=2, sp=2, tp=2), dict(sp=1, devices=jax.devices()[:1])])
 def test_the_newest_parameters_come_back_on_any_mesh(run, mesh):
     path, want = run
-    trained = open_trained(str(path))
+    trained = open_trained_model(str(path))
     assert (trained.config.model, trained.checkpoint) == (MODEL, path / "checkpoints" / "10")
     mesh = ra.make_mesh(**mesh)
     params = trained.load(mesh)
     assert same(params, want)
     shard = params["layers"]["attention"]["query"].sharding.shard_shape((2, 16, 4, 6))
     assert shard == (2, 16 // mesh.shape["sp"], 4 // mesh.shape["tp"], 6)
-    older = open_trained(str(path / "checkpoints" / "3")).load(mesh)
+    older = open_trained_model(str(path / "checkpoints" / "3")).load(mesh)
     assert not same(older, want)  # the control
 
 
 def test_another_dtype_is_rounded_once(run):
     path, want = run
-    params = open_trained(str(path)).load(ra.make_mesh(sp=8), "bfloat16")
+    params = open_trained_model(str(path)).load(ra.make_mesh(sp=8), "bfloat16")
     assert same(params, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), want))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_no_arrays_but_the_parameters_come_to_the_devices(run):
     before = jax.live_arrays()
-    params = open_trained(str(run[0])).load(ra.make_mesh(sp=8))
+    params = open_trained_model(str(run[0])).load(ra.make_mesh(sp=8))
     new = [x for x in jax.live_arrays() if all(x is not y for y in before)]
     assert sum(x.nbytes for x in new) < 1.5 * sum(x.nbytes for x in jax.tree.leaves(params))
 
@@ -79,11 +79,11 @@ def test_parameters_that_changed_on_the_way_are_noticed(run, tmp_path):
     values["fingerprints"]["params.layers.attention.query"] += 1
     contents.write_text(json.dumps(sign(values)))
     with pytest.raises(ConfigError, match=r"10': params.layers.attention.query changed since it was written; give an"):
-        open_trained(str(copy)).load(ra.make_mesh(sp=8))
+        open_trained_model(str(copy)).load(ra.make_mesh(sp=8))
     shutil.rmtree(copy / "checkpoints" / "10" / "state" / "d")
     with pytest.raises(ConfigError, match="checkpoints/10 is damaged: 'state/d/.*' is not as it was written"):
-        open_trained(str(copy)).load(ra.make_mesh(sp=8))
-    assert open_trained(str(copy / "checkpoints" / "3")).load(ra.make_mesh(sp=8))
+        open_trained_model(str(copy)).load(ra.make_mesh(sp=8))
+    assert open_trained_model(str(copy / "checkpoints" / "3")).load(ra.make_mesh(sp=8))
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_a_folder_that_holds_no_model_says_what_it_lacks(run, tmp_path, change, 
     copy = tmp_path / "copy"
     shutil.copytree(run[0], copy)
     with pytest.raises(ConfigError, match=words):
-        open_trained(str(change(copy)))
+        open_trained_model(str(change(copy)))
