@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 def shown(value: object) -> str:
-    """`value` as a message shows it: its repr in one line, shortened where it is long or deep."""
+    """Return `value` as a message shows it: its repr in one line, shortened where it is long or deep."""
     try:
         text = _SHORT.repr(value)
     except ValueError:  # Python writes out no integer of more than 4300 digits
@@ -39,12 +39,12 @@ def shown(value: object) -> str:
 
 
 def printable(name: str) -> str:
-    """The name of a file or field as it can stand in a message: escaped if it holds line breaks or the like."""
+    """Return the name of a file or field as a message shows it: escaped if it holds line breaks or the like."""
     return name if name.isprintable() else ascii(name)
 
 
 def one_line(error: object) -> str:
-    """What `error` says, without line breaks."""
+    """Return what `error` says, without line breaks."""
     return " ".join(str(error).split())
 
 
@@ -83,7 +83,7 @@ def require_local(field: str, path: object) -> None:
 
 
 def local_path(text: str) -> Path:
-    """`text` as a path, for argparse; ArgumentTypeError if it is the address of a bucket or the like."""
+    """Return `text` as a path, for argparse; ArgumentTypeError if it is the address of a bucket or the like."""
     try:
         require_local("path", text)
     except ConfigError as error:
@@ -99,12 +99,12 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Whether `value` is a whole number, which True is not, and no smaller than `least`."""
+    """Return whether `value` is a whole number, which True is not, and no smaller than `least`."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is one real number that is known now: no text, and nothing that JAX is still tracing."""
+    """Return whether `value` is one real number that is known now: no text, nothing that JAX is still tracing."""
     try:
         float(value)
     except (TypeError, ValueError):  # of tracers too

@@ -67,9 +67,9 @@ def start(program: str, command: Command, argv: list[str] | None = None) -> NoRe
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     signal.signal(signal.SIGINT, _raise) if signal.getsignal(signal.SIGINT) is _end else None
-    from ring_attention.training.fault_tolerance.errors import leave
+    from ring_attention.training.fault_tolerance.errors import exit_now
 
-    sys.exit(run(program, main, argv, trains=command.trains, leave=leave))
+    sys.exit(run(program, main, argv, trains=command.trains, leave=exit_now))
 
 
 def run(
@@ -85,7 +85,13 @@ def run(
     An error that nobody foresaw has its traceback before the line. `leave(status)` is called for all that fails, and
     may end the process at once: other processes of a run may never come to the end where JAX would wait for them.
     """
-    from ring_attention.training.fault_tolerance.errors import ERROR, FINISHED, Preempted, is_expected, last_words
+    from ring_attention.training.fault_tolerance.errors import (
+        ERROR,
+        FINISHED,
+        Preempted,
+        exit_status_and_line,
+        is_expected,
+    )
 
     sys.argv[0] = program  # where argparse finds the name
     try:
@@ -96,7 +102,7 @@ def run(
             return FINISHED
         if not is_expected(error):
             traceback.print_exc()
-        status, line = last_words(error)
+        status, line = exit_status_and_line(error)
         if isinstance(error, KeyboardInterrupt) and not trains:
             line = "Interrupted."
         if line.startswith(ERROR):

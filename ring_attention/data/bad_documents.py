@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Reason(enum.StrEnum):
-    """Why a document is left out."""
+    """The reasons for which a document is left out."""
 
     EMPTY = "empty"
     UNREADABLE = "unreadable"
@@ -25,7 +25,7 @@ class BadDocumentError(Exception):
 
     Attributes:
       reason: the kind of fault.
-      problem: which document, and what is wrong with it, in one line.
+      problem: the name of the document and what is wrong with it, in one line.
       remedy: what to do.
       field: the field of DataConfig that is to blame.
     """
@@ -67,11 +67,11 @@ class DataReport:
 
     @property
     def total(self) -> int:
-        """Documents left out."""
+        """Number of documents that were left out."""
         return sum(self.counts.values())
 
     def lines(self) -> list[str]:
-        """What to tell people: how many were left out, for each reason the first, and the notes; [] for nothing."""
+        """Return what to tell people: how many were left out, the first for each reason, and the notes."""
         if not self.counts:
             return self.notes
         reasons = [

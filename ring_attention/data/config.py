@@ -1,4 +1,4 @@
-"""What to train on."""
+"""The section `data` of a config: which documents to train on, and how they become tokens."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ class DataConfig:
         default they are text like any other, so that no document can end itself and open another.
       holdout_fraction: share of the documents, chosen by a hash of their name, that is never trained on; of a single
         document its end.
-      seed: of the order in which documents are read.
+      seed: decides the order in which documents are read.
       streams: documents that are read side by side, their rows in turn, so that consecutive steps see different ones.
       index_dir: the folder that keeps what was found when the documents were read, so that the next start reads only
         what changed, and the texts of gzipped JSON lines, unpacked (as large as the lines are without gzip). Empty: the

@@ -31,9 +31,9 @@ class DocumentFile:
     """The documents of one file, by number.
 
     Attributes:
-      path: of the file.
+      path: the file.
       name: what the file is called, wherever it lies.
-      text_field: of a line, that holds the text.
+      text_field: the field of a JSON line that holds the text.
       table: DOCUMENT [documents].
       spool: the file's texts, unpacked; None for files that are read where they are.
     """
@@ -118,7 +118,7 @@ def examine_file(path: str, name: str, config: DataConfig, leave_out: LeaveOut, 
 
 
 def needs_spool(path: str) -> bool:
-    """Whether the texts of a file have to be unpacked before they can be read in any order."""
+    """Return whether the texts of a file must be unpacked before they can be read in any order."""
     return is_gzipped(path) and holds_json_lines(path)
 
 
@@ -132,7 +132,7 @@ def _document_name(name: str, number: int) -> str:
 
 
 def _examine_text(path: str, config: DataConfig) -> tuple[int, int, int, int]:
-    """(begin, length, 0, checksum of all bytes) of a text file; raises BadDocumentError unless it is one to read."""
+    """Return (begin, length, 0, checksum of all bytes) of a text file; raises BadDocumentError if it is unusable."""
     where, limit = printable(path), config.max_document_bytes
     decoder, end, begin, checksum = codecs.getincrementaldecoder("utf-8")(), 0, 0, 0
     for piece in read_pieces(path):

@@ -27,7 +27,7 @@ def matching_files(paths: str) -> list[tuple[str, str]]:
 
 
 def _remedy(pattern: str) -> str:
-    """What to do about a glob that no file matches."""
+    """Return what to do about a glob that no file matches."""
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
         return f"it is a directory, write {pattern.rstrip(os.sep) + '/**/*.txt'!r}"
@@ -86,7 +86,7 @@ def _folders_below(root: str, folder: str, seen: set[tuple[int, int]]) -> Iterat
 
 
 def _names_in(folder: str) -> list[str]:
-    """The names in a folder, sorted; [] where there is none that may be listed."""
+    """Return the names in a folder, sorted; [] where there is none that may be listed."""
     try:
         return sorted(os.listdir(folder or os.curdir))
     except OSError:

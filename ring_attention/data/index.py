@@ -26,7 +26,7 @@ from ring_attention.data.json_lines import holds_json_lines
 from ring_attention.data.reading import Spool
 
 VERSION = 1
-"""Of the folder's layout; an index of another is not found."""
+"""Version of the folder's layout; an index of another version is not found."""
 
 SETTLED = 1.0
 """Seconds since a file's last change after which a further one is sure to give it another time."""
@@ -43,7 +43,7 @@ class Examined:
       table: DOCUMENT [documents].
       left_out: its lines that cannot be used.
       bad: why the file cannot be used; None if it can.
-      spool: where the texts are that were unpacked.
+      spool: the unpacked texts, where the file had to be unpacked.
     """
 
     table: np.ndarray
@@ -94,7 +94,7 @@ class DocumentIndex:
             self._save(self._texts_path, self._texts)
 
     def _find(self, path: str, key: str) -> Examined | None:
-        """What the index of a file of lines says; None if it does not hold."""
+        """Return what the index of a file of lines says; None if it does not hold."""
         entry = self._load(self._folder / f"{key}.index").get(key)
         result = _still_good(entry, _stamp(path))
         if result is None or result.bad or not needs_spool(path):
@@ -133,7 +133,7 @@ class DocumentIndex:
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def _part(self, key: str) -> Path:
-        """Where to write what is to become a file of the index."""
+        """Return where to write what is to become a file of the index."""
         return self._folder / f"{key}.{uuid.uuid4().hex}.part"
 
     @contextlib.contextmanager
@@ -192,7 +192,7 @@ class DocumentIndex:
 
 
 def _stamp(path: str | Path) -> Stamp | None:
-    """The stamp of a file; None if it is gone."""
+    """Return the stamp of a file; None if it is gone."""
     try:
         status = os.stat(path)
     except OSError:
@@ -210,7 +210,7 @@ def _still_good(entry: tuple[Stamp, Examined] | None, stamp: Stamp | None) -> Ex
 
 
 def _pack(entries: dict[str, tuple[Stamp, Examined]]) -> bytes:
-    """A line with a checksum of the rest, a line of JSON, and the tables."""
+    """Return a line with a checksum of the rest, a line of JSON, and the tables, as bytes."""
     fields = {
         key: {
             "stamp": stamp,
@@ -226,7 +226,7 @@ def _pack(entries: dict[str, tuple[Stamp, Examined]]) -> bytes:
 
 
 def _unpack(content: bytes) -> dict[str, tuple[Stamp, Examined]]:
-    """What `_pack` packed; raises one of several errors for anything else."""
+    """Return what `_pack` packed; raises one of several errors for anything else."""
     checksum, _, content = content.partition(b"\n")
     if hashlib.blake2b(content, digest_size=16).hexdigest().encode() != checksum:
         raise ValueError("wrong checksum")

@@ -17,7 +17,7 @@ PERHAPS = ".json"
 
 
 def holds_json_lines(path: str) -> bool:
-    """Whether the file's name says that it holds JSON lines, or may hold them."""
+    """Return whether the file's name says that it holds JSON lines, or may hold them."""
     return path.lower().removesuffix(".gz").endswith((*NAMES, PERHAPS))
 
 
@@ -44,7 +44,7 @@ def read_documents(path: str, config: DataConfig, leave_out: LeaveOut) -> Iterat
 
 
 def text_of_line(line: Line, where: str, text_field: str) -> bytes:
-    """The text in field `text_field` of the JSON object that a line holds; raises BadDocumentError."""
+    """Return the text in field `text_field` of the JSON object that a line holds; raises BadDocumentError."""
     refuse_nul(line.content, where, line.begin)
     text = _field_of(_parse(line, where), where, text_field)
     if not text:
@@ -73,7 +73,7 @@ def _refuse_one_document(first_line: bytes, where: str) -> None:
 
 
 def _parse(line: Line, where: str) -> dict:
-    """The JSON object that a line holds; raises BadDocumentError for any other line."""
+    """Return the JSON object that a line holds; raises BadDocumentError for any other line."""
     try:
         content = line.content.removeprefix(BOM)  # files that are strung together have marks in the middle
         begin = line.begin + len(line.content) - len(content)
@@ -93,7 +93,7 @@ def _parse(line: Line, where: str) -> dict:
 
 
 def _field_of(fields: dict, where: str, text_field: str) -> str:
-    """The string in the field; raises BadDocumentError if there is none."""
+    """Return the string in the field; raises BadDocumentError if there is none."""
     if text_field not in fields:
         problem = f"{where} has only the fields {shown(sorted(fields))}"
         raise BadDocumentError(Reason.WITHOUT_FIELD, problem, "name the one that holds text", "text_field")

@@ -27,7 +27,7 @@ FIELDS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 
 @dataclasses.dataclass(frozen=True)
 class EncodedDocument:
-    """What a document is called, int32 [tokens + 1]: `document_start`, then its tokens, and the id that ends it."""
+    """A document's name, its tokens after `document_start` as int32 [tokens + 1], and the id that ends it."""
 
     name: str
     tokens: np.ndarray

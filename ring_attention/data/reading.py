@@ -26,7 +26,7 @@ class Line(NamedTuple):
     """A line of a file.
 
     Attributes:
-      number: from 1.
+      number: its number in the file, from 1.
       begin: byte offset of its first byte, after decompression.
       content: its bytes, line break included; None if they are more than the limit.
     """
@@ -88,12 +88,12 @@ def unreadable(path: str, error: Exception) -> BadDocumentError:
 
 
 def is_gzipped(path: str) -> bool:
-    """Whether the file's name says that it is gzipped."""
+    """Return whether the file's name says that it is gzipped."""
     return path.lower().endswith(".gz")
 
 
 class Spool:
-    """The texts of an archive, unpacked; as large as they are.
+    """The texts of an archive, unpacked into a file on disk, one after the other, to be read in any order.
 
     One that has a path is read by it, so that thousands of archives need no more open files than one; its writer calls
     `close` and gives it its lasting name afterwards. One without is a nameless file below $TMPDIR that vanishes with

@@ -61,7 +61,7 @@ class DocumentSource:
     """
 
     def __init__(self, files: Sequence[Documents], report: DataReport, chosen: np.ndarray | None = None):
-        """`chosen`, int [documents]: some of all documents of the files, ascending; None for all."""
+        """Take the documents `chosen` of the files, int [documents], ascending; None takes all."""
         self._files, self.report = files, report
         self._ends = np.cumsum([len(file) for file in files], dtype=np.int64)  # of each file's documents
         smallest = np.min_scalar_type(int(self._ends[-1]))
@@ -97,7 +97,7 @@ class DocumentSource:
         return hashed.hexdigest()
 
     def column(self, name: str) -> np.ndarray:
-        """A column of the documents' tables, of the names of `files.DOCUMENT`, [documents]."""
+        """Return a column of the documents' tables, [documents]; `name` is a field of `files.DOCUMENT`."""
         return np.concatenate([file.table[name][places] for file, places in self._by_file()])
 
     def with_part(self, index: int, part: slice, *, alone: bool) -> "DocumentSource":
@@ -107,13 +107,13 @@ class DocumentSource:
         return DocumentSource(files, self.report, self._chosen[[index]] if alone else self._chosen)
 
     def _place(self, index: int) -> tuple[Documents, int]:
-        """The file of a document, and the document's number in it."""
+        """Return the file of a document, and the document's number in it."""
         number = int(self._chosen[index])
         file = int(np.searchsorted(self._ends, number, "right"))
         return self._files[file], number - int(self._ends[file]) + len(self._files[file])
 
     def _by_file(self) -> Iterator[tuple[Documents, np.ndarray]]:
-        """Each file of which there are documents, and their numbers in it."""
+        """Yield each file of which there are documents, and their numbers in it."""
         bounds = np.searchsorted(self._chosen, self._ends)
         begin = 0
         for file, end, bound in zip(self._files, self._ends.tolist(), bounds.tolist(), strict=True):
@@ -204,7 +204,7 @@ def _examine_files(
 def _open_index(
     config: DataConfig, index_dir: Path | None, found: list[tuple[str, str]], report: DataReport
 ) -> DocumentIndex | None:
-    """The index of the documents; None where none is kept."""
+    """Open the index of the documents; None where none is kept."""
     if config.index_dir:
         index_dir = Path(config.index_dir).expanduser()
     elif index_dir is None or sum(os.path.getsize(path) for _, path in found if os.path.exists(path)) < LEAST_INDEXED:
@@ -260,7 +260,7 @@ def split_documents(source: DocumentSource, holdout_fraction: float) -> tuple[Do
 
 
 def _line_end(text: bytes, at: int) -> int:
-    """The end of a line shortly before byte `at`, or where there is none, of the character before it."""
+    """Return the end of a line shortly before byte `at`, or where there is none, of the character before it."""
     shortly = min(at, len(text) - at) // 2
     end = text.rfind(b"\n", at - shortly, at) + 1
     if end:

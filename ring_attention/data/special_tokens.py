@@ -11,7 +11,7 @@ import tokenizers
 from ring_attention.checks import ConfigError, is_whole, printable, shown
 
 MOST_TOKENS = 2**24
-"""Of a vocabulary: sixty times the largest in use. A table of them is held in memory."""
+"""Largest vocabulary that is accepted, sixty times the largest in use: a table of it is held in memory."""
 
 START_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]")
 """What tokens that separate documents are mostly called, asked last."""
@@ -25,9 +25,9 @@ class Borders:
     """Ids of the tokens around a text.
 
     Attributes:
-      fed: that `transformers` puts before a text (`add_special_tokens=True`); often one, none for Qwen and GPT-2.
-      start: that a packed document opens with; None if nothing names one.
-      end: that it ends with; None if nothing names one.
+      fed: ids that `transformers` puts before a text (`add_special_tokens=True`); often one, none for Qwen and GPT-2.
+      start: the id that a packed document opens with; None if nothing names one.
+      end: the id that a packed document ends with; None if nothing names one.
     """
 
     fed: tuple[int, ...]
@@ -57,7 +57,7 @@ def find_borders(tokenizer: tokenizers.Tokenizer, path: str) -> Borders:
 
 
 def _around_a_text(tokenizer: tokenizers.Tokenizer, path: str) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before and after a text, whatever the text."""
+    """Return the ids that the post-processor puts before and after a text, whatever the text."""
     if tokenizer.post_processor is None:
         return [], []
     probe = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0}, "x"))
@@ -75,7 +75,7 @@ def _around_a_text(tokenizer: tokenizers.Tokenizer, path: str) -> tuple[list[int
 
 
 def _named(tokenizer: tokenizers.Tokenizer, folder: Path, files: dict[str, dict], kind: str) -> list[int]:
-    """The ids that the files give for `kind`, "bos" or "eos", those that count more first."""
+    """Return the ids that the files give for `kind`, "bos" or "eos", those that count more first."""
     found = []
     for file in _NAMES:
         field, given = f"{kind}_token", files[file].get(f"{kind}_token")
@@ -91,7 +91,7 @@ def _named(tokenizer: tokenizers.Tokenizer, folder: Path, files: dict[str, dict]
 
 
 def token_ids(path: Path, values: dict[str, Any], field: str) -> list[int]:
-    """The ids in a field of the values of a JSON file: one, a list, or none; ConfigError for what is no id."""
+    """Return the ids in a field of a JSON file's values: one, a list, or none; ConfigError for what is no id."""
     given = values.get(field)
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(is_whole(token, 0) and token < MOST_TOKENS for token in ids):
@@ -100,12 +100,12 @@ def token_ids(path: Path, values: dict[str, Any], field: str) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The values of a JSON file; none where there is no such file."""
+    """Return the values of a JSON file, {} where there is no such file."""
     return read_values(path) if os.path.isfile(path) else {}  # False for pipes, devices and links that are too long
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The values of a JSON file; ConfigError if it holds no object."""
+    """Return the values of a JSON file; ConfigError if it holds no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -129,7 +129,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _special_encoder(self) -> tokenizers.Tokenizer:
-        """The same tokenizer; which of the two ways it goes is a setting of the whole object, and threads share one."""
+        """A copy that encodes special tokens as their ids, which is a setting of an object that threads share."""
         encoder = copy.deepcopy(self._tokenizer)
         encoder.encode_special_tokens = False
         return encoder

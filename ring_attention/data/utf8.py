@@ -73,6 +73,6 @@ def refuse_nul(content: bytes, where: str, begin: int) -> None:
 
 
 def too_long(where: str, limit: int) -> BadDocumentError:
-    """The error of a document of more than `limit` bytes."""
+    """Return the error for a document of more than `limit` bytes."""
     problem, remedy = f"{where} has more than {limit:,} bytes", "split it, or raise the bound if the memory allows it"
     return BadDocumentError(Reason.TOO_LONG, problem, remedy, "max_document_bytes")

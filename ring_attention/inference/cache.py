@@ -17,7 +17,7 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
 
 CACHE_SPEC = PartitionSpec(None, (DATA, FSDP), TENSOR, SEQUENCE)
-"""Of each array [L,B,K,S,D]; fsdp is one device."""
+"""PartitionSpec of each array [L,B,K,S,D]; fsdp is one device."""
 
 
 class KeyValueCache(NamedTuple):
@@ -32,19 +32,19 @@ class KeyValueCache(NamedTuple):
 
     @staticmethod
     def empty(model: ModelConfig, rows: int, slots: int) -> "KeyValueCache":
-        """Nothing yet, for so many rows and slots of this device; inside a `shard_map` over the whole mesh."""
+        """Return an empty cache for so many rows and slots of this device, inside a `shard_map` over the whole mesh."""
         heads = model.num_kv_heads // lax.axis_size(TENSOR)
         shape = (model.num_layers, rows, heads, slots, model.head_dim)
         zeros = vary_over(jnp.zeros(shape, cache_dtype(model)), frozenset(AXES))
         return KeyValueCache(zeros, zeros)
 
     def with_prompt(self, layer: jax.Array, k_btkD: jax.Array, v_btkD: jax.Array) -> "KeyValueCache":
-        """The same with this device's stripe of each row's prompt, padding and all, in a layer's first slots."""
+        """Return a cache with this device's stripe of each row's prompt, padding too, in a layer's first slots."""
         at, new = (layer, 0, 0, 0, 0), (as_bits(jnp.swapaxes(x, 1, 2))[None] for x in (k_btkD, v_btkD))
         return KeyValueCache(*(lax.dynamic_update_slice(x, part, at) for x, part in zip(self, new, strict=True)))
 
     def with_token(self, layer: jax.Array, k_bkD: jax.Array, v_bkD: jax.Array, positions_b) -> "KeyValueCache":
-        """The same with one token more in each row, at its own position; on the device that its position falls to."""
+        """Return a cache with one more token in each row, at its own position, on the device of that position."""
         P, (_, b, k, s, _) = lax.axis_size(SEQUENCE), self.k.shape
         mine = positions_b % P == lax.axis_index(SEQUENCE)
         slots = jnp.where(mine, positions_b // P, s)  # past the end: dropped
@@ -54,11 +54,11 @@ class KeyValueCache(NamedTuple):
 
 
 def cache_dtype(model: ModelConfig) -> jnp.dtype:
-    """In which keys and values are stored."""
+    """Return the dtype in which keys and values are stored."""
     return jax.eval_shape(as_bits, jax.ShapeDtypeStruct((), model.compute_dtype)).dtype
 
 
 def cache_bytes(model: ModelConfig, rows: int, slots: int, tensor: int) -> int:
-    """Bytes of a device's share, for its rows and slots: 2 * L * b * s * K/tp * D numbers in the compute dtype."""
+    """Return the bytes of a device's share: 2 * L * b * s * K/tp * D numbers in the compute dtype."""
     numbers = 2 * model.num_layers * rows * slots * model.num_kv_heads // tensor * model.head_dim
     return numbers * cache_dtype(model).itemsize

@@ -11,7 +11,7 @@ _FILES = ("config.json", "generation_config.json")
 
 
 def prompt_start(trained: TrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """What a prompt is opened with: `document_start`, as packed documents are.
+    """Return the tokens that a prompt opens with: `document_start`, as packed documents do.
 
     A model that came from Hugging Face gets what `transformers` feeds it instead, for Qwen nothing.
     """
@@ -20,8 +20,10 @@ def prompt_start(trained: TrainedModel, tokenizer: Tokenizer) -> list[int]:
 
 
 def end_tokens(trained: TrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """`document_end`, `document_start`, since another document would begin, and every `eos_token_id` of a Hugging Face
-    checkpoint.
+    """Return the tokens that end a text.
+
+    They are `document_end`, `document_start`, since another document would begin, and every `eos_token_id` of a Hugging
+    Face checkpoint.
 
     Raises:
       ConfigError: if a file that should name them is no JSON, or names no tokens.
@@ -33,7 +35,7 @@ def end_tokens(trained: TrainedModel, tokenizer: Tokenizer) -> list[int]:
 
 
 def _files(trained: TrainedModel) -> list[Path]:
-    """Files of Hugging Face that name ends of texts."""
+    """Return the files of Hugging Face that name the ends of texts."""
     if trained.source is not None:
         paths = [trained.checkpoint / name for name in _FILES]
     else:

@@ -53,7 +53,7 @@ class Generator:
 
         Args:
           model: its shape.
-          params: as `TrainedModel.load` gives them, in float32 or the compute dtype.
+          params: the parameters as `TrainedModel.load` gives them, in float32 or the compute dtype.
           mesh: with fsdp=1.
           capacity: the most tokens of a row, prompt and continuation together. Rotary scaling "dynamic", which goes by
             the length of the sequence, takes it for the whole generation, so that keys in the cache stay valid.
@@ -75,18 +75,18 @@ class Generator:
 
     @staticmethod
     def of(trained: TrainedModel, *, mesh: Mesh, capacity: int, **others) -> "Generator":
-        """The generator of a trained model, its parameters read in the compute dtype; `others` as above."""
+        """Make the generator of a trained model, parameters in the compute dtype; `others` as for `Generator`."""
         model, settings = trained.config.model, {"capacity": capacity, "attention": trained.config.attention} | others
         _plan(model, mesh, **settings)  # what does not fit is said before anything is read
         return Generator(model, trained.load(mesh, dtype=model.compute_dtype), mesh=mesh, **settings)
 
     @property
     def slots(self) -> int:
-        """Tokens of a row that a device has room for."""
+        """Number of tokens of a row that a device has room for."""
         return self._layout.padded_length(self._plan.capacity) // self._layout.ring_size
 
     def cache_bytes(self, rows: int) -> int:
-        """Bytes of a device's share of the cache for so many rows."""
+        """Return the bytes of a device's share of the cache for so many rows."""
         rows = self._padded_rows(rows) // self._mesh.shape[DATA]
         return cache_bytes(self._plan.model, rows, self.slots, self._mesh.shape[TENSOR])
 
@@ -138,7 +138,7 @@ class Generator:
                 return
 
     def _prefill(self, prompts: list[np.ndarray], seeds: np.ndarray):
-        """(cache, rows) after the prompts, each padded at its end; rows that only fill up dp hold one token."""
+        """Return (cache, rows) after the prompts, each padded at its end; rows that only fill up dp hold one token."""
         lengths = np.ones(self._padded_rows(len(prompts)), np.int32)
         lengths[: len(prompts)] = [prompt.size for prompt in prompts]
         tokens = np.zeros((lengths.size, self._padded_prompt(lengths.max())), np.int32)
@@ -170,7 +170,7 @@ class Generator:
         return -(-rows // self._mesh.shape[DATA]) * self._mesh.shape[DATA]
 
     def _padded_prompt(self, tokens: int) -> int:
-        """One of the lengths that prompts are padded to, no longer than the cache."""
+        """Return one of the lengths that prompts are padded to, no longer than the cache."""
         grain = max(1, 2 ** (int(tokens) - 1).bit_length() // (2 * PROMPT_STEPS))
         return min(self._layout.padded_length(-(-int(tokens) // grain) * grain), self.slots * self._layout.ring_size)
 
@@ -192,7 +192,7 @@ class Generator:
 
 
 def _seeds(seeds: int | Sequence[int], rows: int) -> np.ndarray:
-    """uint32 [rows]."""
+    """Return the seed of each row, uint32 [rows]."""
     given = [(seeds + row) % 2**32 for row in range(rows)] if is_whole(seeds, 0) else seeds
     fits = isinstance(given, Sequence) and len(given) == rows and all(is_whole(s, 0) and s < 2**32 for s in given)
     require(fits, f"seeds={shown(seeds)} must be a number from 0 to 2**32-1, or one for each of {rows} rows; use 0")
@@ -208,7 +208,7 @@ def _plan(
     sampling: Sampling | None = None,
     vocab_size: int | None = None,
 ) -> Plan:
-    """What the programs are compiled for; raises ValueError for what does not fit."""
+    """Return what the programs are compiled for; raises ValueError for what does not fit."""
     plan = Plan(
         model=model,
         attention=dataclasses.replace(attention or AttentionConfig(), layout="striped", speeds="", impl="auto"),
@@ -254,7 +254,7 @@ def _check(plan: Plan, mesh: Mesh) -> None:
 
 
 def _placed(params: Any, model: ModelConfig, mesh: Mesh) -> Any:
-    """The parameters where the programs want them; ValueError unless they are this model's."""
+    """Put the parameters where the programs want them; ValueError unless they are this model's."""
     want = abstract_parameters(model)
     same = jax.tree.structure(params) == jax.tree.structure(want)
     same = same and all(x.shape == y.shape for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True))

@@ -30,12 +30,12 @@ ROWS = PartitionSpec(DATA)
 
 
 class Rows(NamedTuple):
-    """Where each row of a batch stands.
+    """The newest token, position and seed of each row of a batch.
 
     Attributes:
       tokens: int32 [B], the newest, not in the cache yet.
-      positions: int32 [B], of these.
-      seeds: uint32 [B].
+      positions: int32 [B], the positions of these tokens.
+      seeds: uint32 [B], one for each row's draws.
     """
 
     tokens: jax.Array
@@ -45,14 +45,14 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the programs are compiled for.
+    """The static facts that the programs of generation are compiled for.
 
     Attributes:
       model: its shape.
       attention: its attention; the layout is striped.
       capacity: tokens of a row, which rotary scaling "dynamic" goes by.
       sampling: how tokens are chosen.
-      vocab_size: of the tokenizer; the model may have more rows, whose scores are left out.
+      vocab_size: tokens of the tokenizer; the model may have more, whose scores are left out.
     """
 
     model: ModelConfig
@@ -63,7 +63,7 @@ class Plan:
 
 
 def make_prefill(plan: Plan, mesh: Mesh):
-    """prefill(params, tokens, lengths, seeds) -> (cache, rows), compiled for `mesh`.
+    """Return prefill(params, tokens, lengths, seeds) -> (cache, rows), compiled for `mesh`.
 
     tokens int32 [B,T] are the prompts in the striped layout, each padded at its end; lengths int32 [B] and seeds uint32
     [B] are theirs. The rows hold the token after each prompt.
@@ -99,7 +99,7 @@ def make_prefill(plan: Plan, mesh: Mesh):
 
 
 def make_step(plan: Plan, mesh: Mesh):
-    """step(params, cache, rows) -> (cache, rows), compiled for `mesh`: each row gets its next token.
+    """Return step(params, cache, rows) -> (cache, rows), compiled for `mesh`: each row gets its next token.
 
     The cache is written in place: its buffers are donated. On each layer a device sends and gets, with b rows of its
     own and h = H/tp, k = K/tp, f = F/tp, m = M/sp (bytes that arrive, each collective's whole result):
@@ -144,7 +144,7 @@ def make_step(plan: Plan, mesh: Mesh):
 
 
 def _next_tokens(plan: Plan, model: Transformer, hidden_bM, seeds_b, positions_b) -> jax.Array:
-    """int32 [b]: the token at each position, chosen by the scores that these hidden states make."""
+    """Choose the token at each position, int32 [b], by the scores that these hidden states make."""
     logits_bv = model.logits_of(hidden_bM[:, None], STATIONARY)[:, 0]
     logits_bV = lax.all_gather(logits_bv, TENSOR, axis=1, tiled=True, to="invarying")
     known = jnp.arange(logits_bV.shape[1]) < plan.vocab_size

@@ -10,13 +10,13 @@ from ring_attention.checks import is_number, is_whole, require, shown
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which tokens may come next, and with what weight.
+    """How the next token is chosen: which tokens may come, and with what weight.
 
     Attributes:
       temperature: scores are divided by it; 0 takes the likeliest token, and the others then mean nothing.
       top_k: only the so many likeliest tokens (and those level with the last of them); 0 for all.
-      top_p: of those only the likeliest whose probabilities make up this much, at least one (Holtzman et al. 2020); 1
-        for all.
+      top_p: only the likeliest of these whose probabilities make up this much, at least one (Holtzman et al. 2020);
+        1 for all.
     """
 
     temperature: float = 0.0
@@ -42,7 +42,7 @@ class Sampling:
 
 
 def sample(sampling: Sampling, logits_BV: jax.Array, seeds_B: jax.Array, positions_B: jax.Array) -> jax.Array:
-    """The token, int32 [B], that each row has next.
+    """Choose the next token of each row, int32 [B].
 
     What is drawn follows from the row's scores, its seed and the position of the new token alone: neither the other
     rows nor the mesh matter, but for the rounding of the scores.

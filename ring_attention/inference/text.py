@@ -50,7 +50,7 @@ class TextStream:
         return self._release(text, last=True)
 
     def _new_bytes(self, *, last: bool) -> bytes:
-        """Bytes of the tokens that were not shown yet; none while they do not make whole characters."""
+        """Return the bytes of tokens that were not shown yet; none while they do not make whole characters."""
         if len(self._ids) == self._shown:  # those shown stay, for the sake of the token that comes next
             return b""
         known = self._tokenizer.token_bytes(self._ids[: self._shown])
@@ -61,7 +61,7 @@ class TextStream:
         return now[len(known) :]
 
     def _release(self, text: str, *, last: bool) -> str:
-        """What of the waiting text and this may be shown: up to a stop, or to what may be the beginning of one."""
+        """Return what of the waiting text and this may be shown: up to a stop, or to what may become one."""
         if self.ended:
             return ""
         text = self._waiting + text
@@ -75,6 +75,6 @@ class TextStream:
 
 
 def _beginning_at_end(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
+    """Return how many characters at the end of `text` are the beginning of `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -46,7 +46,7 @@ class Corpus:
         return Corpus(train, held_out, tokenizer, train.report)
 
     def describe_tokens(self, config: DataConfig) -> list[str]:
-        """Lines that say which tokens stand around documents, and of special tokens that the first few spell out."""
+        """Return lines on the tokens that stand around documents, and special tokens that the first few spell out."""
         if config.tokenizer == BYTES:
             return []
         lines = [self.tokenizer.in_words()]
@@ -60,7 +60,7 @@ class Corpus:
         return lines
 
     def _spelled_tokens(self) -> list[str]:
-        """Special tokens whose spelling stands in the first LOOKED_AT held-out documents."""
+        """Return the special tokens whose spelling stands in the first LOOKED_AT held-out documents."""
         names = sorted(self.tokenizer.special_tokens.values())
         looked_at = range(min(LOOKED_AT, len(self.held_out)))
         texts = [self.held_out[number].text[:LOOKED_AT_BYTES] for number in looked_at]
@@ -70,7 +70,8 @@ class Corpus:
 class Feed:
     """An endless iterator of (this process's rows as NumPy arrays, the whole batch as sharded jax arrays).
 
-    Raises RunError where a document can no longer be read as it was when the run began.
+    A process loads the rows that its devices hold, and gives each device its part of them. Raises RunError where a
+    document can no longer be read as it was when the run began.
 
     Attributes:
       rows: the numbers of the batch's rows that this process loads, of `config.batch_size`.
@@ -167,13 +168,13 @@ class HeldOut:
         self.bits_per_byte_of = self._num_targets / (self.num_bytes * math.log(2))
 
     def loss(self, params) -> float:
-        """Mean negative log-likelihood in nats per token."""
+        """Return the mean negative log-likelihood of `params` in nats per token."""
         sums = [self._evaluate(params, batch) for batch in self._batches]
         return sum(float(nats) for nats, _ in sums) / self._num_targets
 
 
 def digests(config: DataConfig, corpus: Corpus) -> dict[str, str]:
-    """Field -> digest of what it stands for: of the documents on either side of the split, and of the tokenizer."""
+    """Return field -> digest of what it stands for: the documents on either side of the split, and the tokenizer."""
     return {
         "data.paths (training documents)": f"{len(corpus.train):,} with digest {corpus.train.digest()}",
         "data.paths (held-out documents)": f"{len(corpus.held_out):,} with digest {corpus.held_out.digest()}",

@@ -42,20 +42,20 @@ _NOT_ITS_FAULT = [os.strerror(number) for number in NOT_ITS_FAULT]
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Orbax would ask JAX's preemption service, which counts how often it was asked (see `Preemption`)."""
+        """Return False: orbax would ask JAX's preemption service, which counts the questions (`Preemption`)."""
         return False
 
     def has_failed(self) -> bool:
-        """Whether the thread that finishes a save has ended with an error; orbax tells it at the next save only."""
+        """Return whether the thread that finishes a save has failed; orbax tells it at the next save only."""
         return self._finalize_thread.map(lambda thread: thread is not None and thread.exception is not None)
 
 
 class Restored(NamedTuple):
-    """What a checkpoint gives back.
+    """The contents of a checkpoint.
 
     Attributes:
-      step: of the checkpoint.
-      state: as it was saved, on the devices that were asked for.
+      step: the step after which it was saved.
+      state: what was saved, on the devices that were asked for.
       data: the position in the data.
     """
 
@@ -97,10 +97,8 @@ class Checkpoints:
           RunError: if this save, or the one before, could not be written.
         """
         latest = self.latest_step()
-        require(
-            latest is None or step > latest,
-            f"step={step} is not newer than the latest checkpoint, {latest}; save each step once",
-        )
+        problem = f"step={step} is not newer than the latest checkpoint, {latest}; save each step once"
+        require(latest is None or step > latest, problem)
         require_there(self._path)  # orbax would make it anew, in a folder that has lost the rest of the run
         contents = sign({"data": data, "fingerprints": fingerprints(state), "files": MANIFEST})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(contents))
@@ -247,7 +245,7 @@ class Checkpoints:
             ) from error
 
     def _list_files(self) -> None:
-        """Of the checkpoint that orbax has written to its end, and is about to give its name."""
+        """List the files of the checkpoint that orbax has written to its end and is about to give its name."""
         for folder in self._path.glob(_UNFINISHED):
             write_manifest(folder)
 
@@ -283,7 +281,7 @@ class Checkpoints:
 
 
 def _committed(path: Path) -> list[int]:
-    """Steps whose checkpoints were written to their end: orbax gives a folder its name when it is complete."""
+    """Return the steps whose checkpoints are complete: orbax gives a folder its name only then."""
     return sorted(int(file.name) for file in path.iterdir() if file.name.isdecimal())
 
 

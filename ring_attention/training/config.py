@@ -1,4 +1,4 @@
-"""Everything that decides a run, in one frozen object."""
+"""Everything that decides a run, in one frozen object, `TrainConfig`."""
 
 import dataclasses
 
@@ -59,8 +59,8 @@ class AttentionConfig:
       stride: "sparse": how far apart the tokens are that see each other; 0: the power of two nearest to the root of
         seq_len.
       layout: order in which tokens are dealt to shards: "contiguous", "zigzag" or "striped".
-      speeds: of the devices along the ring, numbers with spaces between; tokens are dealt so that the work of each is
-        proportional to its speed, and `layout` is not used. Empty: all are alike.
+      speeds: how fast each device along the ring is, numbers with spaces between; tokens are dealt so that the work
+        of each is proportional to its speed, and `layout` is not used. Empty: all are alike.
       window: a token sees itself and the window-1 tokens before it; 0: all before it.
       softcap: attention scores x become softcap * tanh(x / softcap); 0 leaves them.
       impl: the kernel that computes tiles, "auto" or a name.
@@ -121,18 +121,18 @@ class AttentionConfig:
             require_field(value > 0, f"attention.{name}", value, "must be positive", "leave it out to take the default")
 
     def make_strategy(self) -> Strategy:
-        """The strategy with its options."""
+        """Return the strategy with its options."""
         options = {name: getattr(self, name) for name in STRATEGY_OPTIONS if getattr(self, name)}
         return find_strategy(self.strategy, options)
 
     @property
     def in_words(self) -> str:
-        """Which attention this is."""
+        """Strategy and layout in a few words."""
         layout = f"tokens dealt for speeds {self.speeds}" if self.speeds else f"{self.layout} layout"
         return f"attention by {self.strategy}, {layout}"
 
     def make_layout(self, ring_size: int) -> SequenceLayout:
-        """The layout of a sequence over so many devices."""
+        """Return the layout of a sequence over `ring_size` devices."""
         if not self.speeds:
             return SequenceLayout(self.layout, ring_size)
         layout = SequenceLayout.for_speeds(parse_speeds(self.speeds))
@@ -145,8 +145,8 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: at the end of the warm-up.
-      warmup_steps: of the linear warm-up from 0.
-      final_fraction: of `learning_rate`, reached at the last step.
+      warmup_steps: updates of the linear warm-up from 0.
+      final_fraction: the share of `learning_rate` that the last step has.
       b1: how much of AdamW's mean of gradients stays at a step.
       b2: how much of AdamW's mean of their squares stays at a step.
       epsilon: added to the root of that mean, by which AdamW divides.
@@ -187,11 +187,11 @@ class TrainConfig:
     """One run of train.py.
 
     Attributes:
-      name: of the run.
+      name: what the run is called.
       seq_len: T, tokens of a sequence, over all devices of the ring.
       batch_size: sequences of a step, over all devices and micro-batches.
       num_steps: updates.
-      seed: of the initial parameters.
+      seed: decides the initial parameters.
       init_from: begin with the parameters of a trained model rather than random ones: the folder of a run, of an import
         (scripts/import_hf.py) or of a Hugging Face checkpoint. What the config leaves at its default of the model, and
         of attention's window and softcap, is that model's; a config file that says something else is refused. The
@@ -267,5 +267,5 @@ class TrainConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences that run at once, over all devices."""
+        """Number of sequences that run at once, over all devices."""
         return self.batch_size // self.optimizer.accumulation_steps

@@ -13,7 +13,7 @@ from ring_attention.training.config import TrainConfig
 
 KIND_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 NO_DEFAULT = object()
-"""What no field is left at that has no default."""
+"""Stands for the default of a field that has none."""
 
 MOST = 2**63
 """Whole numbers lie below, and not below -MOST: JSON's readers and arrays hold no others."""
@@ -123,5 +123,5 @@ def _members(section: str) -> list[str]:
 
 
 def spelt(value: Any) -> str:
-    """A value as it stands behind the equals sign of a flag."""
+    """Return a value as it stands behind the equals sign of a flag."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -22,7 +22,7 @@ SIMULATED_DEVICES = 8
 
 
 def open_mesh(config: MeshConfig, num_processes: int = 1) -> Mesh:
-    """The mesh over all accelerators or, where there are none, over as many simulated devices as it needs."""
+    """Make the mesh over all accelerators or, where there are none, over as many simulated devices as it needs."""
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     count = fixed

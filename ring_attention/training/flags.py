@@ -117,7 +117,7 @@ def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainCon
 
 
 def _shipped(path: str | Path, folder: str | Path) -> Path:
-    """`path`, or the config in `folder` that is called so: tiny and tiny.py are configs/tiny.py."""
+    """Return `path`, or the config in `folder` that is called so: tiny and tiny.py are configs/tiny.py."""
     path = Path(path)
     own = Path(folder) / f"{path.name.removesuffix('.py')}.py"
     return own if path.name == str(path) and not path.is_file() and own.is_file() else path
@@ -245,12 +245,12 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
 
 
 def _indented(text: str) -> str:
-    """A paragraph that fits a terminal of 80 columns."""
+    """Return `text` as an indented paragraph that fits a terminal of 80 columns."""
     return textwrap.fill(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _default_of(cls: type, name: str) -> str:
-    """What a field is where neither a config file nor a flag says anything, as a flag would spell it."""
+    """Return in words what a field is where neither a config file nor a flag sets it."""
     (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
     if field.default is dataclasses.MISSING:
         return "no default"

@@ -41,9 +41,9 @@ def new_folder(path: Path, num_bytes: int, flag: str) -> Iterator[Path]:
     """Give a folder to write into, which becomes `path` at the end; whatever ends the block before leaves nothing.
 
     Args:
-      path: that does not exist, or is empty.
-      num_bytes: that will be written, for which the disk must have room.
-      flag: that `path` came from, for messages.
+      path: a folder that does not exist, or is empty.
+      num_bytes: how much will be written; the disk must have room for it.
+      flag: the name of the flag that `path` came from, for messages.
 
     Raises:
       ConfigError: if `path` cannot be made, holds something, or its disk has no room.
@@ -78,10 +78,10 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Mani
     """Write the folder `out`: config.json, a checkpoint of the parameters with fingerprints, and `hf/`.
 
     Args:
-      source: of `open_source`.
-      out: that does not exist, or is empty.
-      mesh: whose devices hold the parameters meanwhile.
-      progress: told of each tensor.
+      source: what `open_source` returned.
+      out: a folder that does not exist, or is empty.
+      mesh: its devices hold the parameters meanwhile.
+      progress: called for each tensor.
 
     Raises:
       ConfigError: if the checkpoint is damaged, or `out` cannot be made.
@@ -100,13 +100,13 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Mani
 
 
 NEW_DTYPE = "float32"
-"""Of a checkpoint of its own, where none is asked for: the values as they are."""
+"""Dtype of an exported checkpoint where none is asked for: the values stay as they are."""
 
 _ROOM = 2**20  # for the small files
 
 
 def export_config(config: TrainConfig, values: Mapping[str, Any] | None) -> HFConfig:
-    """What config.json will say of a model, which came from a checkpoint whose config.json holds `values`, if any.
+    """Return what config.json will say of a model that came from a checkpoint with the config.json `values`, if any.
 
     Raises:
       ConfigError: naming the field, if no family of Hugging Face computes what the model does.
@@ -129,7 +129,7 @@ def export_config(config: TrainConfig, values: Mapping[str, Any] | None) -> HFCo
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that a model of Hugging Face has."""
+    """Return the shapes of the tensors that this model has in a Hugging Face checkpoint, by name."""
     return {name: tensor.shape for name, tensor in tensors_of(model).items()}
 
 
@@ -140,11 +140,11 @@ def export_hf(trained: TrainedModel, out: Path, mesh: Mesh, progress: Progress, 
     nothing was trained, the bytes are the same too. Another becomes a checkpoint of its own, with a tokenizer.
 
     Args:
-      trained: of `open_trained_model`, an import or a run. For one process.
-      out: that does not exist, or is empty.
-      mesh: whose devices hold the parameters meanwhile.
-      progress: told of each tensor.
-      dtype: of the files, a key of DTYPE_NAMES; None takes that of the checkpoint that the model came from.
+      trained: the model of an import or a run, opened by one process.
+      out: a folder that does not exist, or is empty.
+      mesh: its devices hold the parameters meanwhile.
+      progress: called for each tensor.
+      dtype: the dtype of the files, a key of DTYPE_NAMES; None takes that of the checkpoint that the model came from.
 
     Raises:
       ConfigError: for what cannot be expressed, or a folder that cannot be made.
@@ -173,7 +173,7 @@ def export_hf(trained: TrainedModel, out: Path, mesh: Mesh, progress: Progress, 
 
 
 def exported_bytes(trained: TrainedModel, dtype: str | None = None) -> int:
-    """Bytes of the tensors that `export_hf` writes."""
+    """Return the bytes of the tensors that `export_hf` writes."""
     if trained.manifest:
         return trained.manifest.tensor_bytes
     return numpy_dtype(dtype or NEW_DTYPE).itemsize * trained.model.num_parameters
@@ -197,7 +197,7 @@ def write_tokenizer(config: TrainConfig, out: Path) -> dict[str, Any]:
 
 
 def _byte_tokenizer(start: int) -> tokenizers.Tokenizer:
-    """A tokenizer.json whose ids are those of `ByteTokenizer`: a token is a byte."""
+    """Make a tokenizer whose ids are those of `ByteTokenizer`: a token is a byte."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=byte_level_letters(), merges=[]))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = tokenizers.decoders.ByteLevel()

@@ -24,16 +24,16 @@ from ring_attention.training.state import TrainState, make_state, state_with
 from ring_attention.training.trained_model import TrainedModel, open_trained_model
 
 FREE_FIELDS = ("compute_dtype", "remat", "head_groups", "ffn_chunk", "loss_chunk", "start_local")
-"""Of the model: fields that may differ from those of the model that a run begins with, as may the section rope. They
-say how the same parameters are computed with, or how others would have been drawn."""
+"""Fields of a model that may differ from those of the model that a run begins with, as may the section rope. They say
+how the same parameters are computed with, or how others would have been drawn."""
 
 
 _SAID = ("attention.window", "attention.softcap")
-"""Of attention: fields that change the function of a model, and may."""
+"""Fields of attention that follow from the model that a run begins with, and may be set to something else."""
 
 
 def find_initial(config: TrainConfig) -> TrainedModel | None:
-    """The trained model that `config.init_from` names, if it names one; reads no arrays.
+    """Return the trained model that `config.init_from` names, None if it names none; reads no arrays.
 
     Raises:
       ConfigError: if there is none, its model is another but for rope and FREE_FIELDS, or its tokens are others.
@@ -73,7 +73,7 @@ def find_initial(config: TrainConfig) -> TrainedModel | None:
 
 
 def describe_initial(config: TrainConfig, trained: TrainedModel) -> list[str]:
-    """Lines that say where a run begins, and what it changes of the model."""
+    """Return lines that say where a run begins, and what it changes of the model."""
     lines = [f"Beginning with the parameters of {trained.checkpoint}."]
     theirs = flatten_dict(config_to_dict(trained.config), sep=".")
     for field, ours in flatten_dict(config_to_dict(config), sep=".").items():
@@ -89,12 +89,12 @@ def describe_initial(config: TrainConfig, trained: TrainedModel) -> list[str]:
 
 
 def has_begun(folder: RunFolder) -> bool:
-    """Whether a run has a checkpoint to go on from, and what it began with no longer matters."""
+    """Return whether a run has a checkpoint to go on from, so that what it began with no longer matters."""
     return any(file.name.isdecimal() for file in folder.checkpoints.glob("*"))
 
 
 def initial_state(config: TrainConfig, mesh: Mesh, folder: RunFolder) -> TrainState:
-    """The state before the first step, on the devices where it will live.
+    """Return the state before the first step, on the devices where it will live.
 
     What is needed to write a Hugging Face checkpoint again goes with the parameters, into the run's folder.
 
@@ -119,7 +119,7 @@ def _keep(trained: TrainedModel, target: Path) -> None:
 
 
 def _same_tokens(ours: str, theirs: str) -> bool:
-    """Whether two tokenizers are one; True where theirs is not there to be compared."""
+    """Return whether two tokenizers are one; True where theirs is not there to be compared."""
     if ours == theirs or theirs != BYTES and not is_regular(Path(theirs)):
         return True
     return (
@@ -128,19 +128,19 @@ def _same_tokens(ours: str, theirs: str) -> bool:
 
 
 _STEPS = 100
-"""Of a config that is made from a checkpoint, which says nothing of training."""
+"""Number of steps in a config that is made from a checkpoint, which says nothing of training."""
 
 _OF_ATTENTION = ("attention.window", "attention.softcap")
 
 
 def inherit(config: TrainConfig, told: Mapping[str, str]) -> TrainConfig:
-    """`config` with what the model that it begins with says, wherever it leaves a field at its default.
+    """Return `config` with what the model that it begins with says, wherever it leaves a field at its default.
 
     These are the fields of the model but for FREE_FIELDS, and attention's window and softcap. A run that has begun
     keeps to its own config.json, since what it began with may be gone.
 
     Args:
-      config: as a config file has it.
+      config: what a config file returned.
       told: dotted fields that the command line sets, and to what; they are left alone, and may say something else.
 
     Raises:
@@ -164,7 +164,7 @@ def inherit(config: TrainConfig, told: Mapping[str, str]) -> TrainConfig:
 
 
 def config_from_folder(path: Path) -> TrainConfig:
-    """The config for a model of the shape, rope, window and dtype that a Hugging Face folder's config.json says.
+    """Return the config for a model of the shape, rope, window and dtype that a Hugging Face config.json says.
 
     Its weights are not read, and need not be there. Parameters are drawn at random unless init_from names them.
 
@@ -201,7 +201,7 @@ def _config_of(begin: str) -> TrainConfig:
 
 
 def _follows(field: str) -> bool:
-    """Whether a field follows from the model that a run begins with."""
+    """Return whether a field follows from the model that a run begins with."""
     section, _, name = field.partition(".")
     return field in _OF_ATTENTION or section == "model" and name not in FREE_FIELDS
 

@@ -132,7 +132,7 @@ class _EventFile:
 
 
 def _lines_up_to(path: Path, step: int, evaluated: bool) -> list[dict[str, float]]:
-    """The lines of a run up to the checkpoint of `step`; a machine that crashed may have spoilt those after it."""
+    """Return the lines of a run up to the checkpoint of `step`; a crash may have spoilt those after it."""
     kept = itertools.takewhile(lambda parsed: parsed[1] is not None, _parsed_lines(path))
     return [
         line
@@ -258,7 +258,7 @@ class TrainLog:
             self._metrics.write(step, numbers)
 
     def _speed(self) -> tuple[float, float | None] | None:
-        """(tokens per second, share of the machine's peak) since the last call; None before there is any."""
+        """Return (tokens per second, share of the machine's peak) since the last call; None before there is any."""
         if self._tokens == 0:
             return None
         now = time.monotonic()
@@ -278,6 +278,6 @@ class TrainLog:
 
 
 def visible_pairs(segment_ids: np.ndarray) -> int:
-    """(query, key) pairs that causal attention sees in packed rows [B,T]; the order of tokens does not matter."""
+    """Return how many (query, key) pairs causal attention sees in packed rows [B,T], in any order of tokens."""
     lengths = [np.unique(row, return_counts=True)[1].astype(np.int64) for row in segment_ids]
     return sum(int((n * (n + 1) // 2).sum()) for n in lengths)

@@ -15,7 +15,7 @@ HEARTBEAT_SECONDS = 60
 """After so long without a heartbeat JAX's own coordination service ends a run; `peers.py` is quicker and says more."""
 
 JOIN_SECONDS = 50
-"""For which processes wait for each other where flags say who is who: what is amiss is said within a minute."""
+"""Seconds that processes wait for each other where flags say who is who: what is amiss is said within a minute."""
 
 _ALONE = {"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"}
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -27,8 +27,8 @@ class ProcessFlags:
 
     Attributes:
       coordinator_address: host:port at which process 0 listens.
-      num_processes: of the run.
-      process_id: of this process, from 0.
+      num_processes: how many processes the run has.
+      process_id: the number of this process, from 0.
       join_timeout: seconds to wait for the others; 50 by default.
     """
 
@@ -123,12 +123,12 @@ def compile_anew_where_needed(mesh: Mesh) -> None:
 
 
 def _in_cluster() -> bool:
-    """Whether `jax.distributed.initialize` would find out by itself who the others are, and there are others."""
+    """Return whether there are others, and `jax.distributed.initialize` would find out by itself who they are."""
     alone = any(os.environ.get(name) == size for name, size in _ALONE.items())
     automatic = [env for env in clusters.ClusterEnv._cluster_types if not env.opt_in_only_method]
     return not alone and any(env.is_env_present() for env in automatic)
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints for all."""
+    """Return whether this is the process that writes and prints for all."""
     return jax.process_index() == 0

@@ -44,10 +44,10 @@ class TrainProgress:
         """Prepare; nothing is shown before `with`.
 
         Args:
-          num_steps: of the whole run.
+          num_steps: steps of the whole run.
           start_step: steps that an earlier process did.
           plain_every: steps between lines where there is no terminal.
-          file: where to write; standard output by default.
+          file: the file to write to; standard output by default.
           clock: seconds.
         """
         self._console = Console(file=file)
@@ -79,7 +79,7 @@ class TrainProgress:
 
         Args:
           step: steps done since the run began.
-          loss, heldout_loss: in one unit, whichever.
+          loss, heldout_loss: the losses, in one unit, whichever.
           tokens_per_second: over all devices.
           peak_share: the part of the machine's peak in use, 0 to 1.
         """

@@ -16,10 +16,10 @@ from ring_attention.checks import ConfigError
 from ring_attention.training.fault_tolerance.errors import RunError
 
 ANSWER_SECONDS = 5.0
-"""Within which process 0 answers whoever connects; another program that has the port does not."""
+"""Seconds within which process 0 answers whoever connects; another program that has the port does not."""
 
 BIND_SECONDS = 10.0
-"""For which process 0 tries to have the port: the run before may still be ending."""
+"""Seconds that process 0 tries to have the port: the run before may still be ending."""
 
 _TWICE = "--process_id={}: two processes have this number; give each its own"
 _POLL = 0.2
@@ -32,9 +32,9 @@ def meet(address: str, *, num_processes: int, process_id: int, seconds: float) -
 
     Args:
       address: host:port of process 0, where nobody listens yet.
-      num_processes: of the run, the same for all.
-      process_id: of this one, from 0.
-      seconds: to wait for the others.
+      num_processes: how many processes the run has, the same for all.
+      process_id: the number of this one, from 0.
+      seconds: how long to wait for the others.
 
     Raises:
       ConfigError: if the port is another program's, two processes have one number, or they count themselves otherwise.
@@ -54,7 +54,7 @@ def meet(address: str, *, num_processes: int, process_id: int, seconds: float) -
 
 
 def _listen(place: tuple[str, int], hello: dict, deadline: float) -> socket.socket:
-    """The coordinator's port, listened at as JAX will: of all interfaces, but for one of the loopback alone."""
+    """Listen at the coordinator's port as JAX will: on all interfaces, but for an address of the loopback alone."""
     host, port = place
     while True:
         try:
@@ -120,7 +120,7 @@ def _counted_otherwise(number: int, count: int, num_processes: int) -> str:
 
 
 def _claim(place: tuple[str, int], hello: dict) -> socket.socket:
-    """A socket that says that the process `number` of a run is on this machine, until it is closed.
+    """Open a socket that says that this process of a run is on this machine, until it is closed.
 
     Process 0 may never come to tell two that have one number; on one machine they can tell each other. Only Linux has
     such sockets, which need no file.
@@ -171,7 +171,7 @@ def _report(place: tuple[str, int], hello: dict, claim: socket.socket, deadline:
 
 
 def _ask(place: tuple[str, int], hello: dict, deadline: float) -> dict | None:
-    """What process 0 answers in the end; None if nobody is there, or somebody else."""
+    """Return what process 0 answers in the end; None if nobody is there, or somebody else."""
     with contextlib.suppress(OSError, ValueError), socket.create_connection(place, timeout=2) as connection:
         _send(connection, hello)
         if _read_line(connection, time.monotonic() + ANSWER_SECONDS) == {"heard": hello["process_id"]}:
@@ -196,7 +196,7 @@ def _send(connection: socket.socket, words: dict) -> None:
 
 
 def _read_line(connection: socket.socket, deadline: float) -> dict:
-    """A line of JSON that holds an object; OSError or ValueError where none comes before the deadline."""
+    """Return the object in a line of JSON; OSError or ValueError where none comes before the deadline."""
     line = b""
     while not line.endswith(b"\n"):
         connection.settimeout(max(0.01, deadline - time.monotonic()))

@@ -38,7 +38,7 @@ class Run:
       corpus: the documents.
       feed: the batches to train on.
       held_out: the text that the loss is measured on.
-      folder: where checkpoints, metrics and the config go.
+      folder: the folder of checkpoints, metrics and the config.
       is_first: whether this process writes and prints for all.
     """
 
@@ -153,7 +153,7 @@ def train(run: Run) -> Result:
                     checkpoints.wait()
                     preemption.stop(step, config.num_steps, folder.checkpoints)
     loss = held_out.loss(state.params) if log.heldout_loss is None else log.heldout_loss
-    run.peers.part()
+    run.peers.disconnect()
     to_bits = held_out.bits_per_byte_of
     return Result(loss * to_bits, None if initial is None else initial * to_bits)
 

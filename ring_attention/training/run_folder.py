@@ -20,7 +20,7 @@ from ring_attention.training.fault_tolerance.disk import FolderLock
 from ring_attention.training.processes import is_first
 
 VERSION = 1
-"""Of the folder's layout and of config.json; raised when an older train.py would misread them."""
+"""Version of the folder's layout and of config.json; raised when an older train.py would misread them."""
 
 FREE_FIELDS = (
     *("name", "run_dir", "data.index_dir", "log_every", "eval_every", "checkpoint_every"),
@@ -40,7 +40,7 @@ PLACEMENT_FIELDS = (
 are then the same but for rounding. Every other field changes what comes out."""
 
 BEFORE = {"data.train_on_end": False, "data.special_tokens": False}
-"""What runs did whose config.json lacks these fields, since there were none."""
+"""Values of fields that runs had before there were such fields, whose config.json lacks them."""
 
 _ABSENT = "(absent)"
 _OTHER_FOLDER = "start another run with --config.run_dir=PATH"
@@ -54,12 +54,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved config, as JSON."""
+        """File of the resolved config, as JSON."""
         return self.path / "config.json"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """File of the metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -79,12 +79,12 @@ class RunFolder:
 
     @property
     def loss_plot(self) -> Path:
-        """The picture of the losses."""
+        """File of the picture of the losses."""
         return self.path / "loss.png"
 
 
 def folder_of(config: TrainConfig) -> RunFolder:
-    """Where the run of a config is, or will be."""
+    """Return the folder where the run of a config is, or will be."""
     return RunFolder(Path(config.run_dir or Path("runs", config.name)))
 
 
@@ -96,7 +96,7 @@ def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) 
     it and (re)writes its config.json, in one move; all of them need to see the folder.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       say: told, in a line each, of the PLACEMENT_FIELDS that changed since the run's last start.
 
     Raises:
@@ -126,7 +126,7 @@ def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) 
 
 
 def read_config(folder: RunFolder) -> TrainConfig:
-    """The config of the run in a folder; ConfigError where it cannot be used."""
+    """Return the config of the run in a folder; ConfigError where it cannot be used."""
     return config_from_dict(unflatten_dict(_stored(folder), sep="."))
 
 
@@ -157,7 +157,7 @@ def _require_same(folder: RunFolder, config: TrainConfig) -> list[str]:
 
 
 def _stored(folder: RunFolder) -> dict[str, Any]:
-    """The fields of config.json; ConfigError where it is none, or of a newer version."""
+    """Return the fields of config.json; ConfigError where it is none, or of a newer version."""
     stored = flatten_dict(read_json(folder.config, f"mend it or {_OTHER_FOLDER}", kind="a config in JSON"), sep=".")
     version = stored.pop("version", None)
     stored = {field: value for field, value in BEFORE.items() if field.partition(".")[0] not in stored} | stored
@@ -183,7 +183,7 @@ def _is_exact(strategy: Any) -> bool:
 
 
 DIGESTS = "contents.json"
-"""In the run's folder."""
+"""Name of the file of digests in the run's folder."""
 
 
 def require_same_contents(folder: RunFolder, now: dict[str, str], *, has_begun: bool) -> None:

@@ -14,12 +14,12 @@ from ring_attention.training.config import TrainConfig
 
 
 class TrainState(NamedTuple):
-    """All that a step changes.
+    """All that a training step changes.
 
     Attributes:
       step: int32, updates done.
       params: nested dict of float32 arrays.
-      opt_state: the optimizer's.
+      opt_state: the optimizer's moments.
       skipped: int32, how many of the updates were left out because the loss or a gradient was not finite.
     """
 
@@ -30,12 +30,12 @@ class TrainState(NamedTuple):
 
 
 def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The initial state, made where it will live: no device ever holds more than its shards."""
+    """Make the initial state where it will live: no device ever holds more than its shards."""
     return jax.jit(functools.partial(_initial_state, config), out_shardings=state_shardings(config, mesh))()
 
 
 def state_with(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
-    """The initial state of a run that begins with `params`, which are sharded as `parameter_specs` says."""
+    """Make the initial state of a run that begins with `params`, which are sharded as `parameter_specs` says."""
     shardings = state_shardings(config, mesh)
     opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings.opt_state)(params)
     zero = jax.device_put(jnp.int32(0), shardings.step)
@@ -43,7 +43,7 @@ def state_with(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """NamedShardings of the state: the optimizer's moments lie where their parameters do."""
+    """Return the NamedShardings of the state: the optimizer's moments lie where their parameters do."""
     params = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(config.model))
     replicated = NamedSharding(mesh, PartitionSpec())
     abstract = abstract_state(config)
@@ -58,12 +58,12 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def abstract_state(config: TrainConfig) -> TrainState:
-    """Shapes and dtypes of the state."""
+    """Return shapes and dtypes of the state, as jax.ShapeDtypeStructs."""
     return jax.eval_shape(functools.partial(_initial_state, config))
 
 
 def sharded_abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, as jax.ShapeDtypeStructs."""
+    """Return shapes, dtypes and shardings of the state, as jax.ShapeDtypeStructs."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract_state(config),
@@ -72,7 +72,7 @@ def sharded_abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """Learning rate of each update: a linear warm-up, then a cosine down to `final_fraction` of the peak."""
+    """Return the learning rate of each update: a linear warm-up, then a cosine down to `final_fraction` of the peak."""
     optimizer = config.optimizer
     first = optimizer.learning_rate / (optimizer.warmup_steps + 1)  # at 0 the first update would be wasted
     return optax.warmup_cosine_decay_schedule(
@@ -85,7 +85,7 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; matrices decay, norms and biases do not."""
+    """Return the optimizer: clip by global norm, then AdamW; matrices decay, norms and biases do not."""
     optimizer = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),

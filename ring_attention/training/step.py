@@ -25,7 +25,7 @@ Batch = dict[str, jax.Array]
 
 
 def attention_of(config: AttentionConfig, ring_size: int) -> Attend:
-    """The attention that a model's layers call on the slices of one of `ring_size` devices."""
+    """Return the attention that a model's layers call on the slices of one of `ring_size` devices."""
     blocks = BlockSizes(q=config.block_q, kv=config.block_kv, heads=config.block_heads)
     return functools.partial(
         context_attention_shard,
@@ -40,7 +40,7 @@ def attention_of(config: AttentionConfig, ring_size: int) -> Attend:
 
 
 def make_train_step(config: TrainConfig, mesh: Mesh):
-    """step(state, batch) -> (state, metrics), compiled for `mesh`; the state's buffers are reused.
+    """Return step(state, batch) -> (state, metrics), compiled for `mesh`; the state's buffers are reused.
 
     Metrics are float32 scalars: loss (nats per target, the mean over all targets of the batch), grad_norm (before
     clipping), targets (number of them), skipped (1 if the update was left out, else 0). An update is left out where the
@@ -75,7 +75,7 @@ def make_train_step(config: TrainConfig, mesh: Mesh):
 
 
 def make_gradients(config: TrainConfig, mesh: Mesh):
-    """gradients(params, batch) -> (grads, loss, targets): the mean over all targets of the batch, and its gradient."""
+    """Return gradients(params, batch) -> (grads, loss, targets); the loss is the mean over the batch's targets."""
     specs = parameter_specs(config.model)
     sum_of_losses = _sum_of_losses(config, mesh)
     micro_batches = config.optimizer.accumulation_steps
@@ -96,7 +96,7 @@ def make_gradients(config: TrainConfig, mesh: Mesh):
 
 
 def make_eval_step(config: TrainConfig, mesh: Mesh):
-    """evaluate(params, batch) -> (nats, targets): float32 sums over all targets of the batch."""
+    """Return evaluate(params, batch) -> (nats, targets): float32 sums over all targets of the batch."""
     specs = parameter_specs(config.model)
     on_device = jax.shard_map(
         _sum_of_losses(config, mesh),
@@ -108,7 +108,7 @@ def make_eval_step(config: TrainConfig, mesh: Mesh):
 
 
 def _sum_of_losses(config: TrainConfig, mesh: Mesh):
-    """fn(params, batch) -> (nats, targets): sums over all devices, for a mean over targets and not over devices."""
+    """Return loss(params, batch) -> (nats, targets): sums over all devices, for a mean over targets."""
     build, attend = model_builder(config.model), attention_of(config.attention, mesh.shape[SEQUENCE])
 
     def sum_of_losses(params, batch):

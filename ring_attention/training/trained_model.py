@@ -34,16 +34,16 @@ _NEED = (
 )
 
 _GARBAGE = 2**28
-"""Bytes."""
+"""Bytes of copies after which garbage is collected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A model that was trained.
+    """A trained model in a folder.
 
     Attributes:
       checkpoint: the folder that holds its parameters.
-      config: of the run that made it; of a Hugging Face checkpoint, as far as that says.
+      config: the config of the run that made it; of a Hugging Face checkpoint, as far as that says.
       source: the Hugging Face checkpoint, where `checkpoint` is one.
     """
 
@@ -52,7 +52,7 @@ class TrainedModel:
     source: Source | None = None
 
     def load(self, mesh: Mesh, dtype: str = "float32", progress: Progress | None = None) -> Any:
-        """The parameters, a nested dict of arrays of `dtype` sharded as `parameter_specs` says; nothing else is read.
+        """Read the parameters: a nested dict of arrays of `dtype`, sharded as `parameter_specs` says.
 
         `progress` is told of each tensor of a Hugging Face checkpoint.
 
@@ -75,7 +75,7 @@ class TrainedModel:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What is kept of the Hugging Face checkpoint that an import, or a run that began with one, came from."""
+        """The files of the Hugging Face checkpoint that an import, or a run that began with one, came from; or None."""
         if self.source is not None:
             return None
         folder = self.checkpoint.parents[1] / FOLDER
@@ -83,7 +83,7 @@ class TrainedModel:
 
     @property
     def model(self) -> ModelConfig:
-        """Of the config."""
+        """The shape of the model."""
         return self.config.model
 
 
@@ -112,7 +112,7 @@ def open_trained_model(path: str) -> TrainedModel:
 
 
 def config_of(source: Source) -> TrainConfig:
-    """What a run that made this checkpoint would have had for a config, as far as the checkpoint says."""
+    """Return the config that a run that made this checkpoint would have had, as far as the checkpoint says."""
     config = source.config
     return TrainConfig(
         name=source.path.absolute().name,
@@ -133,7 +133,7 @@ def _with_tokenizer(config: TrainConfig, run: RunFolder) -> TrainConfig:
 
 
 def _read(checkpoint: Path, wanted: Any) -> Any:
-    """The parameters in a checkpoint, compared with the fingerprints that were written beside them."""
+    """Read the parameters of a checkpoint, and compare them with the fingerprints beside them."""
     remedy = "give an older one (.../checkpoints/STEP), or train on: train.py goes back to one that is whole"
     require_regular_tree(checkpoint, remedy)
     try:
@@ -156,7 +156,7 @@ def _read(checkpoint: Path, wanted: Any) -> Any:
 
 
 def _read_arrays(checkpoint: Path, wanted: Any) -> tuple[dict[tuple[str, ...], jax.Array], dict[str, int]]:
-    """The arrays by their paths below the state, and their fingerprints by name.
+    """Read the arrays by their paths below the state, and their fingerprints by name.
 
     One array at a time: orbax copies all that it is asked for at once on the host, and fingerprints may copy it too.
     Orbax leaves its copy in a circle of references, so garbage is collected for every `_GARBAGE` bytes of copies; for
@@ -175,7 +175,7 @@ def _read_arrays(checkpoint: Path, wanted: Any) -> tuple[dict[tuple[str, ...], j
 
 
 def _read_array(checkpoint: Path, path: tuple[str, ...], array: jax.ShapeDtypeStruct) -> dict[str, Any]:
-    """The array at a path of the state, in a nested dict."""
+    """Read the array at a path of the state, in a nested dict."""
     item = unflatten_dict({path: array})
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)

@@ -21,7 +21,7 @@ from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.state import sharded_abstract_state
 
 MOST = 2**31 - 1
-"""Of anything that is counted: steps, tokens and positions are int32, and so are the axes of an array."""
+"""Largest number of anything that is counted: steps, tokens, positions and the axes of an array are int32."""
 
 
 def validate_config(config: TrainConfig, mesh_shape: dict[str, int], platform: str | None = None) -> None:
@@ -124,7 +124,7 @@ def require_memory(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def state_bytes(config: TrainConfig, mesh: Mesh) -> int:
-    """Bytes of one device that the state takes at the end of a backward pass: parameters, moments and gradients."""
+    """Return the bytes of one device that parameters, moments and gradients take at the end of a backward pass."""
     state = sharded_abstract_state(config, mesh)
 
     def of_device(tree) -> int:
@@ -134,7 +134,7 @@ def state_bytes(config: TrainConfig, mesh: Mesh) -> int:
 
 
 def kept_bytes(config: TrainConfig, mesh: Mesh) -> int:
-    """Bytes of one device that hold the layers' inputs for the backward pass; offloading keeps none."""
+    """Return the bytes of one device that hold the layers' inputs for the backward pass; offloading keeps none."""
     if config.model.remat.startswith("offload"):
         return 0
     shards = math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
@@ -143,7 +143,7 @@ def kept_bytes(config: TrainConfig, mesh: Mesh) -> int:
 
 
 def available_on_host() -> int | None:
-    """Bytes that this process could still get of the host's memory, swap left out; None where nobody says."""
+    """Return the bytes of the host's memory that this process could still get, without swap; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         words = dict(line.split(":", 1) for line in lines)

@@ -7,7 +7,13 @@ import jax
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.training.fault_tolerance.errors import Interrupted, Preempted, RunError, is_expected, last_words
+from ring_attention.training.fault_tolerance.errors import (
+    Interrupted,
+    Preempted,
+    RunError,
+    exit_status_and_line,
+    is_expected,
+)
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/metrics.jsonl")
 EXPECTED = [
@@ -42,10 +48,10 @@ def kind_of(value):
 @pytest.mark.parametrize(("error", "status", "line"), EXPECTED, ids=kind_of)
 def test_what_is_expected_ends_with_its_status_and_one_line(error, status, line):
     assert is_expected(error)
-    assert last_words(error) == (status, line)
+    assert exit_status_and_line(error) == (status, line)
 
 
 @pytest.mark.parametrize(("error", "line"), UNEXPECTED, ids=kind_of)
 def test_what_is_not_expected_is_a_failure_that_a_traceback_says_more_of(error, line):
     assert not is_expected(error)
-    assert last_words(error) == (1, line)
+    assert exit_status_and_line(error) == (1, line)

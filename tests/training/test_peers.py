@@ -176,7 +176,7 @@ def test_who_parts_from_the_others_is_not_missed_and_tells_no_more(store, ends, 
 
     def fail_after_parting():
         with Peers() as peers:
-            peers.part()
+            peers.disconnect()
             assert not peers._thread.is_alive()
             raise RunError("a picture could not be drawn")
 

@@ -23,7 +23,7 @@ def handled():
 def left(monkeypatch):
     """(status, line) of each time that this process would have ended at once."""
     left = []
-    monkeypatch.setattr(preemption_module, "leave_with", lambda *words: left.append(words))
+    monkeypatch.setattr(preemption_module, "exit_with_line", lambda *words: left.append(words))
     monkeypatch.setattr(preemption_module, "SAME_PRESS", 0.0)
     return left
 

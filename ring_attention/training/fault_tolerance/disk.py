@@ -155,7 +155,7 @@ class FolderLock:
 
 
 def _owner(path: Path) -> tuple[str, str, str]:
-    """(process id, host, time) of who holds the lock, "?" where the file does not say."""
+    """Return (process id, host, time) of who holds the lock, "?" where the file does not say."""
     try:
         words = json.loads(path.read_text())
         return str(words["pid"]), str(words["host"]), str(words["since"])

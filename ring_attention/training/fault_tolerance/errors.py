@@ -24,16 +24,16 @@ class Preempted(Exception):  # noqa: N818 - nothing went wrong
 
 
 class Interrupted(Preempted):
-    """The same by Ctrl-C."""
+    """The run was asked to stop by Ctrl-C, and everything up to now is in a checkpoint."""
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether the line of `last_words` says all; a traceback would say more of any other error."""
+    """Return whether the line of `exit_status_and_line` says all; any other error needs its traceback."""
     of_a_file = isinstance(error, OSError) and (error.errno == errno.ENOSPC or error.filename is not None)
     return of_a_file or isinstance(error, (ConfigError, RunError, Preempted, KeyboardInterrupt))
 
 
-def last_words(error: BaseException) -> tuple[int, str]:
+def exit_status_and_line(error: BaseException) -> tuple[int, str]:
     """Return the exit status and the line for what ended a run."""
     match error:
         case ConfigError():
@@ -54,17 +54,17 @@ def last_words(error: BaseException) -> tuple[int, str]:
     return FAILED, f"{ERROR}{type(error).__name__}: {one_line(error)[:300]}"
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """End this process without waiting for the others, as the end of the interpreter would where there are any."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def leave_with(status: int, line: str) -> NoReturn:
-    """Print a line to stderr and `leave`, from a thread or a handler of a signal."""
+def exit_with_line(status: int, line: str) -> NoReturn:
+    """Print a line to stderr and `exit_now`, from a thread or a handler of a signal."""
     os.write(2, f"{line}\n".encode())  # a print that was interrupted holds the lock of sys.stderr
     try:
-        leave(status)
+        exit_now(status)
     finally:
         os._exit(status)

@@ -22,10 +22,10 @@ from ring_attention.checks import ConfigError, shown
 from ring_attention.models.hf.files import inside, read_json
 
 MANIFEST = "files.json"
-"""In a checkpoint's folder: the files below STATE."""
+"""Name of the list of the files below STATE, in a checkpoint's folder."""
 
 STATE = "state"
-"""Folder of the arrays in a checkpoint's folder."""
+"""Name of the folder of the arrays, in a checkpoint's folder."""
 
 NOT_ITS_FAULT = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES)
 """Numbers of errors of a file system that is away; the files may be whole."""
@@ -35,11 +35,11 @@ _THREADS = 8
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not what was saved; where it lies, and what is wrong with it."""
+    """A checkpoint is not what was saved; the message says where it lies and what is wrong with it."""
 
 
 def sign(values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold, with its own digest as "digest"."""
+    """Return `values`, which JSON can hold, with their own digest added as "digest"."""
     return values | {"digest": _digest_of(values)}
 
 
@@ -56,7 +56,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def read_contents(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the arrays: "data", "fingerprints", and "files" where the checkpoint lists its files.
+    """Return what was saved beside the arrays: "data", "fingerprints", and "files" where the files are listed.
 
     Raises:
       DamagedError: if it is not as it was written.
@@ -70,8 +70,8 @@ def require_written(checkpoint: Path, contents: dict[str, Any], part: int = 0, p
 
     Args:
       checkpoint: its folder.
-      contents: of `read_contents`.
-      part: which share of the files is compared, of `parts`: where several processes read, each does its own.
+      contents: what `read_contents` returned.
+      part: the share of the files to compare, out of `parts`: where several processes read, each does its own.
       parts: how many shares there are.
 
     Raises:
@@ -100,12 +100,12 @@ def _is_same(checkpoint: Path, name: str, wanted: Any) -> bool:
 
 
 def _has_size(path: Path, wanted: Any) -> bool:
-    """Asked first, so that nothing larger than what was written is read."""
+    """Return whether the size is as written: asked first, so that nothing larger than that is read."""
     return isinstance(wanted, list) and wanted[:1] == [os.path.getsize(path)]
 
 
 def _is_regular(path: Path) -> bool:
-    """Whether a path leads to a file with an end; OSError where the file system cannot say."""
+    """Return whether a path leads to a file with an end; OSError where the file system cannot say."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
@@ -115,14 +115,14 @@ def _is_regular(path: Path) -> bool:
 
 
 def _describe(path: Path) -> list[Any]:
-    """[bytes, digest] of a file."""
+    """Return [bytes, digest] of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         return [os.fstat(file.fileno()).st_size, digest]
 
 
 def _read_signed(checkpoint: Path, name: str, words: str) -> dict[str, Any]:
-    """A file of JSON without its digest; DamagedError with `words` unless it is what was signed."""
+    """Return a file of JSON without its digest; DamagedError with `words` unless it is what was signed."""
     damaged = DamagedError(f"{checkpoint} is damaged: {words}")
     if not _is_regular(checkpoint / name):
         raise damaged
@@ -172,7 +172,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of `x` as uint32: one word for each element of up to four bytes, several for longer ones."""
+    """Return the bits of `x` as uint32: one word for an element of up to four bytes, several for longer ones."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -182,7 +182,7 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _mix(words: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: a bijection of 32-bit words in which every bit depends on every other."""
+    """Mix 32-bit words by the finalizer of MurmurHash3, a bijection in which every bit depends on every other."""
     words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
     return words ^ (words >> 16)

@@ -107,7 +107,7 @@ def _bad_leaves(tree: Any) -> list[str]:
 
 
 def _finite_layers(config: TrainConfig, mesh: Mesh):
-    """finite(params, batch) -> bool [L]: whether the residual stream is finite on all devices after each layer."""
+    """Return finite(params, batch) -> bool [L], which says if the residual stream is finite after each layer."""
     build, attend = model_builder(config.model), attention_of(config.attention, mesh.shape[SEQUENCE])
 
     def on_device(params, batch):

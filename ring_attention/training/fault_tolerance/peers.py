@@ -32,7 +32,14 @@ from jax._src import distributed  # the store has no public name; orbax takes it
 from ring_attention.checks import ConfigError, shown
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
-from ring_attention.training.fault_tolerance.errors import ERROR, FAILED, Preempted, is_expected, last_words, leave
+from ring_attention.training.fault_tolerance.errors import (
+    ERROR,
+    FAILED,
+    Preempted,
+    exit_now,
+    exit_status_and_line,
+    is_expected,
+)
 
 BEAT = 2.0
 """Seconds between signs of life."""
@@ -46,7 +53,7 @@ _FOLDER = "ring_attention/alive"
 class Peers:
     """Watches the other processes of a run, as a context manager; does nothing where there are none.
 
-    When an exception leaves the block, the others get to hear its `last_words`, and end as well.
+    When an exception leaves the block, the others get to hear its `exit_status_and_line`, and end as well.
     """
 
     def __init__(self):
@@ -74,13 +81,13 @@ class Peers:
         if error is None or isinstance(error, Preempted):  # the others are stopping by themselves
             self._tell({"finished": True})
             return
-        status, line = last_words(error)
+        status, line = exit_status_and_line(error)
         self._tell({"status": status, "line": line})
         if self._me == 0:
             time.sleep(3 * BEAT)  # the store goes with this process
 
-    def part(self) -> None:
-        """Leave the others, for good, when all have done what they do together; what follows may take any time.
+    def disconnect(self) -> None:
+        """Leave the other processes for good, when all have done what they do together; what follows may take any time.
 
         At the end of a process JAX waits five minutes for the others, and then ends all of them.
         """
@@ -128,7 +135,7 @@ class Peers:
         )
 
     def _explain_aborts(self, coordinator_address: str) -> None:
-        """Before JAX aborts this process because another is gone, print a line and exit with FAILED instead.
+        """Print a line and exit with FAILED where JAX is about to abort this process because another is gone.
 
         JAX has no hook for it in Python, and a handler of `signal` would not run any more, hence one in C.
         """
@@ -151,7 +158,7 @@ class Peers:
 
 
 def _failed_together(error: BaseException | None) -> bool:
-    """Whether `error` may come from what processes do together: from JAX's runtime, or from where we do not know."""
+    """Return whether `error` may come from what processes do together: from JAX's runtime, or an unknown place."""
     if error is None:
         return False
     chain = [error]
@@ -163,17 +170,17 @@ def _failed_together(error: BaseException | None) -> bool:
 
 def _end(status: int, line: str) -> None:
     print(f"{ERROR}{line}", file=sys.stderr)
-    leave(status)
+    exit_now(status)
 
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
-"""Whose versions decide what is computed or read."""
+"""Packages whose versions decide what is computed or read."""
 
 SETTINGS = (
     *("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"),
     *("jax_default_prng_impl", "jax_threefry_partitionable"),
 )
-"""Of JAX: what the environment of one machine may set otherwise."""
+"""JAX's settings that the environment of one machine may have changed."""
 
 _ASK_MS = 2000
 """Milliseconds that the store is asked at a time; between them Ctrl-C is heard."""
@@ -209,7 +216,7 @@ def require_agreement(topic: str, fields: Mapping[str, Any], remedy: str) -> Non
 
 
 def program_fields(config: TrainConfig) -> dict[str, Any]:
-    """The resolved config, field by field, and the versions of what runs it."""
+    """Return the resolved config, field by field, and the versions of what runs it."""
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
     settings = {name: str(jax.config.values.get(name)) for name in SETTINGS}
     fields = flatten_dict(config_to_dict(config), sep=".")
@@ -230,7 +237,7 @@ def source_digest() -> str:
 
 
 def _wait_for(key: str) -> str:
-    """What process 0 writes under `key`; `Peers` ends this process if that one is gone."""
+    """Return what process 0 writes under `key`; `Peers` ends this process if that one is gone."""
     while True:
         try:
             return distributed.global_state.client.blocking_key_value_get(key, _ASK_MS)

@@ -12,7 +12,7 @@ from typing import NoReturn
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from ring_attention.training.fault_tolerance.errors import INTERRUPTED, Interrupted, Preempted, leave_with
+from ring_attention.training.fault_tolerance.errors import INTERRUPTED, Interrupted, Preempted, exit_with_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,7 +39,7 @@ class Preemption:
         self._before: dict[int, object] = {}
 
     def reached(self) -> bool:
-        """Whether the run must stop now; every process asks after every step."""
+        """Return whether the run must stop now; every process asks after every step."""
         if not self._before:
             ours = SIGNALS[1:] if self._has_service else SIGNALS  # the service has SIGTERM
             heard = [
@@ -67,7 +67,9 @@ class Preemption:
             if number == signal.SIGINT and self._has_service:
                 os.kill(os.getpid(), signal.SIGTERM)
         elif number == signal.SIGINT and (self._first[0] != number or now - self._first[1] > SAME_PRESS):
-            leave_with(INTERRUPTED, "Interrupted before the checkpoint was written; the one before it, if any, stays.")
+            exit_with_line(
+                INTERRUPTED, "Interrupted before the checkpoint was written; the one before it, if any, stays."
+            )
 
     def __enter__(self) -> "Preemption":
         return self
