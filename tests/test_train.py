@@ -103,7 +103,6 @@ def test_texts_and_a_tokenizer_that_changed_under_the_same_names_end_a_run_with_
         "--config.eval_every=2",
         "--config.model.num_layers=1",
     ]
-    flags += [f"--config.mesh.{axis}=1" for axis in ("fsdp", "sp", "tp")]
     assert call_command("train.py", train.main, *flags) == 0, capsys.readouterr().err
     fields = {"texts/3.txt": "data.paths (", "tokenizer.json": "data.tokenizer: "}
     for name, field in fields.items():
