@@ -1,6 +1,7 @@
 """What the documentation promises: its programs run, its commands and files exist, its generated pages are fresh."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,9 @@ def test_workflow_runs_the_pythons_that_are_declared():
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     used = [int(minor) for minor in re.findall(r"^ +3\.(\d+)$", workflow, re.MULTILINE)]
     assert used == [declared[0], declared[-1]]
+
+
+def test_api_page_is_what_the_docstrings_say():
+    script = ROOT / "scripts/docs/write_api.py"
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    assert page == runpy.run_path(str(script))["make_page"](), f"run python {script.relative_to(ROOT)}"
