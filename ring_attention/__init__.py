@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers see; `_MODULES` says the same to `__getattr__`
+    from ring_attention import testing as testing
     from ring_attention.attention.blocks import BlockSizes as BlockSizes
     from ring_attention.attention.blockwise import blockwise_attention as blockwise_attention
     from ring_attention.attention.feedforward import blockwise_feedforward as blockwise_feedforward
@@ -54,8 +55,9 @@ _MODULES = {
     "ring_attention": "parallel.context",
     "ring_attention_shard": "parallel.context",
     "simulate_devices": "parallel.simulate",
+    "testing": "testing",
 }
-"""Public name -> the module that it is imported from when somebody first asks for it."""
+"""Public name -> the module that it is imported from when somebody first asks for it, or that it is."""
 
 __all__ = [*_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -65,7 +67,8 @@ if not TYPE_CHECKING:  # a type checker would take a module's __getattr__ for a 
         """Import the public name when it is first used, so that importing the package costs nothing beside JAX."""
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        value = module if _MODULES[name] == name else getattr(module, name)
         globals()[name] = value
         return value
 

@@ -57,14 +57,14 @@ def require(condition: bool, message: str) -> None:
 def require_train(room: str) -> None:
     """Raise ModuleNotFoundError if what the extra `train` installs is not there, which `room` needs.
 
-    The attention alone installs little. An import that fails in its middle would not say how to get the rest.
+    The attention alone installs little. An import that fails in its middle would not say how to get the rest. Unlike
+    Python's own, this error has no `name`, by which commands know that its words are meant for people.
     """
     missing = [module for module in TRAIN_MODULES if importlib.util.find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
             f"{room} needs {', '.join(missing)}, not installed; pip install 'ring_attention[train]', or in a checkout "
-            "pip install -e '.[train]'",
-            name=missing[0],
+            "pip install -e '.[train]'"
         )
 
 

@@ -1,5 +1,6 @@
 """What the documentation promises: its programs run, its commands and files exist, its generated pages are fresh."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -19,6 +20,7 @@ def _anchors(page):
     return {_slug(heading) for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
 
 
+@pytest.mark.slow
 def test_programs_of_your_model_page_run():
     text = (ROOT / "docs/your_model.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -60,3 +62,14 @@ def test_api_page_is_what_the_docstrings_say():
     script = ROOT / "scripts/docs/write_api.py"
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     assert page == runpy.run_path(str(script))["make_page"](), f"run python {script.relative_to(ROOT)}"
+
+
+@pytest.mark.slow
+def test_notebook_runs_and_keeps_its_outputs():
+    notebook = json.loads((ROOT / "examples/ring_attention.ipynb").read_text(encoding="utf-8"))
+    done = runpy.run_path(str(ROOT / "scripts/docs/run_notebook.py"))["execute"](notebook)
+    cells = [(old, new) for old, new in zip(notebook["cells"], done["cells"], strict=True) if "outputs" in old]
+    assert len(cells) > 6
+    for old, new in cells:
+        kinds = [[output["output_type"] for output in cell["outputs"]] for cell in (old, new)]
+        assert kinds[0] == kinds[1]

@@ -1,6 +1,6 @@
 """Run a notebook without Jupyter, and keep what its cells print and draw.
 
-    python scripts/docs/run_notebook.py examples/ring_attention.ipynb
+python scripts/docs/run_notebook.py examples/ring_attention.ipynb
 """
 
 import argparse

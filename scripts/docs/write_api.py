@@ -139,7 +139,10 @@ def describe(name: str, value: object, level: str = "###") -> list[str]:
     prefix = "ra." if level == "###" else "ra.testing."
     out = [f"{level} {prefix}{name}"]
     if isinstance(value, ModuleType):
-        members = [part for member in value.__all__ for part in describe(member, getattr(value, member), "####")]
+        own = [name for name, member in vars(value).items() if getattr(member, "__module__", "") == value.__name__]
+        members = [
+            part for member in own if member[0] != "_" for part in describe(member, getattr(value, member), "####")
+        ]
         return [*out, to_markdown(value.__doc__ or ""), *members]
     if name == "STRATEGIES":
         return [*out, *describe_strategies()]
