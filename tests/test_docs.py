@@ -1,14 +1,30 @@
 """What the documentation promises: its programs run, its commands and files exist, its generated pages are fresh."""
 
+import contextlib
+import functools
+import importlib
+import io
 import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+from command_lines import call_command
+
+from ring_attention.commands.console import COMMANDS
+from scripts import launch_local
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LISTING = runpy.run_path(str(ROOT / "scripts/docs/list_commands.py"))
+PAGES = LISTING["PAGES"]
+CHEAP = (
+    ["python", "scripts/plan.py", "--config=configs/tpu_v5e_256_7b.py", "--topology=v5e:16x16"],
+    ["python", "scripts/make_small_hf.py", "--out=small-hf"],
+    ["python", "-m", "scripts.verify", "ranking"],
+    ["python", "-m", "scripts.figures", "worked_example"],
+)
+"""Commands of the pages that run as they are written, in seconds."""
 
 
 def _slug(heading):
@@ -18,6 +34,59 @@ def _slug(heading):
 
 def _anchors(page):
     return {_slug(heading) for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def _main_and_flags(words):
+    """The function that these words of a command run, and the words after its name; None if it is not ours."""
+    if words[:2] == ["python", "-m"] and words[2].startswith("scripts."):
+        folder = importlib.import_module(f"{words[2]}.__main__")
+        return importlib.import_module(folder.COMMANDS[words[3]].module).main, words[4:]
+    if words[0] == "ring-attention":
+        return importlib.import_module(COMMANDS[words[1]].module).main, words[2:]
+    if words[0] != "python":
+        return None
+    name = Path(words[1]).stem
+    assert (ROOT / words[1]).exists(), words[1]
+    if name == "launch_local":
+        return launch_local.main, words[2:]
+    command = {"import_hf": "import", "export_hf": "export"}.get(name, name)
+    return importlib.import_module(COMMANDS[command].module).main, words[2:]
+
+
+@functools.cache
+def _help(main, *subcommand):
+    """What a command prints when it is asked for help."""
+    with io.StringIO() as out, contextlib.redirect_stdout(out):
+        assert call_command("command", main, *subcommand, "--help") == 0
+        return out.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist_and_take_their_flags(page):
+    fields = _help(importlib.import_module(COMMANDS["train"].module).main)
+    for _, words in LISTING["find_commands"](page):
+        files = [word for word in words if word.startswith(("tests/", "scripts/", "configs/")) and "NAME" not in word]
+        assert all((ROOT / file).exists() for file in files), words
+        found = _main_and_flags(words)
+        if found is None:
+            continue
+        main, rest = found
+        subcommand = rest[:1] if rest and rest[0] in _help(main).split("{", 1)[-1].split("}", 1)[0].split(",") else []
+        known = fields + _help(main) + _help(main, *subcommand)
+        flags = [word.partition("=")[0] for word in rest if word.startswith("--") and word != "--"]
+        missing = [flag for flag in flags if not re.search(rf"{re.escape(flag)}(?![\w.])", known)]
+        assert not missing, words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", CHEAP, ids=lambda words: words[-1])
+def test_cheap_commands_run_as_written(words, tmp_path, monkeypatch, capsys):
+    assert words in [found for page in PAGES for _, found in LISTING["find_commands"](page)]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    main, flags = _main_and_flags(words)
+    assert not call_command("command", main, *flags), capsys.readouterr().err
+    assert capsys.readouterr().out
 
 
 @pytest.mark.slow
