@@ -71,7 +71,8 @@ def test_commands_exist_and_take_their_flags(page):
         if found is None:
             continue
         main, rest = found
-        subcommand = rest[:1] if rest and rest[0] in _help(main).split("{", 1)[-1].split("}", 1)[0].split(",") else []
+        has_commands = rest and re.search(rf"^ +{re.escape(rest[0])}\b", _help(main), re.MULTILINE)
+        subcommand = rest[:1] if has_commands else []
         known = fields + _help(main) + _help(main, *subcommand)
         flags = [word.partition("=")[0] for word in rest if word.startswith("--") and word != "--"]
         missing = [flag for flag in flags if not re.search(rf"{re.escape(flag)}(?![\w.])", known)]
