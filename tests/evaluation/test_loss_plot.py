@@ -29,14 +29,14 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_the_picture_is_a_png_of_900_by_550_pixels(metrics, tmp_path):
+def test_plot_losses_draws_900_by_550_pixels(metrics, tmp_path):
     path = tmp_path / "loss.png"
     plot_losses(metrics, path, references={"a reference with a rather long name": 2.3}, ylabel="bits per byte")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert imread(path).shape[:2] == (550, 900)
 
 
-def test_labels_stay_in_the_picture_and_apart_however_close_the_references(metrics, tmp_path, drawn):
+def test_plot_losses_keeps_labels_inside_and_apart(metrics, tmp_path, drawn):
     references = {"gzip -9": 2.31, "xz -9": 2.3, "5-gram": 2.305, "bzip2": 2.12}
     plot_losses(metrics, tmp_path / "loss.png", references=references)
     texts = drawn[0].axes[0].texts
@@ -46,14 +46,14 @@ def test_labels_stay_in_the_picture_and_apart_however_close_the_references(metri
     assert all(0 <= box.x0 < box.x1 <= 900 and 0 <= box.y0 < box.y1 <= 550 for box in boxes)
 
 
-def test_labels_name_the_references_and_the_last_held_out_loss(metrics, tmp_path, drawn):
+def test_plot_losses_labels_references_and_last_held_out(metrics, tmp_path, drawn):
     plot_losses(metrics, tmp_path / "loss.png", references={"gzip -9": 2.31}, ylabel="bits per byte")
     axes = drawn[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["held out, last  2.120", "gzip -9  2.310"]
     assert axes.get_ylabel() == "bits per byte"
 
 
-def test_the_steep_start_does_not_set_the_scale(metrics, tmp_path, drawn):
+def test_plot_losses_scale_ignores_the_steep_start(metrics, tmp_path, drawn):
     plot_losses(metrics, tmp_path / "loss.png")
     low, high = drawn[0].axes[0].get_ylim()
     assert low < 2.02  # the last training loss
@@ -61,33 +61,33 @@ def test_the_steep_start_does_not_set_the_scale(metrics, tmp_path, drawn):
 
 
 @pytest.mark.parametrize("name", ["loss", "heldout_loss"])
-def test_one_of_the_two_losses_is_enough(tmp_path, name):
+def test_plot_losses_needs_one_of_the_two_losses(tmp_path, name):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 10, name: 2.5}) + "\n")
     plot_losses(path, tmp_path / "loss.png")
     assert imread(tmp_path / "loss.png").shape[:2] == (550, 900)
 
 
-def test_metrics_without_a_loss_are_refused(tmp_path):
+def test_plot_losses_refuses_metrics_without_a_loss(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl holds no 'loss'"):
         plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
 
 
-def test_pyplot_and_its_global_state_stay_out():
+def test_loss_plot_does_not_load_pyplot():
     program = "import ring_attention.evaluation.loss_plot, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
     path = {"PYTHONPATH": ":".join(filter(None, sys.path))}
     assert subprocess.run([sys.executable, "-c", program], env=path, check=False).returncode == 0
 
 
-def test_the_running_mean_keeps_straight_lines_and_shrinks_noise():
+def test_running_mean_keeps_lines_and_shrinks_noise():
     line = np.linspace(5, 2, 501)
     noise = np.random.default_rng(0).normal(size=501)
     np.testing.assert_allclose(_running_mean(line), line, rtol=1e-12)
     assert _running_mean(noise).std() < 0.5 * noise.std()
 
 
-def test_spreading_keeps_order_gap_and_what_is_already_apart():
+def test_spread_keeps_order_and_gap():
     spread = _spread([0.1, 0.5, 0.5, 0.51, 0.9], 0.05)
     assert np.diff(spread).min() >= 0.05 - 1e-12
     np.testing.assert_allclose(spread[[0, 4]], [0.1, 0.9])

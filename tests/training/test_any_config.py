@@ -97,7 +97,7 @@ def examples(count):
 
 @examples(400)
 @given(changes(), MESHES, PLATFORMS)
-def test_changed_fields_give_a_config_that_fits_or_not_or_one_line(changed, mesh, platform):
+def test_config_with_changed_fields_fits_or_gives_one_line(changed, mesh, platform):
     config = outcome(config_from_dict, unflatten_dict(copy.copy(VALUES) | changed, sep="."))
     if isinstance(config, str):
         return
@@ -107,7 +107,7 @@ def test_changed_fields_give_a_config_that_fits_or_not_or_one_line(changed, mesh
 
 @examples(400)
 @given(sizes(), MESHES, PLATFORMS)
-def test_sizes_fit_or_give_one_line(changed, mesh, platform):
+def test_config_with_any_sizes_fits_or_gives_one_line(changed, mesh, platform):
     config = outcome(config_from_dict, unflatten_dict(copy.copy(VALUES) | changed, sep="."))
     if isinstance(config, TrainConfig):
         outcome(validate_config, config, mesh, platform)
@@ -115,7 +115,7 @@ def test_sizes_fit_or_give_one_line(changed, mesh, platform):
 
 @examples(300)
 @given(NESTED)
-def test_nested_values_of_any_kind_give_one_line(values):
+def test_config_from_dict_of_any_values_gives_one_line(values):
     assert isinstance(outcome(config_from_dict, values), str)
 
 
@@ -135,7 +135,7 @@ def arguments(draw):
 
 @examples(150)
 @given(st.lists(arguments(), max_size=5))
-def test_any_command_line_gives_a_config_or_one_line(words):
+def test_command_line_of_any_words_gives_config_or_one_line(words):
     argv = [word for argument in words for word in argument]
     if not {"-h", "-help", "--help"} & set(argv):
         assert isinstance(outcome(parse_config, argv, str(TINY)), TrainConfig | str)
@@ -144,13 +144,13 @@ def test_any_command_line_gives_a_config_or_one_line(words):
 @pytest.mark.slow
 @examples(3000)
 @given(changes(), MESHES, PLATFORMS)
-def test_changed_fields_give_a_config_that_fits_or_not_or_one_line_at_length(changed, mesh, platform):
+def test_config_with_changed_fields_fits_at_length(changed, mesh, platform):
     config = outcome(config_from_dict, unflatten_dict(copy.copy(VALUES) | changed, sep="."))
     if isinstance(config, TrainConfig):
         outcome(validate_config, config, mesh, platform)
 
 
-def test_a_number_that_python_does_not_write_out_gives_one_line():
+def test_config_number_too_long_to_print_gives_one_line():
     value = 10**5000
     for field in ("seed", "optimizer.b1", "name", "mesh.spp", "mesh"):
         values = {name: kept for name, kept in VALUES.items() if not name.startswith(f"{field}.")}
@@ -159,14 +159,14 @@ def test_a_number_that_python_does_not_write_out_gives_one_line():
         )
 
 
-def test_the_unchanged_config_is_one_and_fits():
+def test_config_unchanged_fits():
     config = outcome(config_from_dict, unflatten_dict(VALUES, sep="."))
     assert isinstance(config, TrainConfig)
     assert outcome(validate_config, config, dict(dp=1, fsdp=2, sp=2, tp=2), "cpu") is None
 
 
 @pytest.mark.parametrize("message", ["two\nlines; here", "no remedy", "x" * 5000 + "; long"])
-def test_a_line_that_is_none_is_seen(message):
+def test_outcome_sees_an_error_of_two_lines(message):
     def refuse():
         raise ConfigError(message)
 

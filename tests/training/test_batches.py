@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import threading
 import types
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from small_tokenizers import write_tokenizer
 
 import ring_attention as ra
 from ring_attention.data.config import DataConfig
@@ -43,7 +45,7 @@ def make_parts(shape, sharding, shard):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 @pytest.mark.parametrize("deal", ["in a row", "in turn"])
-def test_every_device_of_every_process_gets_its_part_of_the_batch(monkeypatch, mesh, processes, deal):
+def test_place_gives_every_device_its_part_of_the_batch(monkeypatch, mesh, processes, deal):
     monkeypatch.setattr(jax, "make_array_from_callback", make_parts)
     sharding = NamedSharding(ra.make_mesh(**mesh), BATCH_SPEC)
     devices = sharding.mesh.devices.flatten()
@@ -89,7 +91,7 @@ def gather_together(monkeypatch, states):
     return got
 
 
-def test_every_process_gets_the_states_of_all_however_long_each_is(monkeypatch):
+def test_gather_gives_every_process_all_states_of_any_length(monkeypatch):
     states = [{"next_row": 1}, {"streams": {"10": "text, é and all", "2": {}}}, {}]
     assert gather_together(monkeypatch, states) == [states] * 3
 
@@ -110,7 +112,7 @@ def opened(tmp_path):
     return tmp_path, open_feed
 
 
-def test_a_feed_gives_a_process_its_rows_and_the_devices_the_batch_and_goes_on_where_it_was(opened):
+def test_feed_gives_rows_and_batch_and_resumes_where_it_was(opened):
     feed = opened[1]()
     next(feed)
     state = feed.get_state()
@@ -125,7 +127,7 @@ def test_a_feed_gives_a_process_its_rows_and_the_devices_the_batch_and_goes_on_w
 
 
 @pytest.mark.parametrize(("changes", "learned"), [({}, True), ({"train_on_end": False}, False)])
-def test_the_end_of_a_document_is_learned_unless_the_config_says_otherwise(opened, changes, learned):
+def test_feed_learns_document_ends_unless_config_says_not(opened, changes, learned):
     feed = opened[1](**changes)
     batches = [next(feed)[0] for _ in range(10)]
     targets, counts = (np.stack([batch[name] for batch in batches]) for name in ("targets", "loss_mask"))
@@ -134,10 +136,36 @@ def test_the_end_of_a_document_is_learned_unless_the_config_says_otherwise(opene
     assert (counts[targets != ByteTokenizer.document_end] == 1).all()
 
 
-def test_a_document_that_changes_under_a_run_ends_it_as_a_failure_that_may_be_tried_again(opened):
+def test_feed_raises_run_error_where_a_document_changed(opened):
     folder, open_feed = opened
     feed = open_feed()
     for path in folder.iterdir():
         path.write_text("another text")
     with pytest.raises(RunError, match="has changed since it was opened"):
         collections.deque((next(feed) for _ in range(50)), maxlen=0)
+
+
+CHAT = "<|im_start|>user\nhi<|im_end|>\n"
+LINE = "Documents open with <s> (256), and end with </s> (257)."
+SPELLED = (
+    "Documents spell out special tokens, such as <|im_end|>, <|im_start|>: they are read as text. "
+    "--config.data.special_tokens=true reads them as tokens."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "lines"),
+    [
+        ("plain", {}, [LINE]),
+        (CHAT, {}, [LINE, SPELLED]),
+        (CHAT, dict(special_tokens=True), [LINE]),
+        (CHAT, dict(tokenizer="bytes"), []),
+    ],
+)
+def test_corpus_says_which_tokens_surround_documents(tmp_path, text, changes, lines):
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    write_tokenizer(tmp_path, special, before=["<s>"], tokenizer_config=dict(eos_token="</s>"))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} {text}"}) + "\n" for n in range(20)))
+    settings = dict(paths=f"{tmp_path}/texts.jsonl", holdout_fraction=0.5, tokenizer=f"{tmp_path}/tokenizer.json")
+    config = DataConfig(**settings | changes)
+    assert Corpus.open(config).describe_tokens(config) == lines

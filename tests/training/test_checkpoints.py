@@ -51,7 +51,7 @@ def assert_same_bits(got, want):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_a_state_and_its_data_position_come_back_bit_for_bit(tmp_path, ring):
+def test_checkpoint_gives_state_and_position_back_bitwise(tmp_path, ring):
     state, data = make_state(ring), {"epoch": 2, "cursor": [5, 12], "order": "hash"}
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(7, state, data)
@@ -65,7 +65,7 @@ def test_a_state_and_its_data_position_come_back_bit_for_bit(tmp_path, ring):
         assert_same_bits(restored, make_state(ring, seed=1))
 
 
-def test_a_state_comes_back_on_the_shardings_of_another_mesh(tmp_path, ring):
+def test_checkpoint_restores_on_another_mesh(tmp_path, ring):
     state = make_state(ring)
     mesh = Mesh(np.array(jax.devices()[:6]).reshape(2, 3), ("fsdp", "tp"))
 
@@ -81,7 +81,7 @@ def test_a_state_comes_back_on_the_shardings_of_another_mesh(tmp_path, ring):
     assert restored["params"]["w"].addressable_shards[0].data.shape == (8, 2)
 
 
-def test_buffers_that_are_donated_right_after_save_do_not_change_the_checkpoint(tmp_path, ring):
+def test_save_is_unchanged_by_buffers_donated_after_it(tmp_path, ring):
     state = {"w": jax.device_put(jnp.arange(2.0**20).reshape(1024, 1024), NamedSharding(ring, P("sp")))}
     want = jax.tree.map(np.array, state)
     abstract = abstract_like(state)
@@ -111,7 +111,7 @@ def test_save_returns_before_the_checkpoint_is_on_disk(tmp_path, ring, monkeypat
         assert (before, (tmp_path / "1").exists()) == (False, True)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path, ring):
+def test_checkpoints_keeps_only_the_newest(tmp_path, ring):
     state = make_state(ring)
     with Checkpoints(tmp_path) as checkpoints:
         for step in range(1, KEEP + 3):
@@ -121,12 +121,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, ring):
         assert checkpoints.restore(30, abstract_like(state)).data == {"step": 3}
 
 
-def test_a_folder_without_checkpoints_has_no_latest_step(tmp_path):
+def test_latest_step_is_none_without_checkpoints(tmp_path):
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.latest_step() is None
 
 
-def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path, ring):
+def test_checkpoint_that_was_cut_off_does_not_count(tmp_path, ring):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(ring), {})
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path, ring):
         assert [file.name for file in tmp_path.iterdir()] == ["1"], "its room is needed"
 
 
-def test_a_step_that_is_not_newer_is_refused(tmp_path, ring):
+def test_save_refuses_a_step_that_is_not_newer(tmp_path, ring):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, make_state(ring), {})
         for step in (1, 2):
@@ -152,7 +152,7 @@ def test_a_step_that_is_not_newer_is_refused(tmp_path, ring):
         ("missing", "step is int32[], this run needs absent"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_in_one_line(tmp_path, ring, change, words):
+def test_restore_refuses_a_state_that_does_not_fit_in_one_line(tmp_path, ring, change, words):
     state = make_state(ring)
     abstract = abstract_like(state)
     scalar = abstract["step"]
@@ -171,14 +171,14 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(tmp_path, ring, change
     assert "\n" not in str(error.value)
 
 
-def test_a_step_that_is_not_there_is_refused(tmp_path, ring):
+def test_restore_refuses_a_step_that_is_not_there(tmp_path, ring):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(ring), {})
         with pytest.raises(ValueError, match=r"step=2 has no checkpoint .* choose one of \[1\]"):
             checkpoints.restore(2, abstract_like(make_state(ring)))
 
 
-def test_nothing_is_said_on_the_terminal(tmp_path, ring, capfd):
+def test_checkpoints_print_nothing(tmp_path, ring, capfd):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(ring), {})
         checkpoints.restore(1, abstract_like(make_state(ring)))
@@ -218,14 +218,14 @@ def change_a_stored_number(folder, state):
     contents.write_text(text)
 
 
-def test_the_newest_whole_checkpoint_comes_back_without_a_word(tmp_path, ring):
+def test_restore_newest_gives_the_newest_without_a_word(tmp_path, ring):
     states = three_checkpoints(tmp_path / "checkpoints", ring)
     restored, warnings = restore_newest(tmp_path / "checkpoints", states[3])
     assert (restored.step, restored.data, warnings) == (3, {"row": 30}, [])
     assert_same_bits(restored.state, states[3])
 
 
-def test_one_flipped_bit_of_one_weight_is_noticed_and_named_and_the_checkpoint_before_is_used(tmp_path, ring):
+def test_restore_newest_names_flipped_bit_and_takes_older(tmp_path, ring):
     folder = tmp_path / "checkpoints"
     states = three_checkpoints(folder, ring)
     change_a_stored_number(folder, states[3])
@@ -241,7 +241,7 @@ def test_one_flipped_bit_of_one_weight_is_noticed_and_named_and_the_checkpoint_b
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_whichever_file_of_a_checkpoint_is_damaged_what_comes_back_was_saved(tmp_path, ring, damage):
+def test_restore_newest_survives_damage_to_any_file(tmp_path, ring, damage):
     folder = tmp_path / "checkpoints"
     states = three_checkpoints(folder, ring)
     used = []
@@ -265,7 +265,7 @@ def test_whichever_file_of_a_checkpoint_is_damaged_what_comes_back_was_saved(tmp
     assert used.count(2) >= 4, "of a file that no one needs the loss does not matter, of these it does"
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_moved_and_the_remedy_is_said(tmp_path, ring):
+def test_restore_newest_moves_nothing_where_none_is_whole(tmp_path, ring):
     folder = tmp_path / "checkpoints"
     states = three_checkpoints(folder, ring)
     for step in (1, 2, 3):
@@ -276,7 +276,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_moved_and_the_remedy_is_said(tm
     assert sorted(file.name for file in folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_a_position_in_the_data_that_was_edited_is_noticed(tmp_path, ring):
+def test_restore_notices_an_edited_data_position(tmp_path, ring):
     folder = tmp_path / "checkpoints"
     states = three_checkpoints(folder, ring)
     contents = next(file for file in files_of(folder / "3") if b"fingerprints" in file.read_bytes())
@@ -288,7 +288,7 @@ def test_a_position_in_the_data_that_was_edited_is_noticed(tmp_path, ring):
     assert "the position in the data is not as it was written" in warning
 
 
-def test_a_run_that_went_back_to_an_older_checkpoint_saves_the_newer_step_again(tmp_path, ring):
+def test_save_after_going_back_takes_the_newer_step_again(tmp_path, ring):
     folder = tmp_path / "checkpoints"
     states = three_checkpoints(folder, ring)
     contents = next(file for file in files_of(folder / "3") if b"fingerprints" in file.read_bytes())
@@ -314,7 +314,7 @@ def three_states(ring):
     return {step: make_state(ring, seed=step) for step in (1, 2, 3)}
 
 
-def test_a_list_of_arrays_that_no_longer_fits_counts_as_damage_where_an_older_one_fits(tmp_path, three_states):
+def test_restore_newest_takes_older_where_arrays_do_not_fit(tmp_path, three_states):
     folder = tmp_path / "checkpoints"
     save_others(folder, three_states, steps=[3])
     restored, (warning,) = restore_newest(folder, three_states[3])
@@ -323,7 +323,7 @@ def test_a_list_of_arrays_that_no_longer_fits_counts_as_damage_where_an_older_on
     assert f"moved to {tmp_path}/{DAMAGED}/3-" in warning
 
 
-def test_where_the_arrays_of_every_checkpoint_are_others_it_is_the_config_that_does_not_fit(tmp_path, three_states):
+def test_restore_newest_blames_config_where_no_arrays_fit(tmp_path, three_states):
     folder = tmp_path / "checkpoints"
     save_others(folder, three_states, steps=[1, 2, 3])
     with pytest.raises(ConfigError, match="3: extra is .*go on with the model and optimizer that wrote it"):
@@ -331,7 +331,7 @@ def test_where_the_arrays_of_every_checkpoint_are_others_it_is_the_config_that_d
     assert sorted(file.name for file in folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_a_damaged_checkpoint_before_which_none_fits_is_a_failure_and_not_the_configs(tmp_path, three_states):
+def test_restore_newest_blames_damage_before_unfit_ones(tmp_path, three_states):
     folder = tmp_path / "checkpoints"
     save_others(folder, three_states, steps=[1, 2])
     contents = next(file for file in files_of(folder / "3") if b"fingerprints" in file.read_bytes())
@@ -341,7 +341,7 @@ def test_a_damaged_checkpoint_before_which_none_fits_is_a_failure_and_not_the_co
     assert sorted(file.name for file in folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_what_is_being_written_when_an_error_ends_the_run_is_not_lost(tmp_path, ring, monkeypatch):
+def test_checkpoint_being_written_survives_an_error_of_the_run(tmp_path, ring, monkeypatch):
     commit = ocp.AsyncCheckpointer._make_on_commit_callback
 
     def slow(self, *args, **kwargs):
@@ -361,7 +361,7 @@ def test_what_is_being_written_when_an_error_ends_the_run_is_not_lost(tmp_path, 
     assert [file.name for file in tmp_path.iterdir()] == ["1"]
 
 
-def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, ring, monkeypatch):
+def test_save_on_full_disk_keeps_the_last_good_checkpoint(tmp_path, ring, monkeypatch):
     states = three_checkpoints(tmp_path, ring)
 
     def full(*_args, **_kwargs):
@@ -379,7 +379,7 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, ring, 
 
 
 @pytest.mark.parametrize("moment", ["before a checkpoint", "while it is written"])
-def test_a_folder_that_vanishes_is_said_and_not_made_anew(tmp_path, ring, monkeypatch, moment):
+def test_save_does_not_remake_a_folder_that_vanished(tmp_path, ring, monkeypatch, moment):
     run, state = tmp_path / "run", make_state(ring)
     run.mkdir()
     checkpoints = Checkpoints(run / "checkpoints")
@@ -402,7 +402,7 @@ def test_a_folder_that_vanishes_is_said_and_not_made_anew(tmp_path, ring, monkey
     assert not run.exists()
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first(tmp_path, ring):
+def test_require_room_refuses_a_disk_too_small_for_checkpoints(tmp_path, ring):
     abstract = jax.eval_shape(lambda: {"w": jnp.zeros((2**20, 2**20, 2**10), jnp.float32)})
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(
@@ -412,7 +412,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first(tmp
         checkpoints.require_room(abstract_like(make_state(ring)))
 
 
-def test_damaged_checkpoints_that_were_moved_aside_are_not_taken_for_a_run_that_has_not_begun(tmp_path, ring):
+def test_restore_newest_does_not_start_over_beside_damaged(tmp_path, ring):
     folder = tmp_path / "checkpoints"
     (tmp_path / DAMAGED / "3").mkdir(parents=True)
     with pytest.raises(
@@ -422,7 +422,7 @@ def test_damaged_checkpoints_that_were_moved_aside_are_not_taken_for_a_run_that_
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES])
-def test_a_file_system_that_is_away_is_not_taken_for_damage(tmp_path, ring, monkeypatch, number):
+def test_file_system_that_is_away_is_not_damage(tmp_path, ring, monkeypatch, number):
     states = three_checkpoints(tmp_path / "checkpoints", ring)
 
     def away(*_args, **_kwargs):
@@ -434,7 +434,7 @@ def test_a_file_system_that_is_away_is_not_taken_for_damage(tmp_path, ring, monk
     assert not (tmp_path / DAMAGED).exists()
 
 
-def test_of_several_processes_each_start_goes_back_by_one_but_never_past_the_last(tmp_path, ring, monkeypatch):
+def test_processes_go_back_one_checkpoint_a_start_to_the_last(tmp_path, ring, monkeypatch):
     folder = tmp_path / "checkpoints"
     states = three_checkpoints(folder, ring)
 
@@ -454,7 +454,7 @@ def test_of_several_processes_each_start_goes_back_by_one_but_never_past_the_las
     assert [file.name for file in folder.iterdir()] == ["1"]
 
 
-def test_a_checkpoint_that_another_process_moved_aside_first_is_no_error_of_its_own(tmp_path, ring, monkeypatch):
+def test_set_aside_tolerates_another_process_doing_it_first(tmp_path, ring, monkeypatch):
     folder = tmp_path / "checkpoints"
     states = three_checkpoints(folder, ring)
 
@@ -469,7 +469,7 @@ def test_a_checkpoint_that_another_process_moved_aside_first_is_no_error_of_its_
         checkpoints.restore_newest(abstract_like(states[3]), warn=print)
 
 
-def test_a_save_that_fails_is_noticed_before_the_next_one(tmp_path, ring, monkeypatch):
+def test_check_notices_a_failed_save_before_the_next(tmp_path, ring, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -46,12 +46,12 @@ def kind_of(value):
 
 
 @pytest.mark.parametrize(("error", "status", "line"), EXPECTED, ids=kind_of)
-def test_what_is_expected_ends_with_its_status_and_one_line(error, status, line):
+def test_exit_status_and_line_of_expected_errors(error, status, line):
     assert is_expected(error)
     assert exit_status_and_line(error) == (status, line)
 
 
 @pytest.mark.parametrize(("error", "line"), UNEXPECTED, ids=kind_of)
-def test_what_is_not_expected_is_a_failure_that_a_traceback_says_more_of(error, line):
+def test_exit_status_and_line_of_unexpected_errors(error, line):
     assert not is_expected(error)
     assert exit_status_and_line(error) == (1, line)

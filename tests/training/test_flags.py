@@ -103,7 +103,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(argv) for argv, _ in BAD])
-def test_a_bad_command_line_is_refused_in_one_line_that_names_field_value_and_remedy(argv, words):
+def test_parse_config_refuses_bad_flags_in_one_line(argv, words):
     with pytest.raises(ConfigError) as error:
         parse(*argv)
     message = str(error.value)
@@ -113,16 +113,16 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_field_value_and_re
 
 
 @pytest.mark.parametrize("name", ["small", "small.py", "configs/small.py"])
-def test_a_config_beside_the_default_is_taken_by_its_name(name):
+def test_config_flag_takes_the_name_of_a_shipped_config(name):
     assert parse(f"--config={name}").name == "small"
 
 
-def test_a_file_of_that_name_goes_before_a_config_that_is_called_so(configs):
+def test_config_flag_prefers_a_file_to_a_shipped_config(configs):
     (configs.parent / "small").write_text(CONFIG.replace('"tiny"', '"here"'))
     assert parse("--config=small").name == "here"
 
 
-def test_help_gives_every_field_a_text_of_its_own_and_its_default():
+def test_usage_gives_every_field_a_text_and_its_default():
     lines = usage("configs/tiny.py").splitlines()
     fields = {}
     for line in lines[lines.index("overrides them):") + 1 :]:
@@ -143,12 +143,12 @@ def test_help_gives_every_field_a_text_of_its_own_and_its_default():
 
 
 @pytest.mark.parametrize("flag", ["--flagfile=f", "--undefok=x", "-undefok=x"])
-def test_flags_of_absl_are_refused_before_those_of_processes_are_read_too(flag):
+def test_parse_processes_refuses_flags_of_absl(flag):
     with pytest.raises(ConfigError, match="there is no such flag"):
         parse_processes([flag, "--x=1"])
 
 
-def test_flags_of_processes_are_taken_out_of_the_command_line():
+def test_parse_processes_takes_its_flags_out_of_the_line():
     flags, rest = parse_processes(
         ["--config.seed", "1", "--num_processes=2", "--process_id", "1", "--coordinator_address=a:1"]
     )
@@ -171,48 +171,48 @@ def test_flags_of_processes_are_taken_out_of_the_command_line():
         (["--num_processes=two", "--process_id=1", "--coordinator_address=a:1"], ["num_processes", "two"]),
     ],
 )
-def test_flags_of_processes_that_do_not_fit_are_refused_in_one_line(argv, words):
+def test_parse_processes_refuses_what_does_not_fit(argv, words):
     with pytest.raises(ConfigError) as error:
         parse_processes(argv)
     assert "\n" not in str(error.value)
     assert not [word for word in words if word not in str(error.value)], str(error.value)
 
 
-def test_overrides_reach_their_fields_and_no_others():
+def test_override_reaches_its_fields_and_no_others():
     config = parse("--config.model.num_layers=4", "--config.mesh.sp", "8", "--config.name=a=b")
     assert (config.model.num_layers, config.mesh.sp, config.name) == (4, 8, "a=b")
     restored = parse("--config.model.num_layers=2", "--config.mesh.sp=-1", "--config.name=tiny")
     assert restored == parse() != config
 
 
-def test_the_last_of_two_equal_flags_wins():
+def test_override_takes_the_last_of_two_equal_flags():
     config = parse("--config=configs/tiny.py", "--config.seed=1", "--config.seed=2", "--config=configs/small.py")
     assert (config.name, config.seed) == ("small", 2)
 
 
-def test_the_file_may_be_named_after_an_override_that_is_written_in_two_words():
+def test_config_flag_may_follow_an_override_in_two_words():
     config = parse("--config.seed", "1", "--config=configs/small.py")
     assert (config.name, config.seed) == ("small", 1)
 
 
-def test_a_float_field_takes_fractions_even_where_the_file_holds_an_int():
+def test_override_of_float_takes_fractions_where_file_has_int():
     rate = parse("--config.optimizer.learning_rate=0.5").optimizer.learning_rate
     unchanged = parse().optimizer.learning_rate
     assert (rate, unchanged, type(unchanged)) == (0.5, 1.0, float)
 
 
-def test_one_call_leaves_nothing_behind_for_the_next():
+def test_parse_config_leaves_nothing_behind():
     assert parse("--config.seed=3").seed == 3
     assert parse().seed == 0
 
 
-def test_an_edited_config_file_is_read_again(configs):
+def test_parse_config_reads_an_edited_file_again(configs):
     assert parse().num_steps == 200
     (configs / "tiny.py").write_text(CONFIG.replace("num_steps=200", "num_steps=201"))
     assert parse().num_steps == 201
 
 
-def test_help_names_every_config_file_with_its_docstring_and_every_field(capsys):
+def test_usage_names_every_config_file_and_every_field(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
     text = capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_help_names_every_config_file_with_its_docstring_and_every_field(capsys)
         assert words in text
 
 
-def test_a_bad_command_line_is_refused_before_jax_starts_a_backend():
+def test_parse_config_refuses_before_jax_starts_a_backend():
     program = (
         "import sys; from ring_attention.training.flags import parse_config; import ring_attention.checks as checks\n"
         "try: parse_config(['--config.seed=x'], 'configs/tiny.py')\n"
@@ -234,7 +234,7 @@ def test_a_bad_command_line_is_refused_before_jax_starts_a_backend():
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_config_survives_json_bit_for_bit():
+def test_config_survives_json_bitwise():
     config = parse("--config.optimizer.learning_rate=0.1234567890123")
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
@@ -252,12 +252,12 @@ def test_a_config_survives_json_bit_for_bit():
         ({"model": {"vocab_size": 8}}, ["model.num_layers is missing", "no default"]),
     ],
 )
-def test_a_dict_that_is_no_config_is_refused_by_its_dotted_name(change, words):
+def test_config_from_dict_names_the_wrong_field_with_dots(change, words):
     with pytest.raises(ConfigError) as error:
         config_from_dict(config_to_dict(parse()) | change)
     assert not [word for word in words if word not in str(error.value)], str(error.value)
 
 
-def test_an_int_becomes_a_float_where_a_float_is_declared():
+def test_config_from_dict_takes_int_for_float():
     config = config_from_dict(config_to_dict(parse()) | {"optimizer": {"weight_decay": 1}})
     assert type(config.optimizer.weight_decay) is float

@@ -55,7 +55,7 @@ def folders(tmp_path_factory):
     return path
 
 
-def test_an_import_has_the_config_and_the_parameters_of_the_checkpoint(folders):
+def test_import_has_config_and_parameters_of_the_checkpoint(folders):
     trained = open_trained_model(str(folders / "imported"))
     config = trained.config
     assert (config.model, config.attention.window) == (open_source(folders / "hf").config.model, 24)
@@ -65,7 +65,7 @@ def test_an_import_has_the_config_and_the_parameters_of_the_checkpoint(folders):
     jax.tree.map(np.testing.assert_array_equal, trained.load(ra.make_mesh(sp=4, tp=2)), want)
 
 
-def test_a_hugging_face_folder_is_opened_as_it_is(folders):
+def test_open_trained_model_takes_a_hugging_face_folder(folders):
     direct, imported = open_trained_model(str(folders / "hf")), open_trained_model(str(folders / "imported"))
     assert Path(direct.config.data.tokenizer) == folders / "hf" / "tokenizer.json"
     data = dataclasses.replace(direct.config.data, tokenizer=imported.config.data.tokenizer)
@@ -75,13 +75,13 @@ def test_a_hugging_face_folder_is_opened_as_it_is(folders):
     jax.tree.map(np.testing.assert_array_equal, direct.load(mesh, "bfloat16"), imported.load(mesh, "bfloat16"))
 
 
-def test_a_folder_beside_the_caller_keeps_nothing(folders, monkeypatch):
+def test_open_trained_model_finds_no_manifest_above_the_folder(folders, monkeypatch):
     monkeypatch.chdir(folders)
     assert open_trained_model("hf").manifest is None  # and does not look above it
     assert open_trained_model("imported").manifest is not None
 
 
-def test_an_import_that_was_moved_finds_its_tokenizer(folders, tmp_path):
+def test_import_that_was_moved_finds_its_tokenizer(folders, tmp_path):
     shutil.copytree(folders / "imported", tmp_path / "moved")
     config = tmp_path / "moved" / "config.json"
     config.write_text(config.read_text().replace(str(folders / "imported"), "/nowhere"))
@@ -89,7 +89,7 @@ def test_an_import_that_was_moved_finds_its_tokenizer(folders, tmp_path):
     assert Path(tokenizer) == tmp_path / "moved" / "hf" / "files" / "tokenizer.json"
 
 
-def test_exporting_an_import_gives_the_same_bytes(folders, tmp_path):
+def test_export_of_an_import_gives_the_same_bytes(folders, tmp_path):
     trained = open_trained_model(str(folders / "imported"))
     told = []
     export_hf(trained, tmp_path / "out", ra.make_mesh(sp=8), lambda name, size: told.append(size))
@@ -97,7 +97,7 @@ def test_exporting_an_import_gives_the_same_bytes(folders, tmp_path):
     assert sum(told) == exported_bytes(trained)
 
 
-def test_an_import_whose_bits_flipped_is_refused(folders, tmp_path):
+def test_export_refuses_an_import_whose_bits_flipped(folders, tmp_path):
     shutil.copytree(folders / "imported", tmp_path / "copy")
     metadata = tmp_path / "copy" / "checkpoints" / "0" / "data" / "metadata"
     values = json.loads(metadata.read_text())
@@ -120,7 +120,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
-def test_a_run_that_came_from_nothing_becomes_a_checkpoint_with_a_tokenizer(run, tmp_path, dtype):
+def test_export_of_a_random_run_has_a_tokenizer(run, tmp_path, dtype):
     path, params = run
     export_hf(open_trained_model(str(path)), tmp_path / "out", ra.make_mesh(sp=8), _quiet, dtype)
     again = open_trained_model(str(tmp_path / "out"))
@@ -138,7 +138,7 @@ def test_a_run_that_came_from_nothing_becomes_a_checkpoint_with_a_tokenizer(run,
     assert again.source.values["bos_token_id"] == 256
 
 
-def test_what_no_family_computes_is_refused_by_field():
+def test_export_config_refuses_what_no_family_computes():
     def refused(match, **changes):
         with pytest.raises(ConfigError, match=match):
             export_config(dataclasses.replace(CONFIG, **changes), None)
@@ -149,7 +149,7 @@ def test_what_no_family_computes_is_refused_by_field():
     refused("model.qkv_bias=True: no family", model=dataclasses.replace(MODEL, qkv_bias=True, qk_norm=True))
 
 
-def test_a_model_that_was_stretched_is_exported_with_its_new_length_and_scaling(folders):
+def test_export_of_stretched_model_has_new_length_and_scaling(folders):
     before = open_trained_model(str(folders / "imported"))
     rope = RopeConfig(theta=1e4, scaling="yarn", factor=4.0, original_len=64)
     longer = dataclasses.replace(before.config, seq_len=256, model=dataclasses.replace(before.model, rope=rope))
@@ -177,7 +177,7 @@ def _script(name, *arguments):
 
 
 @pytest.mark.slow
-def test_the_scripts_import_and_export_byte_for_byte_and_show_how_far_they_are(tmp_path):
+def test_import_and_export_commands_show_progress_bytewise(tmp_path):
     write_folder(tmp_path / "hf", QWEN3, dtype="float16", shards=2)
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"the same weights once more")
     status, out, err = _script("import_hf.py", tmp_path / "hf", f"--out={tmp_path / 'imported'}")
@@ -203,7 +203,7 @@ def test_the_scripts_import_and_export_byte_for_byte_and_show_how_far_they_are(t
         (("export_hf.py", "{}/nowhere", "--out={}/out"), "has no config.json; give the folder of a run"),
     ],
 )
-def test_a_mistake_costs_one_line_and_leaves_nothing(tmp_path, arguments, says):
+def test_import_command_mistake_gives_one_line_and_no_folder(tmp_path, arguments, says):
     write_folder(tmp_path / "hf", LLAMA)
     write_folder(tmp_path / "wrong", LLAMA | {"hidden_act": "relu"})
     (tmp_path / "full").mkdir()
@@ -216,7 +216,7 @@ def test_a_mistake_costs_one_line_and_leaves_nothing(tmp_path, arguments, says):
     assert contents(tmp_path) == before
 
 
-def test_an_import_that_fails_on_the_way_leaves_nothing(tmp_path):
+def test_import_that_fails_on_the_way_leaves_nothing(tmp_path):
     tensors = write_folder(tmp_path / "hf", LLAMA)
     tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = np.nan
     shutil.rmtree(tmp_path / "hf")

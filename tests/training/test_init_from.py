@@ -55,7 +55,7 @@ def of_model(config, **changes):
 
 
 @pytest.mark.parametrize("kind", ["hf", "imported", "run"])
-def test_a_run_begins_with_the_parameters_of_any_folder_and_with_fresh_moments(folders, tmp_path, kind):
+def test_initial_state_takes_parameters_and_fresh_moments(folders, tmp_path, kind):
     mesh, config = ra.make_mesh(fsdp=2, sp=2, tp=2), begin_with(folders / kind, folders / "hf")
     state = initial_state(config, mesh, RunFolder(tmp_path))
     random = make_state(dataclasses.replace(config, init_from=""), mesh)
@@ -72,12 +72,12 @@ def test_a_run_begins_with_the_parameters_of_any_folder_and_with_fresh_moments(f
 SECOND = ("model-00002-of-00002.safetensors",)
 
 
-def test_a_run_that_began_with_a_checkpoint_is_exported_as_that_one_was(folders, tmp_path):
+def test_initial_state_keeps_what_an_export_needs(folders, tmp_path):
     export_hf(open_trained_model(str(folders / "run")), tmp_path / "out", ra.make_mesh(sp=8), _quiet)
     assert contents(tmp_path / "out") == contents(folders / "hf")
 
 
-def test_how_the_model_is_computed_and_its_rope_may_differ(folders):
+def test_find_initial_allows_other_rope_and_computation(folders):
     config = begin_with(folders / "hf")
     changes = dict(compute_dtype="bfloat16", remat="full", ffn_chunk=8, loss_chunk=4, head_groups=2, start_local=True)
     for field, value in changes.items():
@@ -101,7 +101,7 @@ def test_how_the_model_is_computed_and_its_rope_may_differ(folders):
         ("qk_norm", True, False),
     ],
 )
-def test_another_model_is_refused_by_field_with_the_flag_that_mends_it(folders, field, value, theirs):
+def test_find_initial_refuses_another_model_by_field(folders, field, value, theirs):
     config = of_model(begin_with(folders / "hf"), **{field: value})
     with pytest.raises(ConfigError) as caught:
         find_initial(config)
@@ -110,7 +110,7 @@ def test_another_model_is_refused_by_field_with_the_flag_that_mends_it(folders, 
     assert message.endswith(f"use --config.model.{field}={theirs}")
 
 
-def test_other_tokens_are_refused_and_a_copy_of_the_tokenizer_is_not(folders, tmp_path):
+def test_find_initial_refuses_other_tokens_but_not_a_copy(folders, tmp_path):
     config = begin_with(folders / "hf")
     shutil.copy(folders / "hf" / "tokenizer.json", tmp_path / "copy.json")
     assert find_initial(dataclasses.replace(config, data=DataConfig(tokenizer=str(tmp_path / "copy.json"))))
@@ -121,7 +121,7 @@ def test_other_tokens_are_refused_and_a_copy_of_the_tokenizer_is_not(folders, tm
 
 
 @pytest.mark.parametrize("kind", ["hf", "imported"])
-def test_bytes_are_refused_where_the_tokenizer_of_the_model_is_not_there(folders, tmp_path, kind):
+def test_find_initial_refuses_bytes_for_a_missing_tokenizer(folders, tmp_path, kind):
     """As of checkpoints that hold tokenizer.model alone; a tokenizer.json that was made from it cannot be compared."""
     write_folder(tmp_path / "hf", LLAMA)
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"sentencepiece")
@@ -139,13 +139,13 @@ def test_bytes_are_refused_where_the_tokenizer_of_the_model_is_not_there(folders
     assert find_initial(dataclasses.replace(config, data=DataConfig(tokenizer=made)))
 
 
-def test_a_folder_that_holds_no_model_is_refused_with_the_field(folders, tmp_path):
+def test_find_initial_refuses_a_folder_without_a_model(folders, tmp_path):
     config = dataclasses.replace(begin_with(folders / "hf"), init_from=str(tmp_path))
     with pytest.raises(ConfigError, match=f"init_from='{tmp_path}': .* has no config.json; give the folder"):
         find_initial(config)
 
 
-def test_what_changes_of_the_model_is_said(folders):
+def test_describe_initial_says_what_changes(folders):
     config = begin_with(folders / "hf")
     trained = find_initial(config)
     assert len(describe_initial(config, trained)) == 1
@@ -157,7 +157,7 @@ def test_what_changes_of_the_model_is_said(folders):
     assert describe_initial(windowed, trained)[1:] == ["attention.window was 0 and is 9."]
 
 
-def test_a_run_that_has_a_checkpoint_no_longer_asks_what_it_began_with(folders, tmp_path):
+def test_has_begun_makes_init_from_irrelevant(folders, tmp_path):
     assert has_begun(RunFolder(folders / "run"))
     assert not has_begun(RunFolder(tmp_path))
 
@@ -198,7 +198,7 @@ def parsed(path, *words, begin=None):
     return parse_config([f"--config={path}", *begin, *words], "configs/tiny.py")
 
 
-def test_what_a_config_leaves_out_is_that_of_the_model_that_it_begins_with(stretched, tmp_path):
+def test_inherit_takes_what_the_config_leaves_out(stretched, tmp_path):
     before = parsed(config_file(tmp_path))
     assert (before.model.rope.scaling, before.attention.window) == ("none", 0)  # the control
     config = parsed(config_file(tmp_path), begin=stretched)
@@ -209,7 +209,7 @@ def test_what_a_config_leaves_out_is_that_of_the_model_that_it_begins_with(stret
     assert same == config
 
 
-def test_what_a_config_file_says_otherwise_is_refused_with_all_fields_and_both_values(stretched, tmp_path):
+def test_inherit_refuses_contradictions_with_both_values(stretched, tmp_path):
     rope = "rope=RopeConfig(theta=1e6, scaling='yarn', factor=4.0, original_len=16)"
     path = config_file(tmp_path, model=f"num_layers=2, qk_norm=True, {rope}", attention="window=9, softcap=30.0")
     with pytest.raises(ConfigError) as caught:
@@ -229,7 +229,7 @@ def test_what_a_config_file_says_otherwise_is_refused_with_all_fields_and_both_v
     assert "\n" not in message
 
 
-def test_the_command_line_may_change_the_scaling_and_the_window_of_the_model_and_says_so(stretched, tmp_path):
+def test_inherit_lets_flags_change_scaling_and_window(stretched, tmp_path):
     path = config_file(tmp_path)
     words = ["--config.model.rope.scaling=yarn", "--config.model.rope.factor=4", "--config.model.rope.original_len=64"]
     config = parsed(path, *words, "--config.attention.window=0", begin=stretched)
@@ -243,7 +243,7 @@ def test_the_command_line_may_change_the_scaling_and_the_window_of_the_model_and
     assert "model.rope.scaling was 'llama3' and is 'yarn'." in lines
 
 
-def test_a_run_that_has_begun_keeps_to_its_own_config_when_what_it_began_with_is_gone(stretched, tmp_path):
+def test_inherit_keeps_to_the_run_where_the_model_is_gone(stretched, tmp_path):
     path, gone = config_file(tmp_path), tmp_path / "gone"
     shutil.copytree(stretched, gone)
     words = [f"--config.run_dir={tmp_path / 'run'}"]
@@ -256,13 +256,13 @@ def test_a_run_that_has_begun_keeps_to_its_own_config_when_what_it_began_with_is
         parsed(path, begin=gone)
 
 
-def test_several_fields_of_another_model_are_refused_at_once(folders):
+def test_find_initial_refuses_several_fields_at_once(folders):
     config = of_model(begin_with(folders / "hf"), num_layers=4, ffn_dim=48)
     with pytest.raises(ConfigError, match=r"model.num_layers=4, model.ffn_dim=48: .* holds a model with 3, 40; use --"):
         find_initial(config)
 
 
-def test_a_folder_given_as_the_config_says_shape_rope_window_and_dtype_without_its_weights(stretched, tmp_path):
+def test_config_from_folder_needs_no_weights(stretched, tmp_path):
     (tmp_path / "hf").mkdir()
     shutil.copy(stretched / "config.json", tmp_path / "hf")
     config = parsed(tmp_path / "hf", "--config.seq_len=32")

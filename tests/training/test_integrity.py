@@ -8,14 +8,18 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.fault_tolerance.integrity import (
     MANIFEST,
     DamagedError,
+    fingerprints,
     read_contents,
     require_written,
     sign,
@@ -50,7 +54,7 @@ def restore(checkpoint):
         return checkpoints.restore_newest(abstract, warn=print)
 
 
-def test_a_checkpoint_lists_every_file_of_its_state_and_is_believed(checkpoint):
+def test_manifest_lists_every_file_of_the_state(checkpoint):
     contents = read_contents(checkpoint)
     listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
     assert sorted(listed) == [os.path.relpath(path, checkpoint) for path in files_below(checkpoint)]
@@ -63,7 +67,7 @@ def test_a_checkpoint_lists_every_file_of_its_state_and_is_believed(checkpoint):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "longer", "remove", "pipe", "folder", "endless", "broken link"])
-def test_each_damaged_file_is_named(checkpoint, damage):
+def test_require_written_names_each_damaged_file(checkpoint, damage):
     contents = read_contents(checkpoint)
     for path in files_below(checkpoint):
         kept = path.rename(checkpoint / "kept")
@@ -92,7 +96,7 @@ def test_each_damaged_file_is_named(checkpoint, damage):
         require_written(checkpoint, contents)
 
 
-def test_orbax_is_not_asked_for_a_damaged_checkpoint(checkpoint, monkeypatch):
+def test_restore_does_not_ask_orbax_for_damaged_files(checkpoint, monkeypatch):
     def never(*_args, **_kwargs):
         raise AssertionError("orbax was asked")
 
@@ -105,7 +109,7 @@ def test_orbax_is_not_asked_for_a_damaged_checkpoint(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["gone", "cut", "edited", "no object", "empty"])
-def test_a_list_that_is_not_as_it_was_written_is_damage(checkpoint, change):
+def test_manifest_that_was_changed_is_damage(checkpoint, change):
     path = checkpoint / MANIFEST
     text = path.read_text()
     match change:
@@ -124,13 +128,13 @@ def test_a_list_that_is_not_as_it_was_written_is_damage(checkpoint, change):
 
 
 @pytest.mark.parametrize("files", [[], None, {"../1/files.json": [1, "x"]}, {"state/manifest.ocdbt": 7}, {"": []}])
-def test_a_list_that_names_no_files_of_the_checkpoint_is_damage(checkpoint, files):
+def test_manifest_that_names_other_files_is_damage(checkpoint, files):
     (checkpoint / MANIFEST).write_text(json.dumps(sign({"files": files})))
     with pytest.raises(DamagedError, match="1 is damaged: "):
         require_written(checkpoint, read_contents(checkpoint))
 
 
-def test_a_checkpoint_from_before_there_was_a_list_is_read(checkpoint):
+def test_checkpoint_without_a_manifest_is_read(checkpoint):
     (checkpoint / MANIFEST).unlink()
     contents = read_contents(checkpoint)
     del contents["files"]
@@ -139,7 +143,7 @@ def test_a_checkpoint_from_before_there_was_a_list_is_read(checkpoint):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_file_system_that_is_away_is_not_taken_for_damage(checkpoint, monkeypatch, number):
+def test_file_system_that_is_away_is_not_damage(checkpoint, monkeypatch, number):
     def away(*_args):
         raise OSError(number, os.strerror(number))
 
@@ -151,7 +155,7 @@ def test_a_file_system_that_is_away_is_not_taken_for_damage(checkpoint, monkeypa
         read_contents(checkpoint)
 
 
-def test_several_processes_share_the_files(checkpoint):
+def test_require_written_shares_files_among_processes(checkpoint):
     write_manifest(checkpoint)
     contents = read_contents(checkpoint)
     for path in files_below(checkpoint):
@@ -165,3 +169,48 @@ def test_several_processes_share_the_files(checkpoint):
                 found += 1
         assert found == 1
         path.write_bytes(raw)
+
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8, jnp.bool_]
+
+
+def some(dtype, seed=0, shape=(16, 24)):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 2, shape), dtype)
+
+
+def flipped(x, place):
+    """`x` with the lowest bit of one element flipped."""
+    x = np.asarray(x).copy()
+    x.view(np.uint8).reshape(*x.shape, x.dtype.itemsize)[(*place, 0)] ^= 1
+    return jnp.asarray(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fingerprint_changes_with_any_flipped_bit(dtype):
+    x = some(dtype)
+    random = np.random.default_rng(1)
+    for _ in range(5):
+        place = random.integers(0, 16), random.integers(0, 24)
+        assert fingerprints({"x": x}) != fingerprints({"x": flipped(x, place)})
+
+
+def test_fingerprint_changes_with_paired_changes_and_swaps():
+    x = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    negated, swapped = x.copy(), x.copy()
+    negated[2:6] *= -1
+    swapped[[1, 3]] = x[[3, 1]]
+    assert len({fingerprints({"x": jnp.asarray(each)})["x"] for each in (x, negated, swapped, x.T)}) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fingerprint_does_not_depend_on_sharding(dtype):
+    x = some(dtype)
+    meshes = [Mesh(np.array(jax.devices()[:2]), ("a",)), Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))]
+    placed = [x, *(jax.device_put(x, NamedSharding(mesh, P("a", *mesh.axis_names[1:]))) for mesh in meshes)]
+    assert len({fingerprints({"x": each})["x"] for each in placed}) == 1
+
+
+def test_fingerprints_are_named_by_path_and_cover_random_keys():
+    names = fingerprints({"params": {"w": jnp.ones(3)}, "keys": (jax.random.key(1), jax.random.key(2))})
+    assert sorted(names) == ["keys.0", "keys.1", "params.w"]
+    assert names["keys.0"] != names["keys.1"]

@@ -35,20 +35,20 @@ def visible_scalars(folder):
     return shown
 
 
-def test_every_line_is_a_json_object_with_the_step_first(tmp_path):
+def test_metrics_line_is_a_json_object_with_the_step_first(tmp_path):
     write(tmp_path, [1, 2])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1.0, "tokens": 1024}, {"step": 2, "loss": 0.5, "tokens": 2048}]
     assert list(lines[0]) == ["step", "loss", "tokens"]
 
 
-def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+def test_metrics_line_is_on_disk_as_soon_as_written(tmp_path):
     with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None) as writer:
         writer.write(1, {"loss": jnp.float32(0.1)})
         assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": float(jnp.float32(0.1))}]
 
 
-def test_after_sync_a_line_would_survive_a_crash_and_tensorboard_shows_it(tmp_path, monkeypatch):
+def test_metrics_sync_makes_lines_survive_a_crash(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
     with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None) as writer:
@@ -59,7 +59,7 @@ def test_after_sync_a_line_would_survive_a_crash_and_tensorboard_shows_it(tmp_pa
         assert visible_scalars(tmp_path) == [(1, "loss")]
 
 
-def test_a_killed_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(tmp_path):
+def test_metrics_of_a_resumed_run_equal_an_uninterrupted_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
@@ -71,7 +71,7 @@ def test_a_killed_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(tmp_p
     assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-def test_a_run_that_starts_over_keeps_no_line(tmp_path):
+def test_metrics_of_a_run_that_starts_over_are_new(tmp_path):
     write(tmp_path, [1, 2, 3])
     write(tmp_path, [1], resume_step=None)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
@@ -86,7 +86,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, monkeypatch):
     assert visible_scalars(tmp_path) == [(step, name) for step in [1, 2, 3, 4] for name in ["loss", "tokens"]]
 
 
-def test_a_number_that_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
+def test_metrics_write_null_for_what_is_not_finite(tmp_path):
     with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None) as writer:
         writer.write(1, {"loss": math.nan})
         writer.write(2, {"loss": math.inf})
@@ -94,7 +94,7 @@ def test_a_number_that_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_p
     assert all(math.isnan(line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl"))
 
 
-def test_a_step_among_the_numbers_is_refused(tmp_path):
+def test_metrics_write_refuses_a_step_among_the_numbers(tmp_path):
     with (
         MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None) as writer,
         pytest.raises(ValueError, match="step"),
@@ -102,7 +102,7 @@ def test_a_step_among_the_numbers_is_refused(tmp_path):
         writer.write(1, {"step": 2})
 
 
-def test_a_torn_last_line_is_left_out_when_read(tmp_path):
+def test_read_metrics_leaves_a_torn_last_line_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.')
     assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
@@ -111,21 +111,21 @@ def test_a_torn_last_line_is_left_out_when_read(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1.0}', '{"step": "1"}', ""])
-def test_a_damaged_line_inside_is_refused_with_its_number(tmp_path, line):
+def test_read_metrics_refuses_a_damaged_line_by_number(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: .* remove the line"):
         read_metrics(path)
 
 
-def test_what_a_crash_of_the_machine_spoilt_is_dropped_when_the_run_goes_on(tmp_path):
+def test_metrics_drop_what_a_crash_spoilt_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n\x00\x00\xff\x00\n\x00\x00')
     write(tmp_path, [2], resume_step=1)
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
-def test_a_step_that_will_be_evaluated_again_counts_once(tmp_path):
+def test_metrics_count_a_step_evaluated_again_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 4, "loss": 2.0}\n{"step": 4, "heldout_loss": 2.5}\n')
     for evaluated, kept in ((True, 2), (False, 1)):
@@ -134,7 +134,7 @@ def test_a_step_that_will_be_evaluated_again_counts_once(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_under_tensorboard_is_an_error_and_not_a_wait(tmp_path):
+def test_tensorboard_on_a_full_disk_fails_and_does_not_wait(tmp_path):
     writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None)
     file = writer._tensorboard._events._py_recordio_writer
     with open("/dev/full", "wb", buffering=0) as full:
@@ -162,7 +162,7 @@ VANISHED = {
 
 
 @pytest.mark.parametrize("remove", VANISHED.values(), ids=VANISHED)
-def test_a_file_that_vanishes_while_a_run_goes_on_ends_it_with_a_line_that_names_it(tmp_path, remove):
+def test_metrics_file_that_vanishes_is_named(tmp_path, remove):
     folder = tmp_path / "run"
     folder.mkdir()
     writer = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", resume_step=None)
@@ -182,7 +182,7 @@ def test_a_file_that_vanishes_while_a_run_goes_on_ends_it_with_a_line_that_names
     assert "\n" not in str(error.value)
 
 
-def test_files_that_cannot_be_opened_or_written_any_more_are_said_in_a_line(tmp_path, monkeypatch):
+def test_metrics_that_cannot_be_written_give_one_line(tmp_path, monkeypatch):
     (tmp_path / "tensorboard").write_text("no folder")
     with pytest.raises(RunError, match=rf"^{tmp_path}/tensorboard can no longer be written \(File exists\); mend it"):
         MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=None)

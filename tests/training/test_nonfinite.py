@@ -74,7 +74,7 @@ def bits(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-def test_an_update_that_is_not_finite_is_left_out_and_counted(state, step, batch):
+def test_step_leaves_out_and_counts_a_nonfinite_update(state, step, batch):
     good, _ = step(state, batch)
     bad = good._replace(params=changed(good.params, 1, lambda w: w * jnp.inf))
     before = bits((bad.params, bad.opt_state))
@@ -84,14 +84,14 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(state, step, batch
     assert not np.isfinite(numbers["loss"])
 
 
-def test_a_finite_update_is_made_and_not_counted(state, step, batch):
+def test_step_makes_a_finite_update_uncounted(state, step, batch):
     before = bits(state.params)
     after, numbers = step(state, batch)
     assert all(x != y for x, y in zip(bits(after.params), before, strict=True))
     assert (int(after.skipped), float(numbers["skipped"])) == (0, 0)
 
 
-def test_a_parameter_that_is_not_finite_is_named_with_its_layer(state, mesh, batch):
+def test_find_origin_names_a_nonfinite_parameter_and_layer(state, mesh, batch):
     params = changed(state.params, 2, lambda w: w.at[3].set(jnp.nan))
     assert find_origin(CONFIG, mesh, params, batch) == (
         "parameter layers.attention.query of layer 2 holds a number that is not finite"
@@ -99,24 +99,24 @@ def test_a_parameter_that_is_not_finite_is_named_with_its_layer(state, mesh, bat
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_the_layer_whose_numbers_overflow_going_forward_is_named(state, mesh, batch, layer):
+def test_find_origin_names_the_layer_overflowing_forward(state, mesh, batch, layer):
     params = changed(state.params, layer, lambda w: w + 3e38, path=("attention", "out"))
     assert find_origin(CONFIG, mesh, params, batch) == (f"going forward they first appear in layer {layer} of 3")
 
 
 @pytest.mark.slow
-def test_the_layer_whose_gradient_overflows_going_backward_is_named(state, mesh, batch):
+def test_find_origin_names_the_layer_overflowing_backward(state, mesh, batch):
     params = changed(state.params, 1, lambda w: 0 * w, path=("feedforward", "up"))  # so that the next adds nothing
     params = changed(params, 1, lambda w: 0 * w + 3e38, path=("feedforward", "down"))
     assert find_origin(CONFIG, mesh, params, batch) == "going backward they first appear in layer 1 of 3"
 
 
 @pytest.mark.slow
-def test_healthy_numbers_have_no_origin(state, mesh, batch):
+def test_find_origin_of_healthy_numbers_is_none(state, mesh, batch):
     assert find_origin(CONFIG, mesh, state.params, batch) == "each gradient is finite, their norm is not"
 
 
-def test_so_many_in_a_row_end_the_run_with_step_batch_and_layer(state, mesh, batch, rows, tmp_path):
+def test_guard_ends_the_run_with_step_batch_and_layer(state, mesh, batch, rows, tmp_path):
     params = changed(state.params, 1, lambda w: w * jnp.inf)
     guard = NonFiniteGuard(CONFIG, mesh, tmp_path)
     for step, skipped in enumerate([1, 1, 0, 1, 1, 1], start=1):
@@ -135,6 +135,6 @@ def test_so_many_in_a_row_end_the_run_with_step_batch_and_layer(state, mesh, bat
         assert {name: saved[name].tolist() for name in saved} == {name: row.tolist() for name, row in rows.items()}
 
 
-def test_the_limit_must_be_positive():
+def test_max_skipped_updates_must_be_positive():
     with pytest.raises(ValueError, match="optimizer.max_skipped_updates=0: must be positive"):
         dataclasses.replace(CONFIG.optimizer, max_skipped_updates=0)

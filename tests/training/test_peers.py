@@ -92,16 +92,14 @@ def wait_until(condition, seconds=20):
         (1, {"status": 2, "line": "train.py: error: seed=x"}, 0, []),
     ],
 )
-def test_a_peer_that_failed_or_is_silent_too_long_ends_this_process_and_no_other_does(
-    store, monkeypatch, ends, peer, words, silent, want
-):
+def test_judge_ends_this_process_for_failed_or_silent_peers(store, monkeypatch, ends, peer, words, silent, want):
     monkeypatch.setattr(peers_module, "PATIENCE", PATIENCE)
     with contextlib.suppress(SystemExit):
         Peers()._judge(peer, words, silent)
     assert [(status, line[: len(start[1])]) for (status, line), start in zip(ends, want, strict=True)] == want
 
 
-def test_a_peer_that_falls_silent_is_noticed_and_one_that_beats_or_has_finished_is_not(store, ends):
+def test_watch_notices_the_peer_that_falls_silent(store, ends):
     beating = threading.Event()
 
     def beat():
@@ -124,14 +122,14 @@ def test_a_peer_that_falls_silent_is_noticed_and_one_that_beats_or_has_finished_
     assert ends[0][1].startswith("process 2 of 3 has not been heard of for ")
 
 
-def test_a_peer_that_never_said_a_word_counts_as_gone_too(store, ends):
+def test_watch_counts_a_peer_never_heard_of_as_gone(store, ends):
     store.tell(0, {"finished": True})
     with Peers():
         wait_until(lambda: ends)
     assert ends[0][1].startswith("process 2 of 3 has not been heard of for ")
 
 
-def test_while_the_store_is_away_nobody_counts_as_gone(store, ends):
+def test_watch_counts_nobody_as_gone_without_the_store(store, ends):
     store.tell(0, {"finished": True})
     store.tell(2, {"beat": 1})
     store.away = True
@@ -150,7 +148,7 @@ def test_while_the_store_is_away_nobody_counts_as_gone(store, ends):
     ],
     ids=["none", "preempted", "mistake", "failure"],
 )
-def test_the_others_hear_how_a_process_ended(store, ends, error, words):
+def test_peers_hear_how_a_process_ended(store, ends, error, words):
     store.tell(0, {"finished": True})
     store.tell(2, {"finished": True})
     with contextlib.suppress(type(error)), Peers():
@@ -160,7 +158,7 @@ def test_the_others_hear_how_a_process_ended(store, ends, error, words):
     assert store.heard_of(1) == words
 
 
-def test_where_a_collective_failed_the_one_that_is_gone_is_found_before_this_process_ends(store, ends):
+def test_peers_find_who_is_gone_after_a_failed_collective(store, ends):
     store.tell(0, {"finished": True})
     store.tell(2, {"beat": 1})
     with pytest.raises(jax.errors.JaxRuntimeError), Peers():
@@ -168,7 +166,7 @@ def test_where_a_collective_failed_the_one_that_is_gone_is_found_before_this_pro
     assert ends[0][1].startswith("process 2 of 3 has not been heard of for ")
 
 
-def test_who_parts_from_the_others_is_not_missed_and_tells_no_more(store, ends, monkeypatch):
+def test_disconnect_is_not_missed_and_tells_no_more(store, ends, monkeypatch):
     left = []
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: left.append(dict(store.told)))
     store.tell(0, {"finished": True})
@@ -205,7 +203,7 @@ def raised_from(error, cause):
     ],
     ids=repr,
 )
-def test_what_may_come_of_a_lost_peer_is_told_from_what_does_not(error, together):
+def test_failed_together_tells_lost_peers_from_other_errors(error, together):
     assert _failed_together(error) == together
 
 
@@ -230,7 +228,7 @@ os.abort()
     ],
     ids=["a peer is silent", "process 0 is gone", "another reason"],
 )
-def test_an_abort_for_want_of_a_peer_says_which_and_any_other_stays_one(listens, words_of_2, status, line):
+def test_abort_for_want_of_a_peer_says_which(listens, words_of_2, status, line):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         if listens:

@@ -54,7 +54,7 @@ def refusal(speak_as, first, other):
     return str(error.value)
 
 
-def test_processes_that_were_started_alike_go_on(speak_as):
+def test_agreement_lets_processes_started_alike_go_on(speak_as):
     fields = program_fields(CONFIG)
     for number in range(3):
         speak_as(number)
@@ -70,27 +70,27 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("field", DIFFERENT)
-def test_a_field_that_differs_is_named_with_both_values_and_processes(speak_as, field):
+def test_agreement_names_a_field_with_both_values(speak_as, field):
     other = dataclasses.replace(CONFIG, **DIFFERENT[field])
     message = refusal(speak_as, program_fields(CONFIG), program_fields(other))
     got, need = program_fields(other)[field], program_fields(CONFIG)[field]
     assert message == f"{field}={got!r}: so in process 2, and in process 0 it is {need!r}; {ALIKE}"
 
 
-def test_of_many_that_differ_some_are_named(speak_as):
+def test_agreement_names_some_of_many_fields(speak_as):
     other = dataclasses.replace(CONFIG, seed=1, batch_size=2, num_steps=300)
     message = refusal(speak_as, program_fields(CONFIG), program_fields(other))
     assert all(field in message for field in ("seed", "batch_size", "num_steps"))
 
 
 @pytest.mark.parametrize("package", ["python", *peers.PACKAGES])
-def test_a_version_that_differs_is_named(speak_as, package):
+def test_agreement_names_a_version_that_differs(speak_as, package):
     fields = program_fields(CONFIG)
     message = refusal(speak_as, fields, fields | {f"version of {package}": "0.0.1"})
     assert message.startswith(f"version of {package}='0.0.1': so in process 2, and in process 0 it is '")
 
 
-def test_every_field_the_source_and_settings_of_jax_are_compared():
+def test_program_fields_hold_config_source_and_settings():
     fields = program_fields(CONFIG)
     assert field_kinds().keys() < fields.keys()
     assert json.loads(json.dumps(fields)) == fields
@@ -102,7 +102,7 @@ def test_every_field_the_source_and_settings_of_jax_are_compared():
         jax.config.update("jax_default_matmul_precision", before)
 
 
-def test_the_digest_of_the_source_changes_with_a_byte_of_it(monkeypatch, tmp_path):
+def test_source_digest_changes_with_a_byte(monkeypatch, tmp_path):
     (tmp_path / "training" / "fault_tolerance").mkdir(parents=True)
     file = tmp_path / "training" / "fault_tolerance" / "peers.py"
     monkeypatch.setattr(peers, "__file__", str(file))
@@ -113,13 +113,13 @@ def test_the_digest_of_the_source_changes_with_a_byte_of_it(monkeypatch, tmp_pat
     assert before != peers.source_digest()
 
 
-def test_a_process_that_is_alone_asks_nobody(monkeypatch):
+def test_agreement_of_one_process_asks_nobody(monkeypatch):
     alone = types.SimpleNamespace(client=None, num_processes=None, process_id=0)
     monkeypatch.setattr(peers, "distributed", types.SimpleNamespace(global_state=alone))
     require_agreement("program", program_fields(CONFIG), ALIKE)
 
 
-def test_an_error_of_the_store_other_than_its_patience_is_not_hidden(speak_as, monkeypatch):
+def test_agreement_hides_no_error_but_the_stores_timeout(speak_as, monkeypatch):
     def fail(key, milliseconds):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE")
 

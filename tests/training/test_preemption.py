@@ -36,7 +36,7 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_signal_among_the_steps_is_noticed_after_the_step_and_stays(handled):
+def test_preemption_notices_a_signal_after_the_step(handled):
     with Preemption() as preemption:
         assert not preemption.reached()
         terminate()
@@ -45,7 +45,7 @@ def test_a_signal_among_the_steps_is_noticed_after_the_step_and_stays(handled):
     assert handled == []
 
 
-def test_before_the_first_step_and_after_the_last_a_signal_does_what_it_always_does(handled):
+def test_preemption_leaves_signals_alone_outside_the_steps(handled):
     with Preemption() as preemption:
         terminate()
         assert handled == [signal.SIGTERM]
@@ -54,7 +54,7 @@ def test_before_the_first_step_and_after_the_last_a_signal_does_what_it_always_d
     assert handled == [signal.SIGTERM] * 2
 
 
-def test_an_error_in_a_step_gives_the_signal_back_too(handled):
+def test_preemption_gives_signals_back_after_an_error(handled):
 
     def fail():
         with Preemption() as preemption:
@@ -67,7 +67,7 @@ def test_an_error_in_a_step_gives_the_signal_back_too(handled):
     assert handled == [signal.SIGTERM]
 
 
-def test_several_processes_ask_jax_once_a_step_counting_and_leave_the_signal_to_it(handled, monkeypatch):
+def test_preemption_asks_jax_once_a_step_for_many_processes(handled, monkeypatch):
     asked = []
 
     def reached_preemption_sync_point(step):
@@ -90,7 +90,7 @@ def test_several_processes_ask_jax_once_a_step_counting_and_leave_the_signal_to_
     assert asked == [1, 2, 3]
 
 
-def test_ctrl_c_among_the_steps_stops_the_run_like_sigterm_and_says_that_it_was_ctrl_c(handled):
+def test_preemption_by_ctrl_c_stops_like_sigterm_and_says_so(handled):
     with Preemption() as preemption:
         assert not preemption.reached()
         press_ctrl_c()
@@ -102,7 +102,7 @@ def test_ctrl_c_among_the_steps_stops_the_run_like_sigterm_and_says_that_it_was_
     assert handled == [signal.SIGINT]
 
 
-def test_sigterm_says_that_it_was_sigterm():
+def test_preemption_by_sigterm_says_so():
     with Preemption() as preemption:
         preemption.reached()
         terminate()
@@ -112,7 +112,7 @@ def test_sigterm_says_that_it_was_sigterm():
 
 
 @pytest.mark.parametrize("first", [terminate, press_ctrl_c])
-def test_ctrl_c_after_another_signal_ends_the_process_at_once_with_a_line(left, first):
+def test_preemption_ends_at_once_on_a_second_ctrl_c(left, first):
     with Preemption() as preemption:
         preemption.reached()
         first()
@@ -123,7 +123,7 @@ def test_ctrl_c_after_another_signal_ends_the_process_at_once_with_a_line(left, 
     assert "before the checkpoint was written" in line
 
 
-def test_one_press_that_arrives_twice_and_sigterm_after_it_leave_the_checkpoint_its_time(left, monkeypatch):
+def test_preemption_takes_a_doubled_ctrl_c_for_one(left, monkeypatch):
     monkeypatch.setattr(preemption_module, "SAME_PRESS", 60.0)
     with Preemption() as preemption:
         preemption.reached()
@@ -133,7 +133,7 @@ def test_one_press_that_arrives_twice_and_sigterm_after_it_leave_the_checkpoint_
     assert left == []
 
 
-def test_a_signal_that_a_shell_has_ignored_stays_ignored():
+def test_preemption_leaves_ignored_signals_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Preemption() as preemption:
         preemption.reached()

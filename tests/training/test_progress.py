@@ -40,7 +40,7 @@ def terminal(monkeypatch, columns, **kwargs):
     return [Text.from_ansi(line).plain for line in output.replace("\r", "\n").split("\n") if "/" in line]
 
 
-def test_a_file_gets_a_plain_line_every_few_steps_and_after_the_last():
+def test_progress_prints_plain_lines_to_a_file():
     lines = run(io.StringIO(), steps=range(1, 13), num_steps=12, plain_every=5).splitlines()
     assert lines == [
         "step  5/12  loss 2.500  12.3k tok/s  45.7% of peak  0:00:14 left",
@@ -49,12 +49,12 @@ def test_a_file_gets_a_plain_line_every_few_steps_and_after_the_last():
     ]
 
 
-def test_a_resumed_run_counts_from_where_it_goes_on():
+def test_progress_of_a_resumed_run_counts_on():
     lines = run(io.StringIO(), steps=range(101, 106), num_steps=1000, start_step=100, plain_every=5).splitlines()
     assert lines == ["step  105/1000  loss 2.500  12.3k tok/s  45.7% of peak  0:29:50 left"]
 
 
-def test_a_note_is_printed_as_it_is_however_long():
+def test_progress_prints_a_note_as_it_is():
     file = io.StringIO()
     note = "[checkpoint] " + 30 * "runs/tiny/checkpoints "
     with TrainProgress(num_steps=10, file=file) as progress:
@@ -63,7 +63,7 @@ def test_a_note_is_printed_as_it_is_however_long():
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_live_line_holds_every_number_and_does_not_wrap(monkeypatch, columns):
+def test_progress_live_line_holds_all_numbers_unwrapped(monkeypatch, columns):
     steps = range(99_990, 100_000)
     line = terminal(monkeypatch, columns, steps=steps, num_steps=100_000, start_step=99_989)[-1]
     for words in ["99999/100000", "loss 2.500", "12.3k tok/s", "45.7%", "0:00:02"]:
@@ -72,13 +72,13 @@ def test_the_live_line_holds_every_number_and_does_not_wrap(monkeypatch, columns
     assert "…" not in line
 
 
-def test_the_live_line_has_room_for_the_held_out_loss_at_80_columns(monkeypatch):
+def test_progress_live_line_fits_80_columns(monkeypatch):
     line = terminal(monkeypatch, 80, steps=range(1, 10), num_steps=100_000)[-1]
     assert "held 2.750" in line
     assert "…" not in line
 
 
-def test_a_file_sees_no_control_characters_and_a_terminal_does():
+def test_progress_writes_control_characters_to_terminals_only():
     plain = run(io.StringIO(), steps=range(1, 11), num_steps=10)
     live = run(Terminal(), steps=range(1, 11), num_steps=10)
     assert plain.replace("\n", "").isprintable()
@@ -89,12 +89,12 @@ def test_a_file_sees_no_control_characters_and_a_terminal_does():
     ("number", "text"),
     [(0.5, "0.5"), (950, "950"), (999.4, "999"), (999.6, "1k"), (12345, "12.3k"), (1.2e6, "1.2M"), (3e9, "3G")],
 )
-def test_short_numbers_have_three_digits(number, text):
+def test_short_has_three_digits(number, text):
     assert _short(number) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (3 * 86400 + 7200, "3d 2h")]
 )
-def test_durations_read_as_clocks_and_from_two_days_on_as_days(seconds, text):
+def test_duration_reads_as_clock_and_from_two_days_as_days(seconds, text):
     assert _duration(seconds) == text

@@ -46,14 +46,14 @@ def meet_all(address, numbers, count, seconds=5.0, counts=None):
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=["in order", "the first comes third"])
-def test_processes_that_all_come_go_on_and_leave_the_port_free(address, numbers):
+def test_meet_lets_all_go_on_and_leaves_the_port_free(address, numbers):
     assert meet_all(address, numbers, 4) == [None] * 4
     host, _, port = address.partition(":")
     socket.create_server((host, int(port))).close()
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 1, 2], [0, 2, 0, 1], [1, 0, 1]])
-def test_two_processes_with_one_number_are_told_to_all(address, numbers):
+def test_meet_tells_all_of_two_processes_with_one_number(address, numbers):
     twice = next(number for number in numbers if numbers.count(number) == 2)
     ended = meet_all(address, numbers, len(set(numbers)) + 1, seconds=1.0)
     words = f"--process_id={twice}: two processes have this number; give each its own"
@@ -64,14 +64,14 @@ def test_two_processes_with_one_number_are_told_to_all(address, numbers):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only there they can tell without process 0")
-def test_two_processes_with_one_number_on_one_machine_need_no_process_0(address):
+def test_meet_finds_doubled_numbers_without_process_0(address):
     began = time.monotonic()
     ended = meet_all(address, [1, 1], 2, seconds=20)
     assert time.monotonic() - began < 5
     assert [str(error) for error in ended] == ["--process_id=1: two processes have this number; give each its own"] * 2
 
 
-def test_a_process_that_counts_otherwise_is_told_to_all(address):
+def test_meet_tells_all_of_a_process_that_counts_otherwise(address):
     ended = meet_all(address, [0, 1, 2], 3, counts={1: 2}, seconds=1.0)
     assert "--num_processes=2: process 1 was told so, and process 0 3; give all processes the same number" in str(
         ended[0]
@@ -80,7 +80,7 @@ def test_a_process_that_counts_otherwise_is_told_to_all(address):
     assert None not in ended
 
 
-def test_those_who_never_come_are_named(address):
+def test_meet_names_those_who_never_come(address):
     began = time.monotonic()
     first, third = meet_all(address, [0, 2], 5, seconds=0.8)
     assert time.monotonic() - began < 5
@@ -89,14 +89,14 @@ def test_those_who_never_come_are_named(address):
     assert str(third) == str(first)
 
 
-def test_where_process_0_never_comes_the_others_say_so(address):
+def test_meet_says_that_process_0_never_came(address):
     (error,) = meet_all(address, [1], 2, seconds=0.5)
     assert isinstance(error, RunError)
     assert f"{address}: process 0 has not been there within 0.5 s; start it, with --process_id=0" in str(error)
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b'{"heard": 7}\n', b"[]\n"])
-def test_a_port_that_another_program_has_is_named_by_all_of_them(address, answer):
+def test_meet_names_a_port_that_another_program_has(address, answer):
     host, _, port = address.partition(":")
     over = threading.Event()
 
@@ -128,7 +128,7 @@ def test_a_port_that_another_program_has_is_named_by_all_of_them(address, answer
     assert "something listens there and does not answer as process 0 of this run" in str(second)
 
 
-def test_strangers_that_knock_at_the_port_do_not_disturb(address):
+def test_meet_is_not_disturbed_by_strangers_at_the_port(address):
     host, _, port = address.partition(":")
 
     def knock():
@@ -151,7 +151,7 @@ def test_strangers_that_knock_at_the_port_do_not_disturb(address):
         assert run.result() == [None, None]
 
 
-def test_the_time_to_wait_is_a_flag_that_goes_with_the_others():
+def test_join_timeout_goes_with_the_other_flags():
     place = dict(coordinator_address="127.0.0.1:1", num_processes=2, process_id=0)
     assert ProcessFlags(**place, join_timeout=300).join_timeout == 300
     with pytest.raises(ConfigError, match="--join_timeout=0: must be positive"):

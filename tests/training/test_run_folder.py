@@ -43,7 +43,7 @@ def refusal(config):
     return str(error.value)
 
 
-def test_config_json_holds_the_resolved_config_and_nothing_else_is_left():
+def test_run_folder_holds_the_resolved_config_alone():
     folder = open_run_folder(CONFIG)
     values = json.loads(folder.config.read_text())
     assert values.pop("version") == VERSION
@@ -51,20 +51,20 @@ def test_config_json_holds_the_resolved_config_and_nothing_else_is_left():
     assert sorted(file.name for file in folder.path.iterdir()) == [".lock", "config.json"]
 
 
-def test_the_folder_is_run_dir_or_runs_and_the_name(tmp_path):
+def test_folder_of_is_run_dir_or_runs_and_the_name(tmp_path):
     assert open_run_folder(CONFIG).path.resolve() == tmp_path / "runs" / "tiny"
     elsewhere = str(tmp_path / "a" / "b")
     assert str(open_run_folder(dataclasses.replace(CONFIG, run_dir=elsewhere)).path) == elsewhere
 
 
-def test_a_changed_field_is_refused_with_both_values_and_the_remedies():
+def test_run_folder_refuses_a_changed_field_with_both_values():
     open_run_folder(CONFIG)
     message = refusal(dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_layers=4)))
     for words in ["model.num_layers=4", "with 2", "--config.model.num_layers=2", "--config.run_dir="]:
         assert words in message
 
 
-def test_every_field_but_the_free_ones_is_refused():
+def test_run_folder_refuses_every_field_but_the_free():
     open_run_folder(CONFIG)
     for change in [{"seed": 1}, {"num_steps": 201}, {"batch_size": 2}, {"eval_sequences": 9}, {"seq_len": 1024}]:
         assert next(iter(change)) in refusal(dataclasses.replace(CONFIG, **change))
@@ -83,7 +83,7 @@ OTHER = {int: lambda x: x + 1, float: lambda x: x + 1, str: lambda x: x + "x", b
 
 
 @pytest.mark.parametrize("field", field_kinds())
-def test_any_field_that_changes_what_comes_out_is_refused_and_no_other(field):
+def test_run_folder_refuses_what_changes_results_alone(field):
     folder = open_run_folder(CONFIG)
     values = flatten_dict(json.loads(folder.config.read_text()), sep=".")
     if field == "attention.strategy":
@@ -100,19 +100,19 @@ def test_any_field_that_changes_what_comes_out_is_refused_and_no_other(field):
 
 
 @pytest.mark.parametrize("field", ["log_every", "eval_every", "checkpoint_every"])
-def test_how_often_to_look_may_change_between_resumes(field):
+def test_run_folder_lets_intervals_change(field):
     open_run_folder(CONFIG)
     folder = open_run_folder(dataclasses.replace(CONFIG, **{field: 7}))
     assert json.loads(folder.config.read_text())[field] == 7
 
 
-def test_a_run_may_be_renamed_and_moved():
+def test_run_folder_may_be_renamed_and_moved():
     folder = open_run_folder(CONFIG)
     folder.path.rename("moved")
     assert open_run_folder(dataclasses.replace(CONFIG, name="new", run_dir="moved")).config.exists()
 
 
-def test_a_run_from_before_ends_of_documents_were_learned_goes_on_without_them():
+def test_run_folder_without_newer_fields_goes_on_as_before():
     folder = open_run_folder(CONFIG)
     stored = json.loads(folder.config.read_text())
     for field in ("train_on_end", "special_tokens"):
@@ -128,7 +128,7 @@ def test_a_run_from_before_ends_of_documents_were_learned_goes_on_without_them()
         read_config(folder)
 
 
-def test_a_stored_field_that_no_longer_exists_is_refused_by_name():
+def test_run_folder_refuses_an_unknown_stored_field_by_name():
     folder = open_run_folder(CONFIG)
     stored = json.loads(folder.config.read_text())
     stored["model"]["window"] = 64
@@ -140,13 +140,13 @@ def test_a_stored_field_that_no_longer_exists_is_refused_by_name():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-def test_a_damaged_config_json_is_refused_by_its_path(text):
+def test_run_folder_refuses_a_damaged_config_json_by_path(text):
     folder = open_run_folder(CONFIG)
     folder.config.write_text(text)
     assert "runs/tiny/config.json" in refusal(CONFIG)
 
 
-def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path):
+def test_run_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for run_dir in ["file", "file/below", "/proc/run"]:
         message = refusal(dataclasses.replace(CONFIG, run_dir=run_dir))
@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path):
         assert "--config.run_dir=PATH" in message
 
 
-def test_a_folder_in_use_is_refused_with_who_has_it_and_free_again_afterwards():
+def test_folder_lock_refuses_a_folder_in_use_by_owner():
     with hold_run_folder(CONFIG) as folder:
         message = refusal(CONFIG)
         assert f"run_dir='{folder.path}': is in use by process {os.getpid()} on {socket.gethostname()} since" in message
@@ -163,7 +163,7 @@ def test_a_folder_in_use_is_refused_with_who_has_it_and_free_again_afterwards():
     open_run_folder(CONFIG)
 
 
-def test_the_folder_of_a_killed_process_is_free():
+def test_folder_lock_of_a_killed_process_is_free():
     program = (
         "import os; from pathlib import Path\n"
         "from ring_attention.training.fault_tolerance.disk import FolderLock\n"
@@ -175,7 +175,7 @@ def test_the_folder_of_a_killed_process_is_free():
     FolderLock(Path()).release()
 
 
-def test_a_config_of_a_newer_version_is_refused():
+def test_run_folder_refuses_a_newer_version():
     folder = open_run_folder(CONFIG)
     values = json.loads(folder.config.read_text())
     folder.config.write_text(json.dumps(values | {"version": VERSION + 1}))
@@ -184,7 +184,7 @@ def test_a_config_of_a_newer_version_is_refused():
     assert "update ring_attention or" in message
 
 
-def test_a_lock_of_another_machine_is_waited_for_as_long_as_its_lease_may_last(monkeypatch):
+def test_folder_lock_waits_for_another_machines_lease(monkeypatch):
     monkeypatch.setattr(disk, "LEASE_SECONDS", 3)
     with hold_run_folder(CONFIG) as folder:
         lock = folder.path / ".lock"
@@ -201,7 +201,7 @@ def test_a_lock_of_another_machine_is_waited_for_as_long_as_its_lease_may_last(m
     assert not waiting.is_alive()
 
 
-def test_a_run_without_a_version_is_refused():
+def test_run_folder_refuses_a_run_without_a_version():
     folder = open_run_folder(CONFIG)
     values = json.loads(folder.config.read_text())
     del values["version"]
@@ -218,7 +218,7 @@ PLACEMENTS = [
 
 
 @pytest.mark.parametrize("change", PLACEMENTS, ids=["mesh", "layout", "strategy", "chunk"])
-def test_where_a_run_is_computed_may_change_and_is_said(change):
+def test_run_folder_lets_placement_change_and_says_so(change):
     open_run_folder(CONFIG)
     lines = []
     open_run_folder(dataclasses.replace(CONFIG, **change), say=lines.append)
@@ -227,7 +227,7 @@ def test_where_a_run_is_computed_may_change_and_is_said(change):
     assert next(iter(change)) in lines[0]
 
 
-def test_a_strategy_that_computes_something_else_is_refused():
+def test_run_folder_refuses_a_strategy_of_another_function():
     open_run_folder(CONFIG)
     sparse = dataclasses.replace(CONFIG, attention=AttentionConfig(strategy="sparse"))
     assert "attention.strategy='sparse'" in refusal(sparse)

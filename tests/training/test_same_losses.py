@@ -71,13 +71,13 @@ def by_ring():
     ],
     ids=str,
 )
-def test_fifty_steps_give_the_losses_of_a_ring(attention, by_ring):
+def test_strategy_gives_the_ring_losses_for_fifty_steps(attention, by_ring):
     assert by_ring[-5:].mean() < 0.5 * by_ring[0]  # it learns, so that errors would add up
     assert np.abs(_losses(**attention) / by_ring - 1).max() < 1e-4
 
 
 @pytest.mark.slow
-def test_a_window_gives_other_losses(by_ring):
+def test_window_gives_other_losses(by_ring):
     """The control of the tolerance above."""
     assert np.abs(_losses(strategy="sliding_window", window=2) / by_ring - 1).max() > 1e-2
 
@@ -96,7 +96,7 @@ def test_a_window_gives_other_losses(by_ring):
         (dict(speeds="1 0 1 1"), "attention.speeds='1 0 1 1' must be positive numbers"),
     ],
 )
-def test_a_config_that_means_nothing_is_refused(attention, message):
+def test_attention_config_that_means_nothing_is_refused(attention, message):
     with pytest.raises(ConfigError) as error:
         _config(**attention)
     assert message in str(error.value)
@@ -112,13 +112,13 @@ def test_a_config_that_means_nothing_is_refused(attention, message):
         (dict(speeds="1 1 1"), "layout is for ring_size=3, but the mesh axis has 4 devices"),
     ],
 )
-def test_what_a_strategy_cannot_do_is_said_before_anything_compiles(attention, message):
+def test_validate_config_says_what_a_strategy_cannot_do(attention, message):
     with pytest.raises(ConfigError) as error:
         validate_config(_config(**attention), dict(dp=2, fsdp=1, sp=4, tp=1))
     assert message in str(error.value)
 
 
-def test_a_kernel_for_other_devices_is_refused_before_anything_compiles():
+def test_validate_config_refuses_a_kernel_for_other_devices():
     config = _config(impl="splash")
     config = dataclasses.replace(config, seq_len=4096)
     validate_config(config, dict(dp=2, fsdp=1, sp=4, tp=1), "tpu")
@@ -126,7 +126,7 @@ def test_a_kernel_for_other_devices_is_refused_before_anything_compiles():
         validate_config(config, dict(dp=2, fsdp=1, sp=4, tp=1), "cpu")
 
 
-def test_groups_of_heads_that_a_tpu_cannot_fetch_from_its_host_are_refused_there_alone():
+def test_validate_config_refuses_offloaded_head_groups_on_tpu():
     model = dataclasses.replace(MODEL, remat="offload", head_groups=2)
     config = dataclasses.replace(_config(), model=model)
     shape = dict(dp=2, fsdp=1, sp=4, tp=1)

@@ -85,7 +85,7 @@ QUICK = CASES[2]
     ("layout", "accumulation_steps", "shape"),
     [pytest.param(*case, marks=[] if case == QUICK else pytest.mark.slow, id=str(case)) for case in CASES],
 )
-def test_loss_and_gradients_on_eight_devices_are_those_on_one(layout, accumulation_steps, shape, alone):
+def test_gradients_on_eight_devices_are_those_on_one(layout, accumulation_steps, shape, alone):
     params, grads, loss, targets = alone
     mesh = ra.make_mesh(**shape)
     gradients = jax.jit(make_gradients(_config(layout, accumulation_steps, **shape), mesh))
@@ -96,7 +96,7 @@ def test_loss_and_gradients_on_eight_devices_are_those_on_one(layout, accumulati
     assert max(distances) < 1e-5
 
 
-def test_a_mean_over_devices_of_means_over_tokens_would_be_another_loss_and_another_gradient(one_device, alone):
+def test_gradients_of_a_mean_of_means_would_differ(one_device, alone):
     # The control of the tolerance above: what a step that normalises on each device gives for the same batch.
     params, grads, loss, _ = alone
     batch = _natural_batch()
@@ -108,7 +108,7 @@ def test_a_mean_over_devices_of_means_over_tokens_would_be_another_loss_and_anot
 
 
 @pytest.mark.slow
-def test_the_attention_of_a_config_has_its_window_and_its_softcap():
+def test_attention_of_config_has_its_window_and_softcap():
     config = AttentionConfig(layout="zigzag", window=7, softcap=1.5, duplex=True, block_q=8, block_kv=8)
     mesh, layout = ra.make_mesh(sp=2, devices=jax.devices()[:2]), ra.SequenceLayout("zigzag", 2)
     q, k, v, _ = random_qkv(0, 2, SEQ_LEN, 4, 2, 4)
@@ -126,12 +126,12 @@ def test_the_attention_of_a_config_has_its_window_and_its_softcap():
 
 
 @pytest.mark.parametrize("field", ["window", "softcap"])
-def test_a_negative_window_or_softcap_is_refused(field):
+def test_attention_config_refuses_negative_window_or_softcap(field):
     with pytest.raises(ValueError, match=f"attention.{field}=-1: must not be negative; 0 leaves it out"):
         AttentionConfig(**{field: -1})
 
 
-def test_a_step_updates_by_the_optimizer_and_measures_what_evaluation_measures(alone):
+def test_train_step_updates_and_measures_like_evaluation(alone):
     params, grads, loss, targets = alone
     config, mesh = _config(sp=4, tp=2), ra.make_mesh(sp=4, tp=2)
     state, batch = make_state(config, mesh), _dealt(_natural_batch(), "zigzag", mesh)
@@ -151,7 +151,7 @@ def test_a_step_updates_by_the_optimizer_and_measures_what_evaluation_measures(a
     assert min(float(np.abs(x).max()) for x in jax.tree.leaves(change[0])) > 0
 
 
-def test_a_batch_without_targets_gives_zero_and_no_nan(one_device, alone):
+def test_train_step_without_targets_gives_zero_and_no_nan(one_device, alone):
     params, *_ = alone
     batch = _natural_batch() | dict(loss_mask=np.zeros((ROWS, SEQ_LEN), np.int32))
     grads, loss, targets = one_device(params, batch)
@@ -168,7 +168,7 @@ def _updates(optimizer_config, grads, params):
     return jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])(grads, params)
 
 
-def test_matrices_decay_and_norms_do_not(alone):
+def test_optimizer_decays_matrices_and_not_norms(alone):
     params, *_ = alone
     zero = jax.tree.map(jnp.zeros_like, params)
     optimizer = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
@@ -187,7 +187,7 @@ def test_matrices_decay_and_norms_do_not(alone):
     assert sum(decayed.values()) == 9  # embedding, unembedding, four of attention, three of the feed-forward
 
 
-def test_the_rate_warms_up_linearly_peaks_and_falls_to_its_final_fraction():
+def test_schedule_warms_up_peaks_and_falls_to_its_fraction():
     optimizer = OptimizerConfig(learning_rate=2e-3, warmup_steps=9, final_fraction=0.1)
     schedule = make_schedule(dataclasses.replace(_config(sp=1), optimizer=optimizer, num_steps=200))
     np.testing.assert_allclose(schedule(0), 2e-4, rtol=1e-5)  # a tenth of the way, not 0
@@ -200,7 +200,7 @@ def test_the_rate_warms_up_linearly_peaks_and_falls_to_its_final_fraction():
     assert (np.diff(rates[9:]) < 0).all()
 
 
-def test_gradients_are_clipped_by_their_global_norm(alone):
+def test_optimizer_clips_by_global_norm(alone):
     params, grads, *_ = alone
     # With a large epsilon AdamW's first update is proportional to the gradient it gets.
     optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.0, epsilon=1e6, clip_norm=0.5)
@@ -216,7 +216,7 @@ def test_gradients_are_clipped_by_their_global_norm(alone):
 
 
 @pytest.mark.parametrize("ring", [1, 8])
-def test_dynamic_rotary_scaling_takes_a_row_of_packed_documents_for_one_sequence_on_any_ring(ring, monkeypatch):
+def test_dynamic_rope_takes_a_packed_row_for_one_sequence(ring, monkeypatch):
     lengths, real = [], transformer.rotary_tables
 
     def recording(*args, length):
@@ -233,7 +233,7 @@ def test_dynamic_rotary_scaling_takes_a_row_of_packed_documents_for_one_sequence
     assert lengths == [SEQ_LEN]
 
 
-def test_a_step_is_traced_where_ranks_may_not_be_promoted():
+def test_train_step_traces_without_rank_promotion():
     mesh = ra.make_mesh(sp=2, tp=2, devices=jax.devices()[:4])
     config = _config(sp=2, tp=2)
     config = dataclasses.replace(config, model=dataclasses.replace(MODEL, qkv_bias=True, qk_norm=True))

@@ -41,7 +41,7 @@ def same(params, want):
 
 
 @pytest.mark.parametrize("mesh", [dict(sp=8), dict(dp=2, sp=2, tp=2), dict(sp=1, devices=jax.devices()[:1])])
-def test_the_newest_parameters_come_back_on_any_mesh(run, mesh):
+def test_trained_model_loads_the_newest_on_any_mesh(run, mesh):
     path, want = run
     trained = open_trained_model(str(path))
     assert (trained.config.model, trained.checkpoint) == (MODEL, path / "checkpoints" / "10")
@@ -54,14 +54,14 @@ def test_the_newest_parameters_come_back_on_any_mesh(run, mesh):
     assert not same(older, want)  # the control
 
 
-def test_another_dtype_is_rounded_once(run):
+def test_trained_model_rounds_to_another_dtype_once(run):
     path, want = run
     params = open_trained_model(str(path)).load(ra.make_mesh(sp=8), "bfloat16")
     assert same(params, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), want))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_no_arrays_but_the_parameters_come_to_the_devices(run):
+def test_trained_model_loads_only_the_parameters(run):
     before = jax.live_arrays()
     params = open_trained_model(str(run[0])).load(ra.make_mesh(sp=8))
     new = [x for x in jax.live_arrays() if all(x is not y for y in before)]
@@ -69,7 +69,7 @@ def test_no_arrays_but_the_parameters_come_to_the_devices(run):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore's futures
-def test_parameters_that_changed_on_the_way_are_noticed(run, tmp_path):
+def test_trained_model_notices_changed_parameters(run, tmp_path):
     path, _ = run
     copy = tmp_path / "copy"
     shutil.copytree(path, copy)
@@ -95,7 +95,7 @@ def test_parameters_that_changed_on_the_way_are_noticed(run, tmp_path):
         (lambda path: (path / "config.json").write_text("{") and path, "is not a config in JSON"),
     ],
 )
-def test_a_folder_that_holds_no_model_says_what_it_lacks(run, tmp_path, change, words):
+def test_open_trained_model_says_what_a_folder_lacks(run, tmp_path, change, words):
     copy = tmp_path / "copy"
     shutil.copytree(run[0], copy)
     with pytest.raises(ConfigError, match=words):

@@ -65,7 +65,7 @@ CASES = [("cudnn", name) for name in (*HARDER, "plain")] + [
 
 @pytest.mark.usefixtures("_calls_cost_nothing")
 @pytest.mark.parametrize(("impl", "name"), CASES)
-def test_what_cannot_be_traced_is_refused_before_and_what_is_not_refused_can_be_traced(impl, name):
+def test_validate_config_refuses_just_what_cannot_be_traced(impl, name):
     for strategy in STRATEGIES:
         config = config_of(strategy=strategy, impl=impl, **HARDER.get(name, {}))
         try:
@@ -81,7 +81,7 @@ def test_what_cannot_be_traced_is_refused_before_and_what_is_not_refused_can_be_
             assert str(error.value) == refusal
 
 
-def test_the_control_both_kinds_are_among_these():
+def test_validate_config_cases_hold_both_kinds():
     outcomes = set()
     for strategy, impl in itertools.product(("ring", "single_device"), ("xla", "cudnn")):
         try:
@@ -92,6 +92,6 @@ def test_the_control_both_kinds_are_among_these():
     assert outcomes == {"passes", "refused"}
 
 
-def test_a_cap_that_the_kernel_does_not_have_is_refused():
+def test_validate_config_refuses_softcap_of_a_kernel_without():
     with pytest.raises(ConfigError, match='impl="cudnn" has no softcap; leave it out, or use impl="xla"'):
         validate_config(config_of(impl="cudnn", softcap=30.0), MESH)

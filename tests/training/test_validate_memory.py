@@ -32,7 +32,7 @@ def free(monkeypatch):
     return lambda num_bytes: monkeypatch.setattr(validate, "available_on_host", lambda: num_bytes)
 
 
-def test_a_model_of_6_billion_parameters_is_refused_on_a_laptop_with_what_it_needs_and_has(mesh, free):
+def test_require_memory_refuses_a_6b_model_on_a_laptop(mesh, free):
     free(16 * 2**30)
     config = dataclasses.replace(CONFIG, model=LARGE, seq_len=4096)
     with pytest.raises(ConfigError) as error:
@@ -44,7 +44,7 @@ def test_a_model_of_6_billion_parameters_is_refused_on_a_laptop_with_what_it_nee
     assert "\n" not in message
 
 
-def test_what_fits_to_the_byte_is_not_refused(mesh, free):
+def test_require_memory_takes_what_fits_to_the_byte(mesh, free):
     need = 8 * (state_bytes(CONFIG, mesh) + kept_bytes(CONFIG, mesh))
     free(need)
     require_memory(CONFIG, mesh)
@@ -53,24 +53,24 @@ def test_what_fits_to_the_byte_is_not_refused(mesh, free):
         require_memory(CONFIG, mesh)
 
 
-def test_devices_of_a_mesh_share_the_state_out(mesh):
+def test_state_bytes_are_shared_out_over_the_mesh(mesh):
     every = 16 * SMALL.num_parameters
     assert every <= 8 * state_bytes(CONFIG, mesh) < 1.1 * every, "norms' scales are small, and on every device"
     assert state_bytes(CONFIG, make_mesh(dp=8)) == pytest.approx(every, rel=0.01)
 
 
-def test_layers_inputs_are_counted_where_the_devices_keep_them(mesh):
+def test_kept_bytes_count_inputs_that_devices_keep(mesh):
     assert kept_bytes(CONFIG, mesh) == 512 // 4 * 2 * 32 * jax.numpy.dtype(SMALL.compute_dtype).itemsize
     offloading = dataclasses.replace(CONFIG, model=dataclasses.replace(SMALL, remat="offload"))
     assert kept_bytes(offloading, mesh) == 0
 
 
-def test_where_nobody_says_how_much_there_is_nothing_is_refused(mesh, free):
+def test_require_memory_refuses_nothing_where_free_is_unknown(mesh, free):
     free(None)
     require_memory(dataclasses.replace(CONFIG, model=LARGE), mesh)
 
 
-def test_this_host_says_what_is_free_and_a_container_may_have_less(tmp_path, monkeypatch):
+def test_available_on_host_knows_containers(tmp_path, monkeypatch):
     monkeypatch.setattr(validate, "_LIMITS", ())
     free = available_on_host()
     assert 2**20 < free < 2**50
@@ -85,7 +85,7 @@ def test_this_host_says_what_is_free_and_a_container_may_have_less(tmp_path, mon
 @pytest.mark.parametrize(
     ("stats", "refused"), [({"bytes_limit": 100}, True), ({"bytes_limit": 2**40}, False), ({}, False)]
 )
-def test_an_accelerator_is_asked_for_its_own_memory(mesh, monkeypatch, stats, refused):
+def test_require_memory_asks_an_accelerator_for_its_own(mesh, monkeypatch, stats, refused):
     device = types.SimpleNamespace(
         process_index=0, platform="gpu", device_kind="NVIDIA H100", memory_stats=lambda: stats | {"bytes_in_use": 1}
     )

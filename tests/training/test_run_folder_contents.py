@@ -52,14 +52,14 @@ def refusal(folder, now):
     return str(error.value)
 
 
-def test_the_same_contents_go_on(folder, config):
+def test_contents_unchanged_go_on(folder, config):
     for has_begun in (False, True, True):
         require_same_contents(folder, digests(config, CORPUS), has_begun=has_begun)
     assert [file.name for file in folder.path.iterdir()] == [DIGESTS]
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_what_changed_is_named_and_how_to_go_on_all_the_same(folder, config, tmp_path, field):
+def test_contents_changed_are_named_with_a_way_to_go_on(folder, config, tmp_path, field):
     require_same_contents(folder, digests(config, CORPUS), has_begun=False)
     if field == "data.tokenizer":
         (tmp_path / "tokenizer.json").write_text('{"version": "1.1"}')
@@ -72,13 +72,13 @@ def test_what_changed_is_named_and_how_to_go_on_all_the_same(folder, config, tmp
     assert json.loads((folder.path / DIGESTS).read_text()) == changed
 
 
-def test_a_run_that_has_not_begun_takes_what_is_there(folder, config):
+def test_contents_of_a_new_run_are_taken_as_they_are(folder, config):
     require_same_contents(folder, {"data.tokenizer": "older"}, has_begun=False)
     require_same_contents(folder, digests(config, CORPUS), has_begun=False)
     require_same_contents(folder, digests(config, CORPUS), has_begun=True)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\x00"])
-def test_a_file_of_digests_that_is_none_is_refused_in_a_line(folder, config, content):
+def test_contents_file_that_is_damaged_is_refused_in_one_line(folder, config, content):
     (folder.path / DIGESTS).write_text(content)
     assert "is not an object in JSON; remove it" in refusal(folder, digests(config, CORPUS))
