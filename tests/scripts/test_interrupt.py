@@ -63,14 +63,19 @@ def interrupt(tmp_path, module, source, word):
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-u", "-m", "scripts.figures", "worked_example"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
-    try:
-        assert process.stdout.readline() == f"{word}\n"
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    with subprocess.Popen(command, cwd=REPOSITORY, env=env, preexec_fn=_hear_interrupts, **pipes) as process:
+        try:
+            assert process.stdout.readline() == f"{word}\n"
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
     return process.returncode, stderr
+
+
+def _hear_interrupts():
+    """Undo what a shell does to its background jobs: they, and what they start, do not hear SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_while_modules_load_even_where_one_would_catch_it(tmp_path):
