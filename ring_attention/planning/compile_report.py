@@ -205,18 +205,17 @@ def transfers_table(report: CompileReport) -> Table:
     for name in ("runs", "MB", "link ms", "computing ms", "exposed ms", ""):
         table.add_column(name, justify="right")
     for row in report.transfers:
-        hidden = row.asynchronous and row.exposed_seconds <= 0
-        verdict = "hidden" if hidden else "synchronous" if not row.asynchronous else "exposed"
+        verdict = "hidden" if row.hidden else "synchronous" if not row.asynchronous else "exposed"
         times = (f"{x * 1e3:.3f}" for x in (row.link_seconds, row.compute_seconds, row.exposed_seconds))
         runs = "?" if row.runs is None else f"{row.runs:,}"
-        style = "" if hidden else "red"
+        style = "" if row.hidden else "red"
         table.add_row(row.phase, row.axes, runs, f"{row.bytes / 1e6:.1f}", *times, verdict, style=style)
     return table
 
 
 def verdict(report: CompileReport) -> str:
     """One line: how many transfers are covered by computing, and what the others cost a step."""
-    hidden = sum(row.asynchronous and row.exposed_seconds <= 0 for row in report.transfers)
+    hidden = sum(row.hidden for row in report.transfers)
     waits = sum(row.exposed_seconds * (row.runs or 1) for row in report.transfers)
     total = len(report.transfers)
     return f"{hidden} of {total} transfers are covered by computing; the others cost {waits * 1e3:.1f} ms of a step"

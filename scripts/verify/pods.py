@@ -24,7 +24,7 @@ from ring_attention.hardware.pods import pod_devices
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.wires import hops_of
-from ring_attention.planning.hlo import compiled
+from ring_attention.planning.hlo import transfers
 from ring_attention.planning.programs import compile_ring, compile_step
 from ring_attention.tables import show
 from ring_attention.training.config import AttentionConfig, TrainConfig
@@ -53,7 +53,7 @@ class Row:
     kernel: str
     devices: int
     links: int
-    schedule: compiled.Schedule
+    schedule: transfers.Schedule
     temporary_bytes: int
     seconds: float
 
@@ -97,7 +97,7 @@ def check(pod: str, shard: int):
             kernel=kernel,
             devices=len(devices),
             links=hops_of(make_mesh(sp=-1, devices=devices)).links,
-            schedule=compiled.schedule_of(program.as_text()),
+            schedule=transfers.schedule_of(program.as_text()),
             temporary_bytes=program.memory_analysis().temp_size_in_bytes,
             seconds=round(time.monotonic() - start, 1),
         )

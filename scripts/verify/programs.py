@@ -33,7 +33,7 @@ from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.mesh import compiler_options
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.wires import hops_of
-from ring_attention.planning.hlo import compiled
+from ring_attention.planning.hlo import compiled, transfers
 from ring_attention.tables import show
 
 PROGRAMS = ("forward", "backward", "forward+backward")
@@ -96,7 +96,7 @@ class Row:
     bytes_sent: int | None
     all_gathers: int
     other_collectives: int
-    schedule: compiled.Schedule
+    schedule: transfers.Schedule
     largest_array: int  # elements
     scores_of_shard: int  # t * T elements, what a dense row of scores, or a mask, would take
     temporary_bytes: int
@@ -213,7 +213,7 @@ def inspect(case: Case, devices: list[jax.Device], args: argparse.Namespace) -> 
         bytes_sent=sent,
         all_gathers=counts["all-gather"],
         other_collectives=sum(counts.values()) - counts["all-gather"] - counts["collective-permute"],
-        schedule=compiled.schedule_of(text),
+        schedule=transfers.schedule_of(text),
         largest_array=max(array.size for array in compiled.arrays(text)),
         scores_of_shard=t * P * t,
         temporary_bytes=executable.memory_analysis().temp_size_in_bytes,

@@ -64,6 +64,7 @@ def test_the_papers_table_and_those_of_a_compiled_step_fit():
         compute_seconds=234.567,
         exposed_seconds=1.5,
         asynchronous=True,
+        hidden=False,
     )
     compiled = types.SimpleNamespace(collectives=[collective] * 2, transfers=[transfer] * 2)
     check(compile_report.collectives_table(compiled))

@@ -4,14 +4,13 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ring_attention.planning.hlo.loops import runs_of
-from ring_attention.planning.hlo.program import COMPUTATION, INSTRUCTION, Array, Instruction, Program, placed_arrays
+from ring_attention.planning.hlo.program import Array, Instruction, Program, placed_arrays
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
 
@@ -20,11 +19,6 @@ _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _OF_MESH = re.compile(
     r"replica_groups=mesh\[('[^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}"
-)
-_DONE = re.compile(r"(.*) collective-permute-done\((?:\S+ )?(%[\w.\-]+)\)")
-_WORK = re.compile(r"(.*?) (?:fusion|convolution|dot)\(%")  # of something, so not the filling of an array
-_HOP = re.compile(
-    r' (?:while|conditional)\(|custom_call_target="(?:tpu_custom_call|__cudnn\$fmha|[^"]*triton|[^"]*mosaic)'
 )
 
 
@@ -66,30 +60,6 @@ class Collective(NamedTuple):
             return self.bytes * others
         times = {"all-reduce": 2, "all-gather": 1, "all-to-all": 1}.get(self.kind)
         return self.bytes if times is None else times * self.bytes * others // self.group
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The permutes in the text of a compiled program, where one in a loop counts once.
-
-    Attributes:
-      asynchronous: permutes that start in one place and are awaited in another.
-      hidden: those between whose two places a hop is computed: a loop over tiles, or a kernel, stands there.
-      beside_other_work: of the rest those between whose two places something is computed that is no smaller than what
-        is sent, such as the merging of what a hop gave.
-      synchronous: permutes that nothing else can run beside.
-      exposed: those that a device can only wait for: synchronous ones and the rest.
-      exposed_bytes: of those.
-      bytes_in_flight: the most that is on its way to one device at any one time.
-    """
-
-    asynchronous: int
-    hidden: int
-    beside_other_work: int
-    synchronous: int
-    exposed: int
-    exposed_bytes: int
-    bytes_in_flight: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,57 +153,9 @@ def totals(text: str) -> dict[str, tuple[int, int]]:
     return dict(sums)
 
 
-def schedule_of(text: str) -> Schedule:
-    """How the permutes of a compiled program, given its `as_text()`, lie beside its computation."""
-    blocking = re.findall(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*) collective-permute\(", text, re.MULTILINE)
-    synchronous = exposed = len(blocking)
-    exposed_bytes = sum(array.bytes for result in blocking for array in _arrays(result))
-    found = [done for done in map(_DONE.search, text.splitlines()) if done]
-    sizes = {done[2]: sum(array.bytes for array in _arrays(done[1])) for done in found}
-    asynchronous = hidden = beside = most = hops = 0
-    waiting: dict[str, int] = {}  # name of a start -> hops before it
-    largest: dict[str, int] = {}  # name of a start -> bytes of the largest array computed since
-    blocked: set[str] = set()  # names of starts that block
-    for line in text.splitlines():
-        if COMPUTATION.match(line):
-            waiting, hops = {}, 0
-        elif (instruction := INSTRUCTION.match(line)) is None:
-            continue  # a kernel's own text may take several lines
-        elif " collective-permute-start(" in line:
-            waiting[instruction[2]], largest[instruction[2]] = hops, 0
-            at_once = '"is_sync":true' in line
-            synchronous, asynchronous = synchronous + at_once, asynchronous + (not at_once)
-            blocked |= {instruction[2]} if at_once else set()
-            most = max(most, sum(sizes[name] for name in waiting))
-        elif done := _DONE.search(line):
-            name, free = done[2], done[2] not in blocked
-            behind_hop = free & (hops > waiting.pop(name))
-            beside_work = free & (not behind_hop) & (largest[name] >= sizes[name])
-            hidden, beside = hidden + behind_hop, beside + beside_work
-            if not (behind_hop or beside_work):
-                exposed, exposed_bytes = exposed + 1, exposed_bytes + sizes[name]
-        elif work := _WORK.match(instruction[3]):
-            size = max((array.bytes for array in _arrays(work[1])), default=0)
-            largest |= {name: max(largest[name], size) for name in waiting}
-        hops += _HOP.search(line) is not None
-    return Schedule(
-        asynchronous=asynchronous,
-        hidden=hidden,
-        beside_other_work=beside,
-        synchronous=synchronous,
-        exposed=exposed,
-        exposed_bytes=exposed_bytes,
-        bytes_in_flight=most,
-    )
-
-
 def arrays(text: str) -> set[Array]:
     """Every array that an instruction of the program makes, fusions' inner values included."""
-    return set(_arrays(text))
-
-
-def _arrays(text: str) -> Iterator[Array]:
-    return (array for array, _ in placed_arrays(text))
+    return {array for array, _ in placed_arrays(text)}
 
 
 def _starts(instruction: Instruction, body: dict[str, Instruction]) -> bool:

@@ -5,11 +5,11 @@ import dataclasses
 
 from ring_attention.hardware.chips import Chip
 from ring_attention.planning.hlo.axes import PERMUTE, axes_of
-from ring_attention.planning.hlo.compiled import collectives_in
+from ring_attention.planning.hlo.compiled import Collective, collectives_in
 from ring_attention.planning.hlo.findings import kept_masks, whole_sequences
 from ring_attention.planning.hlo.peak_times import PeakTimes
 from ring_attention.planning.hlo.program import Instruction, Program
-from ring_attention.planning.hlo.waits import Flight, follow
+from ring_attention.planning.hlo.waits import BESIDE_HOP, BESIDE_NOTHING, BESIDE_WORK, Flight, follow_all
 from ring_attention.planning.shares import Share
 
 
@@ -69,9 +69,38 @@ class Transfer:
     exposed_seconds: float
 
     @property
+    def hidden(self) -> bool:
+        """Whether a device does not wait for it at all."""
+        return self.asynchronous and self.exposed_seconds <= 0
+
+    @property
     def hidden_seconds(self) -> float:
         """Of `link_seconds`, those in which the device does not wait for it."""
         return self.link_seconds - self.exposed_seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The permutes in the text of a compiled program, where one in a loop counts once.
+
+    Attributes:
+      asynchronous: permutes that start in one place and are awaited in another.
+      hidden: those between whose two places a hop is computed: a loop over tiles, or a kernel, stands there.
+      beside_other_work: of the rest those between whose two places something is computed that is no smaller than what
+        is sent, such as the merging of what a hop gave.
+      synchronous: permutes that nothing else can run beside.
+      exposed: those that a device can only wait for: synchronous ones and the rest.
+      exposed_bytes: of those.
+      bytes_in_flight: the most that is on its way to one device at any one time.
+    """
+
+    asynchronous: int
+    hidden: int
+    beside_other_work: int
+    synchronous: int
+    exposed: int
+    exposed_bytes: int
+    bytes_in_flight: int
 
 
 def collectives_by_axis(text: str, mesh_shape: dict[str, int]) -> list[AxisTraffic]:
@@ -122,28 +151,49 @@ def transfers(text: str, chip: Chip, mesh_shape: dict[str, int], *, bandwidth: f
       bandwidth: bytes a second of a hop one way; `chip.link` if None. A ring that crosses hosts or slices goes at the
         pace of its slowest hop.
     """
-    program = Program.parse(text)
-    times, speed = PeakTimes(program, chip), chip.link if bandwidth is None else bandwidth
-    where = {value: name for name in program.scheduled for value in program.computations[name]}
-    permutes = {x.name: x for x in collectives_in(program) if x.kind == PERMUTE and x.name in where}
-    flights = {name: Flight.of(item, chip, mesh_shape, speed) for name, item in permutes.items()}
-    for computation in sorted({where[name] for name in permutes}):
-        follow(times, computation, {name: x for name, x in flights.items() if where[name] == computation})
+    program, speed = Program.parse(text), chip.link if bandwidth is None else bandwidth
+    permutes = _permutes(program)
+    flights = {name: Flight.of(item, chip, mesh_shape, speed) for name, (item, _) in permutes.items()}
+    follow_all(program, flights, PeakTimes(program, chip))
     return [
         Transfer(
             name=name,
-            phase=_phase(program.computations[where[name]][name]),
-            axes=flights[name].axes,
-            bytes=sum(array.bytes for array in item.arrays),
+            phase=_phase(instruction),
+            axes=flight.axes,
+            bytes=flight.size,
             runs=item.runs,
-            asynchronous=flights[name].asynchronous,
-            compute_seconds=flights[name].between.seconds,
-            unknown_loops=flights[name].between.unknown_loops,
-            link_seconds=flights[name].seconds,
-            exposed_seconds=flights[name].exposed,
+            asynchronous=flight.asynchronous,
+            compute_seconds=flight.between.seconds,
+            unknown_loops=flight.between.unknown_loops,
+            link_seconds=flight.seconds,
+            exposed_seconds=flight.exposed,
         )
-        for name, item in permutes.items()
+        for (name, (item, instruction)), flight in zip(permutes.items(), flights.values(), strict=True)
     ]
+
+
+def schedule_of(text: str) -> Schedule:
+    """How the permutes of a compiled program, given its `as_text()`, lie beside its computation, on any chip."""
+    program = Program.parse(text)
+    permutes = _permutes(program)
+    flights = {name: Flight(sum(x.bytes for x in item.arrays)) for name, (item, _) in permutes.items()}
+    follow_all(program, flights)
+    beside = collections.Counter(flight.beside for flight in flights.values())
+    return Schedule(
+        asynchronous=sum(flight.asynchronous for flight in flights.values()),
+        hidden=beside[BESIDE_HOP],
+        beside_other_work=beside[BESIDE_WORK],
+        synchronous=sum(not flight.asynchronous for flight in flights.values()),
+        exposed=beside[BESIDE_NOTHING],
+        exposed_bytes=sum(flight.size for flight in flights.values() if flight.beside == BESIDE_NOTHING),
+        bytes_in_flight=max((flight.in_flight for flight in flights.values()), default=0),
+    )
+
+
+def _permutes(program: Program) -> dict[str, tuple[Collective, Instruction]]:
+    """The permutes that a program runs, by name."""
+    run = {name: x for computation in program.scheduled for name, x in program.computations[computation].items()}
+    return {x.name: (x, run[x.name]) for x in collectives_in(program) if x.kind == PERMUTE and x.name in run}
 
 
 def warnings_of(text: str, share: Share) -> list[str]:

@@ -159,43 +159,6 @@ def test_text_that_is_no_compiled_program_is_refused():
         compiled.collectives("HloModule nothing")
 
 
-def test_a_schedule_tells_which_permutes_a_hop_hides():
-    schedule = compiled.schedule_of("""
-%body (x: f32[8]) -> f32[8] {
-  %collective-permute-start.1 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
-  %both = ((f32[4]{0}, bf16[6]{0}), (f32[4]{0}, bf16[6]{0})) collective-permute-start(%y, %z), channel_id=2
-  %hop = (s32[], f32[8]{0}) while(%init), condition=%c, body=%b
-  %collective-permute-done.1 = f32[8]{0} collective-permute-done(%collective-permute-start.1)
-  %done = (f32[4]{0}, bf16[6]{0}) collective-permute-done(%both)
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
-  %exposed = f32[8]{0} collective-permute-done(%start)
-  %merged = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
-  %filled = f32[8]{0} fusion(), kind=kLoop, calls=%zeros
-  %merging = (s32[], f32[8]{0}) fusion(%x, %y), kind=kLoop, calls=%merge
-  %merged.done = f32[8]{0} collective-permute-done(%merged)
-  %little = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
-  %filled.too = f32[8]{0} fusion(), kind=kLoop, calls=%zeros
-  %maximum = f32[7]{0} fusion(%x), kind=kLoop, calls=%max
-  %little.done = f32[8]{0} collective-permute-done(%little)
-  %at.once = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), backend_config={"is_sync":true}
-  %too = f32[8]{0} collective-permute-done(%at.once)
-  %plain = f32[8]{0} collective-permute(%x), channel_id=4
-}
-""")
-    assert vars(schedule) == dict(
-        asynchronous=5,
-        hidden=2,
-        beside_other_work=1,
-        synchronous=2,
-        exposed=4,
-        exposed_bytes=4 * 32,
-        bytes_in_flight=32 + 16 + 12,
-    )
-
-
 def test_memory_is_that_of_arguments_outputs_and_what_lies_in_their_place():
     shape = jax.ShapeDtypeStruct((24, 5), "float32")
     added = jax.jit(lambda x, y: (x + y, x.sum(1)), donate_argnums=0).lower(shape, shape).compile()

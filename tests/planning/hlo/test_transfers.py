@@ -4,7 +4,7 @@ import pytest
 from hlo_texts import MESH, PIECES, PIECES_CALLED, RING, TPU_RING, V5E, X, hlo, receive, send
 
 from ring_attention.planning.hlo import compiled
-from ring_attention.planning.hlo.transfers import collectives_by_axis, transfers
+from ring_attention.planning.hlo.transfers import collectives_by_axis, schedule_of, transfers
 
 
 def test_a_tpus_loop_is_counted_from_its_condition_and_k_and_v_share_their_link():
@@ -92,4 +92,42 @@ def test_rows_and_transfers_are_plain_values():
     (row,) = collectives_by_axis(TPU_RING, MESH)
     assert dataclasses.asdict(row) == dict(
         kind="collective-permute", axes="sp", instructions=2, runs=12, bytes=12 * 2**20, sent=12 * 2**20
+    )
+
+
+def test_schedule_of_tells_which_permutes_a_hop_hides():
+    schedule = schedule_of("""
+%body (x: f32[8]) -> f32[8] {
+  %collective-permute-start.1 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
+  %both = ((f32[4]{0}, bf16[6]{0}), (f32[4]{0}, bf16[6]{0})) collective-permute-start(%y, %z), channel_id=2
+  %hop = (s32[], f32[8]{0}) while(%init), condition=%c, body=%b
+  %collective-permute-done.1 = f32[8]{0} collective-permute-done(%collective-permute-start.1)
+  %done = (f32[4]{0}, bf16[6]{0}) collective-permute-done(%both)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %ring = f32[8]{0} while(%x), condition=%c, body=%body
+  %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
+  %exposed = f32[8]{0} collective-permute-done(%start)
+  %merged = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
+  %filled = f32[8]{0} fusion(), kind=kLoop, calls=%zeros
+  %merging = (s32[], f32[8]{0}) fusion(%x, %y), kind=kLoop, calls=%merge
+  %merged.done = f32[8]{0} collective-permute-done(%merged)
+  %little = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), channel_id=3
+  %filled.too = f32[8]{0} fusion(), kind=kLoop, calls=%zeros
+  %maximum = f32[7]{0} fusion(%x), kind=kLoop, calls=%max
+  %little.done = f32[8]{0} collective-permute-done(%little)
+  %at.once = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), backend_config={"is_sync":true}
+  %too = f32[8]{0} collective-permute-done(%at.once)
+  %plain = f32[8]{0} collective-permute(%x), channel_id=4
+}
+""")
+    assert vars(schedule) == dict(
+        asynchronous=5,
+        hidden=2,
+        beside_other_work=1,
+        synchronous=2,
+        exposed=4,
+        exposed_bytes=4 * 32,
+        bytes_in_flight=32 + 16 + 12,
     )
