@@ -8,7 +8,8 @@ Cost: 33 GiB of each GPU's 73 (0.92 of 79), as the compiler for H100 says withou
     pip install -e '.[compile-gpu]'
     python scripts/plan.py --config=configs/gpu_8xh100_7b.py --topology=h100:1x8 --config.attention.impl=cudnn --compile
 
-Result: not trained yet. impl=cudnn takes cuDNN's flash attention for the hops; without it they are plain XLA tiles.
+Result: not trained yet. impl=cudnn takes cuDNN's flash attention for the blocks of the ring; without it they are plain
+XLA tiles.
 """
 
 from ring_attention.models.config import ModelConfig

@@ -15,8 +15,8 @@ KIND_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool
 NO_DEFAULT = object()
 """Stands for the default of a field that has none."""
 
-MOST = 2**63
-"""Whole numbers lie below, and not below -MOST: JSON's readers and arrays hold no others."""
+_INT64_BOUND = 2**63
+"""Whole numbers lie below, and not below -_INT64_BOUND: JSON's readers and arrays hold no others."""
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _build(cls: type, values: Any, *, section: str) -> Any:
 def _typed(field: str, value: Any) -> Any:
     """Return `value` as the type that `field` declares, or ConfigError."""
     kind = field_kinds()[field]
-    if type(value) is int and not -MOST <= value < MOST:
+    if type(value) is int and not -_INT64_BOUND <= value < _INT64_BOUND:
         raise ConfigError(f"{field}={shown(value)}: needs more than 64 bits; give {KIND_WORDS[kind]} that is smaller")
     if kind is float and type(value) is int:
         value = float(value)

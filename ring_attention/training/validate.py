@@ -20,7 +20,7 @@ from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.state import sharded_abstract_state
 
-MOST = 2**31 - 1
+_INT32_MAX = 2**31 - 1
 """Largest number of anything that is counted: steps, tokens, positions and the axes of an array are int32."""
 
 
@@ -65,7 +65,11 @@ def _check_sizes(config: TrainConfig) -> None:
     for field, value in flatten_dict(config_to_dict(config), sep=".").items():
         is_count = type(value) is int and not field.endswith("seed")
         require_field(
-            not is_count or value <= MOST, field, value, f"must be at most {MOST}, as 32 bits hold", "give less"
+            not is_count or value <= _INT32_MAX,
+            field,
+            value,
+            f"must be at most {_INT32_MAX}, as 32 bits hold",
+            "give less",
         )
 
 

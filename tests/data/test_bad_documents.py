@@ -83,7 +83,7 @@ def refused(folder, **fields):
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file_is_refused_or_left_out_counted_and_reported(tmp_path, case):
+def test_bad_file_is_refused_or_left_out_and_counted(tmp_path, case):
     name, content, field, example = BAD_FILES[case]
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / name).write_bytes(content)
@@ -99,7 +99,7 @@ def test_a_bad_file_is_refused_or_left_out_counted_and_reported(tmp_path, case):
 
 @pytest.mark.parametrize("case", BAD_LINES)
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "zipped"])
-def test_a_bad_line_is_refused_or_left_out_counted_and_reported(tmp_path, case, zipped):
+def test_bad_line_is_refused_or_left_out_and_counted(tmp_path, case, zipped):
     bad, field, example = BAD_LINES[case]
     lines = b'{"text": "first"}\n' + bad + b'\n{"text": "third"}\n'
     name = "a.jsonl.gz" if zipped else "a.jsonl"
@@ -114,7 +114,7 @@ def test_a_bad_line_is_refused_or_left_out_counted_and_reported(tmp_path, case, 
     assert example in source.report.lines()[1]
 
 
-def test_the_report_counts_by_reason_and_shows_the_first_of_each(tmp_path):
+def test_report_counts_by_reason_and_shows_the_first_of_each(tmp_path):
     good = json.dumps({"text": "good"})
     (tmp_path / "a.jsonl").write_text("\n".join([good, '{"text": ""}', "[]", "", good, "{", "7", '{"text": 8}']))
     (tmp_path / "b.txt").write_bytes(b"\xff")
@@ -128,7 +128,7 @@ def test_the_report_counts_by_reason_and_shows_the_first_of_each(tmp_path):
     ]
 
 
-def test_lines_of_an_archive_that_is_left_out_do_not_count_beside_it(tmp_path):
+def test_report_counts_no_lines_of_an_archive_left_out(tmp_path):
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'[]\n{"text": "good"}\n' * 99)[:-12])
     report = open_documents(config_of(tmp_path)).report
@@ -136,13 +136,13 @@ def test_lines_of_an_archive_that_is_left_out_do_not_count_beside_it(tmp_path):
     assert f"1 unreadable, the first: {tmp_path}/b.jsonl.gz cannot be read" in report.lines()[1]
 
 
-def test_data_without_fault_give_nothing_to_report(tmp_path):
+def test_report_is_empty_for_data_without_fault(tmp_path):
     (tmp_path / "a.txt").write_text("good")
     report = open_documents(config_of(tmp_path)).report
     assert (report, report.lines(), report.total) == (DataReport(), [], 0)
 
 
-def test_what_is_left_out_changes_neither_names_nor_sides_of_the_others(tmp_path):
+def test_left_out_documents_leave_others_names_and_sides(tmp_path):
     lines = [json.dumps({"text": f"text {i}"}) for i in range(60)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     before = [part.names() for part in split_documents(open_documents(config_of(tmp_path)), 0.3)]
@@ -154,21 +154,21 @@ def test_what_is_left_out_changes_neither_names_nor_sides_of_the_others(tmp_path
     assert train.report.counts == held_out.report.counts == {Reason.NOT_JSON: 5}
 
 
-def test_a_corpus_hands_the_report_on(tmp_path):
+def test_corpus_hands_the_report_on(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text("text" if i else "")
     corpus = Corpus.open(config_of(tmp_path, holdout_fraction=0.5))
     assert corpus.report.lines() == ["Documents left out: 1", f"  1 empty, the first: {tmp_path}/0.txt is empty"]
 
 
-def test_nothing_left_to_read_is_refused_with_the_counts(tmp_path):
+def test_open_documents_refuses_nothing_to_read_with_counts(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff")
     (tmp_path / "b.txt").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"holds no document to read \(1 not UTF-8, 1 empty\); name files that hold"):
         open_documents(config_of(tmp_path))
 
 
-def test_a_name_that_would_break_the_line_is_escaped(tmp_path):
+def test_report_escapes_a_name_that_would_break_the_line(tmp_path):
     (tmp_path / "two\nlines.txt").write_bytes(b"\xff")
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"\xff")
     assert r"caf\udce9.txt' is not valid UTF-8" in refused(tmp_path)
@@ -177,7 +177,7 @@ def test_a_name_that_would_break_the_line_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("paths", ["a\0b", "\ud800/*.txt", "a\nb/*.txt", "**/\0"])
-def test_a_glob_that_no_file_can_match_is_an_error_in_one_line(paths):
+def test_glob_that_no_file_can_match_gives_one_line(paths):
     with pytest.raises(ConfigError, match="no file matches") as caught:
         open_documents(DataConfig(paths=paths))
     assert str(caught.value).isprintable()
@@ -188,7 +188,7 @@ def test_a_glob_that_no_file_can_match_is_an_error_in_one_line(paths):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("end", [b"", b"\n"], ids=["at the end of the file", "before a line break"])
-def test_the_bound_lets_in_what_is_just_as_long(tmp_path, name, end):
+def test_max_document_bytes_lets_in_what_is_just_as_long(tmp_path, name, end):
     fits = b"x" * 99 if ".txt" in name else b'{"text": "%b"}' % (b"x" * 87)
     end = end if "jsonl" in name else b""
     compress = gzip.compress if name.endswith(".gz") else bytes
@@ -224,7 +224,7 @@ def write_long(folder, name):
 
 
 @pytest.mark.parametrize("name", ["hole.jsonl", "a.jsonl.gz", "a.txt", "a.txt.gz"])
-def test_a_long_document_is_left_out_without_being_held_in_memory(tmp_path, name):
+def test_long_document_is_left_out_without_being_held(tmp_path, name):
     write_long(tmp_path, name)
     source, peak = peak_of_opening(tmp_path)
     assert contents(source) == {"0.txt": b"short"} | ({f"{name}:2": b"after"} if "jsonl" in name else {})
@@ -232,19 +232,19 @@ def test_a_long_document_is_left_out_without_being_held_in_memory(tmp_path, name
     assert peak < 8 * 2**20
 
 
-def test_the_measure_sees_a_long_document_that_is_held(tmp_path):
+def test_memory_measure_sees_a_long_document_that_is_held(tmp_path):
     write_long(tmp_path, "a.jsonl.gz")
     _, peak = peak_of_opening(tmp_path, max_document_bytes=2 * LONG)
     assert peak > LONG
 
 
-def test_a_long_line_is_refused_before_the_rest_of_it_is_read(tmp_path, monkeypatch):
+def test_long_line_is_refused_before_its_rest_is_read(tmp_path, monkeypatch):
     write_long(tmp_path, "hole.jsonl")
     monkeypatch.setattr(reading, "_skip_line", lambda file: pytest.fail("read on"))
     assert "hole.jsonl:1 has more than 1,048,576 bytes" in refused(tmp_path)
 
 
-def test_the_default_bound_is_256_mib_and_positions_in_a_document_fit_32_bits():
+def test_max_document_bytes_is_256_mib_and_fits_32_bits():
     assert DataConfig().max_document_bytes == 256 * 2**20
     with pytest.raises(ConfigError, match=r"^data.max_document_bytes=2147483648: must lie in \[1, 2147483647\]; "):
         DataConfig(max_document_bytes=2**31)
@@ -285,7 +285,7 @@ def opened(request, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["deleted", "cut", "emptied", "longer", "another of the same length"])
-def test_a_file_that_changes_after_it_was_opened_is_an_error_in_one_line(opened, change):
+def test_file_changed_after_opening_gives_one_line(opened, change):
     path, source = opened
     rewrite(path, change)
     index = -1 if len(source) == 1 or change == "cut" else 7
@@ -297,14 +297,14 @@ def test_a_file_that_changes_after_it_was_opened_is_an_error_in_one_line(opened,
     assert str(error.value).isprintable()
 
 
-def test_a_file_that_is_rewritten_with_the_same_content_is_no_error(opened):
+def test_file_rewritten_with_the_same_content_is_no_error(opened):
     path, source = opened
     before = contents(source)
     rewrite(path, "touched")
     assert contents(source) == before
 
 
-def test_lines_that_are_appended_are_not_read_and_do_no_harm(tmp_path):
+def test_appended_lines_are_not_read_and_do_no_harm(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n')
     source = open_documents(config_of(tmp_path))
@@ -313,7 +313,7 @@ def test_lines_that_are_appended_are_not_read_and_do_no_harm(tmp_path):
     assert contents(source) == {"a.jsonl:1": b"one"}
 
 
-def test_the_loader_passes_the_error_on_and_yields_no_row_of_the_changed_file(tmp_path):
+def test_loader_yields_no_row_of_a_changed_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "abc" * 20}) + "\n" for _ in range(40)))
     loader = TrainLoader(

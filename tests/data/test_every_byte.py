@@ -138,7 +138,7 @@ def check_an_epoch(files, arguments, resume_after):
 
 @settings(max_examples=25, deadline=None)
 @given(FILES, sizes(), st.integers(0, 40))
-def test_an_epoch_holds_every_byte_once_and_resumes_anywhere(files, arguments, resume_after):
+def test_epoch_holds_every_byte_once_and_resumes_anywhere(files, arguments, resume_after):
     check_an_epoch(files, arguments, resume_after)
 
 
@@ -146,7 +146,7 @@ def test_an_epoch_holds_every_byte_once_and_resumes_anywhere(files, arguments, r
 @pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(FILES, sizes(), st.integers(0, 200))
-def test_an_epoch_holds_every_byte_once_and_resumes_anywhere_at_length(files, arguments, resume_after):
+def test_epoch_holds_every_byte_once_at_length(files, arguments, resume_after):
     check_an_epoch(files, arguments, resume_after)
 
 
@@ -173,12 +173,12 @@ def is_whole(documents, batches):
     return collections.Counter(read) == collections.Counter(documents.values())
 
 
-def test_an_epoch_that_nobody_touched_is_whole(epoch):
+def test_epoch_check_passes_what_nobody_touched(epoch):
     assert is_whole(*epoch)
 
 
 @pytest.mark.parametrize("field", ["tokens", "positions", "segment_ids"])
-def test_one_wrong_number_is_seen(epoch, field):
+def test_epoch_check_sees_one_wrong_number(epoch, field):
     documents, batches = epoch
     at = int(np.flatnonzero(batches[2]["tokens"][0] != START)[0])
     batches[2][field] = batches[2][field].copy()
@@ -187,6 +187,6 @@ def test_one_wrong_number_is_seen(epoch, field):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:2] + b[4:], lambda b: b[:2] + b[:2] + b[2:], lambda b: b[::-1]])
-def test_rows_that_are_lost_doubled_or_out_of_order_are_seen(epoch, damage):
+def test_epoch_check_sees_lost_doubled_and_disordered_rows(epoch, damage):
     documents, batches = epoch
     assert not is_whole(documents, damage(batches))

@@ -41,7 +41,7 @@ def tree(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS + MORE_PATTERNS)
-def test_a_tree_without_links_gives_what_glob_gives(tree, pattern, monkeypatch):
+def test_matching_files_agree_with_glob_without_links(tree, pattern, monkeypatch):
     expected = sorted(os.path.realpath(p) for p in glob.glob(f"{tree}/{pattern}", recursive=True) if os.path.isfile(p))
     monkeypatch.chdir(tree)
     for paths in (f"{tree}/{pattern}", pattern):
@@ -53,7 +53,7 @@ def test_a_tree_without_links_gives_what_glob_gives(tree, pattern, monkeypatch):
 
 
 @pytest.mark.parametrize("pattern", ["**/*.txt", "**", "**/x/**/*.txt", "**/**/**/*.txt"])
-def test_loops_of_links_end_and_no_file_counts_twice(tree, pattern, in_time):
+def test_matching_files_end_loops_and_count_no_file_twice(tree, pattern, in_time):
     before = sorted(os.path.realpath(path) for _, path in matching_files(f"{tree}/{pattern}"))
     for number in range(12):  # each doubles the paths of a walk that follows them, to a depth of 40
         (tree / "x" / f"up{number}").symlink_to("..")
@@ -65,7 +65,7 @@ def test_loops_of_links_end_and_no_file_counts_twice(tree, pattern, in_time):
     assert len(set(found)) == len(found) <= len(FILES)
 
 
-def test_links_to_files_and_folders_elsewhere_are_followed(tree, tmp_path_factory):
+def test_matching_files_follow_links_to_elsewhere(tree, tmp_path_factory):
     blobs = tmp_path_factory.mktemp("blobs")
     (blobs / "0123").write_text("text")
     (blobs / "more").mkdir()
@@ -76,7 +76,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed(tree, tmp_path_factor
     assert {"x/linked.txt", "folder/m.txt"} < set(names)
 
 
-def test_pipes_devices_and_folders_are_never_opened(tree, in_time):
+def test_matching_files_never_open_pipes_and_devices(tree, in_time):
     os.mkfifo(tree / "pipe.txt")
     (tree / "zero.txt").symlink_to("/dev/zero")
     (tree / "folder.txt").mkdir()

@@ -181,7 +181,7 @@ def test_hostile_documents_are_read_or_refused_in_a_line(tmp_path, seeds, in_tim
     assert any(isinstance(end, str) for end in ends)
 
 
-def test_a_line_that_is_hostile_spoils_no_other(tmp_path):
+def test_hostile_line_spoils_no_other(tmp_path):
     draw = random.Random(7)
     hostile = [random_line(draw).replace(b"\n", b" ") for _ in range(400)]
     good = [json.dumps({"text": f"good {n}"}).encode() for n in range(400)]
@@ -193,7 +193,7 @@ def test_a_line_that_is_hostile_spoils_no_other(tmp_path):
     assert source.report.total > 100
 
 
-def test_the_alarm_sees_a_pipe_that_is_opened(tmp_path, in_time):
+def test_alarm_sees_a_pipe_that_is_opened(tmp_path, in_time):
     os.mkfifo(tmp_path / "pipe")
     signal.alarm(1)
     with pytest.raises(pytest.fail.Exception, match="no answer"):

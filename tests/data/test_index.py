@@ -59,7 +59,7 @@ def opened(monkeypatch):
     return read
 
 
-def test_a_second_start_reads_the_index_alone_and_finds_the_same(corpus, opened):
+def test_index_alone_is_read_at_a_second_start(corpus, opened):
     first = open_documents(config_of(corpus))
     assert opened == ["a.txt", "b.txt.gz", "c.jsonl", "d.json.gz"]
     opened.clear()
@@ -76,7 +76,7 @@ def test_a_second_start_reads_the_index_alone_and_finds_the_same(corpus, opened)
 
 @pytest.mark.parametrize("name", ["a.txt", "b.txt.gz", "c.jsonl", "d.json.gz"])
 @pytest.mark.parametrize("change", ["size", "time"])
-def test_a_file_that_changed_is_read_again_and_no_other(corpus, opened, name, change):
+def test_index_has_a_changed_file_read_again_and_no_other(corpus, opened, name, change):
     before = open_documents(config_of(corpus)).digest()
     content = (
         lines("one", "twO", "more" * (change == "size"))
@@ -94,7 +94,7 @@ def test_a_file_that_changed_is_read_again_and_no_other(corpus, opened, name, ch
     assert opened == []
 
 
-def test_files_that_come_and_go(corpus, opened):
+def test_index_follows_files_that_come_and_go(corpus, opened):
     open_documents(config_of(corpus))
     (corpus / "a.txt").unlink()
     (corpus / "c.jsonl").unlink()
@@ -108,7 +108,7 @@ def test_files_that_come_and_go(corpus, opened):
 @pytest.mark.parametrize(
     "fields", [{"text_field": "body"}, {"max_document_bytes": 15}, {"bad_documents": "refuse"}], ids=str
 )
-def test_other_settings_are_another_index(corpus, fields):
+def test_index_of_other_settings_is_another(corpus, fields):
     write(corpus / "c.jsonl", lines("a text of many letters") + b'[]\n{"body": "b"}\n')
     skip = dict(bad_documents="skip")
     open_documents(config_of(corpus, **skip))
@@ -122,7 +122,7 @@ def test_other_settings_are_another_index(corpus, fields):
     assert outcome() == outcome(index_dir="") != contents(open_documents(config_of(corpus, **skip)))
 
 
-def test_what_was_left_out_is_told_again_and_not_read_again(corpus, opened):
+def test_index_reports_left_out_documents_without_reading(corpus, opened):
     write(corpus / "e.txt", b"\xff")
     write(corpus / "f.jsonl", b"[1]\n")
     (corpus / "g.jsonl.gz").write_bytes(gzip.compress(lines("x" * 99))[:-9])
@@ -140,7 +140,7 @@ def test_what_was_left_out_is_told_again_and_not_read_again(corpus, opened):
             open_documents(config_of(corpus))
 
 
-def test_a_file_that_changed_this_moment_is_not_kept(corpus, opened):
+def test_index_does_not_keep_a_file_changed_this_moment(corpus, opened):
     os.utime(corpus / "a.txt")
     os.utime(corpus / "c.jsonl")
     open_documents(config_of(corpus))
@@ -160,7 +160,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_index_is_made_anew_with_a_line(corpus, opened, damage):
+def test_index_that_is_damaged_is_made_anew_with_a_line(corpus, opened, damage):
     first = open_documents(config_of(corpus))
     indices = sorted((corpus.parent / "index").glob("*.index"))
     assert len(indices) == 3
@@ -175,7 +175,7 @@ def test_a_damaged_index_is_made_anew_with_a_line(corpus, opened, damage):
     assert not open_documents(config_of(corpus)).report.notes
 
 
-def test_unpacked_texts_that_are_gone_or_cut_are_unpacked_again_and_changed_ones_refused(corpus, opened):
+def test_index_unpacks_lost_texts_again_and_refuses_changed(corpus, opened):
     first = contents(open_documents(config_of(corpus)))
     (texts,) = (corpus.parent / "index").glob("*.texts")
     assert texts.read_bytes() == "vierfünfsechs".encode()
@@ -190,7 +190,7 @@ def test_unpacked_texts_that_are_gone_or_cut_are_unpacked_again_and_changed_ones
         contents(source)
 
 
-def test_a_start_that_is_interrupted_goes_on_where_it_was(corpus, opened, monkeypatch):
+def test_index_resumes_an_interrupted_start(corpus, opened, monkeypatch):
     write(corpus / "e.jsonl.gz", lines("x"))
     examine = sources.examine_file
 
@@ -211,7 +211,7 @@ def test_a_start_that_is_interrupted_goes_on_where_it_was(corpus, opened, monkey
     assert contents(source)["e.jsonl.gz:1"] == b"x"
 
 
-def test_what_a_killed_process_left_is_cleared_away(corpus):
+def test_index_clears_away_what_a_killed_process_left(corpus):
     open_documents(config_of(corpus))
     index = corpus.parent / "index"
     (texts,) = index.glob("*.texts")
@@ -230,7 +230,7 @@ print(len(source), source.digest(), sum(len(source[i].text) for i in range(len(s
 """
 
 
-def test_several_processes_that_start_at_once_find_the_same(corpus):
+def test_index_gives_processes_that_start_at_once_the_same(corpus):
     for number in range(6):
         write(corpus / f"{number}.jsonl.gz", lines(*(f"text {n} " * 40 for n in range(400))))
         write(corpus / f"{number}.jsonl", lines(*(f"text {n} " * 40 for n in range(400))))
@@ -244,7 +244,7 @@ def test_several_processes_that_start_at_once_find_the_same(corpus):
     assert not open_documents(config_of(corpus)).report.notes
 
 
-def test_a_file_that_another_process_reads_is_waited_for_last(corpus, monkeypatch):
+def test_index_waits_last_for_files_that_others_read(corpus, monkeypatch):
     """While another process holds the lock of c.jsonl, the others are read first."""
     asked, examined = [], sources.DocumentIndex.examined
 
@@ -266,7 +266,7 @@ sys.stdin.read()
 """
 
 
-def test_what_another_process_reads_is_left_to_it_until_it_is_gone(corpus):
+def test_index_leaves_a_file_to_its_reader_until_it_is_gone(corpus):
     open_documents(config_of(corpus))
     index, path = DocumentIndex(corpus.parent / "index", config_of(corpus)), corpus / "c.jsonl"
     os.utime(path, (1, 1))
@@ -279,7 +279,7 @@ def test_what_another_process_reads_is_left_to_it_until_it_is_gone(corpus):
     assert index.examined(str(path), "c.jsonl", lambda spool: result, wait=False) is result
 
 
-def test_an_index_that_cannot_be_kept_is_refused_where_it_was_asked_for(corpus, tmp_path, monkeypatch):
+def test_index_that_cannot_be_kept_is_refused_if_asked_for(corpus, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^data\.index_dir=.*cannot be written \(Not a directory\); name a folder"):
         open_documents(config_of(corpus, index_dir=str(tmp_path / "file" / "index")))
@@ -291,7 +291,7 @@ def test_an_index_that_cannot_be_kept_is_refused_where_it_was_asked_for(corpus, 
     ]
 
 
-def test_a_full_disk_is_said_in_a_line(corpus, monkeypatch):
+def test_index_on_a_full_disk_gives_one_line(corpus, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -303,7 +303,7 @@ def test_a_full_disk_is_said_in_a_line(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("index_dir", ["", "index"])
-def test_no_room_for_the_unpacked_texts_is_refused_in_a_line(corpus, index_dir, tmp_path, monkeypatch):
+def test_spool_without_room_gives_one_line(corpus, index_dir, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -317,12 +317,12 @@ def test_no_room_for_the_unpacked_texts_is_refused_in_a_line(corpus, index_dir, 
     assert not list(tmp_path.glob("index/*.part"))
 
 
-def test_small_corpora_and_no_folder_keep_nothing(corpus, tmp_path):
+def test_index_is_not_kept_for_small_corpora(corpus, tmp_path):
     open_documents(config_of(corpus, index_dir=""), tmp_path / "run" / "documents")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_keeps_the_index_of_a_large_corpus(corpus, tmp_path, monkeypatch):
+def test_index_of_a_large_corpus_is_kept_by_the_run(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LEAST_INDEXED", 10)
     open_documents(config_of(corpus, index_dir=""), tmp_path / "run" / "documents")
     assert len(list((tmp_path / "run" / "documents").glob("*.index"))) == 3
@@ -331,7 +331,7 @@ def test_a_run_keeps_the_index_of_a_large_corpus(corpus, tmp_path, monkeypatch):
 DOCUMENTS = 6000
 
 
-def test_zipped_lines_are_not_held_in_memory_and_a_document_costs_tens_of_bytes(tmp_path):
+def test_index_costs_tens_of_bytes_a_document(tmp_path):
     (tmp_path / "corpus").mkdir()
     write(tmp_path / "corpus" / "a.jsonl.gz", lines(*(f"{n} " + "text " * 400 for n in range(DOCUMENTS))))
     index = str(tmp_path / "index")
@@ -351,7 +351,7 @@ def test_zipped_lines_are_not_held_in_memory_and_a_document_costs_tens_of_bytes(
 
 
 @pytest.mark.parametrize("name", ["a.txt", "b.txt.gz", "c.jsonl", "d.json.gz"])
-def test_the_digest_tells_other_contents_under_the_same_names_apart(corpus, name):
+def test_digest_tells_contents_under_the_same_names_apart(corpus, name):
     before = open_documents(config_of(corpus, index_dir=""))
     content = before[before.names().index(name if "txt" in name else f"{name}:1")].text
     changed = content.replace(content[-1:], b"#")
@@ -361,7 +361,7 @@ def test_the_digest_tells_other_contents_under_the_same_names_apart(corpus, name
     assert open_documents(config_of(corpus, index_dir="")).digest() != before.digest()
 
 
-def test_the_digest_is_of_documents_and_not_of_where_and_when_they_are(corpus, tmp_path):
+def test_digest_does_not_depend_on_place_and_time(corpus, tmp_path):
     before = open_documents(config_of(corpus, index_dir="")).digest()
     (tmp_path / "moved").mkdir()
     for path in corpus.iterdir():

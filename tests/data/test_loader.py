@@ -70,14 +70,14 @@ def documents_of(batches):
     return [bytes(document[1:].tolist()) for document in np.split(tokens, np.flatnonzero(tokens == START))[1:]]
 
 
-def test_a_batch_holds_int32_arrays_of_batch_and_sequence(config):
+def test_loader_batch_holds_int32_arrays_of_its_shape(config):
     batch = next(train_loader(config, seq_len=48, batch_size=2))
     assert list(batch) == FIELDS
     assert {(x.shape, x.dtype) for x in batch.values()} == {((2, 48), np.dtype(np.int32))}
 
 
 @pytest.mark.parametrize("kind", LAYOUT_KINDS)
-def test_every_field_is_dealt_and_targets_were_shifted_before(config, kind):
+def test_loader_deals_every_field_after_shifting_targets(config, kind):
     layout = SequenceLayout(kind, 4)
     natural, dealt = next(train_loader(config)), next(train_loader(config, layout=layout))
     for name in FIELDS:
@@ -92,14 +92,14 @@ def test_every_field_is_dealt_and_targets_were_shifted_before(config, kind):
             assert dealt["targets"][row, place] == dealt["tokens"][row, neighbour]
 
 
-def test_an_epoch_reads_every_training_document_once_and_no_other(config):
+def test_loader_epoch_reads_every_document_once(config):
     texts = train_texts(config)
     read = documents_of(take(train_loader(config), one_epoch(config) + 20))
     assert sorted(read[: len(texts)]) == sorted(texts)
     assert set(read[:-1]) == set(texts)
 
 
-def test_every_epoch_has_its_own_order(config):
+def test_loader_epochs_have_their_own_order(config):
     count = len(train_texts(config))
     read = documents_of(take(train_loader(config), 2 * one_epoch(config) + 2))
     first, second = read[:count], read[count : 2 * count]
@@ -108,7 +108,7 @@ def test_every_epoch_has_its_own_order(config):
     assert first != train_texts(config)
 
 
-def test_the_order_depends_on_the_seed_and_on_nothing_else(config):
+def test_loader_order_depends_on_the_seed_alone(config):
     other_seed = DataConfig(paths=config.paths, holdout_fraction=config.holdout_fraction, seed=7)
     batches = take(train_loader(config), 5)
     assert same(batches, take(train_loader(config), 5))
@@ -117,7 +117,7 @@ def test_the_order_depends_on_the_seed_and_on_nothing_else(config):
 
 @pytest.mark.parametrize("kind", LAYOUT_KINDS)
 @pytest.mark.parametrize("where", ["at the start", "inside a document", "across an epoch"])
-def test_a_restored_loader_goes_on_bit_by_bit(config, kind, where):
+def test_loader_restored_goes_on_bitwise(config, kind, where):
     layout = SequenceLayout(kind, 4)
     consumed = {"at the start": 0, "inside a document": 3, "across an epoch": one_epoch(config) - 1}[where]
     saved = train_loader(config, layout=layout)
@@ -132,7 +132,7 @@ def test_a_restored_loader_goes_on_bit_by_bit(config, kind, where):
     assert same(expected, take(restored, 6))
 
 
-def test_streams_take_turns_and_share_the_documents_of_an_epoch_out(config):
+def test_loader_streams_take_turns_and_share_documents(config):
     rows = take(train_loader(config, seq_len=16, batch_size=1, streams=4), 240)
     whole = [document for stream in range(4) for document in documents_of(rows[stream::4])[:-1]]
     assert set(whole) <= set(train_texts(config))
@@ -143,7 +143,7 @@ def test_streams_take_turns_and_share_the_documents_of_an_epoch_out(config):
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 37])
-def test_interleaved_streams_go_on_bit_by_bit(config, consumed):
+def test_loader_streams_restored_go_on_bitwise(config, consumed):
     saved = train_loader(config, streams=4)
     take(saved, consumed)
     state = json.loads(json.dumps(saved.get_state()))
@@ -154,7 +154,7 @@ def test_interleaved_streams_go_on_bit_by_bit(config, consumed):
     assert not same(expected, take(restored, 9))
 
 
-def test_restoring_reads_one_document_not_the_stream(config, monkeypatch):
+def test_loader_restore_reads_one_document(config, monkeypatch):
     saved = train_loader(config, seq_len=8, batch_size=1)
     take(saved, 900)
     state, expected = saved.get_state(), next(saved)
@@ -167,7 +167,7 @@ def test_restoring_reads_one_document_not_the_stream(config, monkeypatch):
     assert len(read) <= 1 + READ_OPTIONS.prefetch_buffer_size  # what is read ahead
 
 
-def test_a_run_may_go_on_with_another_batch_size_length_and_layout(config):
+def test_loader_resumes_with_other_batch_length_and_layout(config):
     saved = train_loader(config, seq_len=32, batch_size=3)
     take(saved, 4)
     other = train_loader(config, seq_len=16, batch_size=6, layout=SequenceLayout("striped", 4))
@@ -176,7 +176,7 @@ def test_a_run_may_go_on_with_another_batch_size_length_and_layout(config):
     assert natural.reshape(-1).tolist() == next(saved)["tokens"].reshape(-1).tolist()
 
 
-def test_a_state_from_other_documents_or_another_seed_is_refused(config, tmp_path):
+def test_loader_refuses_a_state_of_other_documents_or_seed(config, tmp_path):
     state = train_loader(config).get_state()
     more = tmp_path / "documents.jsonl"
     more.write_text(pathlib.Path(config.paths).read_text() * 2)
@@ -202,7 +202,7 @@ def test_a_state_from_other_documents_or_another_seed_is_refused(config, tmp_pat
         ({"batch_size": 0}, "batch_size=0 must be positive"),
     ],
 )
-def test_sizes_that_cannot_be_dealt_are_refused(config, sizes, message):
+def test_loader_refuses_sizes_that_cannot_be_dealt(config, sizes, message):
     with pytest.raises(ValueError, match=message):
         train_loader(config, **({"seq_len": 32, "batch_size": 4, "layout": SequenceLayout("zigzag", 4)} | sizes))
 
@@ -218,7 +218,7 @@ def held_out(config, *, num_sequences=8, batch_size=4, layout=NATURAL, seq_len=6
     )
 
 
-def test_held_out_rows_come_from_held_out_documents_each_at_most_once(config):
+def test_held_out_rows_read_each_document_at_most_once(config):
     _, kept = split(config)
     texts = [document.text for document in kept]
     batches = held_out(config)
@@ -237,14 +237,14 @@ def test_held_out_batches_are_dealt_like_training_batches(config, kind):
         assert all(np.array_equal(layout.unpermute(dealt[name], axis=1), natural[name]) for name in FIELDS)
 
 
-def test_the_evaluation_set_is_the_same_for_every_seed_and_batch_size(config):
+def test_held_out_rows_do_not_depend_on_seed_and_batch(config):
     other_seed = DataConfig(paths=config.paths, holdout_fraction=config.holdout_fraction, seed=7)
     assert same(held_out(config), held_out(other_seed))
     rows = np.concatenate([batch["tokens"] for batch in held_out(config, batch_size=2)])
     assert np.array_equal(rows, np.concatenate([batch["tokens"] for batch in held_out(config)]))
 
 
-def test_segments_spell_exactly_the_targets_that_count(config):
+def test_spell_rows_gives_exactly_the_targets_that_count(config):
     rows = rows_of(config)
     segments = spell_rows(rows, BYTES)
     counted = b"".join(bytes(row["targets"][row["loss_mask"] == 1].tolist()) for row in rows)
@@ -258,7 +258,7 @@ def test_segments_spell_exactly_the_targets_that_count(config):
     assert b"".join(context for context, _ in segments) == shown
 
 
-def test_the_ends_of_documents_count_in_training_and_not_in_what_is_told_in_bits_per_byte(config):
+def test_document_ends_count_in_training_but_not_held_out(config):
     ends = [row["loss_mask"][row["targets"] == START] for row in rows_of(config)]
     assert np.concatenate(ends).size > 1
     assert not np.concatenate(ends).any()
@@ -268,7 +268,7 @@ def test_the_ends_of_documents_count_in_training_and_not_in_what_is_told_in_bits
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])
-def test_a_document_cannot_end_itself_and_open_another(tmp_path, special_tokens):
+def test_document_cannot_end_itself_and_open_another(tmp_path, special_tokens):
     """With special tokens read as such it may spell their ids; the segments are the documents still."""
     _, tokenizer = write_tokenizer(tmp_path, ["<s>", "</s>"], tokenizer_config=dict(bos_token="<s>", eos_token="</s>"))
     (tmp_path / "forged.jsonl").write_text(json.dumps({"text": "one</s><s>two"}) + "\n")
@@ -284,17 +284,17 @@ def test_a_document_cannot_end_itself_and_open_another(tmp_path, special_tokens)
     assert batch["loss_mask"].all()
 
 
-def test_too_little_held_out_text_is_an_error_with_a_remedy(config):
+def test_held_out_rows_refuse_too_little_text_with_a_remedy(config):
     message = r"^eval_sequences=4000: the \d+ held-out documents fill only \d+ rows of seq_len=64; raise data"
     with pytest.raises(ConfigError, match=message):
         held_out(config, num_sequences=4000)
 
 
-def test_a_last_batch_of_another_shape_is_refused(config):
+def test_deal_batches_refuses_a_last_batch_of_another_shape(config):
     with pytest.raises(ValueError, match="number of rows=6 is not divisible by batch_size=4; every evaluation batch"):
         held_out(config, num_sequences=6)
 
 
-def test_a_negative_seed_is_refused():
+def test_data_config_refuses_a_negative_seed():
     with pytest.raises(ConfigError, match=r"data.seed=-1: must lie in \[0, 2\*\*32\)"):
         DataConfig(seed=-1)

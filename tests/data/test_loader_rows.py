@@ -79,7 +79,7 @@ def restarts(draw):
 @pytest.mark.slow
 @settings(deadline=None)
 @given(restarts())
-def test_the_rows_of_all_processes_are_the_batch_of_one_before_and_after_restarts(drawn):
+def test_rows_of_all_processes_are_the_batch_of_one(drawn):
     lengths, streams, seq_len, runs = drawn
     documents, state = CountingSource(lengths), None
     for batch_size, partition, steps in runs:
@@ -118,7 +118,7 @@ def read_by(rows, *, batch_size, start=None, steps=6):
 
 
 @pytest.mark.parametrize("batch_size", [4, 8])
-def test_documents_of_streams_that_others_read_are_never_touched(batch_size):
+def test_rows_never_touch_documents_of_others_streams(batch_size):
     read = [read_by([row], batch_size=batch_size) for row in range(4)]
     assert all(len(mine) > 3 for mine in read)
     assert len(set.union(*read)) == sum(map(len, read))
@@ -126,7 +126,7 @@ def test_documents_of_streams_that_others_read_are_never_touched(batch_size):
     assert read_by([0], batch_size=3) == read_by(None, batch_size=3)
 
 
-def test_a_batch_may_begin_at_any_row_after_a_change_of_its_size():
+def test_batch_may_begin_at_any_row_after_a_size_change():
     saved = train_loader(CountingSource([30] * 200), batch_size=3)
     next(saved)  # row 3 is next, so row 0 of the batches to come is from stream 3, row 1 from stream 0
     state = saved.get_state()
@@ -136,7 +136,7 @@ def test_a_batch_may_begin_at_any_row_after_a_change_of_its_size():
     assert not shifted & read_by([0], batch_size=4, steps=2)
 
 
-def test_a_state_without_a_needed_stream_is_refused():
+def test_set_state_refuses_a_state_without_a_needed_stream():
     documents = CountingSource([30] * 20)
     state = train_loader(documents, rows=[0, 2]).get_state()
     assert list(state["streams"]) == ["0", "2"]
@@ -146,7 +146,7 @@ def test_a_state_without_a_needed_stream_is_refused():
         train_loader(documents, rows=[1, 2, 3]).set_state(state)
 
 
-def test_states_that_do_not_belong_together_are_not_merged():
+def test_merge_states_refuses_states_of_different_runs():
     def state(*, steps=1, rows=None, seed=0):
         loader = train_loader(CountingSource([30] * 20), rows=rows, seed=seed)
         for _ in range(steps):
@@ -165,12 +165,12 @@ def test_states_that_do_not_belong_together_are_not_merged():
 
 
 @pytest.mark.parametrize("rows", [[], [4], [-1, 0], [1, 0], [2, 2]])
-def test_rows_that_are_not_of_the_batch_are_refused(rows):
+def test_rows_outside_the_batch_are_refused(rows):
     with pytest.raises(ValueError, match=r"^rows=\[.*\] must be some of 0 to 3, each once and ascending; correct"):
         train_loader(CountingSource([30]), rows=rows)
 
 
-def test_a_document_that_changed_while_it_was_being_read_is_named():
+def test_set_state_names_a_document_changed_while_read():
     saved = train_loader(CountingSource([40]), streams=1, batch_size=1)
     next(saved)
     message = "^the saved position is token 16 of the 41 in document '0', which has 6 now; restore the document"

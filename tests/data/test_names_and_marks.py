@@ -37,7 +37,7 @@ def test_json_lines_have_many_names(tmp_path, name, zipped):
     assert texts(tmp_path) == {f"{name}:1": "one", f"{name}:2": "two"}
 
 
-def test_names_of_c4_and_dolma(tmp_path):
+def test_json_lines_have_the_names_of_c4_and_dolma(tmp_path):
     for name in ("c4-train.00000-of-01024.json.gz", "cc_en_head-0000.json.gz"):
         (tmp_path / name).write_bytes(gzip.compress(LINES))
     assert list(texts(tmp_path).values()) == ["one", "two"] * 2
@@ -53,7 +53,7 @@ def test_json_that_is_no_lines_is_refused_whole(tmp_path, content, zipped):
     assert f"{name} is one JSON document, not JSON lines; write an object a line (jq" in refused(tmp_path)
 
 
-def test_a_bad_line_of_a_json_file_costs_that_line_alone(tmp_path):
+def test_json_file_loses_a_bad_line_alone(tmp_path):
     (tmp_path / "a.json").write_bytes(b'{"text": "cut\n' + LINES)
     assert texts(tmp_path, bad_documents="skip") == {"a.json:2": "one", "a.json:3": "two"}
 
@@ -66,7 +66,7 @@ def test_json_lines_under_another_name_are_refused(tmp_path, name, lines):
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', "{x}\n{y}", '{"a": 1}\nprose', "{" * 9999, '{"n": ' + "9" * 5000 + "}"])
-def test_texts_that_begin_like_json_are_texts(tmp_path, text):
+def test_text_that_begins_like_json_is_text(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     assert texts(tmp_path) == {"a.txt": text}
 
@@ -83,14 +83,14 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("archive", ARCHIVES)
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl", "a.json", "a.txt", "a.jsonl.gz"])
-def test_archives_of_other_kinds_are_refused_by_name(tmp_path, name, archive):
+def test_archive_of_another_kind_is_refused_by_name(tmp_path, name, archive):
     content = ARCHIVES[archive]
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert f"{name} is in the format of {archive}, of which no text is read; unpack it; of arch" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", ["", ".gz"])
-def test_a_byte_order_mark_belongs_to_no_text(tmp_path, zipped):
+def test_byte_order_mark_belongs_to_no_text(tmp_path, zipped):
     for name, content in {"a.txt": "naïve".encode(), "b.jsonl": LINES}.items():
         content = BOM + content
         (tmp_path / (name + zipped)).write_bytes(gzip.compress(content) if zipped else content)
@@ -98,13 +98,13 @@ def test_a_byte_order_mark_belongs_to_no_text(tmp_path, zipped):
     assert found == {f"a.txt{zipped}": "naïve", f"b.jsonl{zipped}:1": "one", f"b.jsonl{zipped}:2": "two"}
 
 
-def test_files_with_marks_may_be_strung_together_and_a_mark_alone_is_empty(tmp_path):
+def test_byte_order_marks_may_stand_inside_or_alone(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(BOM + LINES + BOM + LINES)
     (tmp_path / "b.txt").write_bytes(BOM)
     assert list(texts(tmp_path).values()) == ["one", "two"] * 2
 
 
-def test_the_bound_does_not_count_the_mark_and_offsets_do(tmp_path):
+def test_byte_order_mark_counts_in_offsets_not_in_the_bound(tmp_path):
     (tmp_path / "a.txt").write_bytes(BOM + b"12345")
     assert texts(tmp_path, max_document_bytes=5) == {"a.txt": "12345"}
     (tmp_path / "a.txt").unlink()
@@ -123,13 +123,13 @@ def test_wide_encodings_are_refused_in_words(tmp_path, name, encoding):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_lines_end_at_line_feeds_alone(tmp_path, name):
+def test_json_lines_end_at_line_feeds_alone(tmp_path, name):
     inside = ["a\u2028b", "a\u2029b", "a\x85b", "a\x7fb", "世\u2028"]
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in inside).encode()
     (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
     assert texts(tmp_path) == {f"{name}:{n}": text for n, text in enumerate(inside, 1)}
 
 
-def test_a_text_keeps_its_line_breaks(tmp_path):
+def test_text_keeps_its_line_breaks(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
     assert texts(tmp_path) == {"a.txt": "one\r\ntwo\rthree\n"}

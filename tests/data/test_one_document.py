@@ -30,7 +30,7 @@ def texts(source):
 @pytest.mark.parametrize("name", ["book.txt", "input.txt", "other.txt.gz", "a.jsonl"])
 @pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("content", [LINES, NO_LINES], ids=["lines", "one line"])
-def test_the_end_of_a_single_document_is_held_out(tmp_path, name, fraction, content):
+def test_split_holds_out_the_end_of_a_single_document(tmp_path, name, fraction, content):
     stored = json.dumps({"text": content.decode()}).encode() if name == "a.jsonl" else content
     (tmp_path / name).write_bytes(gzip.compress(stored) if name.endswith(".gz") else stored)
     train, held_out = split(tmp_path, fraction)
@@ -47,7 +47,7 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path, name, fraction, cont
     assert f"the last {len(end):,} bytes are held out" in train.report.lines()[0]
 
 
-def test_a_mark_at_the_beginning_does_not_move_the_cut(tmp_path):
+def test_split_is_not_moved_by_a_byte_order_mark(tmp_path):
     (tmp_path / "a.txt").write_bytes(LINES)
     before = [texts(part) for part in split(tmp_path, 0.1)]
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + LINES)
@@ -55,7 +55,7 @@ def test_a_mark_at_the_beginning_does_not_move_the_cut(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.98])
-def test_of_several_documents_on_one_side_the_longest_is_cut(tmp_path, fraction):
+def test_split_cuts_the_longest_of_several_documents(tmp_path, fraction):
     for number, size in enumerate([3000, 9000, 2000]):
         (tmp_path / f"{number}.txt").write_bytes(LINES[:size])
     train, held_out = split(tmp_path, fraction)
@@ -66,7 +66,7 @@ def test_of_several_documents_on_one_side_the_longest_is_cut(tmp_path, fraction)
     assert LINES[:9000] in (large[1] + small[0], small[0] + large[1])
 
 
-def test_documents_on_both_sides_are_never_cut(tmp_path):
+def test_split_never_cuts_with_documents_on_both_sides(tmp_path):
     for number in range(40):
         (tmp_path / f"{number}.txt").write_bytes(b"x" * (100 + number))
     train, held_out = split(tmp_path, 0.3)
@@ -75,18 +75,18 @@ def test_documents_on_both_sides_are_never_cut(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["x", "世"])
-def test_a_document_too_short_to_cut_is_refused(tmp_path, content):
+def test_split_refuses_a_document_too_short_to_cut(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(ConfigError, match=r"none of the 1 documents is held out; give more documents .*, longer ones"):
         split(tmp_path, 0.05)
 
 
-def test_part_of_a_document_changes_the_digest_where_it_is_cut(tmp_path):
+def test_digest_changes_with_the_cut_of_a_document(tmp_path):
     (tmp_path / "a.txt").write_bytes(LINES)
     assert len({part.digest() for fraction in (0.1, 0.2) for part in split(tmp_path, fraction)}) == 4
 
 
-def test_a_single_document_trains_each_byte_once_an_epoch_and_its_end_is_measured(tmp_path):
+def test_single_document_trains_each_byte_once_an_epoch(tmp_path):
     (tmp_path / "book.txt").write_bytes(LINES)
     corpus = Corpus.open(DataConfig(paths=f"{tmp_path}/*"))
     assert "held out" in corpus.report.lines()[0]

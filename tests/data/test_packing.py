@@ -31,7 +31,7 @@ def stream(texts):
     return [token for text in texts for token in (START, *text)]
 
 
-def test_a_row_worked_out_by_hand():
+def test_packed_row_is_that_worked_out_by_hand():
     first, second = packed([b"ab", b"cdefg", b"hi"], 5)
     a, b, c, d, e, f, g, h = b"abcdefgh"
     assert {name: values.tolist() for name, values in first.items()} == {
@@ -52,27 +52,27 @@ def test_a_row_worked_out_by_hand():
     assert [row["loss_mask"].tolist() for row in without] == [[1, 1, 0, 1, 1], [1, 1, 1, 0, 1]]
 
 
-def test_every_field_is_int32_of_the_rows_length():
+def test_packed_fields_are_int32_of_the_rows_length():
     row = next(iter(packed([b"abc"], 7, repeat=True)))
     assert list(row) == FIELDS
     assert {(values.dtype, values.shape) for values in row.values()} == {(np.dtype(np.int32), (7,))}
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_a_document_that_ends_with_its_row_has_no_target_beyond_its_end(learned):
+def test_packed_document_has_no_target_after_its_end(learned):
     first, second = packed([b"abc", b"def"], 4, train_on_end=learned)
     assert first["targets"].tolist() == [*b"abc", START]
     assert first["loss_mask"].tolist() == second["loss_mask"].tolist() == [1, 1, 1, int(learned)]
     assert second["segment_ids"].tolist() == [1, 1, 1, 1]
 
 
-def test_a_document_does_not_end_where_a_row_cuts_it():
+def test_packed_document_does_not_end_where_a_row_cuts_it():
     rows = list(packed([b"abcdefg", b"h"], 4))
     assert [row["targets"].tolist() for row in rows] == [[*b"abcd"], [*b"efg", START]]
     assert all(row["loss_mask"].all() for row in rows)
 
 
-def test_the_end_is_a_token_of_its_own_where_the_tokenizer_has_one():
+def test_packed_end_is_its_own_token_where_there_is_one():
     documents = grain.MapDataset.source(
         [EncodedDocument("", np.array([1, *text], np.int32), 2) for text in (b"ab", b"c")]
     )
@@ -83,7 +83,7 @@ def test_the_end_is_a_token_of_its_own_where_the_tokenizer_has_one():
 
 
 @given(TEXTS, st.integers(1, 30))
-def test_every_token_stands_in_exactly_one_row_in_order(texts, seq_len):
+def test_packed_tokens_stand_in_one_row_each_in_order(texts, seq_len):
     rows = list(packed(texts, seq_len))
     tokens = [token for row in rows for token in row["tokens"].tolist()]
     whole = stream(texts)
@@ -92,7 +92,7 @@ def test_every_token_stands_in_exactly_one_row_in_order(texts, seq_len):
 
 
 @given(TEXTS, st.integers(1, 30))
-def test_every_token_and_every_end_is_a_target_exactly_once(texts, seq_len):
+def test_packed_tokens_and_ends_are_targets_exactly_once(texts, seq_len):
     count = -(-2 * len(stream(texts)) // seq_len)  # the rows of two epochs
 
     def learned(**settings):
@@ -107,7 +107,7 @@ def test_every_token_and_every_end_is_a_target_exactly_once(texts, seq_len):
 
 
 @given(TEXTS, st.integers(1, 30))
-def test_segments_are_documents_and_positions_count_within_them(texts, seq_len):
+def test_packed_segments_are_documents_with_own_positions(texts, seq_len):
     rows = list(packed(texts, seq_len))
     tokens = np.concatenate([row["tokens"] for row in rows] or [[]])
     positions = np.concatenate([row["positions"] for row in rows] or [[]])
@@ -120,7 +120,7 @@ def test_segments_are_documents_and_positions_count_within_them(texts, seq_len):
 
 
 @given(TEXTS, st.integers(1, 30))
-def test_no_target_leaks_from_another_document(texts, seq_len):
+def test_packed_targets_never_leak_from_another_document(texts, seq_len):
     for learned in (True, False):
         for row in packed(texts, seq_len, train_on_end=learned):
             for segment in segments(row):
@@ -136,7 +136,7 @@ def test_no_target_leaks_from_another_document(texts, seq_len):
 
 @settings(max_examples=50)
 @given(TEXTS, st.integers(1, 12), st.integers(0, 12), st.integers(1, 12))
-def test_restoring_goes_on_exactly_where_it_was_even_with_other_row_lengths(texts, seq_len, consumed, next_len):
+def test_packed_rows_restore_with_other_row_lengths(texts, seq_len, consumed, next_len):
     saved = iter(packed(texts, seq_len, repeat=True))
     for _ in range(consumed):
         next(saved)
@@ -152,7 +152,7 @@ def test_restoring_goes_on_exactly_where_it_was_even_with_other_row_lengths(text
     assert tokens == expected
 
 
-def test_the_state_is_small_in_the_middle_of_a_long_document():
+def test_packed_rows_state_is_small_inside_a_long_document():
     rows = iter(packed([b"x" * 100_000], 100))
     for _ in range(500):
         next(rows)
@@ -160,7 +160,7 @@ def test_the_state_is_small_in_the_middle_of_a_long_document():
 
 
 @pytest.mark.parametrize("now", [b"x" * 8, b"x" * 11, b"x"])
-def test_going_on_in_a_document_of_another_length_is_refused(now):
+def test_packed_rows_refuse_a_document_of_another_length(now):
     saved = iter(packed([b"x" * 10], 6))
     next(saved)
     message = r"^the saved position is token 6 of the 11 in document '0', which has \d+ now; restore the document"
@@ -169,7 +169,7 @@ def test_going_on_in_a_document_of_another_length_is_refused(now):
     iter(packed([b"y" * 10], 6)).set_state(saved.get_state())  # what stands in it is not looked at
 
 
-def test_a_document_of_another_length_does_no_harm_between_documents():
+def test_packed_rows_restore_between_changed_documents():
     saved = iter(packed([b"abc", b"de"], 4))
     next(saved)
     changed = iter(packed([b"ab", b"def"], 4))
@@ -185,12 +185,12 @@ def test_segments_cut_every_field_at_the_same_places():
         assert np.array_equal(np.concatenate([segment[name] for segment in cut]), row[name])
 
 
-def test_rows_without_length_are_refused():
+def test_packed_rows_refuse_rows_without_length():
     with pytest.raises(ValueError, match="seq_len=0 must be positive"):
         packed([b"abc"], 0)
 
 
-def test_documents_that_end_end_the_rows():
+def test_packed_rows_end_with_the_documents():
     rows = iter(packed([b"abc"], 4))
     next(rows)
     with pytest.raises(StopIteration):

@@ -33,7 +33,7 @@ def error_of(paths, **fields):
     return message
 
 
-def test_names_are_paths_below_the_fixed_part_of_a_glob_and_sorted(tmp_path):
+def test_document_names_are_paths_below_a_globs_fixed_part(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/c/d.txt", "a/other.md"):
         write(tmp_path / name, f"text of {name}")
     found = documents(tmp_path / "**" / "*.txt")
@@ -41,20 +41,20 @@ def test_names_are_paths_below_the_fixed_part_of_a_glob_and_sorted(tmp_path):
     assert found["a/z.txt"] == b"text of a/z.txt"
 
 
-def test_a_relative_glob_and_a_plain_path_work_and_commas_join_them(tmp_path, monkeypatch):
+def test_paths_take_relative_globs_paths_and_commas(tmp_path, monkeypatch):
     write(tmp_path / "x" / "a.txt", "A")
     write(tmp_path / "y.md", "Y")
     monkeypatch.chdir(tmp_path)
     assert documents("x/*.txt, y.md") == {"a.txt": b"A", "y.md": b"Y"}
 
 
-def test_a_file_matched_twice_is_one_document(tmp_path):
+def test_paths_take_a_file_matched_twice_once(tmp_path):
     write(tmp_path / "a.txt", "A")
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     assert documents(f"{tmp_path}/*.txt,{tmp_path}/a.txt") == {"a.txt": b"A"}
 
 
-def test_a_links_own_name_says_how_it_is_read(tmp_path):
+def test_link_is_read_by_its_own_name(tmp_path):
     write(tmp_path / "blobs" / "0123", json_lines({"text": "one"}, {"text": "two"}))
     (tmp_path / "data.jsonl").symlink_to(tmp_path / "blobs" / "0123")
     assert documents(tmp_path / "*.jsonl") == {"data.jsonl:1": b"one", "data.jsonl:2": b"two"}
@@ -66,7 +66,7 @@ def test_gzipped_text_reads_as_the_text_itself(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_json_lines_hold_a_document_each_named_by_its_line(tmp_path, name):
+def test_json_lines_hold_a_document_each_named_by_line(tmp_path, name):
     lines = json_lines({"text": "erste\nZeile"}, {"text": ""}) + "\n \n" + json_lines({"text": "世界", "id": 7})
     write(tmp_path / name, lines)
     assert documents(tmp_path / name) == {f"{name}:1": b"erste\nZeile", f"{name}:5": "世界".encode()}
@@ -87,7 +87,7 @@ def test_empty_documents_are_left_out(tmp_path):
     assert documents(tmp_path / "*") == {"a.txt": b"A"}
 
 
-def test_grain_takes_a_source_as_it_is(tmp_path):
+def test_document_source_fits_grain(tmp_path):
     for name in "abc":
         write(tmp_path / f"{name}.txt", name)
     source = open_documents(DataConfig(paths=str(tmp_path / "*")))
@@ -96,7 +96,7 @@ def test_grain_takes_a_source_as_it_is(tmp_path):
         source[3]
 
 
-def test_a_glob_without_a_match_is_an_error_even_beside_one_with_matches(tmp_path):
+def test_paths_refuse_a_glob_without_a_match(tmp_path):
     write(tmp_path / "a.txt", "A")
     paths = f"{tmp_path}/*.txt,{tmp_path}/*.text"
     message = error_of(paths)
@@ -108,7 +108,7 @@ def test_paths_that_name_nothing_are_an_error(paths):
     assert "names no file; give globs such as" in error_of(paths)
 
 
-def test_a_directory_is_told_how_to_become_a_glob(tmp_path):
+def test_paths_tell_a_directory_how_to_become_a_glob(tmp_path):
     assert f"it is a directory, write '{tmp_path}/**/*.txt'" in error_of(f"{tmp_path}/")
 
 
@@ -130,14 +130,14 @@ def test_invalid_utf8_names_file_line_and_byte_offset(tmp_path, name, prefix, li
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
 @pytest.mark.parametrize("damage", ["not gzip", "cut short", "garbled"])
-def test_a_damaged_archive_is_an_error(tmp_path, name, damage):
+def test_damaged_archive_is_an_error(tmp_path, name, damage):
     archive = gzip.compress(b"text " * 99)
     content = {"not gzip": b"text", "cut short": archive[:-12], "garbled": archive[:10] + b"\xff" * 20}[damage]
     (tmp_path / name).write_bytes(content)
     assert f"{tmp_path / name} cannot be read (" in error_of(tmp_path / name)
 
 
-def test_a_file_that_the_system_refuses_is_an_error(tmp_path, monkeypatch):
+def test_file_that_the_system_refuses_is_an_error(tmp_path, monkeypatch):
     def refuse(path, mode):
         raise PermissionError(13, "Permission denied")
 
@@ -155,14 +155,14 @@ def test_a_file_that_the_system_refuses_is_an_error(tmp_path, monkeypatch):
         (r'{"text": "\ud800"}', "escapes half a surrogate pair at character 0 of its text"),
     ],
 )
-def test_a_bad_json_line_is_named(tmp_path, name, line, problem):
+def test_bad_json_line_is_named(tmp_path, name, line, problem):
     write(tmp_path / name, json_lines({"text": "good"}) + line)
     message = error_of(tmp_path / name)
     assert message.startswith("data.paths=")
     assert f"{tmp_path / name}:2 {problem}" in message
 
 
-def test_a_missing_text_field_is_named_with_the_fields_that_are_there(tmp_path):
+def test_missing_text_field_is_named_with_those_there(tmp_path):
     write(tmp_path / "a.jsonl", json_lines({"text": "good"}, {"title": "t", "body": "b"}))
     message = error_of(tmp_path / "a.jsonl")
     where = f"{tmp_path}/a.jsonl:2"
@@ -172,7 +172,7 @@ def test_a_missing_text_field_is_named_with_the_fields_that_are_there(tmp_path):
     )
 
 
-def test_a_text_field_without_a_string_is_an_error(tmp_path):
+def test_text_field_without_a_string_is_an_error(tmp_path):
     write(tmp_path / "a.jsonl", json_lines({"text": 7, "body": "b"}))
     message = error_of(tmp_path / "a.jsonl")
     assert message.startswith("data.text_field='text': ")
@@ -185,7 +185,7 @@ def numbered_files(folder, count):
     return open_documents(DataConfig(paths=f"{folder}/*.txt"))
 
 
-def test_the_split_is_disjoint_complete_and_of_the_size_asked_for(tmp_path):
+def test_split_is_disjoint_complete_and_of_the_size_asked(tmp_path):
     source = numbered_files(tmp_path, 400)
     train, held_out = split_documents(source, 0.25)
     assert sorted(train.names() + held_out.names()) == source.names()
@@ -194,18 +194,18 @@ def test_the_split_is_disjoint_complete_and_of_the_size_asked_for(tmp_path):
     assert {d.text for d in held_out} == {f"text {name[:-4]}".encode() for name in held_out.names()}
 
 
-def test_the_split_survives_a_move_new_documents_and_a_larger_fraction(tmp_path):
+def test_split_survives_moves_and_new_documents(tmp_path):
     held_out = set(split_documents(numbered_files(tmp_path / "here", 100), 0.2)[1].names())
     elsewhere = numbered_files(tmp_path / "there" / "deeper", 150)
     assert held_out == {name for name in split_documents(elsewhere, 0.2)[1].names() if int(name[:-4]) < 100}
     assert held_out < set(split_documents(elsewhere, 0.3)[1].names())
 
 
-def test_the_split_is_the_same_on_every_machine(tmp_path):
+def test_split_is_the_same_on_every_machine(tmp_path):
     assert split_documents(numbered_files(tmp_path, 12), 0.2)[1].names() == ["1.txt", "7.txt"]
 
 
-def test_a_split_with_an_empty_side_is_an_error(tmp_path):
+def test_split_with_an_empty_side_is_an_error(tmp_path):
     source = numbered_files(tmp_path, 2)
     for fraction, side in ((1e-9, "held out"), (1 - 1e-9, "left to train on")):
         with pytest.raises(
@@ -214,14 +214,14 @@ def test_a_split_with_an_empty_side_is_an_error(tmp_path):
             split_documents(source, fraction)
 
 
-def test_the_digest_tells_other_documents_apart(tmp_path):
+def test_digest_tells_other_documents_apart(tmp_path):
     source = numbered_files(tmp_path, 20)
     train, held_out = split_documents(source, 0.3)
     assert len({source.digest(), train.digest(), held_out.digest()}) == 3
     assert source.digest() == numbered_files(tmp_path, 20).digest()
 
 
-def test_the_standard_library_is_plenty_and_holds_no_third_party_code():
+def test_stdlib_is_plenty_without_third_party_code():
     source = open_documents(DataConfig())
     names = source.names()
     assert len(names) > 500
@@ -231,7 +231,7 @@ def test_the_standard_library_is_plenty_and_holds_no_third_party_code():
     assert b"def dumps(" in source[names.index("json/__init__.py")].text
 
 
-def test_the_standard_librarys_bad_encodings_are_left_out(tmp_path, monkeypatch):
+def test_stdlib_files_of_bad_encodings_are_left_out(tmp_path, monkeypatch):
     write(tmp_path / "good.py", "x = 1")
     write(tmp_path / "bad.py", b"# -*- coding: latin-1 -*-\nx = '\xe9'")
     write(tmp_path / "site-packages" / "other.py", "y = 2")

@@ -21,14 +21,14 @@ from ring_attention.data.tokenizers import ByteTokenizer, load_tokenizer
         ("<another>", ["<s>", "<bos>"]),
     ],
 )
-def test_documents_and_prompts_open_with_what_the_tokenizer_itself_puts_first(tmp_path, start, others):
+def test_documents_and_prompts_open_as_the_tokenizer_says(tmp_path, start, others):
     made, ours = write_tokenizer(tmp_path, [*others, start], before=[start])
     assert [ours.document_start, *ours.encode(b"hi")] == made.encode("hi", add_special_tokens=True).ids
     assert ours.prompt_start == (ours.document_start,)
     assert ours.document_start < ours.vocab_size == made.get_vocab_size()
 
 
-def test_where_nothing_is_put_first_prompts_get_nothing_and_documents_open_with_the_separator(tmp_path):
+def test_documents_open_with_the_separator_where_none_is_fed(tmp_path):
     """As for Qwen, whose config.json names <|endoftext|>, and whose instruct models end with another token."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     about = dict(bos_token=None, eos_token="<|im_end|>", add_bos_token=True)
@@ -59,20 +59,20 @@ SPECIAL = ["<a>", "<b>", "<c>"]
         (dict(config=dict(bos_token_id=300, eos_token_id=301)), 300, 301),
     ],
 )
-def test_the_files_beside_a_tokenizer_name_what_it_does_not(tmp_path, files, start, end):
+def test_find_borders_reads_files_beside_the_tokenizer(tmp_path, files, start, end):
     _, ours = write_tokenizer(tmp_path, SPECIAL, **files)
     assert (ours.document_start, ours.document_end) == (start, end)
     assert ours.vocab_size == max(259, start + 1, end + 1)
     assert ours.token_bytes([start, *b"text", end]) == b"text"
 
 
-def test_what_the_tokenizer_does_counts_more_than_what_files_say(tmp_path):
+def test_find_borders_prefers_the_tokenizer_to_the_files(tmp_path):
     about = dict(bos_token="<b>", add_bos_token=False)
     _, ours = write_tokenizer(tmp_path, SPECIAL, before=["<a>"], after=["<c>"], tokenizer_config=about)
     assert (ours.prompt_start, ours.document_start, ours.document_end) == ((256,), 256, 258)
 
 
-def test_a_new_id_past_the_vocabulary_is_said(tmp_path):
+def test_in_words_says_a_new_id_past_the_vocabulary(tmp_path):
     _, ours = write_tokenizer(tmp_path, ["<pad>"])
     assert ours.document_start == ours.document_end == 257
     assert ours.in_words() == (
@@ -83,7 +83,7 @@ def test_a_new_id_past_the_vocabulary_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "answer</s>", "plain"])
-def test_special_tokens_in_a_text_become_their_ids_unless_told_not_to(tmp_path, text):
+def test_encode_gives_special_tokens_unless_told_not_to(tmp_path, text):
     made, ours = write_tokenizer(tmp_path, ["<|im_start|>", "<|im_end|>", "</s>"])
     want = made.encode(text, add_special_tokens=False).ids
     assert ours.encode(text.encode()).tolist() == want
@@ -92,7 +92,7 @@ def test_special_tokens_in_a_text_become_their_ids_unless_told_not_to(tmp_path, 
     assert ByteTokenizer().encode(text.encode(), special_tokens=True).tolist() == [*text.encode()]
 
 
-def test_no_text_spells_the_end_although_the_file_has_it_for_an_ordinary_token(tmp_path):
+def test_encode_never_spells_an_end_that_is_ordinary(tmp_path):
     made, ours = write_tokenizer(tmp_path, added=["</s>"], tokenizer_config=dict(eos_token="</s>"))
     assert made.encode("</s>").ids == [ours.document_end] == [256]
     assert ours.encode(b"</s>", special_tokens=False).tolist() == [*b"</s>"]
@@ -115,7 +115,7 @@ def test_no_text_spells_the_end_although_the_file_has_it_for_an_ordinary_token(t
         ("tokenizer_config", '{"eos_token": {"content": [1]}}', "eos_token={'content': [1]}: need the text"),
     ],
 )
-def test_files_that_name_no_tokens_are_one_line(tmp_path, file, contents, words):
+def test_find_borders_refuses_bad_files_in_one_line(tmp_path, file, contents, words):
     write_tokenizer(tmp_path, SPECIAL)
     (tmp_path / f"{file}.json").write_text(contents)
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
@@ -130,7 +130,7 @@ def test_files_that_name_no_tokens_are_one_line(tmp_path, file, contents, words)
         (None, "has the id 4,294,967,295, need less than 16,777,216"),
     ],
 )
-def test_a_post_processor_that_makes_no_sense_is_one_line(tmp_path, part, words):
+def test_find_borders_refuses_a_bad_post_processor(tmp_path, part, words):
     write_tokenizer(tmp_path, SPECIAL, before=["<a>"])
     path = tmp_path / "tokenizer.json"
     fields = json.loads(path.read_text())

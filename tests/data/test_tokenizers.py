@@ -35,7 +35,7 @@ def bpe(tmp_path_factory):
 
 
 @given(st.binary())
-def test_bytes_come_back_as_they_were(text):
+def test_byte_tokenizer_gives_bytes_back(text):
     tokenizer = load_tokenizer("bytes")
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
@@ -43,7 +43,7 @@ def test_bytes_come_back_as_they_were(text):
     assert tokenizer.token_bytes(ids) == text
 
 
-def test_the_byte_tokenizer_opens_documents_with_id_256_which_is_no_text():
+def test_byte_tokenizer_opens_documents_with_id_256():
     tokenizer = load_tokenizer("bytes")
     assert (tokenizer.vocab_size, tokenizer.document_start) == (257, 256)
     assert tokenizer.token_bytes([256, 65, 256]) == b"A"
@@ -57,7 +57,7 @@ def test_byte_level_bpe_gives_the_exact_bytes_back(bpe, text):
     assert bpe.token_bytes(ids) == text
 
 
-def test_the_bytes_of_a_token_do_not_depend_on_its_neighbours(bpe):
+def test_token_bytes_do_not_depend_on_neighbours(bpe):
     ids = bpe.encode(TEXT.encode())
     pieces = [bpe.token_bytes([i]) for i in ids]
     assert b"".join(pieces) == TEXT.encode()
@@ -65,39 +65,39 @@ def test_the_bytes_of_a_token_do_not_depend_on_its_neighbours(bpe):
     assert bytes([0x96]) in pieces  # the middle of a character, which decoding token by token to text would lose
 
 
-def test_without_a_special_token_documents_open_with_a_new_id_past_the_vocabulary(bpe):
+def test_document_start_is_a_new_id_without_special_tokens(bpe):
     assert (bpe.vocab_size, bpe.document_start) == (321, 320)
     assert bpe.token_bytes([320]) == b""
 
 
 @pytest.mark.parametrize("name", ["<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]"])
-def test_the_files_own_document_start_is_used(tmp_path, name):
+def test_document_start_is_the_files_own(tmp_path, name):
     tokenizer = byte_level_bpe(tmp_path / "t.json", special_tokens=["<pad>", name])
     assert (tokenizer.vocab_size, tokenizer.document_start) == (320, 1)
     assert tokenizer.token_bytes([1, 1]) == b""
 
 
-def test_a_special_token_of_a_text_is_text_where_that_is_asked_for(tmp_path):
+def test_encode_takes_special_tokens_for_text_if_asked(tmp_path):
     tokenizer = byte_level_bpe(tmp_path / "t.json", special_tokens=["<s>"])
     ids = tokenizer.encode(b"a <s> b", special_tokens=False)
     assert tokenizer.document_start not in ids
     assert tokenizer.token_bytes(ids) == b"a <s> b"
 
 
-def test_an_ordinary_token_that_looks_like_a_document_start_is_not_taken_for_one(tmp_path):
+def test_document_start_is_no_ordinary_token_like_one(tmp_path):
     tokenizer = byte_level_bpe(tmp_path / "t.json", added_tokens=["<s>"])
     assert tokenizer.document_start == tokenizer.vocab_size - 1 == 321
     assert tokenizer.token_bytes(tokenizer.encode(b"a <s> b")) == b"a <s> b"
 
 
-def test_tokens_added_in_plain_text_give_their_bytes(tmp_path):
+def test_token_bytes_of_tokens_added_in_plain_text(tmp_path):
     tokenizer = byte_level_bpe(tmp_path / "t.json", added_tokens=["two words 世"])
     text = "a two words 世 b".encode()
     assert 320 in tokenizer.encode(text)
     assert tokenizer.token_bytes(tokenizer.encode(text)) == text
 
 
-def test_a_vocabulary_that_is_not_byte_level_is_decoded_to_utf8(tmp_path):
+def test_token_bytes_of_other_vocabularies_are_utf8(tmp_path):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "wörld": 1, "hello": 5}, "[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "t.json"))
@@ -107,7 +107,7 @@ def test_a_vocabulary_that_is_not_byte_level_is_decoded_to_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe"])
-def test_ids_outside_the_vocabulary_are_an_error(bpe, spec):
+def test_token_bytes_refuse_ids_outside_the_vocabulary(bpe, spec):
     tokenizer = bpe if spec == "bpe" else load_tokenizer("bytes")
     for unknown in (-1, tokenizer.vocab_size):
         with pytest.raises(
@@ -116,18 +116,18 @@ def test_ids_outside_the_vocabulary_are_an_error(bpe, spec):
             tokenizer.token_bytes([65, unknown])
 
 
-def test_a_missing_file_is_an_error(tmp_path):
+def test_load_tokenizer_refuses_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"^data.tokenizer='byte': is neither 'bytes' nor a file; give the path of a"):
         load_tokenizer("byte")
 
 
-def test_a_file_that_is_no_tokenizer_is_an_error(tmp_path):
+def test_load_tokenizer_refuses_a_file_that_is_none(tmp_path):
     (tmp_path / "t.json").write_text('{"model": 3}')
     with pytest.raises(ConfigError, match=r"^data.tokenizer='.*t.json': is no Hugging Face tokenizer \(.*\); give the"):
         load_tokenizer(str(tmp_path / "t.json"))
 
 
-def test_the_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
+def test_load_tokenizer_switches_truncation_and_padding_off(tmp_path):
     byte_level_bpe(tmp_path / "t.json")
     fields = json.loads((tmp_path / "t.json").read_text())
     cut = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
@@ -142,7 +142,7 @@ def test_the_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
         assert tokenizer.token_bytes(tokenizer.encode(text)) == text
 
 
-def test_a_text_that_the_tokenizer_has_no_tokens_for_is_an_error(tmp_path):
+def test_encode_refuses_a_text_without_tokens_for_it(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"known": 0}, "[UNK]")).save(str(tmp_path / "t.json"))
     tokenizer = load_tokenizer(str(tmp_path / "t.json"))
     assert tokenizer.encode(b"known").tolist() == [0]
@@ -153,7 +153,7 @@ def test_a_text_that_the_tokenizer_has_no_tokens_for_is_an_error(tmp_path):
         tokenizer.encode(b"other\n")
 
 
-def test_ids_too_large_for_a_table_are_an_error_and_cost_no_memory(tmp_path):
+def test_load_tokenizer_refuses_ids_too_large_for_a_table(tmp_path):
     byte_level_bpe(tmp_path / "t.json")
     fields = json.loads((tmp_path / "t.json").read_text())
     fields["model"]["vocab"]["!"] = 2**32 - 1

@@ -118,7 +118,7 @@ def on_one_device():
 # --- Exact ------------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_tokens_are_those_of_the_full_forward_pass():
+def test_generate_greedily_agrees_with_the_full_forward_pass():
     rows = on_one_device()
     assert wrong(MODEL, ATTENTION, rows) == 0
     assert all(len(set(row)) > 3 for row in rows), "no row repeats itself, so that a mistake would show"
@@ -128,7 +128,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass():
 @pytest.mark.parametrize(
     "name", ["8", "dp2_sp2_tp2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("2", "sp4_tp2"))]
 )
-def test_so_they_are_on_any_mesh(name):
+def test_generate_agrees_on_any_mesh(name):
     assert generated(MODEL, ATTENTION, MESHES[name]) == on_one_device()
 
 
@@ -136,7 +136,7 @@ def test_so_they_are_on_any_mesh(name):
     "name",
     ["window", "qwen", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n not in ("window", "qwen"))],
 )
-def test_so_they_are_for_other_models(name):
+def test_generate_agrees_for_other_models(name):
     model, attention = VARIANTS[name]
     rows = generated(model, attention, MESHES["2"])
     assert wrong(model, attention, rows) == 0
@@ -153,34 +153,34 @@ def test_so_they_are_for_other_models(name):
         pytest.param("ring_self_attention", marks=pytest.mark.slow),
     ],
 )
-def test_so_they_are_whatever_strategy_reads_the_prompts(strategy):
+def test_generate_agrees_whatever_strategy_reads_prompts(strategy):
     attention = dataclasses.replace(ATTENTION, strategy=strategy)
     assert generated(MODEL, attention, MESHES["2"], new=3) == [row[:3] for row in on_one_device()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["single_device", "sliding_window"])
-def test_so_they_are_by_strategies_of_one_device(strategy):
+def test_generate_agrees_by_strategies_of_one_device(strategy):
     window = 0 if strategy == "single_device" else CAPACITY
     attention = dataclasses.replace(ATTENTION, strategy=strategy, window=window)
     assert generated(MODEL, attention, MESHES["1"], new=3) == [row[:3] for row in on_one_device()]
 
 
 @pytest.mark.slow
-def test_in_bfloat16_the_tokens_are_nearly_always_the_likeliest():
+def test_generate_in_bfloat16_nearly_always_takes_the_likeliest():
     model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
     rows = generated(model, ATTENTION, MESHES["2"])
     assert wrong(model, ATTENTION, rows) <= 2
     assert wrong(model, WINDOW, rows) > NEW / 2, "the control"
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_how_far_prompts_are_padded():
+def test_generate_row_is_independent_of_others_and_padding():
     alone = generated(MODEL, ATTENTION, MESHES["2"], lengths=LENGTHS[:1])
     assert alone == [on_one_device()[0]]
     assert generated(MODEL, ATTENTION, MESHES["2"], capacity=300) == on_one_device()
 
 
-def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
+def test_generate_ends_a_row_at_a_stop_token_alone():
     rows = on_one_device()
     stop = rows[0][4]
     first = [row.index(stop) if stop in row else NEW - 1 for row in rows]
@@ -191,7 +191,7 @@ def test_a_row_ends_with_a_stop_token_and_the_others_go_on():
     assert generated(MODEL, ATTENTION, MESHES["1"], stop=range(40)) == [row[:1] for row in rows]
 
 
-def test_tokens_come_one_by_one_and_prompts_are_padded_to_few_lengths():
+def test_generate_pads_prompts_to_few_lengths():
     writer = Generator(MODEL, parameters(MODEL), mesh=open_mesh(MESHES["2"]), capacity=CAPACITY)
     tokens = writer.generate(prompts(), max_new_tokens=NEW)
     assert next(tokens) == [row[0] for row in on_one_device()]
@@ -212,7 +212,7 @@ WARM = Sampling(temperature=1.0)
 
 
 @pytest.mark.slow
-def test_what_is_sampled_depends_on_the_seed_of_a_row_and_not_on_the_mesh_or_the_batch():
+def test_generate_samples_by_the_rows_seed_not_the_mesh():
     rows = generated(MODEL, ATTENTION, MESHES["1"], sampling=WARM, seeds=5)
     assert generated(MODEL, ATTENTION, MESHES["sp4_tp2"], sampling=WARM, seeds=[5, 6, 7]) == rows
     alone = generated(MODEL, ATTENTION, MESHES["2"], sampling=WARM, seeds=[5], lengths=LENGTHS[:1])
@@ -221,7 +221,7 @@ def test_what_is_sampled_depends_on_the_seed_of_a_row_and_not_on_the_mesh_or_the
     assert rows != on_one_device()
 
 
-def test_tokens_that_the_tokenizer_does_not_have_never_come():
+def test_generate_gives_no_tokens_unknown_to_the_tokenizer():
     rows = generated(MODEL, ATTENTION, MESHES["2"], sampling=Sampling(temperature=5.0), vocab_size=3, new=6)
     assert {token for row in rows for token in row} <= {0, 1, 2}
     assert max(token for row in on_one_device() for token in row) > 2
@@ -292,13 +292,13 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize("mutate", MUTANTS)
-def test_mutants_are_seen(mutate, monkeypatch):
+def test_generate_mutants_are_seen(mutate, monkeypatch):
     on_one_device()
     mutate(monkeypatch)
     assert generated(MODEL, ATTENTION, MESHES["2"]) != on_one_device()
 
 
-def test_the_cache_holds_what_was_promised():
+def test_cache_holds_what_was_promised():
     assert cached.as_bits(jnp.ones(2, jnp.bfloat16)).dtype == jnp.uint16
     assert cached.as_bits(jnp.ones(2)).dtype == jnp.float32
     assert cache.cache_bytes(MODEL, rows=3, slots=10, tensor=2) == 2 * 2 * 3 * 10 * 1 * 6 * 4
@@ -329,7 +329,7 @@ def test_the_cache_holds_what_was_promised():
     ],
     ids=str,
 )
-def test_mistakes_are_refused_in_one_line_before_anything_compiles(change, words, monkeypatch):
+def test_generator_refuses_mistakes_before_compiling(change, words, monkeypatch):
     monkeypatch.setattr(generator, "make_prefill", None)
     change = dict(change)
     attention = dataclasses.replace(ATTENTION, **{n: change.pop(n) for n in ("strategy", "window") if n in change})
@@ -340,7 +340,7 @@ def test_mistakes_are_refused_in_one_line_before_anything_compiles(change, words
     assert "\n" not in str(error.value)
 
 
-def test_the_strategy_is_asked_about_the_window_and_the_softcap_of_the_model(monkeypatch):
+def test_generator_asks_the_strategy_about_window_and_softcap(monkeypatch):
     def refuse(self, context, shape, kv_heads, mask):
         raise ValueError(f"window={mask.window} softcap={mask.softcap}")
 
@@ -352,7 +352,7 @@ def test_the_strategy_is_asked_about_the_window_and_the_softcap_of_the_model(mon
         generated(MODEL, ATTENTION, MESHES["2"])
 
 
-def test_tokens_and_parameters_of_another_model_are_refused():
+def test_generator_refuses_tokens_and_params_of_another_model():
     mesh = open_mesh(MESHES["1"])
     with pytest.raises(ValueError, match="params are those of another model"):
         Generator(dataclasses.replace(MODEL, qk_norm=True), parameters(MODEL), mesh=mesh, capacity=9)

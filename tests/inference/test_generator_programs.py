@@ -43,7 +43,7 @@ def _stated(dp, sp, tp):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_a_step_sends_what_is_stated_and_nothing_else(shape):
+def test_generation_step_sends_what_is_stated_alone(shape):
     text = _writer(*shape).step_program(ROWS).as_text()
     assert compiled.totals(text) == _stated(*shape)
 
@@ -63,7 +63,7 @@ def _weights(dp, sp, tp):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_a_device_holds_its_share_of_the_cache_and_the_weights_and_little_else(shape):
+def test_generation_device_holds_its_share_and_little_else(shape):
     (dp, _, tp), writer = shape, _writer(*shape)
     b = ROWS // dp
     step, cache = writer.step_program(ROWS), 2 * L * b * SLOTS * K // tp * D * 4
@@ -80,13 +80,13 @@ def test_a_device_holds_its_share_of_the_cache_and_the_weights_and_little_else(s
     assert gathers_weights(writer.prefill_program(ROWS, 64)), "the control"
 
 
-def test_memory_does_not_grow_with_the_ring():
+def test_generation_memory_does_not_grow_with_the_ring():
     temporary = {P: compiled.memory_of(_writer(1, P, 1).step_program(ROWS)).temporaries for P in (2, 4, 8)}
     gathered = ROWS * H * (D + 1) * 4  # bytes that each device of the ring adds to the merge
     assert temporary[8] < temporary[2] + 6 * 4 * gathered
 
 
-def test_bits_keep_a_half_precision_cache_from_being_widened(monkeypatch):
+def test_cache_as_bits_is_not_widened_in_half_precision(monkeypatch):
     model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
 
     def temporaries():
@@ -103,7 +103,7 @@ def test_bits_keep_a_half_precision_cache_from_being_widened(monkeypatch):
 
 @pytest.mark.pod
 @pytest.mark.parametrize(("sp", "tp"), [(8, 1), (2, 4)])
-def test_the_compiler_for_a_pod_does_not_copy_the_cache_either(sp, tp):
+def test_cache_is_not_copied_by_the_compiler_for_a_pod(sp, tp):
     model = ModelConfig(
         vocab_size=256,
         num_layers=2,

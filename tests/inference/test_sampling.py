@@ -43,7 +43,7 @@ def _expected(sampling, logits=LOGITS):
     ],
     ids=str,
 )
-def test_tokens_come_as_often_as_they_should(sampling):
+def test_sample_gives_tokens_as_often_as_it_should(sampling):
     want = _expected(sampling)
     got = np.bincount(_draw(sampling), minlength=V) / DRAWS
     assert not got[want == 0].any()
@@ -53,13 +53,13 @@ def test_tokens_come_as_often_as_they_should(sampling):
     assert not (np.abs(got - other) <= 4.5 * np.sqrt(other * (1 - other) / DRAWS) + 1e-9).all()
 
 
-def test_greedy_takes_the_likeliest_and_tokens_level_with_the_last_of_top_k_stay():
+def test_sample_greedy_and_ties_of_top_k():
     assert (_draw(Sampling()) == LOGITS.argmax()).all()
     level = np.zeros(V, np.float32)
     assert set(_draw(Sampling(temperature=1.0, top_k=2), level)) == set(range(V))
 
 
-def test_a_draw_depends_on_its_own_seed_and_position_alone():
+def test_sample_depends_on_its_seed_and_position_alone():
     warm = Sampling(temperature=1.0)
     seeds, positions = np.arange(50) % 10, np.arange(50) // 10
     together = _draw(warm, seeds=seeds, positions=positions)
@@ -70,7 +70,7 @@ def test_a_draw_depends_on_its_own_seed_and_position_alone():
     assert len(set(by_position[0])) > 1
 
 
-def test_tokens_with_no_score_never_come():
+def test_sample_never_gives_tokens_without_a_score():
     logits = np.where(np.arange(V) < 3, 0.0, -np.inf).astype(np.float32)
     for sampling in (Sampling(temperature=3.0), Sampling(temperature=1.0, top_k=8, top_p=0.99)):
         assert set(_draw(sampling, logits)) == {0, 1, 2}
@@ -91,7 +91,7 @@ def test_tokens_with_no_score_never_come():
     ],
     ids=str,
 )
-def test_mistakes_are_refused_in_one_line(change, words):
+def test_sampling_refuses_mistakes_in_one_line(change, words):
     with pytest.raises(ValueError, match=".") as error:
         Sampling(**change)
     assert words in str(error.value)

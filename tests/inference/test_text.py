@@ -47,7 +47,7 @@ def _pieces(tokenizer, prompt=(), text=TEXT, **settings):
     return [*(stream.feed(token) for token in ids), stream.finish()]
 
 
-def test_the_text_comes_whole_and_no_character_in_parts(tokenizer):
+def test_text_stream_gives_no_character_in_parts(tokenizer):
     pieces = _pieces(tokenizer)
     assert "".join(pieces) == TEXT
     assert "�" not in "".join(pieces)
@@ -56,7 +56,7 @@ def test_the_text_comes_whole_and_no_character_in_parts(tokenizer):
     assert naive != TEXT, "the control"
 
 
-def test_a_word_after_the_prompt_keeps_its_space(tokenizer):
+def test_text_stream_keeps_the_space_after_the_prompt(tokenizer):
     ids = tokenizer.encode(b"the end of it")
     whole = tokenizer.token_bytes(ids).decode()
     for cut in range(1, len(ids)):
@@ -66,7 +66,7 @@ def test_a_word_after_the_prompt_keeps_its_space(tokenizer):
         assert prompt + rest == whole
 
 
-def test_text_ends_before_a_stop_and_its_beginning_waits(tokenizer):
+def test_text_stream_ends_before_a_stop(tokenizer):
     pieces = _pieces(tokenizer, stop=["end of", "it.", "never"])
     assert "".join(pieces) == TEXT[: TEXT.index("end of")]
     assert "".join(_pieces(tokenizer, stop=["of the"])) == TEXT, "what only began like a stop comes after all"
@@ -78,7 +78,7 @@ def test_text_ends_before_a_stop_and_its_beginning_waits(tokenizer):
     assert stream.finish() == ""
 
 
-def test_bytes_that_are_no_text_are_shown_as_such_and_do_not_hold_up_what_follows():
+def test_text_stream_shows_bytes_that_are_no_text():
     stream = TextStream(ByteTokenizer(), ())
     got = "".join(stream.feed(token) for token in [0xC3, 0x28, 0xFF, ord("a"), 256, 0xE4]) + stream.finish()
     assert got == "�(�a�"
@@ -86,7 +86,7 @@ def test_bytes_that_are_no_text_are_shown_as_such_and_do_not_hold_up_what_follow
 
 @pytest.mark.parametrize("maker", [_byte_level, _sentence_piece])
 @pytest.mark.parametrize("show", [False, True])
-def test_special_tokens_are_left_out_unless_they_are_asked_for(maker, show, tmp_path):
+def test_text_stream_leaves_special_tokens_out_unless_asked(maker, show, tmp_path):
     """Those that open and end documents, too; what stands around one is whole, and so is a stop that follows it."""
     maker(tmp_path / "tokenizer.json")
     made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -111,11 +111,11 @@ def test_special_tokens_are_left_out_unless_they_are_asked_for(maker, show, tmp_
     assert text(stop=["more"]) == whole[: whole.index("more")]
 
 
-def test_the_token_that_ends_a_text_of_bytes_is_shown_where_it_is_asked_for():
+def test_text_stream_shows_the_end_of_bytes_where_asked():
     stream = TextStream(ByteTokenizer(), (), show_special=True)
     assert "".join([*map(stream.feed, [ord("a"), 0xE4, 256]), stream.finish()]) == "a\N{REPLACEMENT CHARACTER}<s>"
 
 
-def test_an_empty_stop_is_refused():
+def test_text_stream_refuses_an_empty_stop():
     with pytest.raises(ValueError, match="stop holds an empty text"):
         TextStream(ByteTokenizer(), np.array([1]), stop=["x", ""])
