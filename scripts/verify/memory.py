@@ -22,9 +22,9 @@ from ring_attention.commands.arguments import Parser
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.planning.programs import compile_step
-from ring_attention.planning.published import LLAMA_7B
 from ring_attention.tables import show
 from ring_attention.training.config import AttentionConfig, TrainConfig
+from scripts.verify.published import LLAMA_7B
 
 PODS = ("v4:2x2x4", "v4:2x4x4", "v4:4x4x4", "v4:4x4x8", "v4:4x8x8", "v4:8x8x8")
 TOLERANCE = 0.05

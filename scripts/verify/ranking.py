@@ -9,8 +9,8 @@ more than 3%, is predicted in its order. The exit status is 1 if one is not.
 from rich.table import Table
 
 from ring_attention.commands.arguments import Parser
-from ring_attention.planning.published import COMPARISONS
 from ring_attention.tables import show
+from scripts.verify.published import COMPARISONS
 
 
 def main(argv: list[str]) -> int:

@@ -31,9 +31,9 @@ from ring_attention.commands.arguments import Parser
 from ring_attention.hardware.chips import CHIPS, GiB
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.planning.programs import compile_step
-from ring_attention.planning.published import LLAMA_7B
 from ring_attention.tables import show
 from ring_attention.training.config import AttentionConfig, TrainConfig
+from scripts.verify.published import LLAMA_7B
 
 GPU_MEMORY = 79 * GiB
 

@@ -14,7 +14,6 @@ from ring_attention.models.config import REMAT_POLICIES, ModelConfig
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy, scheduled
 from ring_attention.planning.plan import Plan, longest_context, make_plan, strategies_of
-from ring_attention.planning.published import COMPARISONS
 from ring_attention.planning.report import as_json
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import attention_times
@@ -23,6 +22,7 @@ from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
 from ring_attention.training.flags import load_config
 from ring_attention.training.state import abstract_state, state_shardings
 from ring_attention.training.step import attention_of
+from scripts.verify.published import COMPARISONS
 
 GPU, TPU = "configs/gpu_8xh100_7b.py", "configs/tpu_v5e_256_7b.py"
 
