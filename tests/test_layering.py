@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(ra.__file__).parent
 ROOMS = (
     "__main__",
     "commands",
+    "configs",
     "planning",
     "evaluation",
     "inference",

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from ring_attention.checks import ConfigError, local_path, printable
 from ring_attention.commands.arguments import Parser
+from ring_attention.commands.program import invocation
 from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
 from ring_attention.hardware.topology import find_topology
 from ring_attention.planning import compile_report, report
@@ -31,7 +32,7 @@ from ring_attention.planning.plan import Plan, make_plan
 from ring_attention.tables import show
 from ring_attention.training.flags import parse_config, split_path
 
-DEFAULT_CONFIG = "configs/tpu_v5e_256_7b.py"
+DEFAULT_CONFIG = "tpu_v5e_256_7b"
 
 
 def main(argv: list[str]) -> int:
@@ -128,7 +129,7 @@ def command(plan: Plan, flags: list[str]) -> str:
       flags: those of this command line that are the config's, which the plan holds for; the advice overrides them.
     """
     path, overrides = split_path(flags, DEFAULT_CONFIG)
-    words = ["python", "train.py", f"--config={path}", *overrides, *plan.recommended.flags]
+    words = [*invocation("train").split(), f"--config={path}", *overrides, *plan.recommended.flags]
     setting = "" if plan.share.topology.tpu else f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION:g} "
     return setting + shlex.join(words)
 

@@ -113,6 +113,13 @@ def run(
         return status
 
 
+def invocation(command: str) -> str:
+    """Return how a person writes another command who wrote this one so: `python train.py` or `ring-attention train`."""
+    if sys.argv[0].startswith("ring-attention"):
+        return f"ring-attention {command}"
+    return "python train.py" if command == "train" else f"python scripts/{command}.py"
+
+
 def _guard() -> None:
     """Let SIGINT end this process with one line, also while modules load."""
     sys.excepthook = _report

@@ -1,7 +1,6 @@
 """What a person reads when a run is done: its score beside honest references, and where to go from here."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +12,7 @@ from ring_attention.tables import show
 from ring_attention.training.batches import Corpus, HeldOut
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.fault_tolerance.disk import require_there
+from ring_attention.training.flags import CONFIGS, PACKAGED_CONFIGS
 from ring_attention.training.run import Result, Run
 
 FITTED_BYTES = 256 * 2**20
@@ -72,15 +72,23 @@ def report(run: Run, result: Result) -> None:
     console = Console(highlight=False, soft_wrap=True)
     show(table, console)
     console.print(f"Run folder: {folder.path}  (loss.png, metrics.jsonl, tensorboard/, checkpoints/, config.json)")
-    if Path("configs", f"{config.name}.py").is_file():
+    again = _again(config)
+    if again:
         console.print("Next, for example:")
-        for line in _suggestions(config):
+        for line in _suggestions(config, again):
             console.print(f"  {line}")
 
 
-def _suggestions(config: TrainConfig) -> list[str]:
+def _again(config: TrainConfig) -> str:
+    """The command that trains by this config, empty if its file, which has its name, is not one of those to choose."""
+    if (CONFIGS / f"{config.name}.py").is_file():
+        return f"python train.py --config={CONFIGS}/{config.name}.py"
+    packaged = (PACKAGED_CONFIGS / f"{config.name}.py").is_file()
+    return f"ring-attention train --config={config.name}" if packaged else ""
+
+
+def _suggestions(config: TrainConfig, again: str) -> list[str]:
     more, twice = 4 * config.num_steps, 2 * config.seq_len
-    again = f"python train.py --config=configs/{config.name}.py"  # a config has the name of its file
     return [
         f"{again} --config.seq_len={twice} --config.run_dir=runs/longer_context   (twice the context)",
         f"{again} --config.data.paths='my/texts/**/*.txt' --config.run_dir=runs/mine   (your own text)",

@@ -39,28 +39,35 @@ from ring_attention.training.config_values import (
 from ring_attention.training.init_from import config_from_folder, inherit
 from ring_attention.training.processes import ProcessFlags
 
+CONFIGS = Path("configs")
+"""Where config files are looked for first: in the working directory, as in a checkout."""
+
+PACKAGED_CONFIGS = Path(__file__).parents[1] / "configs"
+"""The config files that come with the package."""
+
 _LONGEST_NAME = 200
 _PROGRAM = "train.py"  # absl takes the first argument for the program's name
 
 
-def parse_config(argv: list[str], default: str) -> TrainConfig:
+def parse_config(argv: list[str], default: str, *, program: str = "python train.py") -> TrainConfig:
     """Return the config that a command line asks for.
 
     Args:
-      argv: the arguments after the program's name: `--config=PATH`, or the name of a config beside the default, and
-        `--config.FIELD=VALUE`s, of which the last wins. What neither says of the model comes from the one that
-        init_from names (`inherit`). With `--help` the usage is printed and the process exits with 0.
-      default: the config file to take without `--config`; its folder is where files to suggest are looked for.
+      argv: the arguments after the program's name: `--config=PATH`, or the name of a config in CONFIGS or
+        PACKAGED_CONFIGS, and `--config.FIELD=VALUE`s, of which the last wins. What neither says of the model comes
+        from the one that init_from names (`inherit`). With `--help` the usage is printed and the process exits with 0.
+      default: the config to take without `--config`.
+      program: how the command is written, for the usage.
 
     Raises:
       ConfigError: in one line, for a file, field, value, flag or stray word that cannot be used.
     """
     if not {"-h", "-help", "--help"}.isdisjoint(argv):
-        print(usage(default))
+        print(usage(default, program))
         raise SystemExit(0)
     path, rest = split_path(argv, default)
     texts = _override_texts(rest)
-    return override(inherit(load_config(path, folder=Path(default).parent), texts), rest)
+    return override(inherit(load_config(path), texts), rest)
 
 
 def override(config: TrainConfig, argv: list[str]) -> TrainConfig:
@@ -86,10 +93,11 @@ def parse_processes(argv: list[str]) -> tuple[ProcessFlags, list[str]]:
     return ProcessFlags(**{field.name: values[field.name].value for field in dataclasses.fields(ProcessFlags)}), rest
 
 
-def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainConfig:
-    """Return what `get_config()` of the file at `path` returns, or of the config in `folder` whose name `path` is.
+def load_config(path: str | Path) -> TrainConfig:
+    """Return what `get_config()` of the file at `path` returns, or of the config whose name `path` is.
 
-    Of a folder that holds a Hugging Face checkpoint, return a config for a model like it (`config_from_folder`).
+    A name is looked for in CONFIGS, then in PACKAGED_CONFIGS. Of a folder that holds a Hugging Face checkpoint, return
+    a config for a model like it (`config_from_folder`).
 
     Raises:
       ConfigError: if the file is missing, fails, or does not give a TrainConfig.
@@ -98,12 +106,11 @@ def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainCon
     require_local("--config", path)
     if os.path.lexists(os.path.join(path, CONFIG)):
         return config_from_folder(Path(path))
-    path = _shipped(path, folder)
+    path = _find_config(path)
     if not path.is_file():
-        files = _config_files(folder)
+        files = _config_files()
         hint = did_you_mean(Path(path).stem, [file.stem for file in files])
-        choices = f"choose one of {', '.join(map(str, files))}" if files else f"{folder} holds no config to choose"
-        raise ConfigError(f"{flag}: there is no such file; {hint}{choices}")
+        raise ConfigError(f"{flag}: there is no such file; {hint}choose one of {', '.join(map(_spelt_config, files))}")
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else None
@@ -116,23 +123,25 @@ def load_config(path: str | Path, *, folder: str | Path = "configs") -> TrainCon
     return config
 
 
-def _shipped(path: str | Path, folder: str | Path) -> Path:
-    """Return `path`, or the config in `folder` that is called so: tiny and tiny.py are configs/tiny.py."""
+def _find_config(path: str | Path) -> Path:
+    """Return `path`, or the config that is called so: tiny and tiny.py are configs/tiny.py."""
     path = Path(path)
-    own = Path(folder) / f"{path.name.removesuffix('.py')}.py"
-    return own if path.name == str(path) and not path.is_file() and own.is_file() else path
+    if path.name != str(path) or path.is_file():
+        return path
+    files = (folder / f"{path.name.removesuffix('.py')}.py" for folder in (CONFIGS, PACKAGED_CONFIGS))
+    return next((file for file in files if file.is_file()), path)
 
 
-def usage(default: str) -> str:
+def usage(default: str, program: str = "python train.py") -> str:
     """Return the text of `--help`: how to write the command, the config files, and every field."""
-    files = [f"  {file}\n{_indented(_first_line(file))}" for file in _config_files(Path(default).parent)]
+    files = [f"  {_spelt_config(file)}\n{_indented(_first_line(file))}" for file in _config_files()]
     lines = [
         "Train a Transformer on sequences that are sharded across devices.",
         "",
-        f"  python {_PROGRAM}   (the same as --config={default})",
-        f"  python {_PROGRAM} --config=configs/NAME.py   (--config=NAME does as well)",
-        f"  python {_PROGRAM} --config=NAME --config.model.num_layers=4 --config.mesh.sp=8",
-        f"  python {_PROGRAM} --config=FOLDER   (a model like a Hugging Face checkpoint's)",
+        f"  {program}   (the same as --config={default})",
+        f"  {program} --config=FOLDER/NAME.py   (--config=NAME for those below)",
+        f"  {program} --config=NAME --config.model.num_layers=4 --config.mesh.sp=8",
+        f"  {program} --config=FOLDER   (a model like a Hugging Face checkpoint's)",
         "",
         "On several processes, where no cluster says which is which (see docs/pods.md):",
         *_describe(ProcessFlags, prefix="--"),
@@ -217,8 +226,15 @@ def _read_text(field: str, text: str, *, example: Any) -> Any:
     return value
 
 
-def _config_files(folder: str | Path) -> list[Path]:
-    return sorted(file for file in Path(folder).glob("*.py") if not file.name.startswith("_"))
+def _config_files() -> list[Path]:
+    """Return the configs to choose from: those of CONFIGS or, where that is no folder, the packaged ones."""
+    folder = CONFIGS if CONFIGS.is_dir() else PACKAGED_CONFIGS
+    return sorted(file for file in folder.glob("*.py") if not file.name.startswith("_"))
+
+
+def _spelt_config(file: Path) -> str:
+    """Return what `--config` takes for one of `_config_files`."""
+    return file.stem if file.parent == PACKAGED_CONFIGS else str(file)
 
 
 def _first_line(file: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .life import Child, Life
 from .verdicts import Line, read_lines
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIG = REPOSITORY / "configs/tiny.py"
 UNFINISHED = ".orbax-checkpoint-tmp"  # orbax writes to STEP + this, and renames it once all is there
 RESUMED = re.compile(r"^Going on from step (\d+)\.", re.MULTILINE)
@@ -145,7 +145,7 @@ def make_trainers(out: Path, num_steps: int) -> dict[int, Trainer]:
         (corpus / f"{file.parent.name}_{file.stem}.txt").write_bytes(file.read_bytes() + b"\n")
     one = Trainer(
         command=[sys.executable, str(REPOSITORY / "train.py"), f"--config={CONFIG}", *_flags(corpus, num_steps)],
-        poison=[sys.executable, str(REPOSITORY / "scripts/soaking/poison.py")],
+        poison=[sys.executable, "-m", "scripts.verify.soak.poison"],
         env=_environment(out),
         logs=out / "logs",
         num_steps=num_steps,
