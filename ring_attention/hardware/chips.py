@@ -1,4 +1,4 @@
-"""What the accelerators can do: published figures of one JAX device, each with its source."""
+"""Published figures of accelerators, of one JAX device each, with their sources."""
 
 import dataclasses
 import types
@@ -42,7 +42,7 @@ class Chip:
 
     @property
     def platform(self) -> str:
-        """As JAX names it."""
+        """The platform as JAX names it: "tpu" or "gpu"."""
         return "tpu" if self.name.startswith("v") else "gpu"
 
 
@@ -193,5 +193,5 @@ CHIPS = types.MappingProxyType(
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a JAX device's `device_kind`; None if it is not in the table."""
+    """Find the chip of a JAX device's `device_kind`; None if it is not in the table."""
     return next((chip for chip in CHIPS.values() if any(kind in device_kind for kind in chip.kinds)), None)

@@ -1,4 +1,4 @@
-"""Pods that are not there: devices to compile for, from a laptop."""
+"""Devices of pods that are not there, to compile for from a laptop."""
 
 import os
 
@@ -47,7 +47,7 @@ memory, 163 KiB of one block. device_memory_size is what the driver leaves of 80
 
 
 def pod_devices(topology: str) -> list[jax.Device]:
-    """Devices of a pod to compile for; nothing can run on them.
+    """Make the devices of a pod to compile for; nothing can run on them.
 
     Args:
       topology: a TPU slice such as "v5e:16x16", "v3:16x16" (512 cores), "v4:8x8x8" or "v5p:8x8x16", or hosts and GPUs

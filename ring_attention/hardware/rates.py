@@ -1,4 +1,4 @@
-"""How fast a pod's devices compute and send: rates that programs reach, and where the figures are from."""
+"""Rates that programs reach on a pod, of computing and of sending, and where the figures are from."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ EFFICIENCY = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wires:
-    """Bytes a second of one device, for each way of sending, within a group of neighbours.
+    """Bytes a second that one device of a group of neighbours sends, for each way of sending.
 
     Attributes:
       hop: to the next of a ring.
@@ -61,7 +61,7 @@ class Wires:
 
 
 def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
-    """The wires among `group` devices of a mesh axis, which stand `stride` apart in the order of the mesh.
+    """Find the wires among `group` devices of a mesh axis, which stand `stride` apart in the order of the mesh.
 
     TPU: a ring runs along a cycle of single links. An all-gather uses the links of all sides of the group's box, both
     ways where a side closes to a circle. In an all-to-all the middle of the longest side is the narrowest place.

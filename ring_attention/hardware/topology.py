@@ -28,16 +28,16 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """The number of devices."""
         return math.prod(self.sides)
 
     @property
     def tpu(self) -> bool:
-        """Whether they are TPUs, in a grid."""
+        """Whether the devices are TPUs, in a grid."""
         return self.chip.platform == "tpu"
 
     def box(self, devices: int) -> tuple[int, ...]:
-        """Sides of the most cubic box of the grid that so many devices fill; all in a line if there is none."""
+        """Find the sides of the most cubic box of the grid with so many devices; all in a line if there is none."""
         boxes = [sides for sides in _divisions(self.sides, devices)]
         return min(boxes, key=lambda sides: (max(sides), sides), default=(devices,))
 
@@ -53,7 +53,7 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """The pod called so.
+    """Find a pod by its name, such as "v5e:16x16".
 
     Raises:
       ConfigError: for a chip that is not known, or a shape that such pods do not have.
@@ -70,7 +70,7 @@ def find_topology(name: str) -> Topology:
 
 
 def _divisions(sides: tuple[int, ...], devices: int):
-    """Sides that divide these and multiply to so many devices."""
+    """List the sides that divide these and multiply to so many devices."""
     if not sides:
         if devices == 1:
             yield ()

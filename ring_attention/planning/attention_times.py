@@ -29,7 +29,7 @@ class Pace:
 
 
 class Seconds(NamedTuple):
-    """How long a device computes in a step, and how long its wire is busy meanwhile. It waits for both."""
+    """Seconds of one step of a schedule: of computing, and of the transfers beside it. A device waits for both."""
 
     compute: float
     keys: float = 0.0
@@ -48,12 +48,12 @@ class Seconds(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one pass.
+    """Seconds of one pass of an attention.
 
     Attributes:
-      compute: that the device computes.
-      wire: that its wires are busy.
-      exposed: that it waits for them.
+      compute: while the device computes.
+      wire: while its wires are busy.
+      exposed: while it waits for them.
     """
 
     compute: float

@@ -1,4 +1,4 @@
-"""Who computes how much, and when: the pairs of a query and a key that each device of a ring meets at each hop."""
+"""Count the pairs of a query and a key that each device of a ring computes at each hop."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from ring_attention.parallel.layouts import SequenceLayout
 
 
 class Balance(NamedTuple):
-    """How long a ring computes, over how long it would if each device always had its fair share. 1 is the best.
+    """The time that a ring computes, over the time if each device always had its fair share. 1 is the best.
 
     Attributes:
       total: if devices wait for each other only at the end: most work of a device over the mean.
@@ -72,7 +72,7 @@ def work_by_hop(
 
 
 def balance_of(work: np.ndarray, speeds: Sequence[float] | None = None) -> Balance:
-    """How evenly a ring's work is shared.
+    """Measure how evenly a ring's work is shared.
 
     Args:
       work: [P, hops], of each device at each hop, in any unit; see `work_by_hop`.
@@ -92,7 +92,7 @@ def balance_of(work: np.ndarray, speeds: Sequence[float] | None = None) -> Balan
 
 
 def _segment_numbers(segment_ids: np.ndarray | None, T: int) -> np.ndarray:
-    """int64 [B or 1, T]: a small number, not negative, for each segment; rows have none in common."""
+    """Number the segments: int64 [B or 1, T], small, not negative, and no number in two rows."""
     if segment_ids is None:
         return np.zeros((1, T), np.int64)
     segment_ids = np.asarray(segment_ids)
@@ -105,5 +105,5 @@ def _segment_numbers(segment_ids: np.ndarray | None, T: int) -> np.ndarray:
 
 
 def _sorted_shards(x: np.ndarray, P: int) -> np.ndarray:
-    """[P, B*t], each row in ascending order, of an array [B, T]: a search for numbers in order is fast."""
+    """Sort each shard of an array [B, T]: [P, B*t] in ascending rows, for searches in them are fast."""
     return np.sort(x.reshape(len(x), P, -1).swapaxes(0, 1).reshape(P, -1), axis=1)

@@ -45,8 +45,8 @@ class CompileReport:
     """A training step as it was compiled for a pod.
 
     Attributes:
-      memory: of a device.
-      seconds: that compiling took.
+      memory: what the step takes of a device.
+      seconds: how long compiling took.
       collectives: all of them by kind and mesh axis.
       transfers: the permutes in the program's text, with the time of what stands beside each.
       warnings: what ought not to be there, a line each.
@@ -62,7 +62,7 @@ class CompileReport:
 
 
 def compile_for(config: TrainConfig, topology: Topology):
-    """(compiled step, seconds) for the pod.
+    """Compile a config's training step for the pod; returns (compiled step, seconds).
 
     Raises:
       DoesNotFitError: if the compiler refuses for want of the device's memory.
@@ -107,7 +107,7 @@ def make_report(plan: Plan) -> CompileReport:
 
 
 def longest_compiled(plan: Plan, report) -> int:
-    """The longest context that compiles within the chip's memory, to within a sixteenth, in tokens; 0 if none does.
+    """Find the longest context that compiles within the chip's memory, to within a sixteenth, in tokens; 0 if none.
 
     Begins with the predicted one, so that few compilations are needed.
 
@@ -146,7 +146,7 @@ def longest_compiled(plan: Plan, report) -> int:
 
 
 def needed_bytes(message: str) -> float | None:
-    """What the TPU compiler says it would have needed of HBM, in bytes; None if it does not say."""
+    """Read the bytes of HBM that a TPU's compiler would have needed from its message; None if it does not say."""
     match = next(filter(None, (pattern.search(message) for pattern in _NEEDED)), None)
     return float(match[1]) * _UNITS[match[2]] if match else None
 
@@ -169,7 +169,7 @@ def _excerpt(message: str, word: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of JAX and of the compilers that are installed."""
+    """Look up the versions of JAX and of the compilers that are installed."""
     found = {}
     for name in _COMPILERS:
         try:
@@ -180,7 +180,7 @@ def versions() -> dict[str, str]:
 
 
 def collectives_table(report: CompileReport) -> Table:
-    """Every collective by kind and mesh axis."""
+    """Tabulate every collective by kind and mesh axis."""
     table = Table(title="Collectives of the compiled step, of one device")
     for name in ("kind", "axes"):
         table.add_column(name)
@@ -194,7 +194,7 @@ def collectives_table(report: CompileReport) -> Table:
 
 
 def transfers_table(report: CompileReport) -> Table:
-    """Every permute: the link's time beside that of what is computed meanwhile, at the chip's peak."""
+    """Tabulate every permute: the link's time beside that of what is computed meanwhile, at the chip's peak."""
     table = Table(
         title="Transfers of the ring: the link's time, and what is computed meanwhile at the chip's peak",
         caption="of one run; a device waits for what is exposed; in a chip's practice computing takes longer and "
@@ -214,7 +214,7 @@ def transfers_table(report: CompileReport) -> Table:
 
 
 def verdict(report: CompileReport) -> str:
-    """One line: how many transfers are covered by computing, and what the others cost a step."""
+    """Say in one line how many transfers are covered by computing, and what the others cost a step."""
     hidden = sum(row.hidden for row in report.transfers)
     waits = sum(row.exposed_seconds * (row.runs or 1) for row in report.transfers)
     total = len(report.transfers)
@@ -222,5 +222,5 @@ def verdict(report: CompileReport) -> str:
 
 
 def as_json(report: CompileReport) -> dict:
-    """All of it, for a file."""
+    """Convert a report to what JSON can hold."""
     return dataclasses.asdict(report) | {"memory_total": report.memory.total, "verdict": verdict(report)}

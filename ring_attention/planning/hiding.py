@@ -13,7 +13,7 @@ from ring_attention.planning.step_times import pace_of, ring_wires
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """A row of Table 2.
+    """One row of Table 2 of the Ring Attention paper.
 
     Attributes:
       hardware: as the paper calls it.
@@ -33,7 +33,7 @@ class PaperRow:
 
     @property
     def reckoned(self) -> tuple[float, float]:
-        """Block and tokens in thousands by the paper's formula: flops over bandwidth, and six such blocks."""
+        """Thousands of tokens of a block and of a device by the paper: flops / bandwidth, and six such blocks."""
         block = tokens_to_hide(self.flops, self.bandwidth) / 1e3
         return block, 6 * block
 
@@ -68,7 +68,7 @@ def tokens_to_hide(
     backward: bool = False,
     itemsize: int = 2,
 ) -> float:
-    """Tokens t of a device from which computing a hop takes as long as sending the next block.
+    """The tokens of a device from which on computing a hop takes as long as sending the next block.
 
     A hop of t queries and t keys takes 4 t^2 H D operations and 2 t K D elements; a causal mask in a balanced layout
     leaves half of the operations; backward there are 2.5 times as many, and dK and dV travel beside K and V in float32.
@@ -78,7 +78,7 @@ def tokens_to_hide(
       bandwidth: bytes a second from a device to the next.
       queries_per_key: H/K, query heads to a key/value head.
       causal: whether half of the pairs are masked.
-      backward: of the backward pass.
+      backward: whether it is the backward pass.
       itemsize: bytes of an element of K and V.
     """
     sent = itemsize + 4 * backward
@@ -88,10 +88,10 @@ def tokens_to_hide(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hiding:
-    """Tokens that a device must hold so that the ring's wires are not waited for; see `tokens_to_hide`.
+    """The tokens that a device must hold so that a ring does not wait for its wires; see `tokens_to_hide`.
 
     Attributes:
-      name: of what.
+      name: what is counted.
       at_peak: if the device computed at its published peak.
       at_pace: at the rate that its attention kernel reaches.
     """
@@ -102,7 +102,7 @@ class Hiding:
 
 
 def hiding_of(share: Share) -> tuple[Hiding, ...]:
-    """Tokens a device must hold: as the paper reckons, and with grouped queries and a causal mask, both passes."""
+    """The tokens that a device must hold: as the paper computes, with grouped queries, a causal mask, both passes."""
     chip, pace = share.topology.chip, pace_of(share)
     hop = ring_wires(share).hop
     groups = share.model.num_heads / share.model.num_kv_heads

@@ -17,7 +17,7 @@ F32 = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """How much a compiler holds at once, read off compiled programs (docs/planner.md).
+    """The arrays that a compiler holds at once, read off compiled programs (docs/planner.md).
 
     Attributes:
       feedforward: (streams, queries, keys) at the peak of a feed-forward's backward pass: arrays as large as this
@@ -46,7 +46,7 @@ BUFFERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Of one device, in bytes.
+    """The memory that a step needs of one device, in bytes.
 
     Attributes:
       parts: name -> bytes, in the order in which they are stacked: parameters; optimizer (AdamW's two moments);
@@ -61,12 +61,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
 def memory_of(share: Share, strategy: Strategy) -> Memory:
-    """What a step needs on one device of the pod."""
+    """Predict the memory that a step needs of one device of the pod."""
     own = F32 * share.own_parameters
     kept, host = kept_for_backward(share)
     kept *= 1 + BUFFERS[share.topology.chip.platform].gaps
@@ -84,12 +84,12 @@ def memory_of(share: Share, strategy: Strategy) -> Memory:
 
 
 def _stream(share: Share) -> int:
-    """The residual stream of this device's tokens."""
+    """Bytes of the residual stream of this device's tokens."""
     return share.batch * share.tokens * share.model.model_dim * share.itemsize
 
 
 def _heads(share: Share, heads: int) -> int:
-    """An array of so many heads of this device's tokens."""
+    """Bytes of an array of so many heads of this device's tokens."""
     return share.batch * share.tokens * heads * share.model.head_dim * share.itemsize
 
 
@@ -99,7 +99,7 @@ def on_host(share: Share) -> bool:
 
 
 def kept_for_backward(share: Share) -> tuple[int, int]:
-    """(on the device, on the host): what all layers keep for the backward pass (see `ModelConfig.remat`)."""
+    """Bytes that all layers keep for the backward pass, (on the device, on the host); see `ModelConfig.remat`."""
     layers, statistics = share.model.num_layers, F32 * share.batch * share.tokens * share.heads
     inputs, out = layers * _stream(share), layers * (_heads(share, share.heads) + statistics)
     if share.model.remat == "full":
@@ -118,8 +118,8 @@ def kept_for_backward(share: Share) -> tuple[int, int]:
 
 
 def _layer(share: Share) -> int:
-    """A layer's backward pass: its weights, the feed-forward's a second time in another layout, their gradients for
-    the sum over devices in float32, and the arrays of its tokens.
+    """Bytes of a layer's backward pass: its weights, the feed-forward's a second time in another layout, their
+    gradients for the sum over devices in float32, and the arrays of its tokens.
     """
     weights = share.attention_weights + share.ffn_weights
     of_weights = (weights + 2 * share.ffn_weights) * share.itemsize + F32 * weights
@@ -133,7 +133,7 @@ def _layer(share: Share) -> int:
 
 
 def _exchange(share: Share, strategy: Strategy) -> int:
-    """Keys and values at hand and on their way, and their gradients in float32."""
+    """Bytes of keys and values at hand and on their way, and of their gradients in float32."""
     work = share.work()
     statistics = work.bytes_of(work.shard, work.heads, F32)
     arriving = max(strategy.memory_bytes(work) - statistics, 2 * work.bytes_of(work.shard, work.kv_heads))
@@ -145,7 +145,7 @@ def _vocabulary(share: Share) -> int:
 
 
 def _loss(share: Share, later: int) -> int:
-    """Logits of a chunk and what becomes of them, as far as that is more than a layer's backward pass needs later."""
+    """Bytes of a chunk's logits and gradients, as far as they are more than a layer's backward pass needs later."""
     tokens = min(share.model.loss_chunk, share.tokens) * share.batch
     vocab = share.model.vocab_size // share.mesh[TENSOR]
     logits = 1.5 * F32 * tokens * vocab

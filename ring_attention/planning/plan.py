@@ -24,14 +24,14 @@ GRAIN = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A strategy for the same step.
+    """A strategy for the planned step, and what it costs.
 
     Attributes:
       strategy: with its options.
-      label: its name and options.
+      label: the strategy's name and options.
       flags: how to choose it on the command line of train.py.
-      time: of a step.
-      memory: of a device.
+      time: predicted seconds of a step.
+      memory: predicted bytes of a device.
       fits: whether the memory is there.
     """
 
@@ -45,11 +45,11 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be expected of a config on a pod.
+    """What to expect of a config on a pod.
 
     Attributes:
-      share: of one device.
-      memory: of one device.
+      share: one device's part of a step.
+      memory: predicted bytes of a device, by the config's own strategy.
       own: the config's own strategy.
       candidates: all strategies that can do the same, the fastest first.
       recommended: the one to take; None if none fits.
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def model_flops(self) -> float:
-        """Operations of a step of the whole pod, without repetitions."""
+        """The operations of a step of the whole pod, without repetitions."""
         return step_flops(self.share)
 
     def mfu(self, candidate: Candidate) -> float:
@@ -79,7 +79,7 @@ class Plan:
 
 
 def step_flops(share: Share) -> float:
-    """Model FLOPs of a step; see `ModelConfig.training_flops`."""
+    """Count the model FLOPs of a step; see `ModelConfig.training_flops`."""
     config = share.config
     T, window = config.seq_len, config.attention.window or config.seq_len
     reach = min(window, T)
@@ -117,7 +117,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
 
 
 def recommend(share: Share, candidates: list[Candidate]) -> tuple[Candidate | None, str]:
-    """Of those that fit the fastest; of equally fast ones the one that needs the least memory. And why."""
+    """Choose the fastest of those that fit, among equally fast ones that with the least memory, and say why."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         least = min(candidates, key=lambda candidate: candidate.memory.total)
@@ -149,13 +149,13 @@ def _reason(share: Share, best: Candidate, candidates: list[Candidate], equal: l
 
 
 def candidates_of(share: Share, strategies: list[Strategy] | None = None) -> list[Candidate]:
-    """Of these strategies, or of all that can do this attention, the fastest first."""
+    """Price these strategies, or all that can do this attention; the fastest comes first."""
     strategies = strategies_of(share) if strategies is None else strategies
     return sorted((_candidate(share, strategy) for strategy in strategies), key=lambda c: c.time.total)
 
 
 def strategies_of(share: Share) -> list[Strategy]:
-    """Every exact strategy that this mesh, shape and kernel can run; see `validate.check_attention`."""
+    """List every exact strategy that this mesh, shape and kernel can run; see `validate.check_attention`."""
     work = share.work()
     both_ways = share.topology.tpu  # a GPU's one link carries no more if it sends both ways
     known = [STRATEGIES[name] for name in scheduled(work)] if share.ring > 1 else [SingleDevice()]
@@ -194,7 +194,7 @@ def _candidate(share: Share, strategy: Strategy) -> Candidate:
 
 
 def longest_context(config: TrainConfig, topology: Topology) -> int:
-    """The longest context, in tokens, whose predicted memory is there, to within 1/64; 0 if not even the shortest."""
+    """Find the longest context, in tokens, whose predicted memory is there, to within 1/64; 0 if there is none."""
     share = Share.of(config, topology)
     step = GRAIN * share.ring
 

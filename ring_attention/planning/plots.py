@@ -41,7 +41,7 @@ def draw_all(plan: Plan, folder: Path, measured: int | None = None) -> None:
 
 
 def draw_memory(plan: Plan, path: Path, measured: int | None = None) -> None:
-    """A stacked bar for each strategy, beside the chip's memory and, if given, what the compiler measured."""
+    """Draw a stacked bar for each strategy, beside the chip's memory and, if given, what the compiler measured."""
     figure, axes = _figure(8, 0.42 * len(plan.candidates) + 2.2)
     chip = plan.share.topology.chip
     for row, candidate in enumerate(plan.candidates):
@@ -67,7 +67,7 @@ def draw_memory(plan: Plan, path: Path, measured: int | None = None) -> None:
 
 
 def draw_timeline(plan: Plan, path: Path) -> None:
-    """A layer's ring on one device, forward and backward: what it computes above, what its link carries below."""
+    """Draw a layer's ring on one device, forward and backward: what it computes above, what its link carries below."""
     figure, rows = _figure(11, 4.6, rows=2)
     for axes, backward in zip(rows, (False, True), strict=True):
         steps = priced_steps(plan.share, Ring(duplex=plan.share.config.attention.duplex), backward)
@@ -108,7 +108,7 @@ def _draw_steps(axes: Axes, steps: list[Seconds | None], left_out: int) -> None:
 
 
 def draw_map(found: StrategyMap, plan: Plan, path: Path) -> None:
-    """Which family of strategies takes the shortest step, by tokens per device and by the link's bandwidth."""
+    """Draw which family of strategies takes the shortest step, by tokens per device and by the link's bandwidth."""
     figure, axes = _figure(8, 5.4)
     colors = ListedColormap(MAP_COLORS[: len(found.families)])
     axes.pcolormesh(

@@ -20,12 +20,12 @@ from ring_attention.training.validate import validate_config
 def compile_ring(
     devices: Sequence[jax.Device], *, shard: int, heads: int, kv_heads: int, head_dim: int, dtype="bfloat16", **settings
 ):
-    """A ring of all the devices, forward and backward, as `jax.stages.Compiled`.
+    """Compile a ring of all the devices, forward and backward, as `jax.stages.Compiled`.
 
     Args:
-      devices: of the ring.
-      shard: tokens of each.
-      heads, kv_heads, head_dim, dtype: of the arrays, of one sequence.
+      devices: the places of the ring, in order.
+      shard: tokens of each device.
+      heads, kv_heads, head_dim, dtype: those of q, k and v, of one sequence.
       settings: other arguments of `ring_attention`.
     """
     mesh = make_mesh(sp=len(devices), devices=devices)
@@ -43,7 +43,7 @@ def compile_ring(
 
 
 def compile_step(config: TrainConfig, devices: Sequence[jax.Device]):
-    """A config's whole training step, as `jax.stages.Compiled`; raises ConfigError if the devices cannot run it."""
+    """Compile a config's training step, as `jax.stages.Compiled`; raises ConfigError if the devices cannot run it."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     validate_config(config, dict(mesh.shape), mesh.devices.flat[0].platform)
     state = sharded_abstract_state(config, mesh)

@@ -23,7 +23,7 @@ FIGURES = {
 
 
 def hardware_table(plan: Plan) -> Table:
-    """Every hardware figure that the plan rests on, and where it comes from."""
+    """Tabulate every hardware figure that the plan rests on, and where it comes from."""
     chip, topology = plan.share.topology.chip, plan.share.topology
     efficiency = EFFICIENCY[chip.platform]
     table = Table(title=f"{topology.name}: {topology.devices} devices", show_header=True)
@@ -37,7 +37,7 @@ def hardware_table(plan: Plan) -> Table:
 
 
 def memory_table(plan: Plan, measured: int | None = None) -> Table:
-    """Memory of a device by part; beside the sum what the compiler says, if it was asked."""
+    """Tabulate memory of a device by part; beside the sum what the compiler says, if it was asked."""
     chip = plan.share.topology.chip
     table = Table(title="Memory of a device")
     table.add_column("part")
@@ -60,7 +60,7 @@ def memory_table(plan: Plan, measured: int | None = None) -> Table:
 
 
 def wire_table(plan: Plan) -> Table:
-    """What a device sends in a step, and how long its wires take for that."""
+    """Tabulate what a device sends in a step, and how long its wires take for that."""
     share = plan.share
     table = Table(title="Sent by a device in a step")
     for name in ("what (mesh axes)", "over"):
@@ -78,7 +78,7 @@ def wire_table(plan: Plan) -> Table:
 
 
 def hiding_table(plan: Plan) -> Table:
-    """Tokens that a device must hold so that nobody waits for the ring, beside those that it holds."""
+    """Tabulate the tokens that a device must hold so that nobody waits for the ring, beside those that it holds."""
     t = plan.share.tokens
     table = Table(
         title="Tokens of a device from which a ring waits for nothing",
@@ -96,7 +96,7 @@ def hiding_table(plan: Plan) -> Table:
 
 
 def strategy_table(plan: Plan) -> Table:
-    """The step by every strategy, the fastest first."""
+    """Tabulate the step by every strategy, the fastest first."""
     table = Table(
         title="A step by each strategy",
         caption="seconds predicted; waits: for attention's transfers; other: waits for weights, sums, the host "
@@ -129,12 +129,12 @@ def strategy_table(plan: Plan) -> Table:
 
 
 def _seconds(seconds: float) -> str:
-    """Of a step: hundredths, where there are fewer than 100."""
+    """Word the seconds of a step: with hundredths, where there are fewer than 100."""
     return f"{seconds:.2f}" if seconds < 100 else f"{seconds:.1f}"
 
 
 def paper_table() -> Table:
-    """Table 2 of the Ring Attention paper: printed, and by its own formula."""
+    """Tabulate Table 2 of the Ring Attention paper: printed, and by its own formula."""
     table = Table(title="Ring Attention paper, Table 2", caption="thousands of tokens: printed | by its formula")
     for name in ("hardware", "TFLOP/s", "GB/s", "block", "tokens of a device", "causal", "causal, 4 queries a key"):
         left = name == "hardware"
@@ -156,7 +156,7 @@ def paper_table() -> Table:
 
 
 def as_json(plan: Plan) -> dict:
-    """All of it, for a file."""
+    """Convert a plan to what JSON can hold."""
     share = plan.share
     candidate = lambda c: {  # noqa: E731
         "strategy": c.label,

@@ -1,4 +1,4 @@
-"""What one device of a mesh has of a training step: its share of tokens, heads and weights."""
+"""One device's share of a training step: its tokens, heads and weights."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from ring_attention.training.validate import validate_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
-    """One device's part of a step.
+    """One device's part of a training step.
 
     Attributes:
       config: of the run.
@@ -28,85 +28,85 @@ class Share:
 
     @staticmethod
     def of(config: TrainConfig, topology: Topology) -> "Share":
-        """A device's part of this config on this pod; raises ConfigError if the pod cannot run it."""
+        """Work out a device's part of this config on this pod; raises ConfigError if the pod cannot run it."""
         mesh = resolve_config_mesh(config, topology)
         validate_config(config, mesh, topology.chip.platform)
         return Share(config=config, topology=topology, mesh=mesh)
 
     @property
     def model(self) -> ModelConfig:
-        """Of the config."""
+        """The config's model."""
         return self.config.model
 
     @property
     def strategy(self) -> Strategy:
-        """How the config has attention computed."""
+        """The config's strategy of attention, with its options."""
         return self.config.attention.make_strategy()
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an activation."""
+        """The bytes of an activation's element."""
         return 2 if self.model.compute_dtype == "bfloat16" else 4
 
     @property
     def devices(self) -> int:
-        """Of the whole mesh."""
+        """The number of devices of the whole mesh."""
         return self.topology.devices
 
     @property
     def owners(self) -> int:
-        """Devices that a weight is sharded over, beside tp."""
+        """The number of devices that a weight is sharded over, beside tp."""
         return self.mesh[FSDP] * self.mesh[SEQUENCE]
 
     @property
     def ring(self) -> int:
-        """P, devices that share a sequence."""
+        """P, the number of devices that share a sequence."""
         return self.mesh[SEQUENCE]
 
     @property
     def batch(self) -> int:
-        """b, sequences of which this device has a part at once."""
+        """b, the number of sequences of which this device has a part at once."""
         return self.config.micro_batch_size // (self.mesh[DATA] * self.mesh[FSDP])
 
     @property
     def tokens(self) -> int:
-        """t, tokens of a sequence on this device."""
+        """t, the tokens of a sequence on this device."""
         return self.config.seq_len // self.ring
 
     @property
     def heads(self) -> int:
-        """h, query heads."""
+        """h, the query heads of this device."""
         return self.model.num_heads // self.mesh[TENSOR]
 
     @property
     def kv_heads(self) -> int:
-        """k, key/value heads."""
+        """k, the key/value heads of this device."""
         return self.model.num_kv_heads // self.mesh[TENSOR]
 
     @property
     def attention_weights(self) -> int:
-        """Of one layer, gathered: query, key, value and out."""
+        """Elements of one layer's attention weights, gathered: query, key, value and out."""
         return 2 * self.model.model_dim * self.model.head_dim * (self.heads + self.kv_heads)
 
     @property
     def ffn_weights(self) -> int:
-        """Of one layer, gathered: gate, up and down."""
+        """Elements of one layer's feed-forward weights, gathered: gate, up and down."""
         return 3 * self.model.model_dim * self.model.ffn_dim // self.mesh[TENSOR]
 
     @property
     def vocab_weights(self) -> int:
-        """Of the embedding, or the unembedding, gathered."""
+        """Elements of the embedding, or of the unembedding, gathered."""
         return self.model.vocab_size * self.model.model_dim // self.mesh[TENSOR]
 
     @property
     def own_parameters(self) -> int:
-        """That this device keeps: its share of the matrices, and all norms."""
+        """Parameters that this device keeps: its share of the matrices, and all norms."""
         layers = self.model.num_layers
         matrices = layers * (self.attention_weights + self.ffn_weights) + self.model.vocab_tables * self.vocab_weights
         return matrices // self.owners + (2 * layers + 1) * self.model.model_dim
 
     def work(self, **changes) -> Workload:
-        """One layer's attention, for the strategies' own figures."""
+        """Describe one layer's attention, for the strategies' own figures."""
         attention = self.config.attention
         fields = dict(
             seq_len=self.config.seq_len,
@@ -124,7 +124,7 @@ class Share:
 
 
 def resolve_config_mesh(config: TrainConfig, topology: Topology) -> dict[str, int]:
-    """Sizes of the mesh axes on this pod; raises ConfigError if they do not multiply to its devices."""
+    """Find the sizes of the mesh axes on this pod; raises ConfigError if they do not multiply to its devices."""
     try:
         return resolve_mesh_shape(dataclasses.asdict(config.mesh), topology.devices)
     except ValueError as error:

@@ -76,17 +76,17 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """When everything has ended."""
+        """Seconds at which everything has ended."""
         return max((span.end for span in self.spans), default=0.0)
 
     def compute(self, name: str, pairs: np.ndarray, after: np.ndarray) -> None:
-        """Every device works on so many pairs [P], not before `after` [P]."""
+        """Let every device work on so many pairs [P], not before `after` [P]."""
         seconds = (self.machine.hop_seconds + pairs * np.array(self.machine.seconds_per_pair)) * next(self._jitter)
         start = np.maximum(np.maximum(self._device_free, self.reached), after)
         self._device_free = self.reached = self._add("device", name, start, seconds)
 
     def send(self, name: str, size: float, way: str, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """So many bytes leave every device when sender and receiver have come so far, and not before `after` [P].
+        """Let so many bytes leave every device when sender and receiver have come so far, and not before `after` [P].
 
         Returns:
           Seconds [P] at which what a device receives is there, and at which what it sends has left.
@@ -100,7 +100,7 @@ class Timeline:
         return np.roll(left, self.width) if way == HOP else self._last_of_group(left, way), left
 
     def _last_of_group(self, times: np.ndarray, way: str) -> np.ndarray:
-        """For each device the latest of those that take part in the same collective."""
+        """Find for each device the latest time of those that take part in the same collective."""
         groups = times.reshape(-1, self.width if way == SWAP else len(times))
         return np.broadcast_to(groups.max(1, keepdims=True), groups.shape).reshape(-1)
 
@@ -181,6 +181,6 @@ def _run(timeline: Timeline, schedule: Schedule, pairs: np.ndarray) -> None:
 def seconds_of_both_passes(
     strategy: str | Strategy, layout: SequenceLayout, work: Workload, machine: Machine, *, seed: int = 0
 ) -> float:
-    """Seconds of the forward pass and then the backward pass; arguments as of `simulate`."""
+    """Add up the seconds of the forward and the backward pass; arguments as of `simulate`."""
     passes = (simulate(strategy, layout, work, machine, backward=back, seed=seed) for back in (False, True))
     return sum(timeline.seconds for timeline in passes)

@@ -19,7 +19,7 @@ RERUN = ("full", "offload_input")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Predicted seconds of one training step; the sum is the step.
+    """Predicted seconds of one training step, part by part; the sum is the step.
 
     Attributes:
       dense: matrix products of layers and unembedding, with those that rematerialisation repeats.
@@ -49,7 +49,7 @@ class StepTime:
 
 
 def pace_of(share: Share) -> Pace:
-    """How fast one device of the pod computes attention."""
+    """Work out how fast one device of the pod computes attention."""
     chip = share.topology.chip
     efficiency = EFFICIENCY[chip.platform]
     attention = share.config.attention
@@ -62,7 +62,7 @@ def pace_of(share: Share) -> Pace:
 
 
 def schedule_of(share: Share, strategy: Strategy, backward: bool = False) -> Schedule:
-    """The schedule of one layer's attention, of one micro-batch.
+    """Ask the strategy for the schedule of one layer's attention, of one micro-batch.
 
     Raises:
       ConfigError: for a strategy whose schedule is not known.
@@ -78,18 +78,18 @@ def schedule_of(share: Share, strategy: Strategy, backward: bool = False) -> Sch
 
 
 def priced_steps(share: Share, strategy: Strategy, backward: bool) -> list[Seconds]:
-    """The steps of `schedule_of`, in seconds."""
+    """Price the steps of `schedule_of`, in seconds."""
     schedule = schedule_of(share, strategy, backward)
     return price_steps(schedule, pace_of(share), ring_wires(share, schedule.width))
 
 
 def attention_times(share: Share, strategy: Strategy, backward: bool) -> Times:
-    """How long one layer's attention takes, of one micro-batch; raises ConfigError as `schedule_of` does."""
+    """Predict one layer's attention, of one micro-batch; raises ConfigError as `schedule_of` does."""
     return add_up(priced_steps(share, strategy, backward))
 
 
 def ring_wires(share: Share, width: int = 1) -> Wires:
-    """The wires of a ring along which `width` neighbours share each place and swap heads for tokens.
+    """Find the wires of a ring along which `width` neighbours share each place and swap heads for tokens.
 
     Each of them goes around with heads of its own. Across hosts each has its own adapter. On a TPU these rings share
     the links between two places, and the way to the next place is `width` hops of the cycle, so that each link carries
@@ -129,7 +129,7 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
 
 
 def weights_bytes(share: Share) -> int:
-    """That arrive at a device: weights in the compute dtype before each pass, gradients in float32 after it."""
+    """Count the bytes that arrive: weights in the compute dtype before each pass, gradients in float32 after it."""
     layers = share.model.num_layers * (share.attention_weights + share.ffn_weights)
     gathers = layers * (1 if share.model.remat == "none" else 2) + 2 * share.vocab_weights
     sums = layers + 2 * share.vocab_weights
@@ -137,13 +137,13 @@ def weights_bytes(share: Share) -> int:
 
 
 def weights_seconds(share: Share) -> float:
-    """Of gathering weights and of summing their gradients, if nothing else is sent."""
+    """Predict the seconds of gathering weights and of summing their gradients, if nothing else is sent."""
     wires = wires_of(share.topology, share.owners, share.mesh[TENSOR])
     return weights_bytes(share) / wires.gather
 
 
 def sums_bytes(share: Share) -> dict[str, int]:
-    """Mesh axis -> bytes that a device sends in its sums: activations over tp, gradients over dp."""
+    """Count the bytes that a device sends in its sums, by mesh axis: activations over tp, gradients over dp."""
     tp, dp = share.mesh[TENSOR], share.mesh[DATA]
     activations = share.batch * share.tokens * share.model.model_dim * share.itemsize
     passes = 4 + 2 * (share.model.remat != "none")
@@ -154,7 +154,7 @@ def sums_bytes(share: Share) -> dict[str, int]:
 
 
 def sums_seconds(share: Share) -> float:
-    """Of the sums over tp and dp; nothing hides them."""
+    """Predict the seconds of the sums over tp and dp; nothing hides them."""
     sums = sums_bytes(share)
     tensor = sums[TENSOR] / wires_of(share.topology, share.mesh[TENSOR]).gather if sums[TENSOR] else 0.0
     beside = share.devices // share.mesh[DATA]
@@ -163,7 +163,7 @@ def sums_seconds(share: Share) -> float:
 
 
 def sent_bytes(share: Share) -> dict[str, int]:
-    """What one device sends in a step, by purpose."""
+    """Count the bytes that one device sends in a step, by purpose."""
     strategy = share.strategy
     passes = share.model.num_layers * share.config.optimizer.accumulation_steps
     forward = strategy.sent_bytes(share.work()) * (1 + (share.model.remat in RERUN))

@@ -29,7 +29,7 @@ class StrategyMap:
 
 
 def map_strategies(share: Share, columns: int = 15, rows: int = 13) -> StrategyMap:
-    """The same model and mesh with other contexts and other links; networks between hosts change with the links."""
+    """Plan the same model and mesh with other contexts and links; networks between hosts change with the links."""
     most = max(8 * share.tokens, 4096)
     tokens = np.unique(np.geomspace(512, most, columns).astype(int) // 128 * 128)
     columns = len(tokens)

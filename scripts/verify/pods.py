@@ -43,7 +43,7 @@ class Row:
       kernel: that computed its hops.
       devices: how many.
       links: of the longest hop; 0 where the compiler's devices have no coordinates.
-      schedule: of its permutes.
+      overlap: what its permutes lie beside.
       temporary_bytes: of a device.
       seconds: that compilation took.
     """
@@ -53,14 +53,14 @@ class Row:
     kernel: str
     devices: int
     links: int
-    schedule: transfers.Schedule
+    overlap: transfers.Overlap
     temporary_bytes: int
     seconds: float
 
     @property
     def fits(self) -> bool:
         """Whether it is as required."""
-        return self.links <= 1 and self.schedule.synchronous == self.schedule.exposed == 0
+        return self.links <= 1 and self.overlap.synchronous == self.overlap.exposed == 0
 
 
 def small_step(devices: int, shard: int, kernel: str) -> TrainConfig:
@@ -97,7 +97,7 @@ def check(pod: str, shard: int):
             kernel=kernel,
             devices=len(devices),
             links=hops_of(make_mesh(sp=-1, devices=devices)).links,
-            schedule=transfers.schedule_of(program.as_text()),
+            overlap=transfers.overlap_of(program.as_text()),
             temporary_bytes=program.memory_analysis().temp_size_in_bytes,
             seconds=round(time.monotonic() - start, 1),
         )
@@ -116,7 +116,7 @@ def table_of(rows: list[Row], shard: int) -> Table:
     for name in ("links", "sync", "async", "hop", "other", "nothing", "temp MiB", "compile"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        found = row.schedule
+        found = row.overlap
         counts = (found.synchronous, found.asynchronous, found.hidden, found.beside_other_work)
         exposed = f"{found.exposed}" + f" ({found.exposed_bytes / 2**10:.0f} KiB)" * (found.exposed > 0)
         numbers = [

@@ -96,7 +96,7 @@ class Row:
     bytes_sent: int | None
     all_gathers: int
     other_collectives: int
-    schedule: transfers.Schedule
+    overlap: transfers.Overlap
     largest_array: int  # elements
     scores_of_shard: int  # t * T elements, what a dense row of scores, or a mask, would take
     temporary_bytes: int
@@ -107,7 +107,7 @@ class Row:
         """For a JSON file."""
         fields = dataclasses.asdict(self)
         written = {f"{name}_written": value for name, value in fields.pop("written").items()}
-        return fields.pop("case") | written | fields.pop("schedule") | fields
+        return fields.pop("case") | written | fields.pop("overlap") | fields
 
 
 def fewest_hops(case: Case) -> np.ndarray:
@@ -213,7 +213,7 @@ def inspect(case: Case, devices: list[jax.Device], args: argparse.Namespace) -> 
         bytes_sent=sent,
         all_gathers=counts["all-gather"],
         other_collectives=sum(counts.values()) - counts["all-gather"] - counts["collective-permute"],
-        schedule=transfers.schedule_of(text),
+        overlap=transfers.overlap_of(text),
         largest_array=max(array.size for array in compiled.arrays(text)),
         scores_of_shard=t * P * t,
         temporary_bytes=executable.memory_analysis().temp_size_in_bytes,
@@ -239,11 +239,11 @@ def of_transfers(row: Row) -> Iterator[tuple[str, str]]:
 def of_schedules(row: Row) -> Iterator[tuple[str, str]]:
     """Columns of the table that compares schedules."""
     yield "runs", f"{row.written.permutes}"
-    yield "sync", f"{row.schedule.synchronous}"
-    yield "async", f"{row.schedule.asynchronous}"
-    yield "hidden", f"{row.schedule.hidden}"
-    yield "exposed", f"{row.schedule.exposed}"
-    yield "in flight", f"{row.schedule.bytes_in_flight / 2**20:.1f}"
+    yield "sync", f"{row.overlap.synchronous}"
+    yield "async", f"{row.overlap.asynchronous}"
+    yield "hidden", f"{row.overlap.hidden}"
+    yield "exposed", f"{row.overlap.exposed}"
+    yield "in flight", f"{row.overlap.bytes_in_flight / 2**20:.1f}"
     yield "temp", f"{row.temporary_bytes / 2**20:.1f}"
     yield "compile", f"{row.compile_seconds:.1f} s"
 

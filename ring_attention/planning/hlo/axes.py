@@ -1,4 +1,4 @@
-"""The axes of a mesh that a collective of a compiled program goes along."""
+"""Which axes of a mesh a collective of a compiled program goes along."""
 
 import math
 
@@ -35,7 +35,7 @@ def axes_of(item: Collective, mesh_shape: dict[str, int]) -> str:
 
 
 def place_of(device: int, mesh_shape: dict[str, int]) -> dict[str, int]:
-    """Axis -> where along it a device is."""
+    """Find the place of a device: axis -> index along it."""
     place = {}
     for axis in reversed(mesh_shape):
         device, place[axis] = divmod(device, mesh_shape[axis])
@@ -43,7 +43,7 @@ def place_of(device: int, mesh_shape: dict[str, int]) -> dict[str, int]:
 
 
 def _chains(pairs: tuple[tuple[int, ...], ...]) -> list[set[int]]:
-    """The devices that pairs connect, each set of them once."""
+    """Join pairs of devices to the sets that they connect."""
     chains: list[set[int]] = []
     for pair in pairs:
         touching = [chain for chain in chains if chain & set(pair)]

@@ -1,4 +1,4 @@
-"""Reads a compiled program: which collectives it runs, how often, how large, beside what, and what arrays it holds."""
+"""Reads a compiled program: which collectives it runs, how often, how large, and what arrays it holds."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of KINDS.
-      arrays: what it gives one device each time it runs.
+      arrays: what one device gets each time it runs.
       runs: how often it runs each time the program does, loops multiplied out; None in a loop of unknown length, and
         its bytes are then those of one run.
       group: how many devices take part together; for a permute, how many there are.
@@ -83,12 +83,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What a device's HBM must hold while the program runs."""
+        """Bytes that a device's HBM must hold while the program runs."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 def memory_of(program: jax.stages.Compiled) -> Memory:
-    """The memory that a compiled program takes."""
+    """Read the memory that a compiled program takes."""
     found = program.memory_analysis()
     on_host = found.host_argument_size_in_bytes + found.host_output_size_in_bytes + found.host_temp_size_in_bytes
     return Memory(
@@ -102,7 +102,7 @@ def memory_of(program: jax.stages.Compiled) -> Memory:
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program, given its `as_text()`.
+    """List the collectives of a compiled program, given its `as_text()`.
 
     Raises:
       ValueError: if one stands in a loop whose number of turns cannot be told, or `text` is no HLO.
@@ -115,7 +115,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def collectives_in(program: Program) -> list[Collective]:
-    """The collectives of a program, those in loops of unknown length too.
+    """List the collectives of a program, those in loops of unknown length too.
 
     A TPU's compiler runs an all-gather in pieces beside several fusions, each of which names it; it counts where it
     starts. What it calls all-reduce-scatter is a fusion of an all-reduce and the slice that is kept of its result.
@@ -140,12 +140,12 @@ def collectives_in(program: Program) -> list[Collective]:
 
 
 def sent(text: str) -> int:
-    """Bytes that one device sends in a compiled program, over all its collectives; see `Collective.sent`."""
+    """Add up the bytes that one device sends in a compiled program, by all its collectives; see `Collective.sent`."""
     return sum(item.sent for item in collectives(text))
 
 
 def totals(text: str) -> dict[str, tuple[int, int]]:
-    """Kind -> (runs, bytes given to one device), for the collectives that the program has."""
+    """Add up the collectives of a program by kind: kind -> (runs, bytes given to one device)."""
     sums = collections.defaultdict(lambda: (0, 0))
     for item in collectives(text):
         runs, size = sums[item.kind]
@@ -154,7 +154,7 @@ def totals(text: str) -> dict[str, tuple[int, int]]:
 
 
 def arrays(text: str) -> set[Array]:
-    """Every array that an instruction of the program makes, fusions' inner values included."""
+    """List every array that an instruction of the program makes, values within fusions included."""
     return {array for array, _ in placed_arrays(text)}
 
 
@@ -166,7 +166,7 @@ def _starts(instruction: Instruction, body: dict[str, Instruction]) -> bool:
 
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The groups of a collective, or the pairs of a permute."""
+    """Read the groups of a collective, or the pairs of a permute."""
     if listed := _LISTED.search(attributes):
         return tuple(tuple(map(int, group.split(","))) for group in listed[1].strip("{}").split("},{"))
     if iota := _IOTA.search(attributes):
@@ -183,7 +183,7 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _numbered(dims: str, order: str | None) -> np.ndarray:
-    """Devices in an order that a program states as the shape of their numbers and the axes it is transposed by."""
+    """Number the devices in the order that a program states: a shape, and the axes it is transposed by."""
     shape = [int(d) for d in dims.split(",")]
     numbers = np.arange(math.prod(shape)).reshape(shape)
     return numbers.transpose([int(d) for d in order.split(",")]) if order else numbers

@@ -1,4 +1,4 @@
-"""What ought not to be in a compiled training step: whole sequences on one device, and masks kept in memory."""
+"""Finds what should not be in a compiled training step: whole sequences on one device, and masks kept in memory."""
 
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.workload import BOTH_WAYS, HOP
@@ -12,7 +12,7 @@ _MAKES_NOTHING = ("get-tuple-element", "tuple", "while", "conditional", "paramet
 
 
 def whole_sequences(program: Program, share: Share) -> list[str]:
-    """Activations that a collective along the ring gives one device for the whole sequence, a line each.
+    """Find activations of the whole sequence that a collective along the ring gives one device, a line each.
 
     These are results of an all-gather, and where the strategy only sends to the next place of a ring, of an all-reduce
     or all-to-all too, in floating point, with a dimension of T, or with as many elements as the keys of all tokens
@@ -38,7 +38,7 @@ def whole_sequences(program: Program, share: Share) -> list[str]:
 
 
 def kept_masks(program: Program, share: Share) -> list[str]:
-    """Masks, or biases, that lie in memory between instructions, each array once, a line each.
+    """Find masks, or biases, that lie in memory between instructions, each array once, a line each.
 
     These are arrays of pred, s32 or f32 that have two sides of t or T; or that have a side of P, P-1 or P-2, as what
     is kept for each hop does, and two more of t, T or a tile. A size that is also one of the model's widths or numbers
@@ -79,7 +79,7 @@ def _sides(array: Array) -> tuple[int, ...]:
 
 
 def _weights(share: Share) -> set[tuple[int, ...]]:
-    """Sides of the model's weights, gathered, those of one layer and of all layers stacked."""
+    """List the sides of the model's gathered weights, those of one layer and of all layers stacked."""
     model, tp = share.model, share.mesh[TENSOR]
     M, D = model.model_dim, model.head_dim
     of_layers = [(M, share.heads, D), (M, share.kv_heads, D), (M, model.ffn_dim // tp), (M,)]

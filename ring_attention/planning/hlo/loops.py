@@ -10,7 +10,7 @@ _SAME = ("copy", "bitcast", "copy-start", "copy-done", "optimization-barrier")
 
 
 def runs_of(program: Program) -> dict[str, int | None]:
-    """How often each computation runs in one run of the program; None where a loop's length is unknown.
+    """Count how often each computation runs in one run of the program; None where a loop's length is unknown.
 
     A branch of a conditional counts as run.
     """
@@ -27,7 +27,7 @@ def runs_of(program: Program) -> dict[str, int | None]:
 
 
 def trips_of(program: Program, loop: Instruction) -> int | None:
-    """Turns of a `while`; None where they cannot be told.
+    """Count the turns of a `while`; None where they cannot be told.
 
     They are stated (GPU, CPU), or the loop counts: its condition compares an element of what it carries with a number,
     the element starts as a number, and each turn adds a number to it.
@@ -46,7 +46,7 @@ class _Carried(NamedTuple):
 
 
 def _source(program: Program, name: str, value: str) -> tuple[str, Instruction] | _Carried | None:
-    """Where a value of the computation `name` is made, or the element of a loop that it is; None if not clear."""
+    """Find where a value of the computation `name` is made, or which element of a loop it is; None if not clear."""
     for _ in range(100):
         instruction = program.computations[name].get(value)
         if instruction is None:
@@ -72,7 +72,7 @@ def _source(program: Program, name: str, value: str) -> tuple[str, Instruction] 
 
 
 def _element(program: Program, name: str, instruction: Instruction) -> tuple[str, str] | _Carried | None:
-    """What a get-tuple-element takes: a value of some computation, or an element that a loop carries."""
+    """Find what a get-tuple-element takes: a value of some computation, or an element that a loop carries."""
     index = int(instruction.attribute(r"index=(\d+)"))
     made = program.computations[name].get(instruction.operands[0])
     if made is None:
@@ -101,14 +101,14 @@ def _initial(program: Program, carried: _Carried) -> tuple[str, str] | None:
 
 
 def _next(program: Program, carried: _Carried) -> tuple[str, Instruction] | _Carried | None:
-    """What an element is when a turn ends."""
+    """Find what an element is when a turn ends."""
     body = _role(carried.loop, "body")
     root = program.root(body)
     return _source(program, body, root.operands[carried.index]) if root.opcode == "tuple" else None
 
 
 def _number(program: Program, name: str, value: str) -> int | None:
-    """The number that a value always is; None where it is none, or not clear."""
+    """Find the number that a value always is; None where it is none, or not clear."""
     found = _source(program, name, value)
     while isinstance(found, _Carried):  # what no turn changes is what it was before the loop
         before = _initial(program, found) if _next(program, found) == found else None
@@ -148,7 +148,7 @@ def _moves(program: Program, carried: _Carried) -> bool:
 
 
 def _step(program: Program, carried: _Carried) -> int | None:
-    """What a turn adds to an element; None where it does something else."""
+    """Find what a turn adds to an element; None where it does something else."""
     found = _next(program, carried)
     if found is None or isinstance(found, _Carried) or found[1].opcode not in ("add", "subtract"):
         return None

@@ -1,4 +1,4 @@
-"""How long the instructions of a compiled program take a chip at its published peak: the least that they can take.
+"""The least time that the instructions of a compiled program can take: a chip's, at its published peak.
 
 An instruction takes its operations at the chip's peak, or its bytes at the bandwidth of the HBM, whichever is longer.
 Operations are those of matrix products: of dots, convolutions, and kernels that are known or state them. Arrays that
@@ -27,29 +27,29 @@ _SCORES = r'"intermediate_tensor_shape": ?\{[^{}]*"dimensions": ?\[([^\]]*)\]'
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds, and how many loops of unknown length they count as one turn."""
+    """A number of seconds, and how many loops of unknown length it counts as one turn."""
 
     seconds: float = 0.0
     unknown_loops: int = 0
 
     def __add__(self, other: "Estimate") -> "Estimate":
-        """One after the other."""
+        """The estimate of both, one after the other."""
         return Estimate(self.seconds + other.seconds, self.unknown_loops + other.unknown_loops)
 
     def __sub__(self, other: "Estimate") -> "Estimate":
-        """What came after `other`, of what began with it."""
+        """The estimate of what came after `other`."""
         return Estimate(self.seconds - other.seconds, self.unknown_loops - other.unknown_loops)
 
 
 class PeakTimes:
-    """Estimates for a program on a chip."""
+    """Estimates of the least time that a chip needs for parts of a program."""
 
     def __init__(self, program: Program, chip: Chip):
         self.program, self.chip = program, chip
         self.of_computation = functools.cache(self._of_computation)
 
     def of(self, name: str, instruction: Instruction) -> Estimate:
-        """The least that an instruction of the computation `name` takes.
+        """Estimate the least that an instruction of the computation `name` takes.
 
         A collective or a wait takes none. A conditional takes what its longest branch does: devices of a ring may take
         different ones, and those that are done wait for the others. A loop of unknown length counts as one turn.
@@ -74,7 +74,7 @@ class PeakTimes:
         return Estimate(max(flops / self.chip.flops, self._bytes(name, instruction) / self.chip.memory_bandwidth))
 
     def _of_computation(self, name: str) -> Estimate:
-        """The least that all instructions of a computation take."""
+        """Estimate the least that all instructions of a computation take."""
         return sum((self.of(name, x) for x in self.program.computations[name].values()), Estimate())
 
     def _is_collective(self, fusion: Instruction) -> bool:
@@ -82,7 +82,7 @@ class PeakTimes:
         return any(x.opcode in KINDS for x in inner.values())
 
     def _in_hbm(self, result: str) -> list[tuple[Array, int]]:
-        """The arrays of a type, each with its bytes of HBM."""
+        """List the arrays of a type, each with its bytes of HBM."""
         on_chip = self.chip.platform == "tpu"
         return [(array, 0 if on_chip and space else array.bytes) for array, space in placed_arrays(result)]
 
@@ -91,7 +91,7 @@ class PeakTimes:
         return sum(size for _, size in self._in_hbm(made.result)) if made else 0
 
     def _bytes(self, name: str, instruction: Instruction) -> int:
-        """Bytes that an instruction reads from the HBM and writes to it."""
+        """Count the bytes that an instruction reads from the HBM and writes to it."""
         if instruction.opcode == "fusion":
             return self._fused_bytes(name, instruction)
         result = sum(size for _, size in self._in_hbm(instruction.result))
@@ -120,7 +120,7 @@ class PeakTimes:
 
 
 def _read(value: Instruction, users: dict[str, list[Instruction]]) -> int:
-    """Bytes that a fusion reads of a parameter."""
+    """Count the bytes that a fusion reads of a parameter."""
     total = 0
     for user in users[value.name]:
         sliced = user.opcode in _SLICES and user.operands[0] == value.name
@@ -136,7 +136,7 @@ def _read(value: Instruction, users: dict[str, list[Instruction]]) -> int:
 
 
 def _written(value: Instruction, body: dict[str, Instruction]) -> int:
-    """Bytes that a fusion writes of one of its results."""
+    """Count the bytes that a fusion writes of one of its results."""
     while value.opcode == "bitcast" and value.operands[0] in body:
         value = body[value.operands[0]]
     if value.opcode in ("parameter", "custom-call", *KINDS):
@@ -147,7 +147,7 @@ def _written(value: Instruction, body: dict[str, Instruction]) -> int:
 
 
 def flops_of(program: Program, name: str, instruction: Instruction) -> float:
-    """Operations of the matrix products of an instruction of the computation `name`, those it calls included."""
+    """Count operations of matrix products in an instruction of the computation `name`, and in what it calls."""
     body = program.computations[name]
     if instruction.opcode == "fusion":
         (inner,) = instruction.called
@@ -172,7 +172,7 @@ def flops_of(program: Program, name: str, instruction: Instruction) -> float:
 
 
 def _fmha_flops(kernel: Instruction, operands: list[Array]) -> float:
-    """Two products forward and five backward, of the scores that the mask leaves."""
+    """Count two products forward and five backward, of the scores that the mask leaves."""
     B, H, T, S = (int(d) for d in re.findall(r"\d+", kernel.attribute(_SCORES)))
     causal = "CAUSAL" in (kernel.attribute(r'"mask_type": ?"(\w+)"') or "")
     window = int(kernel.attribute(r'"sliding_window_length": ?(\d+)') or 0)
@@ -182,7 +182,7 @@ def _fmha_flops(kernel: Instruction, operands: list[Array]) -> float:
 
 
 def _convolution_flops(convolution: Instruction, operands: list[Array]) -> float:
-    """Products that fall within the input, those that meet padding left out: a TPU's dots are such convolutions."""
+    """Count the products within the input, without those of padding: a TPU's dots are such convolutions."""
     left, right, out = re.split(r"_|->", convolution.attribute(r"dim_labels=([\w>\-]+)"))
     (lhs, rhs, result) = (x.shape for x in (*operands[:2], convolution.arrays[0]))
     total = 2.0 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]

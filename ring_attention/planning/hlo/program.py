@@ -23,19 +23,19 @@ _NO_CALLS = ("async-update", "async-done")  # older texts repeat there what the 
 
 
 class Array(NamedTuple):
-    """dtype (as HLO names it) and shape of one array of the program, on one device."""
+    """One array of a program, on one device: its dtype, as HLO names it, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Size in bytes."""
+        """The size in bytes."""
         return self.size * _ITEM_BYTES[self.dtype]
 
 
@@ -60,17 +60,17 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of its operands."""
+        """The names of the instruction's operands."""
         return _NAME.findall(self.arguments)
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """What it gives, tuples flattened."""
+        """The arrays that the instruction gives, tuples flattened."""
         return tuple(array for array, _ in placed_arrays(self.result))
 
     @property
     def called(self) -> dict[str, str]:
-        """Computation that it calls -> as what: "body", "condition", "calls", "branch", ..."""
+        """The computations that the instruction calls -> as what: "body", "condition", "calls", "branch", ..."""
         if self.opcode in _NO_CALLS:
             return {}
         names = {name: role for role, name in _CALLED.findall(self.attributes)}
@@ -79,20 +79,20 @@ class Instruction(NamedTuple):
         return names
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a pattern in its attributes; None where it is not there."""
+        """Find the first group of a pattern in the attributes; None where it is not there."""
         match = re.search(pattern, self.attributes)
         return match[1] if match else None
 
 
 def placed_arrays(text: str) -> Iterator[tuple[Array, int]]:
-    """The arrays that a text names, each with the number of the memory it lies in; 0 is the device's HBM."""
+    """Find the arrays that a text names, each with the number of the memory it lies in; 0 is the device's HBM."""
     for dtype, dims, space in _ARRAY.findall(text):
         yield Array(dtype, tuple(int(d) for d in dims.split(",") if d)), int(space or 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled program.
+    """A compiled program as computations of instructions.
 
     Attributes:
       header: its first line.
@@ -105,7 +105,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> "Program":
-        """The program with this `as_text()`; raises ValueError for what is none."""
+        """Parse a program's `as_text()`; raises ValueError for another text."""
         pieces, current = collections.defaultdict(list), None
         for line in text.splitlines():
             if match := COMPUTATION.match(line):
@@ -127,7 +127,7 @@ class Program:
 
     @functools.cached_property
     def callers(self) -> dict[str, list[tuple[str, Instruction]]]:
-        """Computation -> (the computation it is called in, the instruction that calls it)."""
+        """The calls of each computation: (the computation that it is called in, the instruction that calls it)."""
         found = collections.defaultdict(list)
         for name, body in self.computations.items():
             for instruction in body.values():
@@ -137,7 +137,7 @@ class Program:
 
     @functools.cached_property
     def scheduled(self) -> set[str]:
-        """Computations whose instructions run one by one: all but those within fusions, reductions and the like."""
+        """The computations whose instructions run one by one: all but those within fusions, reductions and the like."""
         found, waiting = set(), [ENTRY]
         while waiting:
             found.add(name := waiting.pop())
@@ -147,7 +147,7 @@ class Program:
         return found
 
     def root(self, name: str) -> Instruction:
-        """What a computation gives."""
+        """Find the instruction whose result a computation gives."""
         body = self.computations[name]
         return next((x for x in body.values() if x.root), next(reversed(body.values())))
 

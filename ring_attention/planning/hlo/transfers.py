@@ -35,7 +35,7 @@ class AxisTraffic:
     sent: int
 
     def __str__(self) -> str:
-        """One line for a reader."""
+        """Say all of it in one line."""
         runs = "runs unknown, in one" if self.runs is None else f"{self.runs} runs"
         return f"{self.kind} along {self.axes}: {runs}, {self.bytes} bytes received, {self.sent} sent"
 
@@ -70,18 +70,18 @@ class Transfer:
 
     @property
     def hidden(self) -> bool:
-        """Whether a device does not wait for it at all."""
+        """Whether a device does not wait for the transfer at all."""
         return self.asynchronous and self.exposed_seconds <= 0
 
     @property
     def hidden_seconds(self) -> float:
-        """Of `link_seconds`, those in which the device does not wait for it."""
+        """The part of `link_seconds` in which the device does not wait for the transfer."""
         return self.link_seconds - self.exposed_seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The permutes in the text of a compiled program, where one in a loop counts once.
+class Overlap:
+    """How many permutes in the text of a compiled program lie beside what; one in a loop counts once.
 
     Attributes:
       asynchronous: permutes that start in one place and are awaited in another.
@@ -104,7 +104,7 @@ class Schedule:
 
 
 def collectives_by_axis(text: str, mesh_shape: dict[str, int]) -> list[AxisTraffic]:
-    """What a compiled program sends along which axes, the most bytes first.
+    """Add up what a compiled program sends along which axes, the most bytes first.
 
     Args:
       text: its `as_text()`.
@@ -131,7 +131,7 @@ def collectives_by_axis(text: str, mesh_shape: dict[str, int]) -> list[AxisTraff
 
 
 def transfers(text: str, chip: Chip, mesh_shape: dict[str, int], *, bandwidth: float | None = None) -> list[Transfer]:
-    """The permutes of a compiled program, and what of each a device waits for.
+    """List the permutes of a compiled program, and how long a device waits for each.
 
     Every computation of the program is followed in the order of its text, on a clock. Instructions move it by the
     least that they can take (see `peak_times`), which is the hardest case for hiding. What is on a link at the same
@@ -172,14 +172,14 @@ def transfers(text: str, chip: Chip, mesh_shape: dict[str, int], *, bandwidth: f
     ]
 
 
-def schedule_of(text: str) -> Schedule:
-    """How the permutes of a compiled program, given its `as_text()`, lie beside its computation, on any chip."""
+def overlap_of(text: str) -> Overlap:
+    """Count what the permutes of a compiled program, given its `as_text()`, lie beside, whatever the chip."""
     program = Program.parse(text)
     permutes = _permutes(program)
     flights = {name: Flight(sum(x.bytes for x in item.arrays)) for name, (item, _) in permutes.items()}
     follow_all(program, flights)
     beside = collections.Counter(flight.beside for flight in flights.values())
-    return Schedule(
+    return Overlap(
         asynchronous=sum(flight.asynchronous for flight in flights.values()),
         hidden=beside[BESIDE_HOP],
         beside_other_work=beside[BESIDE_WORK],
@@ -191,13 +191,13 @@ def schedule_of(text: str) -> Schedule:
 
 
 def _permutes(program: Program) -> dict[str, tuple[Collective, Instruction]]:
-    """The permutes that a program runs, by name."""
+    """Find the permutes that a program runs, by name."""
     run = {name: x for computation in program.scheduled for name, x in program.computations[computation].items()}
     return {x.name: (x, run[x.name]) for x in collectives_in(program) if x.kind == PERMUTE and x.name in run}
 
 
 def warnings_of(text: str, share: Share) -> list[str]:
-    """What ought not to be in a compiled training step, a line each: what, how large, and the remedy.
+    """Find what should not be in a compiled training step, a line each: what, how large, and the remedy.
 
     - Synchronous permutes, which nothing hides.
     - Activations that a collective gives a device for the whole sequence; see `findings.whole_sequences`.

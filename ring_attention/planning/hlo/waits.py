@@ -25,7 +25,7 @@ _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\$fmha|[^"]
 
 @dataclasses.dataclass(eq=False)
 class Flight:
-    """A permute on its way.
+    """A permute in flight, as it is found in the text of a program.
 
     Attributes:
       size: bytes that a device receives.
@@ -55,14 +55,14 @@ class Flight:
 
     @property
     def beside(self) -> str:
-        """What hides it, by the text: one of the names above."""
+        """What hides the permute, by the text: one of the names above."""
         if not self.asynchronous:
             return BESIDE_NOTHING
         return BESIDE_HOP if self.hops else BESIDE_WORK if self.largest >= self.size else BESIDE_NOTHING
 
     @classmethod
     def of(cls, item: Collective, chip: Chip, mesh_shape: dict[str, int], speed: float) -> "Flight":
-        """A permute over links of `speed` bytes a second."""
+        """Describe a permute over links of `speed` bytes a second."""
         axes, steps = axes_of(item, mesh_shape), [1]
         if axes in mesh_shape and chip.links > 1:
             size = mesh_shape[axes]
@@ -117,7 +117,7 @@ def _is_hop(instruction: Instruction) -> bool:
 
 
 def _made(instruction: Instruction) -> int:
-    """Bytes of the largest array that is computed of something, so that the filling of an array does not count."""
+    """Find the bytes of the largest array that an instruction computes from others; filling an array does not count."""
     if instruction.opcode not in ("fusion", "convolution", "dot") or not instruction.operands:
         return 0
     return max((array.bytes for array in instruction.arrays), default=0)
@@ -128,7 +128,7 @@ def _at_once(instruction: Instruction) -> bool:
 
 
 class _Clock:
-    """Work done so far, and what is on each link."""
+    """The work that is done so far, and what is on each link."""
 
     def __init__(self):
         self.worked = Estimate()

@@ -4,7 +4,7 @@ import pytest
 from hlo_texts import MESH, PIECES, PIECES_CALLED, RING, TPU_RING, V5E, X, hlo, receive, send
 
 from ring_attention.planning.hlo import compiled
-from ring_attention.planning.hlo.transfers import collectives_by_axis, schedule_of, transfers
+from ring_attention.planning.hlo.transfers import collectives_by_axis, overlap_of, transfers
 
 
 def test_a_tpus_loop_is_counted_from_its_condition_and_k_and_v_share_their_link():
@@ -95,8 +95,8 @@ def test_rows_and_transfers_are_plain_values():
     )
 
 
-def test_schedule_of_tells_which_permutes_a_hop_hides():
-    schedule = schedule_of("""
+def test_overlap_of_tells_which_permutes_a_hop_hides():
+    overlap = overlap_of("""
 %body (x: f32[8]) -> f32[8] {
   %collective-permute-start.1 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
   %both = ((f32[4]{0}, bf16[6]{0}), (f32[4]{0}, bf16[6]{0})) collective-permute-start(%y, %z), channel_id=2
@@ -122,7 +122,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %plain = f32[8]{0} collective-permute(%x), channel_id=4
 }
 """)
-    assert vars(schedule) == dict(
+    assert vars(overlap) == dict(
         asynchronous=5,
         hidden=2,
         beside_other_work=1,
