@@ -1,212 +1,177 @@
 """One run after another, each trained to its end through the faults that are injected into it."""
 
+import contextlib
+import random
 import shutil
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .life import EndedError, HangError, Life, TooLateError
-from .trainer import Folder, Trainer, resumed_step, steps_trained
-from .verdicts import CORRUPTED, EXIT, HANG, LOSSES, Line, Outcome
+from scripts.verify.soak.run import Child, EndedError, HangError, Run, Trainer
+from scripts.verify.soak.verdicts import CORRUPTED, EXIT, HANG, LOSSES, MESSAGE, Line, Outcome
+
+SIGTERM_SECONDS = 30.0
+"""A preempted run has so long to write its checkpoint."""
 
 
-class UnusableError(EndedError):
-    """A folder that the run could not go on with."""
+class TooLateError(Exception):
+    """A run was done before a fault could be injected into it."""
 
 
 class Chain:
-    """Runs of one command, each in a folder of its own, all with the losses of a run that nothing disturbed.
+    """Runs of one trainer, all with the losses of `reference`, a run that nothing disturbed.
 
-    Attributes:
-      reference: lines of the undisturbed run.
-      folder: of the run in hand.
-      life: its processes, dead or alive; None before the first.
-      ends: what came of the runs that were trained to their end.
-      most_kills: SIGKILLs that one run survived.
-      startup: seconds from launch to the first step, the last time.
+    The run in hand is `run`, and what comes of the fault in hand goes to `outcome`; `ends` are the outcomes of runs
+    that were trained to their end. `spare` is the path of a copy of the run, `startup` the seconds to the first step.
     """
 
-    def __init__(self, trainer: Trainer, root: Path, *, deadline: float):
-        """Prepare; `deadline` is how many seconds the processes may do nothing that can be seen."""
-        self.trainer, self.deadline = trainer, deadline
-        self._root, self._runs = root, 0
-        self.folder = Folder(root / "undisturbed")
-        self.reference: list[Line] = []
-        self.life: Life | None = None
+    def __init__(self, trainer: Trainer, root: Path, *, deadline: float, rng: random.Random):
+        self.trainer, self.root, self.deadline, self.rng = trainer, root, deadline, rng
+        self.run, self.outcome, self.spare = Run(trainer, root / "undisturbed", deadline), Outcome(""), root
         self.ends: list[Outcome] = []
-        self.most_kills, self._kills = 0, 0
-        self.startup = 0.0
-        self._done = 0  # the last step before what killed the run
+        self.reference: list[Line] = []
+        self.start()
+        if any(self._train_to_the_end()):
+            raise EndedError(f"the undisturbed run failed: {self.run.children[0].last_words()}")
+        self.reference, self._number, self._kills, self._done = self.run.lines(), 0, 0, 0
 
-    def train_undisturbed(self) -> None:
-        """Make the reference; raises HangError or EndedError where not even that works."""
-        self._launch_and_take_time()
-        self._wait_for_the_end()
-        codes = self.life.codes("end", self.deadline)
-        if any(codes):
-            raise EndedError(f"the undisturbed run ended with {codes}: {self.life.children[0].last_words}")
-        self.reference, self.life = self.folder.lines(), None
-        if self.folder.steps_done() != self.trainer.num_steps:
-            raise EndedError(
-                f"the undisturbed run ended with step {self.folder.steps_done()} of {self.trainer.num_steps}"
-            )
-
-    # --- What faults need ---------------------------------------------------------------------------------------------
-
-    def have_running(self, room: int, outcome: Outcome) -> None:
-        """Have a run that trains and has `room` more steps to do; one with fewer is trained to its end before.
-
-        A run that was killed by `rest` goes on, and `outcome` takes in how.
-        """
-        if self.has_run and self.steps_left < room:
+    def have_running(self, room: int) -> None:
+        """Have a run that trains and has `room` more steps to do; one with fewer is trained to its end before."""
+        if self.has_run and self.trainer.num_steps - self.run.steps_done() < room:
             self.finish()
-        if self.has_run and self.is_dead:
-            self.count_kill(outcome)
-            self.restart(outcome)
         if not self.has_run:
-            self._runs += 1
-            self.folder = Folder(self._root / f"run-{self._runs:03}")
-            self._kills = self._done = 0
-            self._launch_and_take_time()
+            self._number, self._kills, self._done = self._number + 1, 0, 0
+            self.run = Run(self.trainer, self.root / f"run-{self._number:03}", self.deadline)
+            self.start()
+        elif self.run.is_dead():  # it rested while others ran
+            self.kill()
+            self.restart()
 
     @property
     def has_run(self) -> bool:
-        """Whether a run is in hand."""
-        return self.life is not None and self._runs > 0
+        """Whether a run is in hand that neither ended nor went wrong."""
+        return bool(self.run.children) and self._number > 0
 
-    def rest(self) -> None:
-        """SIGKILL the processes, so that they take no time from those of another chain."""
-        if self.life is not None:
-            self.life.kill()
+    def train_a_while(self, least: int = 1, most: int = 10, checkpoints: int = 0) -> None:
+        """Let some steps pass, and a part of one; raises TooLateError if it was almost the last."""
+        self.run.until(lambda: len(self.run.complete()) >= checkpoints, "write checkpoints")
+        self.run.until_step(self.run.steps_done() + self.rng.randint(least, most))
+        time.sleep(self.rng.uniform(0, 0.1))
+        if self.trainer.num_steps - self.run.steps_done() < 8:
+            raise TooLateError
 
-    @property
-    def is_dead(self) -> bool:
-        """Whether no process of the run is left."""
-        return all(child.code is not None for child in self.life.children)
+    def start(self) -> int:
+        """Start the run in hand, wait for its first step, and return the step that it went on from."""
+        began = time.monotonic()
+        self.run.start()
+        resumed = self.run.until_trained()
+        self.startup = time.monotonic() - began
+        return resumed
 
-    @property
-    def steps_left(self) -> int:
-        """Steps until the end of the run in hand."""
-        return self.trainer.num_steps - self.folder.steps_done()
-
-    def train_on(self, steps: int) -> None:
-        """Wait until `steps` more are done."""
-        self.until_step(self.folder.steps_done() + steps)
-
-    def until_step(self, step: int) -> None:
-        """Wait until `step` is done."""
-        self.until(lambda: self.folder.steps_done() >= step, f"do step {step}")
-
-    def until(self, happened: Callable[[], object], what: str) -> None:
-        """Wait until `happened()` is true, as `Life.until` does."""
-        self.life.until(happened, what, self.deadline)
-
-    def launch(self) -> None:
-        """Start the processes of the run in hand."""
-        self.life = self.trainer.start(self.folder.path)
-
-    def kill(self, outcome: Outcome) -> None:
+    def kill(self) -> None:
         """SIGKILL every process of the run."""
-        self.life.kill()
-        self.count_kill(outcome)
+        self.run.kill()
+        self.outcome.kills, self._kills = self.outcome.kills + 1, self._kills + 1
+        self.take_in_death()
 
-    def count_kill(self, outcome: Outcome) -> None:
-        """Take in that the run has died of SIGKILL."""
-        outcome.kills += 1
-        self._kills += 1
-        self.take_in_death(outcome)
-
-    def take_in_death(self, outcome: Outcome) -> None:
+    def take_in_death(self) -> None:
         """Take in how far the run had come, that its losses were right up to there, and what may be lost.
 
         A checkpoint is written while training goes on, so the one that was begun last may not count yet: at most an
         interval lies between it and the one before, and at most another was trained beyond it.
         """
-        done, begun, newest = self.folder.steps_done(), self.folder.begun(), self.folder.newest()
-        interval = self.trainer.checkpoint_every
+        done, interval, newest = self.run.steps_done(), self.trainer.checkpoint_every, self.run.newest()
         if done == self.trainer.num_steps:
-            raise TooLateError("the run was done")
+            raise TooLateError
         if done > self._done:
-            outcome.step = self._done = done
-            outcome.beyond_begun = done - begun
-            outcome.bound = interval + min(interval, begun - newest)
-        outcome.require_lines(self.folder.lines(), self.reference)
+            begun = max([newest, *(int(path.name.partition(".")[0]) for path in self.run.unfinished())])
+            self.outcome.step, self._done, self.outcome.bound = done, done, interval + min(interval, begun - newest)
+        self.outcome.require_lines(self.run.lines(), self.reference)
 
-    def restart(self, outcome: Outcome, allowed: Sequence[int] = ()) -> int:
-        """Start the same command again, until it has done a step; see that it went on from where it should.
-
-        Args:
-          outcome: takes in the steps lost, and what is wrong.
-          allowed: steps to go on from; the newest checkpoint's by default.
-
-        Returns:
-          the step that it went on from.
-
-        Raises:
-          HangError: if it takes too long.
-          UnusableError: if it ends instead.
-        """
-        allowed = allowed or [self.folder.newest()]
+    def restart(self, allowed: Sequence[int] = ()) -> int:
+        """Start the same command again; return the step that it went on from, the newest or one of `allowed`."""
+        allowed = allowed or [self.run.newest()]
         try:
-            self._launch_and_take_time()
+            resumed = self.start()
         except EndedError as error:
-            raise UnusableError(str(error)) from error
-        resumed = resumed_step(self.life)
-        found = f"went on from step {resumed}, not {' or '.join(map(str, allowed))}"
-        outcome.require(resumed in allowed, CORRUPTED, found)
-        outcome.require_lost(self._done, resumed)
-        outcome.require_lines(self.folder.lines(), self.reference)
-        outcome.notes.append(f"went on from {resumed}, {outcome.lost} lost")
+            raise ValueError(f"the run cannot go on with its folder: {error}") from error
+        self.require_resumed(self.run, resumed, allowed, self._done)
         self._done = 0
-        if not outcome.problems:
-            self.most_kills = max(self.most_kills, self._kills)
         return resumed
 
-    def copy(self, target: Path) -> Folder:
-        """Copy the run's folder as it lies on the disk at this instant; freeze or kill the run before."""
-        shutil.copytree(self.folder.path, target, dirs_exist_ok=True)
-        return Folder(target)
+    def require_resumed(self, run: Run, resumed: int, allowed: Sequence[int], done: int) -> None:
+        """Require that a run which had done `done` steps went on from an allowed one, with the right losses."""
+        found = f"went on from step {resumed}, not {' or '.join(map(str, allowed))}"
+        self.outcome.require(resumed in allowed, CORRUPTED, found)
+        self.outcome.require_lost(done, resumed)
+        self.outcome.require_lines(run.lines(), self.reference)
 
-    # --- Ends ---------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def copied(self, path: Path) -> Iterator[Run]:
+        """Freeze the run and copy its folder as it lies on the disk; what runs on the copy is killed in the end."""
+        self.run.signal(signal.SIGSTOP)
+        copy = Run(self.trainer, path, self.deadline)
+        try:
+            shutil.copytree(self.run.path, path, dirs_exist_ok=True)
+            self.outcome.step = copy.steps_done()
+            yield copy
+        finally:
+            copy.kill()
+            self.run.signal(signal.SIGCONT)
+
+    def terminate(self, children: Sequence[Child]) -> list[int]:
+        """SIGTERM to some processes of the run, and wait for the end of all; returns their exit statuses."""
+        began = time.monotonic()
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+        codes = self.run.codes("end after SIGTERM", SIGTERM_SECONDS)
+        self.outcome.notes.append(f"ended in {time.monotonic() - began:.1f} s")
+        self.take_in_death()
+        return codes
+
+    def require_exit(self, run: Run, codes: list[int], *allowed: int) -> None:
+        """Require that every exit status is one of `allowed`."""
+        words = f"ended with {codes}, not {' or '.join(map(str, allowed))}: {run.children[0].last_words()}"
+        self.outcome.require(set(codes) <= set(allowed), EXIT, words)
+
+    def require_one_line(self, run: Run, *words: str) -> None:
+        """Require that stderr has one line of train.py's errors, and that it holds `words`."""
+        errors = [line for line in run.children[0].read(".err").splitlines() if line.startswith("train.py: error: ")]
+        self.outcome.require(len(errors) == 1, MESSAGE, f"{len(errors)} lines of error on stderr, not one")
+        for word in words:
+            self.outcome.require(word.lower() in " ".join(errors).lower(), MESSAGE, f"{word!r} is missing in {errors}")
 
     def finish(self) -> None:
         """Train the run in hand, alive or dead, to its end and compare it, all of it, with the reference."""
-        outcome = Outcome("end of a run", run=self.folder.path.name)
-        if self.is_dead:
-            self.launch()
-        try:
-            self._wait_for_the_end()
-            codes = self.life.codes("end", self.deadline)
-            outcome.require(not any(codes), EXIT, f"ended with {codes}, not 0: {self.life.children[0].last_words}")
-            lines = self.folder.lines()
-            outcome.require_lines(lines, self.reference)
+        self.outcome = Outcome("end of a run", run=self.run.path.name, kills=self._kills)
+        with self.problems_counted():
+            if self.run.is_dead():
+                self.run.start()
+            self.require_exit(self.run, self._train_to_the_end(), 0)
+            lines = self.run.lines()
+            self.outcome.require_lines(lines, self.reference)
             missing = f"{len(self.reference) - len(lines)} lines are missing at the end"
-            outcome.require(len(lines) == len(self.reference), LOSSES, missing)
-        except (HangError, EndedError, ValueError) as error:
-            outcome.problems.append((sort_of(error), str(error)))
-        outcome.step = self.folder.steps_done()
-        outcome.notes.append(f"{self._kills} SIGKILLs in it")
-        self.ends.append(outcome)
+            self.outcome.require(len(lines) == len(self.reference), LOSSES, missing)
+        self.outcome.step = self.run.steps_done()
+        self.ends.append(self.outcome)
         self.abandon()
+
+    @contextlib.contextmanager
+    def problems_counted(self) -> Iterator[None]:
+        """Count what is raised as a problem of its sort."""
+        try:
+            yield
+        except (HangError, EndedError, ValueError) as error:
+            self.outcome.problems.append(({HangError: HANG, EndedError: EXIT}.get(type(error), CORRUPTED), str(error)))
 
     def abandon(self) -> None:
         """Kill what runs and leave the folder as it is; the next fault gets a new run."""
-        self.rest()
-        self.life = None
+        self.run.kill()
+        self.run.children = []
 
-    def _wait_for_the_end(self) -> None:
-        """Wait until the last step is done; every step has the deadline."""
-        while (step := self.folder.steps_done()) < self.trainer.num_steps:
-            self.until_step(step + 1)
-
-    def _launch_and_take_time(self) -> None:
-        """Start the processes and wait for their first step."""
-        began = time.monotonic()
-        self.launch()
-        self.until(lambda: steps_trained(self.life), "do a step after its start")
-        self.startup = time.monotonic() - began
-
-
-def sort_of(error: Exception) -> str:
-    """The sort of problem that an exception is."""
-    return {HangError: HANG, EndedError: EXIT}.get(type(error), CORRUPTED)
+    def _train_to_the_end(self) -> list[int]:
+        """Wait until the last step is done, where every step has the deadline; return the exit statuses."""
+        while (done := self.run.steps_done()) < self.trainer.num_steps:
+            self.run.until_step(done + 1)
+        return self.run.codes("end")

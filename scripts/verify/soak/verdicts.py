@@ -6,38 +6,17 @@ import math
 from collections.abc import Sequence
 
 HANG, CORRUPTED, LOSSES, LOST, EXIT, MESSAGE = SORTS = (
-    "hang",
-    "corrupted state",
-    "wrong losses",
-    "lost too much",
-    "wrong exit",
-    "wrong message",
+    *("hang", "corrupted state", "wrong losses", "lost too much", "wrong exit", "wrong message"),
 )
-"""What can go wrong: something is not done in time; a run cannot go on with its folder; losses are not the reference's;
-more steps are lost than promised; a process does not end as promised; an error does not say what it should."""
-
-OF_THE_CLOCK = ("tokens_per_second",)
-"""Numbers that differ between runs that are the same."""
+"""What can go wrong: a deadline passes; a run cannot go on with its folder; losses are not the reference's; more steps
+are lost than promised; a process does not end as promised; an error does not say what it should."""
 
 Line = dict[str, float | int | None]
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of one fault.
-
-    Attributes:
-      kind: of the fault.
-      seconds: since the soak began.
-      run: name of the folder.
-      step: the last that had been done.
-      lost: steps that had to be done again, None where there was nothing to lose.
-      bound: the most that may be lost.
-      beyond_begun: steps that were done after the newest checkpoint was begun.
-      kills: SIGKILLs.
-      notes: what happened, in words.
-      problems: pairs of one of SORTS and words.
-    """
+    """What came of one fault: when, in which run and step, steps lost of those allowed, SIGKILLs, words, problems."""
 
     kind: str
     seconds: float = 0.0
@@ -45,7 +24,6 @@ class Outcome:
     step: int = 0
     lost: int | None = None
     bound: int = 0
-    beyond_begun: int = 0
     kills: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -60,19 +38,20 @@ class Outcome:
         self.lost = max(0, done - resumed)
         text = f"step {done} was done, went on from {resumed}: {self.lost} lost, at most {self.bound} allowed"
         self.require(self.lost <= self.bound, LOST, text)
+        self.notes.append(f"went on from {resumed}, {self.lost} lost")
 
     def require_lines(self, got: Sequence[Line], want: Sequence[Line]) -> None:
-        """A problem unless the lines of a run are the reference's first ones, bit for bit."""
+        """Count a problem unless the lines of a run are the reference's first ones, bit for bit."""
         difference = first_difference(got, want)
         self.require(difference is None, LOSSES, f"{difference}")
 
 
 def first_difference(got: Sequence[Line], want: Sequence[Line]) -> str | None:
-    """Say how `got` first differs from the beginning of `want`, numbers of the clock aside; None if it does not."""
+    """Return how `got` first differs from the beginning of `want`, the speed aside; None if it does not."""
     for ours, reference in zip(got, want, strict=False):
-        for name in [*reference, *ours]:
-            got_bits, want_bits = (_bits(line.get(name, "absent")) for line in (ours, reference))
-            if name not in OF_THE_CLOCK and got_bits != want_bits:
+        for name in [*reference, *ours]:  # Python prints floats with just enough digits to tell all bits
+            got_bits, want_bits = (json.dumps(line.get(name, "absent")) for line in (ours, reference))
+            if name != "tokens_per_second" and got_bits != want_bits:
                 return f"step {ours['step']}: {name}={got_bits}, in the undisturbed run {want_bits}"
     if len(got) > len(want):
         return f"step {got[len(want)]['step']}: a line that the undisturbed run does not have"
@@ -80,7 +59,7 @@ def first_difference(got: Sequence[Line], want: Sequence[Line]) -> str | None:
 
 
 def worst_relative_difference(got: Sequence[Line], want: Sequence[Line], after: int) -> float:
-    """The largest |a - b| / |b| over the losses of steps past `after`; infinite if there is none or one is missing."""
+    """Return the largest |a - b| / |b| of losses past step `after`; infinite if there is none or one is missing."""
     ours, reference = ({line["step"]: line["loss"] for line in lines if "loss" in line} for lines in (got, want))
     steps = [step for step in ours if step > after]
     if not steps or any(ours[step] is None or step not in reference for step in steps):
@@ -94,17 +73,11 @@ def read_lines(text: str) -> list[Line]:
     Raises:
       ValueError: for any other line that is not a JSON object with a step.
     """
-    *lines, _torn = text.split("\n")
     parsed = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             parsed.append(dict(json.loads(line)))
             int(parsed[-1]["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"metrics.jsonl:{number}: {line[:60]!r} is no line of metrics") from error
     return parsed
-
-
-def _bits(number: float | int | str | None) -> str:
-    """A word that two numbers share only if all of their bits are the same: Python prints floats with just enough."""
-    return json.dumps(number)
