@@ -1,8 +1,17 @@
-"""How exact is exact? Errors against a float64 oracle, beside those of a dense implementation in the same dtype.
+"""Is attention exact? The float64 oracle, and checks of any implementation that you can run on your own devices.
 
-The bound is a factor of two over the dense implementation: a constant would be either too loose for float32 or too
-tight for bfloat16, and would say nothing about what sharding the sequence costs.
+The bound is a factor of two over the error of a dense implementation in the same dtype: a constant would be either too
+loose for float32 or too tight for bfloat16, and would say nothing about what sharding the sequence costs.
+
+    import ring_attention as ra
+
+    ra.testing.check_devices()                      # every exact strategy, on all devices that JAX finds
+    q, k, v, dout = ra.testing.random_qkv(0, B=2, T=256, H=4, K=2, D=32, dtype="bfloat16")
+    ra.testing.assert_as_exact_as_dense(my_attention, q, k, v, dout, causal=True)
 """
+
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +19,26 @@ import numpy as np
 
 from ring_attention.attention.dropout import kept, seeds_of
 from ring_attention.attention.reference import reference_attention, reference_gradients
+from ring_attention.parallel.context import context_attention
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.mesh import make_mesh
+from ring_attention.parallel.strategies import STRATEGIES
+
+__all__ = [
+    "NAMES",
+    "assert_as_exact_as_dense",
+    "check_devices",
+    "dense_attention",
+    "dense_errors",
+    "errors",
+    "oracle",
+    "out_and_gradients",
+    "random_qkv",
+    "random_segments",
+    "reference_attention",
+    "reference_gradients",
+    "relative_error",
+]
 
 NAMES = ("out", "dq", "dk", "dv")
 """What is compared, in the order in which every function here gives it."""
@@ -18,26 +47,26 @@ NAMES = ("out", "dq", "dk", "dv")
 def random_qkv(
     seed: int, B: int, T: int, H: int, K: int, D: int, dtype: str = "float32", S: int | None = None
 ) -> list[jax.Array]:
-    """Normally distributed q [B,T,H,D], k and v [B,S,K,D] (S is T by default) and a cotangent [B,T,H,D] of out."""
+    """Return normally distributed q [B,T,H,D], k and v [B,S,K,D], where S is T by default, and a cotangent of out."""
     rng = np.random.default_rng(seed)
     shapes = [(B, T, H, D), (B, S or T, K, D), (B, S or T, K, D), (B, T, H, D)]
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
 def random_segments(seed: int, B: int, T: int, count: int = 4) -> np.ndarray:
-    """Segment ids, int32 [B,T], of `count` packed documents of random length, other lengths in each row."""
+    """Return segment ids, int32 [B,T], of `count` packed documents of random length, other lengths in each row."""
     rng = np.random.default_rng(seed)
     return np.sort(rng.integers(1, count + 1, (B, T)), axis=1).astype(np.int32)
 
 
 def relative_error(got, want) -> float:
-    """Error of `got` in the Euclidean norm over that of `want`, computed in float64."""
+    """Return the error of `got` in the Euclidean norm over that of `want`, computed in float64."""
     got, want = np.asarray(got).astype(np.float64), np.asarray(want).astype(np.float64)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def out_and_gradients(fn, q, k, v, dout) -> tuple[jax.Array, ...]:
-    """(out, dq, dk, dv) of fn(q, k, v) for the cotangent `dout`, compiled as one program."""
+    """Return (out, dq, dk, dv) of fn(q, k, v) for the cotangent `dout`, compiled as one program."""
 
     @jax.jit
     def run(q, k, v, dout):
@@ -48,7 +77,7 @@ def out_and_gradients(fn, q, k, v, dout) -> tuple[jax.Array, ...]:
 
 
 def oracle(q, k, v, dout, **mask) -> tuple[np.ndarray, ...]:
-    """(out, dq, dk, dv) in float64; `mask` as in `reference_attention`."""
+    """Return (out, dq, dk, dv) in float64; `mask` is keyword arguments of `reference_attention`."""
     return reference_attention(q, k, v, **mask), *reference_gradients(q, k, v, dout, **mask)[:3]
 
 
@@ -71,9 +100,11 @@ def dense_attention(
     dropout_rate: float = 0.0,
     dropout_key=None,
 ) -> jax.Array:
-    """The whole matrix of scores at once, as most people write it: products in the dtype of q, softmax in float32.
+    """Attend with the whole matrix of scores at once, as most people write it.
 
-    Arguments as in `reference_attention`. Returns out [B,T,H,D] in the dtype of q.
+    Products are in the dtype of q, the softmax is in float32.
+
+    Takes the arguments of `reference_attention`, and returns out [B,T,H,D] in the dtype of q.
     """
     B, T, H, D = q.shape
     q_positions = _positions(q_positions, T)[:, None, :, None]
@@ -124,5 +155,80 @@ def _dense_softmax(scores_BHTS, mask, sinks) -> jax.Array:
 
 
 def errors(got, want) -> list[float]:
-    """Relative errors of (out, dq, dk, dv), one by one."""
+    """Return the relative errors of (out, dq, dk, dv), one by one."""
     return [relative_error(g, w) for g, w in zip(got, want, strict=True)]
+
+
+def dense_errors(q, k, v, dout, **mask) -> list[float]:
+    """Return the relative errors of (out, dq, dk, dv) of `dense_attention` against the oracle."""
+    got = out_and_gradients(functools.partial(dense_attention, **mask), q, k, v, dout)
+    return errors(got, oracle(q, k, v, dout, **mask))
+
+
+def assert_as_exact_as_dense(attention, q, k, v, dout, *, limit: float = 2.0, **mask) -> dict[str, float]:
+    """Assert that an attention is at most `limit` times as far from the oracle as a dense one in the same dtype.
+
+    Args:
+      attention: a function of (q, k, v) that returns out [B,T,H,D], or its (out, dq, dk, dv) themselves.
+      q: queries [B,T,H,D]; k and v are [B,S,K,D], and dout, a cotangent of out, is [B,T,H,D].
+      limit: the largest ratio of the two errors.
+      mask: keyword arguments of `reference_attention`, which `attention` must have, too.
+
+    Returns:
+      the ratio of the errors, ours to the dense one's, of each of NAMES.
+
+    Raises:
+      AssertionError: if one of out, dq, dk, dv is further off.
+    """
+    got = out_and_gradients(attention, q, k, v, dout) if callable(attention) else attention
+    want, bounds = errors(got, oracle(q, k, v, dout, **mask)), dense_errors(q, k, v, dout, **mask)
+    for name, error, bound in zip(NAMES, want, bounds, strict=True):
+        if not error <= limit * bound:
+            raise AssertionError(
+                f"{name}: relative error {error:.2e}, dense has {bound:.2e}, {limit:g} times it allowed"
+            )
+    return {name: error / bound for name, error, bound in zip(NAMES, want, bounds, strict=True)}
+
+
+def check_devices(
+    strategies: Sequence[str] = ("ring", "all_gather", "ulysses"),
+    *,
+    dtype: str = "float32",
+    impl: str = "auto",
+    layout: str = "zigzag",
+    tokens: int = 64,
+    say: Callable[[str], object] = print,
+) -> dict[str, float]:
+    """Assert that strategies are exact on all devices that JAX finds here, forward and gradients; takes a minute.
+
+    Args:
+      strategies: names of exact ones in `STRATEGIES`.
+      dtype: of q, k and v.
+      impl: the kernel, "auto" for the one that would be chosen.
+      layout: of the sequence, a name.
+      tokens: of each device; the oracle needs time and memory for the square of the whole sequence.
+      say: called with a line about each strategy.
+
+    Returns:
+      the largest ratio of our error to a dense implementation's for each strategy.
+
+    Raises:
+      ValueError: for a strategy that is unknown or not exact.
+      AssertionError: if one is more than twice as far from the float64 oracle as a dense implementation.
+    """
+    for name in strategies:
+        if name not in STRATEGIES or not STRATEGIES[name].exact:
+            exact = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.exact)
+            raise ValueError(f"strategy={name!r} is not an exact strategy; choose from {exact}")
+    mesh = make_mesh()
+    P = mesh.size
+    order, worst = SequenceLayout(layout, P), {}
+    q, k, v, dout = random_qkv(0, B=1, T=P * tokens, H=2 * P, K=P, D=64, dtype=dtype)
+    dealt = [order.permute(x, axis=1) for x in (q, k, v, dout)]
+    for name in strategies:
+        attention = functools.partial(context_attention, mesh=mesh, layout=order, strategy=name, impl=impl)
+        got = [order.unpermute(x, axis=1) for x in out_and_gradients(attention, *dealt)]
+        worst[name] = max(assert_as_exact_as_dense(got, q, k, v, dout).values())
+        where = f"{P} x {mesh.devices.flat[0].device_kind}"
+        say(f"{name}, {dtype}, {where}: {worst[name]:.2f} times dense attention's error")
+    return worst

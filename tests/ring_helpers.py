@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from hypothesis import Phase, settings
-from oracle import NAMES, dense_attention
 from quick_compile import OPTIONS
 
 import ring_attention as ra
@@ -17,6 +16,7 @@ from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.reference import reference_gradients
 from ring_attention.attention.weights import BlockScores
 from ring_attention.parallel.layouts import as_layout
+from ring_attention.testing import NAMES, dense_attention
 
 ALL_NAMES = (*NAMES, "dsinks")
 

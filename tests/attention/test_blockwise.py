@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import random_qkv, random_segments, relative_error
 from ring_helpers import ALL_NAMES, Bound, costly, expected, quickly, results
 
 import ring_attention as ra
+from ring_attention.testing import random_qkv, random_segments, relative_error
 
 T, S, H, K, D = 44, 60, 6, 2, 16
 KEY = jax.random.key(7)

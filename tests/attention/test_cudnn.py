@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import random_qkv
 from ring_helpers import Bound, results, ring_mesh, sharded
 
 import ring_attention as ra
@@ -17,6 +16,7 @@ from ring_attention.attention.kernels.static_tiles import CAUSAL, FULL, OTHER, S
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens, visible
 from ring_attention.parallel import context
+from ring_attention.testing import random_qkv
 
 B, T, H, K, D, P = 2, 256, 4, 2, 64, 4
 ONE_DOCUMENT_ENDS = np.where(np.arange(T) < 150, 1, 2)[None].repeat(B, 0)

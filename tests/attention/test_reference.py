@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import NAMES, dense_attention, oracle, random_qkv, relative_error
 
 import ring_attention as ra
 from ring_attention.attention.dropout import kept, seeds_of
 from ring_attention.attention.reference import reference_gradients
+from ring_attention.testing import NAMES, dense_attention, oracle, random_qkv, relative_error
 
 B, T, S, H, K, D = 2, 5, 7, 4, 2, 3
 KEY = jax.random.key(5)

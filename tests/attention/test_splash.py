@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import NAMES, random_qkv, random_segments
 from ring_helpers import Bound, ring_mesh
 
 import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.attention.kernels import splash
+from ring_attention.testing import NAMES, random_qkv, random_segments
 
 B, H, K, D, P = 2, 4, 2, 64, 2
 T = 2 * P * splash.LANES  # a chunk of a zigzag shard is a tile

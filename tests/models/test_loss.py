@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
-from oracle import relative_error
 
 import ring_attention as ra
 from ring_attention.models.loss import chunked_cross_entropy, weighted_cross_entropy
 from ring_attention.planning.hlo import compiled
+from ring_attention.testing import relative_error
 
 B, T, M, V = 2, 26, 6, 20
 

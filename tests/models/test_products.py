@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import relative_error
 
 from ring_attention.models.products import einsum_of_rows
+from ring_attention.testing import relative_error
 
 CASES = {
     "btm,mhd->bthd": ((2, 5, 6), (6, 3, 4)),

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as Spec
-from oracle import relative_error
 
 import ring_attention as ra
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.products import STATIONARY
 from ring_attention.models.transformer import Transformer, parameter_specs
 from ring_attention.planning.hlo.compiled import collectives
+from ring_attention.testing import relative_error
 
 TINY = ModelConfig(
     vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24, ffn_chunk=5

@@ -9,7 +9,6 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from oracle import dense_attention
 
 import ring_attention as ra
 from ring_attention.attention import cached, online_softmax, sinks
@@ -17,6 +16,7 @@ from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.parallel import decode
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.planning.hlo import compiled
+from ring_attention.testing import dense_attention
 
 B, T, H, K, D, S = 3, 2, 6, 2, 8, 80
 TILES = ra.BlockSizes(kv=6)  # which divides the 80, 40, 20 and 10 slots of a device nowhere: the last one reaches back

@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from oracle import random_qkv, relative_error
 from ring_helpers import quickly, ring_mesh
 
 import ring_attention as ra
+from ring_attention.testing import random_qkv, relative_error
 
 Q, K, V, DQ = random_qkv(0, 1, 16, 4, 2, 8)
 

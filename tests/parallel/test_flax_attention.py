@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
-from oracle import random_segments, relative_error
 
 import ring_attention as ra
 from ring_attention.parallel import flax_attention
+from ring_attention.testing import random_segments, relative_error
 
 # Every size is another, so that swapped axes cannot pass. Calls of one shape share a compiled ring.
 B, T, M, H, D = 6, 16, 24, 4, 5

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from oracle import random_qkv, relative_error
 from ring_helpers import quickly
 
 import ring_attention as ra
+from ring_attention.testing import random_qkv, relative_error
 
 B, T, H, K, D = 2, 24, 4, 2, 8
 MASKS = {

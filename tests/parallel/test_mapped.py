@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from oracle import random_qkv, relative_error
 from ring_helpers import quickly
 
 import ring_attention as ra
+from ring_attention.testing import random_qkv, relative_error
 
 N, T, H, K, D = 4, 8, 4, 2, 8
 SPEC = P(None, "sp")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
-from oracle import dense_errors, errors, oracle
 from ring_helpers import quickly
 
 import ring_attention as ra
+from ring_attention.testing import dense_errors, errors, oracle
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 COLLECTIVES = "all-gather|all-reduce|collective-permute|all-to-all"

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from oracle import dense_attention, errors, random_qkv, random_segments
 from ring_helpers import PLAIN, assert_exact, expected, quickly, results, ring_mesh, sharded, simulate
 
 import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.parallel import ring_pass
 from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.testing import dense_attention, errors, random_qkv, random_segments
 
 # Every size is another, so that swapped axes cannot pass.
 B, T, H, D = 3, 96, 4, 8

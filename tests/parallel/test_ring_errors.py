@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
-from oracle import random_qkv
 
 import ring_attention as ra
+from ring_attention.testing import random_qkv
 
 KEY = jax.random.key(0)
 DEFAULT_SPEC = Spec(("dp", "fsdp"), "sp", "tp", None)

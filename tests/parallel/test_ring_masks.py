@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from oracle import NAMES, errors, random_qkv, random_segments
 from ring_helpers import PLAIN, Bound, assert_exact, costly, quickly, results, ring_mesh, sharded
 
 import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.testing import NAMES, errors, random_qkv, random_segments
 
 B, T, H, K, D = 3, 47, 4, 2, 8  # no ring of more than one device divides this length
 KEY = jax.random.key(3)

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from oracle import NAMES, random_qkv, random_segments
 from ring_helpers import ALL_NAMES, PLAIN, Bound, results, sharded
 
 import ring_attention as ra
@@ -16,6 +15,7 @@ from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.weights import BlockScores
 from ring_attention.parallel import context, ring
 from ring_attention.parallel.ring_pass import RingPass
+from ring_attention.testing import NAMES, random_qkv, random_segments
 
 # --- What travels, how far and which way ------------------------------------------------------------------------------
 

@@ -8,10 +8,10 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from oracle import relative_error
 
 import ring_attention as ra
 from ring_attention.parallel.sharding import RULES, TOKEN_AXES, check_fits, gather_weight, spec_of
+from ring_attention.testing import relative_error
 
 ROWS, TOKENS, M, F = 4, 32, 8, 12
 BATCH = Spec(("dp", "fsdp"), "sp")

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import NAMES, random_qkv, random_segments
 from ring_helpers import ALL_NAMES, PLAIN, Bound, assert_exact, results, ring_mesh, sharded
 
 import ring_attention as ra
@@ -17,6 +16,7 @@ from ring_attention.attention import kernels
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel import context, ring_self_attention, sparse, ulysses
 from ring_attention.parallel.all_gather import Gathering
+from ring_attention.testing import NAMES, random_qkv, random_segments
 
 P, B, T, H, K, D = 4, 2, 96, 8, 4, 6
 STRIDE = 4

@@ -13,7 +13,6 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from oracle import dense_attention
 
 import ring_attention as ra
 from ring_attention.attention import kernels
@@ -21,6 +20,7 @@ from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.planning.hlo import compiled
+from ring_attention.testing import dense_attention
 from ring_attention.training.config import MeshConfig, TrainConfig
 from ring_attention.training.state import abstract_state
 from ring_attention.training.step import make_train_step

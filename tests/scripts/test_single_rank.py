@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import random_qkv
 from ring_helpers import Bound
 
 import ring_attention as ra
 from ring_attention.attention.kernels import KERNELS, require_platform
 from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.testing import random_qkv
 from scripts.benchmarks.single_rank import SingleRank
 
 B, H, K, D, P = 1, 4, 2, 64, 4

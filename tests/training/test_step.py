@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from oracle import random_qkv, relative_error
 
 import ring_attention as ra
 from ring_attention.models import transformer
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
+from ring_attention.testing import random_qkv, relative_error
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.state import abstract_state, make_optimizer, make_schedule, make_state
 from ring_attention.training.step import BATCH_SPEC, attention_of, make_eval_step, make_gradients, make_train_step
