@@ -71,8 +71,8 @@ def test_commands_exist_and_take_their_flags(page):
         if found is None:
             continue
         main, rest = found
-        has_commands = rest and rest[0][0] != "-" and re.search(rf"^ +{re.escape(rest[0])}\b", _help(main), re.MULTILINE)
-        subcommand = rest[:1] if has_commands else []
+        name = rest[0] if rest and not rest[0].startswith("-") else None
+        subcommand = [name] if name and re.search(rf"^ +{re.escape(name)}\b", _help(main), re.MULTILINE) else []
         known = fields + _help(main) + _help(main, *subcommand)
         flags = [word.partition("=")[0] for word in rest if word.startswith("--") and word != "--"]
         missing = [flag for flag in flags if not re.search(rf"{re.escape(flag)}(?![\w.])", known)]
