@@ -6,7 +6,7 @@ from ring_attention.hardware.chips import CHIPS, chip_of
 
 
 @pytest.mark.parametrize("name", CHIPS)
-def test_every_figure_is_positive_and_has_a_source(name):
+def test_chip_figures_are_positive_and_have_sources(name):
     chip = CHIPS[name]
     figures = {field.name for field in dataclasses.fields(chip)} - {"name", "kinds", "sources"}
     assert set(chip.sources) == figures
@@ -25,10 +25,10 @@ def test_every_figure_is_positive_and_has_a_source(name):
         ("NVIDIA H100 80GB HBM3", "h100"),
     ],
 )
-def test_a_device_is_known_by_its_kind(kind, name):
+def test_chip_of_knows_a_device_by_its_kind(kind, name):
     assert chip_of(kind) is CHIPS[name]
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "TPU v99", "cpu"])
-def test_other_devices_are_not_taken_for_one_of_the_table(kind):
+def test_chip_of_takes_no_other_device_for_a_chip(kind):
     assert chip_of(kind) is None

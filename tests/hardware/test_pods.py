@@ -27,7 +27,7 @@ def _refusal(topology):
 @pytest.mark.parametrize(
     ("topology", "extra"), [("v5e:16x16", "compile-tpu"), ("h100:1x8", "compile-gpu"), ("a100:4x8", "compile-gpu")]
 )
-def test_a_compiler_that_is_not_there_is_named_with_the_extra_that_brings_it(monkeypatch, topology, extra):
+def test_pod_devices_names_the_extra_of_a_missing_compiler(monkeypatch, topology, extra):
     def missing(**_):
         raise RuntimeError("no compiler here\nand a long story")
 
@@ -52,13 +52,13 @@ def test_a_compiler_that_is_not_there_is_named_with_the_extra_that_brings_it(mon
         ("h200:1x8", "choose one of h100, a100"),
     ],
 )
-def test_what_is_no_topology_is_refused_with_the_form_to_write_and_not_with_something_to_install(topology, remedy):
+def test_pod_devices_says_how_to_write_a_topology(topology, remedy):
     message = _refusal(topology)
     assert remedy in message
     assert "install" not in message
 
 
-def test_a_slice_that_the_compiler_does_not_know_is_not_taken_for_a_missing_compiler(monkeypatch):
+def test_pod_devices_tells_unknown_slices_from_no_compiler(monkeypatch):
     def unknown(**_):
         raise RuntimeError("INVALID_ARGUMENT: not divisible by the hosts\nand a long story")
 
@@ -68,7 +68,7 @@ def test_a_slice_that_the_compiler_does_not_know_is_not_taken_for_a_missing_comp
     assert "choose a slice that is sold" in message
 
 
-def test_a_gpu_compiler_that_found_no_gpu_is_told_not_to_look_for_one(monkeypatch):
+def test_pod_devices_says_how_to_compile_without_a_gpu(monkeypatch):
     def none_found(**_):
         raise NotImplementedError("topology not implemented for cuda")
 
@@ -82,7 +82,7 @@ def test_a_gpu_compiler_that_found_no_gpu_is_told_not_to_look_for_one(monkeypatc
 
 @needs_gpu_compiler
 @pytest.mark.parametrize(("topology", "kind"), [("a100:4x8", "A100-SXM4-80GB"), ("h100:4x8", "H100 80GB HBM3")])
-def test_gpus_are_those_of_the_chip(topology, kind):
+def test_pod_devices_gives_gpus_of_the_chip(topology, kind):
     code = f"""from ring_attention.hardware.pods import pod_devices
 print([device.device_kind for device in pod_devices({topology!r})])"""
     run = [sys.executable, "-c", code]
@@ -93,7 +93,7 @@ print([device.device_kind for device in pod_devices({topology!r})])"""
 @pytest.mark.pod
 @needs_tpu_compiler
 @pytest.mark.parametrize(("topology", "devices", "kind"), [("v3:16x16", 512, "TPU v3"), ("v4:8x8x8", 512, "TPU v4")])
-def test_a_v3_device_is_a_core_and_a_v4_device_a_chip(topology, devices, kind):
+def test_pod_devices_of_v3_are_cores_and_of_v4_chips(topology, devices, kind):
     found = pod_devices(topology)
     assert len(found) == devices
     assert found[0].device_kind == kind
@@ -101,5 +101,5 @@ def test_a_v3_device_is_a_core_and_a_v4_device_a_chip(topology, devices, kind):
 
 @pytest.mark.pod
 @needs_tpu_compiler
-def test_the_compiler_itself_refuses_a_slice_that_no_hosts_make_up():
+def test_pod_devices_passes_on_a_compilers_refusal():
     assert "choose a slice that is sold" in _refusal("v5e:3x5")

@@ -8,7 +8,7 @@ from ring_attention.hardware.topology import find_topology
     ("name", "chip", "devices"),
     [("v5e:16x16", "v5e", 256), ("v4:8x8x8", "v4", 512), ("v3:16x16", "v3", 512), ("h100:4x8", "h100", 32)],
 )
-def test_a_name_tells_chip_and_number_of_devices(name, chip, devices):
+def test_find_topology_tells_chip_and_number_of_devices(name, chip, devices):
     topology = find_topology(name)
     assert (topology.chip.name, topology.devices) == (chip, devices)
 
@@ -27,7 +27,7 @@ def test_a_name_tells_chip_and_number_of_devices(name, chip, devices):
         ("", "choose one of"),
     ],
 )
-def test_what_is_no_pod_is_refused_in_one_line_with_the_remedy(name, words):
+def test_find_topology_refuses_in_one_line_with_a_remedy(name, words):
     with pytest.raises(ConfigError) as error:
         find_topology(name)
     assert f"topology={name!r}" in str(error.value)
@@ -35,20 +35,20 @@ def test_what_is_no_pod_is_refused_in_one_line_with_the_remedy(name, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_group_fills_the_most_cubic_box():
+def test_box_is_the_most_cubic_one():
     assert find_topology("v4:8x8x8").box(64) == (4, 4, 4)
     assert find_topology("v5e:16x16").box(32) in [(4, 8), (8, 4)]
     assert find_topology("v5e:16x16").box(24) == (24,)  # no box of the grid has 24 devices
 
 
-def test_lines_close_to_circles_where_the_chip_has_such_links():
+def test_wraps_follows_the_links_of_the_chip():
     assert find_topology("v5e:16x16").wraps(16)
     assert not find_topology("v5e:8x8").wraps(8)
     assert find_topology("v4:4x4x8").wraps(4)
     assert not find_topology("v4:8x8x8").wraps(4)
 
 
-def test_only_gpus_cross_hosts():
+def test_crosses_hosts_is_only_for_gpus():
     assert find_topology("h100:4x8").crosses_hosts(9)
     assert not find_topology("h100:4x8").crosses_hosts(8)
     assert not find_topology("v5e:16x16").crosses_hosts(256)

@@ -31,7 +31,7 @@ def _dense(layout, T, causal, window, segments):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind}-{layout.ring_size}-{layout.stripe}")
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_work_is_that_of_the_dense_mask(layout, causal):
+def test_work_by_hop_is_that_of_the_dense_mask(layout, causal):
     T, rng = 4 * 3 * 4, np.random.default_rng(1)
     ids = rng.integers(-3, 3, (2, T), np.int32)
     for window, segments in itertools.product([None, 1, 5, T - 1, 10**30], [None, ids]):
@@ -42,13 +42,13 @@ def test_work_is_that_of_the_dense_mask(layout, causal):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind}-{layout.ring_size}-{layout.stripe}")
-def test_sums_over_hops_are_the_shares_that_the_layout_states(layout):
+def test_work_by_hop_sums_to_the_shares_of_the_layout(layout):
     work = work_by_hop(layout, 96)
     assert work.sum() == 96 * 97 // 2
     np.testing.assert_allclose(work.sum(1) / work.sum(), layout.work_shares(96), rtol=1e-12)
 
 
-def test_packed_documents_see_themselves_only_whatever_the_layout():
+def test_work_by_hop_keeps_packed_documents_apart():
     lengths = [1, 30, 17, 48]
     segments = np.repeat(np.arange(4), lengths)[None]
     for layout in LAYOUTS:
@@ -56,28 +56,28 @@ def test_packed_documents_see_themselves_only_whatever_the_layout():
         assert work.sum() == sum(n * (n + 1) // 2 for n in lengths)
 
 
-def test_long_sequences_are_counted_without_a_mask():
+def test_work_by_hop_counts_long_sequences_without_a_mask():
     P, T = 64, 131072  # whose mask would take 16 GiB
     work, t = work_by_hop(ra.SequenceLayout("contiguous", P), T), T // P
     device, hop = np.indices((P, P))
     np.testing.assert_array_equal(work, np.where(hop > device, 0, np.where(hop == 0, t * (t + 1) // 2, t * t)))
 
 
-def test_zigzag_and_striped_are_balanced_over_all_hops_and_hop_by_hop_and_contiguous_is_not():
+def test_balance_of_zigzag_and_striped_is_even():
     balances = {kind: balance_of(work_by_hop(ra.SequenceLayout(kind, 8), 8192)) for kind in LAYOUT_KINDS}
     for kind in ("zigzag", "striped"):
         assert 1 <= balances[kind].total <= balances[kind].by_hop <= 1.01
     assert all(1.8 < ratio < 2.0 for ratio in balances["contiguous"])
 
 
-def test_hop_by_hop_all_wait_for_the_slowest_of_each_hop():
+def test_balance_of_hops_waits_for_the_slowest_of_each():
     assert balance_of(np.array([[3, 1], [1, 3]])) == (1.0, 1.5)
     assert balance_of(np.array([[3, 0], [1, 0]])) == (1.5, 1.5)
     assert balance_of(np.array([[6, 2], [1, 3]]), speeds=[2, 1]) == (1.0, 1.5)
     assert balance_of(np.array([[4], [4]]), speeds=[20, 10]) == (1.5, 1.5)
 
 
-def test_dealt_work_is_in_proportion_to_speed_within_one_percent():
+def test_balance_of_dealt_work_follows_speeds():
     layout, fair = ra.SequenceLayout.for_speeds(ONE_SLOW), np.array(ONE_SLOW) / sum(ONE_SLOW)
 
     def error(layout):
@@ -99,7 +99,7 @@ def test_dealt_work_is_in_proportion_to_speed_within_one_percent():
     [([1, 100], 0), ([1, 100], 1), ([1, 100, 1], 1), ([1, 1, 1, 1, 1, 1, 1, 100], 7), ([1, 1, 1e-3, 1], 2)],
     ids=str,
 )
-def test_a_speed_out_of_reach_gets_the_share_at_the_limit(speeds, device):
+def test_for_speeds_gives_an_extreme_speed_the_limit(speeds, device):
     P, T = len(speeds), 6144
     t, work = T // P, work_by_hop(ra.SequenceLayout.for_speeds(speeds), T).sum(1)
     if speeds[device] == 100:
@@ -110,7 +110,7 @@ def test_a_speed_out_of_reach_gets_the_share_at_the_limit(speeds, device):
         assert work[device] / work.sum() == pytest.approx(1 / P**2, abs=1 / T)
 
 
-def test_errors_say_what_is_wrong():
+def test_work_by_hop_and_balance_of_refuse_in_words():
     layout = ra.SequenceLayout("zigzag", 4)
     with pytest.raises(ValueError, match="seq_len=12 is not divisible by 2.sp .zigzag.=8; pad to 16"):
         work_by_hop(layout, 12)

@@ -35,7 +35,7 @@ def _pretend(monkeypatch, limit: int, refuse: bool = False):
 
 @pytest.mark.parametrize("factor", [0.3, 0.9, 1.0, 1.4, 3.0])
 @pytest.mark.parametrize("refuse", [False, True])
-def test_the_longest_context_is_found_to_a_sixteenth_wherever_the_prediction_lies(monkeypatch, plan, factor, refuse):
+def test_longest_compiled_is_found_to_a_sixteenth(monkeypatch, plan, factor, refuse):
     limit = int(plan.longest * factor)
     _pretend(monkeypatch, limit, refuse)
     tried = []
@@ -45,7 +45,7 @@ def test_the_longest_context_is_found_to_a_sixteenth_wherever_the_prediction_lie
     assert len(tried) == len(set(tried)) < 20
 
 
-def test_where_no_context_fits_it_is_none(monkeypatch, plan):
+def test_longest_compiled_is_0_where_none_fits(monkeypatch, plan):
     _pretend(monkeypatch, 1)
     assert compile_report.longest_compiled(plan, lambda *_: None) == 0
 
@@ -66,7 +66,7 @@ def _refusing(monkeypatch, message: str):
         "15.75G hbm. Exceeded hbm capacity by 7.97G.\n\nTotal hbm usage >= 24.72G:\n    reserved 1.00G\n    vmem 16M",
     ],
 )
-def test_a_refusal_for_want_of_memory_says_how_much_and_what_to_do(monkeypatch, plan, message):
+def test_compile_for_says_how_much_memory_was_missing(monkeypatch, plan, message):
     _refusing(monkeypatch, message)
     with pytest.raises(compile_report.DoesNotFitError, match=r"23\.7 GiB") as error:
         compile_report.compile_for(plan.share.config, plan.share.topology)
@@ -87,7 +87,7 @@ SHARED = "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 27033
 @pytest.mark.parametrize(
     ("message", "name"), [*((message, "VMEM") for message in VMEM), (SMEM, "SMEM"), (SHARED, "shared memory")]
 )
-def test_memory_beside_the_cores_is_not_taken_for_the_devices(monkeypatch, plan, message, name):
+def test_compile_for_tells_vmem_from_hbm(monkeypatch, plan, message, name):
     _refusing(monkeypatch, message)
     for ask in (
         lambda: compile_report.compile_for(plan.share.config, plan.share.topology),
@@ -99,7 +99,7 @@ def test_memory_beside_the_cores_is_not_taken_for_the_devices(monkeypatch, plan,
         assert "\n" not in str(error.value)
 
 
-def test_other_failures_of_a_compiler_are_not_taken_for_that(monkeypatch, plan):
+def test_compile_for_passes_other_failures_on(monkeypatch, plan):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed")
 

@@ -40,7 +40,7 @@ def _memory(remat):
     return memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
 
 
-def test_what_a_layer_keeps_goes_to_the_host_and_leaves_the_device():
+def test_offload_moves_what_layers_keep_to_the_host():
     device, host = _memory("attention")
     offloaded, on_host = _memory("offload")
     assert host == 0

@@ -23,7 +23,7 @@ from ring_attention.planning.hlo.transfers import collectives_by_axis
         ("replica_groups=mesh['a'=8] {'a':(1)4}", "?"),
     ],
 )
-def test_axes_are_read_in_every_notation(groups, axes):
+def test_axes_of_reads_every_notation(groups, axes):
     text = hlo(f"  %p = f32[4] parameter(0)\n  ROOT %r = f32[4] all-reduce(%p), channel_id=1, {groups}, to_apply=%a")
     (row,) = collectives_by_axis(text, MESH)
     assert (row.kind, row.axes, row.runs, row.bytes) == ("all-reduce", axes, 1, 16)
@@ -35,11 +35,11 @@ def test_axes_are_read_in_every_notation(groups, axes):
     + [("source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}", "fsdp+sp")]
     + [("source_target_pairs={{0,5},{5,0}}", "?")],
 )
-def test_axes_of_a_permute_are_those_of_the_rings_that_its_pairs_form(pairs, axes):
+def test_axes_of_a_permute_are_those_of_its_rings(pairs, axes):
     text = hlo(f"  %p = f32[4] parameter(0)\n  ROOT %r = f32[4] collective-permute(%p), {pairs}")
     assert [row.axes for row in collectives_by_axis(text, MESH)] == [axes]
 
 
-def test_devices_beyond_the_mesh_are_refused():
+def test_axes_of_refuses_devices_beyond_the_mesh():
     with pytest.raises(ValueError, match="mesh_shape has 4 devices, but .* is for device 7; pass the shape"):
         collectives_by_axis(TPU_RING, dict(dp=1, fsdp=1, sp=4, tp=1))

@@ -29,7 +29,7 @@ def _program(fn, *shapes, out_specs=SHARDED, dtype="float32"):
     ],
     ids=["all_gather", "psum_scatter", "ppermute", "psum", "all_to_all"],
 )
-def test_each_kind_of_collective_is_found_with_what_it_gives_a_device(fn, kind, array, sent):
+def test_collectives_finds_each_kind_and_its_bytes(fn, kind, array, sent):
     columns = 8 if kind in ("reduce-scatter", "all-to-all") else 5
     out_specs = Spec() if kind == "all-reduce" else SHARDED
     found = compiled.collectives(_program(fn, (24, columns), out_specs=out_specs))
@@ -40,7 +40,7 @@ def test_each_kind_of_collective_is_found_with_what_it_gives_a_device(fn, kind, 
     assert found[0].bytes == 4 * (3 * 8 if array is None else array[0] * array[1])
 
 
-def test_groups_of_devices_are_read_in_both_notations():
+def test_collectives_reads_groups_in_both_notations():
     pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
     program = _program(lambda x: lax.all_gather(x, "sp", tiled=True, axis_index_groups=pairs), (24, 5))
     (found,) = compiled.collectives(program)
@@ -50,7 +50,7 @@ def test_groups_of_devices_are_read_in_both_notations():
     assert compiled.collectives(iota) == [found]
 
 
-def test_a_loop_multiplies_what_stands_in_it():
+def test_collectives_in_a_loop_run_on_every_turn():
     def fn(x):
         return lax.fori_loop(0, 5, lambda _, x: lax.pcast(jnp.sin(lax.psum(x, "sp")), "sp", to="varying"), x)
 
@@ -61,7 +61,7 @@ def test_a_loop_multiplies_what_stands_in_it():
     assert compiled.totals(program) == {"all-reduce": (5, 5 * 3 * 7 * 4)}
 
 
-def test_loops_in_loops_multiply_and_kinds_are_counted_apart():
+def test_totals_multiplies_loops_in_loops():
     def inner(_, x):
         return jnp.sin(lax.ppermute(x, "sp", RING))
 
@@ -78,7 +78,7 @@ def test_loops_in_loops_multiply_and_kinds_are_counted_apart():
     }
 
 
-def test_a_branch_counts_as_run():
+def test_collectives_in_a_branch_count_as_run():
     def fn(x):
         turn = lambda x: lax.ppermute(x, "sp", RING)  # noqa: E731
         return lax.cond(lax.psum(x.sum(), "sp") > 0, turn, lambda x: -x, x)
@@ -86,11 +86,11 @@ def test_a_branch_counts_as_run():
     assert compiled.totals(_program(fn, (16, 6)))["collective-permute"] == (1, 2 * 6 * 4)
 
 
-def test_a_program_without_collectives_has_none():
+def test_collectives_finds_none_where_there_are_none():
     assert compiled.totals(_program(lambda x: jnp.sin(x), (16, 6))) == {}
 
 
-def test_a_collective_in_a_loop_of_unknown_length_is_refused():
+def test_collectives_refuses_loops_of_unknown_length():
     def fn(x):
         return lax.while_loop(lambda x: lax.psum(x.sum(), "sp") < 9.0, lambda x: 2 * lax.ppermute(x, "sp", RING), x)
 
@@ -99,7 +99,7 @@ def test_a_collective_in_a_loop_of_unknown_length_is_refused():
         compiled.collectives(program)
 
 
-def test_a_loop_of_unknown_length_without_collectives_in_its_body_is_no_hindrance():
+def test_collectives_accepts_unknown_loops_that_send_nothing():
     def fn(x):
         x = lax.while_loop(lambda x: x.sum() < 9.0, lambda x: 2 * x, x)
         return lax.ppermute(x, "sp", RING)
@@ -107,7 +107,7 @@ def test_a_loop_of_unknown_length_without_collectives_in_its_body_is_no_hindranc
     assert compiled.totals(_program(fn, (16, 6))) == {"collective-permute": (1, 2 * 6 * 4)}
 
 
-def test_arrays_are_all_that_instructions_make_in_their_dtype():
+def test_arrays_lists_all_that_instructions_make():
     program = _program(lambda x: jnp.sin(x @ x.T).sum(1).astype(jnp.int8), (24, 5), dtype="float32")
     found = compiled.arrays(program)
     assert {compiled.Array("f32", (3, 5)), compiled.Array("f32", (3, 3)), compiled.Array("s8", (3,))} <= found
@@ -127,7 +127,7 @@ ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
 """
 
 
-def test_what_a_pod_starts_and_ends_apart_counts_once_with_its_result():
+def test_collectives_counts_starts_with_their_result_once():
     found = compiled.collectives(ASYNCHRONOUS)
     assert [(item.kind, item.runs, item.bytes) for item in found] == [
         ("collective-permute", 1, 64),
@@ -149,17 +149,17 @@ bf16[2,8]{1,0:T(8,128)(2,1)} %k, %v), channel_id=1, source_target_pairs={{0,1},{
 """
 
 
-def test_permutes_that_a_compiler_has_joined_count_all_their_arrays():
+def test_collectives_counts_all_arrays_of_joined_permutes():
     found = compiled.collectives(COMBINED)
     assert [(item.kind, item.bytes) for item in found] == [("collective-permute", 32 + 64), ("all-reduce", 8 + 12)]
 
 
-def test_text_that_is_no_compiled_program_is_refused():
+def test_collectives_refuses_text_that_is_no_program():
     with pytest.raises(ValueError, match="not a compiled program in HLO; pass"):
         compiled.collectives("HloModule nothing")
 
 
-def test_memory_is_that_of_arguments_outputs_and_what_lies_in_their_place():
+def test_memory_of_tells_arguments_outputs_and_aliases():
     shape = jax.ShapeDtypeStruct((24, 5), "float32")
     added = jax.jit(lambda x, y: (x + y, x.sum(1)), donate_argnums=0).lower(shape, shape).compile()
     memory = compiled.memory_of(added)
@@ -168,7 +168,7 @@ def test_memory_is_that_of_arguments_outputs_and_what_lies_in_their_place():
     assert memory.total == memory.outputs + 480 + memory.temporaries + memory.code
 
 
-def test_a_collective_in_the_condition_of_a_loop_runs_once_more_than_its_body():
+def test_collectives_in_a_condition_run_once_more():
     program = """HloModule loop, num_partitions=8
 
 %body (x: f32[4]) -> f32[4] {

@@ -30,7 +30,7 @@ def _share(strategy: str = "ring", t: int = 4096, **model) -> Share:
     return Share.of(config, find_topology("v5e:2x4"))
 
 
-def test_a_clean_program_has_no_warnings():
+def test_warnings_of_a_clean_program_are_none():
     text = hlo("""  %w = bf16[192,12,128] parameter(0)
   %weight = bf16[1536,12,128] all-gather(%w), replica_groups=[1,8]<=[8], dimensions={0}
   %ids = s32[1,32768] all-gather(%w), replica_groups=[1,8]<=[8], dimensions={1}
@@ -44,7 +44,7 @@ def test_a_clean_program_has_no_warnings():
     assert warnings_of(ring, _share()) == []
 
 
-def test_a_synchronous_permute_is_named():
+def test_warnings_of_names_a_synchronous_permute():
     (line,) = warnings_of(hlo(X + f"  ROOT %k.1 = f32[1000] collective-permute(%x), {RING}"), _share())
     assert re.match(r"%k.1 \(\?, 0.00381 MiB, 1 times\) is synchronous, nothing hides it; give the compiler work", line)
 
@@ -64,7 +64,7 @@ def test_a_synchronous_permute_is_named():
         ("s32[1,32768] all-gather(%p)", "ring", False),
     ],
 )
-def test_whole_sequences_on_one_device_are_seen_and_weights_are_not(line, strategy, seen):
+def test_whole_sequences_are_seen_and_weights_are_not(line, strategy, seen):
     heads = dict(num_heads=16, num_kv_heads=8) if strategy == "ulysses" else {}
     text = hlo(f"  %p = bf16[8] parameter(0)\n  ROOT %r = {line}, replica_groups=[1,8]<=[8], to_apply=%add")
     lines = warnings_of(text, _share(strategy, **heads))
@@ -75,7 +75,7 @@ def test_whole_sequences_on_one_device_are_seen_and_weights_are_not(line, strate
         )
 
 
-def test_a_gather_within_one_device_of_the_ring_is_none_of_its_business():
+def test_whole_sequences_ignores_gathers_off_the_ring():
     text = hlo("  %p = bf16[8] parameter(0)\n  ROOT %r = bf16[1,6,32768,128] all-gather(%p), replica_groups={{0},{1}}")
     assert warnings_of(text, _share()) == []
 
@@ -97,7 +97,7 @@ def test_a_gather_within_one_device_of_the_ring_is_none_of_its_business():
         ("f32[7,4096]", None),
     ],
 )
-def test_masks_that_lie_in_memory_are_seen(array, what):
+def test_kept_masks_are_seen(array, what):
     text = hlo(f"  %p = s32[4096] parameter(0)\n  %m.1 = {array}{{1,0}} compare(%p, %p), direction=GE")
     lines = warnings_of(text, _share())
     assert len(lines) == (what is not None)
@@ -105,7 +105,7 @@ def test_masks_that_lie_in_memory_are_seen(array, what):
         assert re.match(rf"%m.1 keeps {re.escape(array)} \([\d.e+]+ MiB\), {what}, in memory; compute it", lines[0])
 
 
-def test_a_mask_within_a_fusion_lies_nowhere_and_one_that_is_given_is_seen():
+def test_kept_masks_are_seen_outside_of_fusions_only():
     called = """%inside (a: s32[4096]) -> f32[4096] {
   %a = s32[4096] parameter(0)
   %m = pred[4096,4096] compare(%a, %a), direction=GE
@@ -117,20 +117,20 @@ def test_a_mask_within_a_fusion_lies_nowhere_and_one_that_is_given_is_seen():
     assert len(warnings_of(hlo(given), _share())) == 1
 
 
-def test_sizes_that_the_model_has_too_tell_nothing():
+def test_kept_masks_ignores_sizes_of_the_model():
     text = hlo("  %p = s32[4096] parameter(0)\n  %m = f32[4096,4096]{1,0} add(%p, %p)")
     assert len(warnings_of(text, _share())) == 1
     assert warnings_of(text, _share(ffn_dim=4096)) == []
 
 
-def test_a_tile_as_large_as_a_shard_is_no_mask_but_one_for_all_keys_is():
+def test_kept_masks_ignores_a_tile_as_large_as_a_shard():
     share = _share(t=256)
     text = hlo("  %p = s32[256] parameter(0)\n  %m = pred[256,256]{1,0} compare(%p, %p), direction=GE")
     assert warnings_of(text, share) == []
     assert len(warnings_of(text.replace("pred[256,256]", "pred[256,2048]"), share)) == 1
 
 
-def test_a_dense_mask_of_a_real_program_is_seen_and_a_ring_has_none():
+def test_kept_masks_of_a_real_program_are_seen():
     model = dict(vocab_size=1000, model_dim=96, num_heads=3, num_kv_heads=3, head_dim=32, ffn_dim=160)
     share = _share(t=1024, **model)
     shape, mesh = jax.ShapeDtypeStruct((1, 8192, 3, 32), "float32"), ra.make_mesh(sp=8)

@@ -69,7 +69,7 @@ ENTRY %main (x0: f32[8], given: s32[]) -> f32[8] {{
         (_loop("%a, %b), direction=NE", "add(%i, %two)"), None),
     ],
 )
-def test_trips_follow_from_start_step_and_bound_where_these_are_numbers(program, trips):
+def test_trips_of_follow_from_start_step_and_bound(program, trips):
     (row,) = collectives_by_axis(program, MESH)
     assert (row.runs, row.instructions, row.bytes) == (trips, 1, 32 * (1 if trips is None else trips))
     (found,) = transfers(program, V5E, MESH)
@@ -82,7 +82,7 @@ def test_trips_follow_from_start_step_and_bound_where_these_are_numbers(program,
             compiled.collectives(program)
 
 
-def test_trips_that_a_compiler_states_are_those_that_are_derived():
+def test_trips_of_derives_what_a_compiler_states():
     def fn(x):
         turn = lambda _, x: jnp.sin(lax.ppermute(x, "sp", [(i, (i + 1) % 8) for i in range(8)]))  # noqa: E731
         return lax.fori_loop(3, 7, lambda _, x: lax.fori_loop(0, 5, turn, x) * 2, x)

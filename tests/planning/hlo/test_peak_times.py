@@ -6,7 +6,7 @@ from ring_attention.planning.hlo.program import Program
 from ring_attention.planning.hlo.transfers import transfers
 
 
-def test_what_runs_beside_an_all_gather_in_pieces_takes_its_time_and_the_pieces_none():
+def test_peak_times_of_a_gather_in_pieces_are_none():
     program = Program.parse(hlo(PIECES_CALLED, PIECES))
     times, entry = PeakTimes(program, V5E), program.computations["ENTRY"]
     taken = {name: times.of("ENTRY", x).seconds for name, x in entry.items() if x.opcode == "fusion"}
@@ -36,7 +36,7 @@ BRANCHES = """
 """
 
 
-def test_a_conditional_takes_its_longest_branch_and_a_loop_of_unknown_length_one_turn():
+def test_peak_times_take_the_longest_branch_and_one_turn():
     lines = """  %x = f32[1000] parameter(0)
   %which = s32[] constant(0)
   %c = f32[1000] conditional(%which, %x, %x), branch_computations={%short, %long}
@@ -63,7 +63,7 @@ def _flops(line: str, *operands: str) -> float:
     return flops_of(program, "ENTRY", program.root("ENTRY"))
 
 
-def test_products_of_dots_and_of_convolutions_that_stand_for_them():
+def test_flops_of_dots_and_convolutions():
     dot = "ROOT %d = f32[4,512,128] dot(...), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, "
     assert _flops(dot + "rhs_contracting_dims={1}", "f32[4,512,256]", "f32[4,256,128]") == 2 * 4 * 512 * 128 * 256
     plain = "ROOT %c = bf16[1024,2048] convolution(...), dim_labels=bf_io->bf"
@@ -90,7 +90,7 @@ def _cudnn(backward: bool, mask: str, window: int = 0) -> str:
 
 
 @pytest.mark.parametrize(("backward", "times"), [(False, 4), (True, 10)])
-def test_products_of_cudnns_attention_follow_its_scores_and_mask(backward, times):
+def test_flops_of_cudnn_follow_its_scores_and_mask(backward, times):
     arrays = ("bf16[1,32,8192,128]", "bf16[1,8,4096,128]")
     full = times * 32 * 8192 * 4096 * 128
     assert _flops(_cudnn(backward, "NO_MASK"), *arrays) == full
@@ -98,7 +98,7 @@ def test_products_of_cudnns_attention_follow_its_scores_and_mask(backward, times
     assert _flops(_cudnn(backward, "CAUSAL", 512), *arrays) == full / 8
 
 
-def test_products_of_cublas_and_none_of_what_is_not_known():
+def test_flops_of_cublas_and_of_unknown_calls():
     gemm = (
         'ROOT %g = (bf16[64,96], s8[1000]) custom-call(...), custom_call_target="__cublas$gemm", backend_config={'
         '"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
@@ -121,7 +121,7 @@ def test_products_of_cublas_and_none_of_what_is_not_known():
         ("%y = f32[64,1000]{1,0} bitcast(%p)", 0),
     ],
 )
-def test_bytes_are_those_of_the_hbm_and_of_a_slice_only_the_slice(line, tpu_bytes):
+def test_peak_times_count_bytes_of_hbm_and_of_slices(line, tpu_bytes):
     called = """%sliced (a: f32[64,1000], b: s32[]) -> f32[1000] {
   %a = f32[64,1000] parameter(0)
   %b = s32[] parameter(1)

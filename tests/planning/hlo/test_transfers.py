@@ -7,7 +7,7 @@ from ring_attention.planning.hlo import compiled
 from ring_attention.planning.hlo.transfers import collectives_by_axis, overlap_of, transfers
 
 
-def test_a_tpus_loop_is_counted_from_its_condition_and_k_and_v_share_their_link():
+def test_transfers_of_a_tpu_loop_share_their_link():
     key, value = transfers(TPU_RING, V5E, MESH)
     link, work = 1024 * 4 * 128 * 2 / 45e9, 4 * 1024 * 1024 / 2 * 128 * 8 / 197e12
     for found in (key, value):
@@ -21,7 +21,7 @@ def test_a_tpus_loop_is_counted_from_its_condition_and_k_and_v_share_their_link(
     assert [item.bytes for item in compiled.collectives(TPU_RING)] == [6 * 2**20] * 2
 
 
-def test_a_faster_link_exposes_nothing_and_a_slower_one_more():
+def test_transfers_on_a_slower_link_are_exposed_more():
     for bandwidth in (1e12, 1e20):  # the second in no time at all
         assert [x.exposed_seconds for x in transfers(TPU_RING, V5E, MESH, bandwidth=bandwidth)] == [0, 0]
     slow = transfers(TPU_RING, V5E, MESH, bandwidth=V5E.link / 10)
@@ -29,7 +29,7 @@ def test_a_faster_link_exposes_nothing_and_a_slower_one_more():
     assert all(a.exposed_seconds > b.exposed_seconds for a, b in zip(slow, usual, strict=True))
 
 
-def test_rows_join_what_is_of_one_kind_along_the_same_axes():
+def test_collectives_by_axis_joins_kinds_and_axes():
     text = hlo(f"""  %p = bf16[4] parameter(0)
   %a = bf16[16] all-gather(%p), replica_groups=[2,4]<=[8], dimensions={{0}}
   %b = bf16[16] all-gather(%p), replica_groups=[2,4]<=[8], dimensions={{0}}
@@ -45,14 +45,14 @@ def test_rows_join_what_is_of_one_kind_along_the_same_axes():
     assert str(rows[0]) == "all-gather along sp: 2 runs, 64 bytes received, 48 sent"
 
 
-def test_an_all_gather_that_runs_in_pieces_counts_once():
+def test_collectives_by_axis_counts_a_gather_in_pieces_once():
     text = hlo(PIECES_CALLED, PIECES)
     (row,) = collectives_by_axis(text, MESH)
     assert (row.kind, row.axes, row.runs, row.bytes) == ("all-gather", "fsdp+sp", 1, 1024 * 4 * 128 * 2)
     assert text.count(" all-gather(") == 3
 
 
-def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+def test_collectives_by_axis_knows_a_fused_reduce_scatter():
     called = """%all-reduce-scatter.1 (x: f32[64,8]) -> f32[16,8] {
   %x = f32[64,8] parameter(0)
   %zero = s32[] constant(0)
@@ -67,7 +67,7 @@ def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
     assert (row.kind, row.axes, row.bytes, row.sent) == ("reduce-scatter", "sp", 16 * 8 * 4, 3 * 16 * 8 * 4)
 
 
-def test_an_asynchronous_wrapper_counts_once_though_its_end_names_it_too():
+def test_collectives_by_axis_counts_async_wrappers_once():
     called = """%wrapped (x: f32[8,4]) -> f32[8,4] {
   %x = f32[8,4] parameter(0)
   ROOT %a2a = f32[8,4] all-to-all(%x), replica_groups=[2,4]<=[8], dimensions={0}
@@ -79,7 +79,7 @@ def test_an_asynchronous_wrapper_counts_once_though_its_end_names_it_too():
     assert [(row.kind, row.runs, row.bytes) for row in collectives_by_axis(text, MESH)] == [("all-to-all", 1, 128)]
 
 
-def test_the_pass_is_told_by_the_name_that_jax_gave():
+def test_transfers_tell_the_pass_by_jaxs_name():
     names = ["jit(f)/jvp(jit(run))/while/ppermute", "jit(step)/transpose(jvp())/checkpoint/ppermute", None]
     lines = X
     for number, name in enumerate(names):
@@ -88,7 +88,7 @@ def test_the_pass_is_told_by_the_name_that_jax_gave():
     assert [x.phase for x in transfers(hlo(lines), V5E, MESH)] == ["forward", "backward", "?"]
 
 
-def test_rows_and_transfers_are_plain_values():
+def test_transfers_and_rows_are_plain_values():
     (row,) = collectives_by_axis(TPU_RING, MESH)
     assert dataclasses.asdict(row) == dict(
         kind="collective-permute", axes="sp", instructions=2, runs=12, bytes=12 * 2**20, sent=12 * 2**20

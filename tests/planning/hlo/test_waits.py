@@ -8,7 +8,7 @@ from ring_attention.planning.hlo.transfers import transfers
 
 @pytest.mark.parametrize("work", [0.0, 0.3 * ONE, 1.0 * ONE, 1.5 * ONE, 5 * ONE])
 @pytest.mark.parametrize("ends", [("k", "v"), ("v", "k")])
-def test_what_two_that_travel_together_expose_is_what_both_take_beyond_the_work(work, ends):
+def test_waits_of_two_together_are_beyond_the_work(work, ends):
     lines = X + send("k", "x") + send("v", "x") + (kernel("w", work) if work else "")
     found = transfers(hlo(lines + "".join(map(receive, ends))), V5E, MESH)
     assert sum(x.exposed_seconds for x in found) == pytest.approx(max(0, 2 * ONE - work), rel=1e-3, abs=1e-11)
@@ -16,14 +16,14 @@ def test_what_two_that_travel_together_expose_is_what_both_take_beyond_the_work(
     assert all(-1e-12 <= x.hidden_seconds <= x.link_seconds for x in found)
 
 
-def test_those_that_go_opposite_ways_share_nothing_on_a_tpu_and_the_link_on_a_gpu():
+def test_waits_share_links_one_way_on_tpu_both_on_gpu():
     lines = X + send("k", "x") + send("v", "x", BACK) + receive("k") + receive("v")
     assert sum(x.exposed_seconds for x in transfers(hlo(lines), V5E, MESH)) == pytest.approx(ONE)
     shared = transfers(hlo(lines), H100, MESH)
     assert sum(x.exposed_seconds for x in shared) == pytest.approx(2 * 4000 / 450e9, abs=1e-11)
 
 
-def test_a_little_one_is_not_held_up_by_large_ones_that_nobody_awaits_yet():
+def test_waits_let_a_small_transfer_past_large_ones():
     small = dict(of="f32[10]")
     lines = X + "  %y = f32[10] parameter(1)\n" + send("k", "x") + send("ids", "y", **small) + receive("ids", **small)
     key, ids = transfers(hlo(lines + kernel("w", 2 * ONE) + receive("k")), V5E, MESH)
@@ -31,7 +31,7 @@ def test_a_little_one_is_not_held_up_by_large_ones_that_nobody_awaits_yet():
     assert key.exposed_seconds == pytest.approx(ids.link_seconds)  # on its way while the device waits for the other
 
 
-def test_a_hop_to_a_farther_neighbour_takes_more_links_on_a_tpu():
+def test_waits_count_every_link_of_a_far_hop_on_tpu():
     pairs = "source_target_pairs={{0,2},{1,3},{2,0},{3,1},{4,6},{5,7},{6,4},{7,5}}"
     lines = X + send("k", "x", pairs) + receive("k")
     assert transfers(hlo(lines), V5E, MESH)[0].link_seconds == pytest.approx(2 * ONE)
@@ -39,7 +39,7 @@ def test_a_hop_to_a_farther_neighbour_takes_more_links_on_a_tpu():
 
 
 @pytest.mark.parametrize("how", ["plain", "is_sync", "start that is never awaited here"])
-def test_synchronous_ones_are_exposed_from_start_to_end_and_work_after_them_hides_nothing(how):
+def test_waits_of_synchronous_transfers_are_whole(how):
     if how == "plain":
         lines = X + f"  %k = f32[1000] collective-permute(%x), {RING}\n" + kernel("w", 9 * ONE)
     elif how == "is_sync":
@@ -53,7 +53,7 @@ def test_synchronous_ones_are_exposed_from_start_to_end_and_work_after_them_hide
     assert found.exposed_seconds == pytest.approx(ONE)
 
 
-def test_waits_of_a_computation_add_up_whatever_the_order_of_starts_and_ends():
+def test_waits_add_up_in_any_order_of_starts_and_ends():
     flights = ("a", "b", "c")
     for order in itertools.permutations(flights):
         lines = X + send("a", "x") + kernel("w1", 0.5 * ONE) + send("b", "x", BACK) + send("c", "x")
