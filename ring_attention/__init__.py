@@ -25,20 +25,20 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_MODULES` says the sam
     from ring_attention.parallel.context import ring_attention_shard as ring_attention_shard
     from ring_attention.parallel.decode import decode_attention as decode_attention
     from ring_attention.parallel.decode import decode_attention_shard as decode_attention_shard
-    from ring_attention.parallel.exchange import SAVED_NAMES as SAVED_NAMES
     from ring_attention.parallel.flax_attention import flax_attention_fn as flax_attention_fn
     from ring_attention.parallel.layouts import SequenceLayout as SequenceLayout
     from ring_attention.parallel.mesh import compiler_options as compiler_options
     from ring_attention.parallel.mesh import make_mesh as make_mesh
     from ring_attention.parallel.simulate import simulate_devices as simulate_devices
     from ring_attention.parallel.strategies import STRATEGIES as STRATEGIES
+    from ring_attention.parallel.strategy import SAVED_NAMES as SAVED_NAMES
     from ring_attention.parallel.strategy import Strategy as Strategy
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "BlockSizes": "attention.blocks",
-    "SAVED_NAMES": "parallel.exchange",
+    "SAVED_NAMES": "parallel.strategy",
     "STRATEGIES": "parallel.strategies",
     "SequenceLayout": "parallel.layouts",
     "Strategy": "parallel.strategy",

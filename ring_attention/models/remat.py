@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from ring_attention.parallel.exchange import SAVED_NAMES
+from ring_attention.parallel.strategy import SAVED_NAMES
 
 _INPUT = "layer_input"
 

@@ -92,16 +92,33 @@ class Transformer(nnx.Module):
         segment_ids: jax.Array | None,
         attend: Attend,
         length: int | None = None,
+        observe: Callable[[jax.Array], Any] | None = None,
     ):
-        """Hidden states after the last norm, [b,t,M] in the compute dtype; `length` as for `token_losses`."""
-        observe = lambda x_btM: None  # noqa: E731
-        x_btM, _ = self._run_layers(tokens, positions, segment_ids, attend, observe, length)
-        return self.norm(x_btM)
+        """Hidden states after the last norm, [b,t,M] in the compute dtype; `length` as for `token_losses`.
+
+        With `observe`, also what that returns of the residual stream [b,t,M] after each layer, stacked.
+        """
+        config = self.config
+        x_btM = self._embed(tokens, GATHERED)
+        length = tokens.shape[1] * lax.axis_size(SEQUENCE) if length is None else length
+        rotary = rotary_tables(positions, config.head_dim, config.rope, length=length)
+        layer_def, layers = nnx.split(self.layers)
+
+        def run_layer(x_btM, layer):
+            x_btM = nnx.merge(layer_def, layer)(name_input(x_btM), rotary, segment_ids, attend)
+            return x_btM, None if observe is None else observe(x_btM)
+
+        x_btM, observed = lax.scan(rematerialised(run_layer, config.remat), x_btM, layers)
+        return self.norm(x_btM) if observe is None else (self.norm(x_btM), observed)
 
     def finite_layers(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
         """Bool [L]: whether this device's slice of the residual stream is finite after each layer."""
-        _, finite_L = self._run_layers(
-            tokens, positions, segment_ids, attend, observe=lambda x_btM: jnp.isfinite(x_btM).all()
+        _, finite_L = self.hidden(
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            attend=attend,
+            observe=lambda x_btM: jnp.isfinite(x_btM).all(),
         )
         return finite_L
 
@@ -131,20 +148,6 @@ class Transformer(nnx.Module):
         numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x_btM, cache), _ = lax.scan(run_layer, (x_btM, cache), (layers, numbers))
         return self.norm(x_btM), cache
-
-    def _run_layers(self, tokens, positions, segment_ids, attend: Attend, observe, length: int | None = None):
-        """The residual stream after the last layer, and what `observe` returns of it after each, stacked."""
-        config = self.config
-        x_btM = self._embed(tokens, GATHERED)
-        length = tokens.shape[1] * lax.axis_size(SEQUENCE) if length is None else length
-        rotary = rotary_tables(positions, config.head_dim, config.rope, length=length)
-        layer_def, layers = nnx.split(self.layers)
-
-        def run_layer(x_btM, layer):
-            x_btM = nnx.merge(layer_def, layer)(name_input(x_btM), rotary, segment_ids, attend)
-            return x_btM, observe(x_btM)
-
-        return lax.scan(rematerialised(run_layer, config.remat), x_btM, layers)
 
     def _unembedding(self, products: Products) -> jax.Array:
         """[M,v], or this device's share of M where weights are stationary."""

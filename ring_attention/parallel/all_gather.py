@@ -10,127 +10,17 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.kernels.contract import GlobalStats
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
-from ring_attention.parallel.exchange import attend
-from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.strategy import Context, Strategy
 from ring_attention.parallel.workload import GATHER, Schedule, Step, Workload
 
-TOKENS = 2
-"""Axis of tokens in arrays [B,K,t,D]."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gathering:
-    """An exchange (see `exchange`) in which every device gets the keys of all, `groups` times a part of the heads."""
-
-    axis_name: str
-    layout: SequenceLayout
-    groups: int
-    kernel: Kernel
-    blocks: BlockSizes
-
-    def forward(self, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
-        """Statistics of this device's queries over all keys that they see."""
-        keys, parts = self._keys(segments, q.shape[TOKENS]), self._split(k, v)
-
-        def work(group, kv, q):
-            k, v = kv
-            state = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
-            pair = self._pair(me, mask, keys, segments, group, q)
-            return self.kernel.forward(q, k, v, pair, state, self.blocks)
-
-        def step(ready, group_and_q):
-            group, q = group_and_q
-            ahead = self._gather(parts, group + 1)
-            return ahead, work(group, ready, q)
-
-        (q,), ready, last = self._split(q), self._gather(parts, 0), self.groups - 1
-        if last == 0:
-            return SoftmaxState(*map(self._join, [x[None] for x in work(0, ready, q[0])]))
-        ready, results = lax.scan(step, ready, (jnp.arange(last, dtype=jnp.int32), q[:-1]))
-        return SoftmaxState(
-            *(self._join(self._append(x, y)) for x, y in zip(results, work(last, ready, q[last]), strict=True))
-        )
-
-    def backward(self, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
-        """Gradients. Each device finds those of all keys by its queries; they are summed on the way to their owners.
-
-        While a part of the heads is computed, the next one arrives and the gradients of the one before are on their
-        way.
-        """
-        keys, parts, last = self._keys(segments, q.shape[TOKENS]), self._split(k, v), self.groups - 1
-        of_queries = self._split(q, *stats)
-
-        def work(group, kv, of_queries):
-            q, *stats = of_queries
-            pair = self._pair(me, mask, keys, segments, group, q)
-            nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
-            dq, *dkv = self.kernel.backward(q, *kv, GlobalStats(*stats), pair, nothing, self.blocks)
-            return dq, dkv
-
-        def step(carry, group_and_queries):
-            (ready, leaving), (group, of_queries) = carry, group_and_queries
-            ahead, home = self._gather(parts, group + 1), self._scatter(leaving)
-            dq, dkv = work(group, ready, of_queries)
-            return (ahead, dkv), (dq, home)
-
-        def of(group):
-            return [x[group] for x in of_queries]
-
-        ready = self._gather(parts, 0)
-        if last == 0:
-            dq, dkv = work(0, ready, of(0))
-            return (dq, *self._scatter(dkv))
-        ahead = self._gather(parts, 1)
-        first_dq, dkv = work(0, ready, of(0))
-        between = (jnp.arange(1, last, dtype=jnp.int32), [x[1:last] for x in of_queries])
-        (ready, leaving), (dq, home) = lax.scan(step, (ahead, dkv), between)
-        before_last = self._scatter(leaving)
-        last_dq, dkv = work(last, ready, of(last))
-        dq = self._append(jnp.concatenate([first_dq[None], dq]), last_dq)
-        ends = zip(home, before_last, self._scatter(dkv), strict=True)
-        return tuple(self._join(x) for x in (dq, *(self._append(x, y, z) for x, y, z in ends)))
-
-    def _gather(self, parts, group):
-        """K and V of all tokens, for the heads of a group."""
-        return [lax.all_gather(x[group], self.axis_name, axis=TOKENS, tiled=True) for x in parts]
-
-    def _scatter(self, grads):
-        """The sums over devices of gradients of all tokens, each device's own tokens."""
-        return [lax.psum_scatter(x, self.axis_name, scatter_dimension=TOKENS, tiled=True) for x in grads]
-
-    def _keys(self, segments, shard_len: int) -> Tokens:
-        """Where all keys stand, in the order in which they are gathered."""
-        if segments is not None:
-            segments = lax.all_gather(segments, self.axis_name, axis=1, tiled=True)
-        return Tokens(self.layout.all_positions(shard_len).reshape(1, -1), segments, self.layout.all_runs(shard_len))
-
-    def _pair(self, me, mask: MaskSpec, keys: Tokens, segments, group, q) -> BlockPair:
-        """The pair of this device's queries of a group of heads and all keys."""
-        heads, shard_len = q.shape[1], q.shape[TOKENS]
-        positions = self.layout.shard_positions(me, shard_len)[None]
-        queries = Tokens(positions, segments, self.layout.runs(shard_len))
-        return BlockPair(queries, keys, mask.of_heads(group * heads, heads))
-
-    def _split(self, *arrays):
-        """Arrays [B,H,...] as [groups,B,H/groups,...]."""
-        split = lambda x: x.reshape(x.shape[0], self.groups, -1, *x.shape[2:])  # noqa: E731
-        return [jnp.moveaxis(split(x), 1, 0) for x in arrays]
-
-    def _join(self, x):
-        """The reverse."""
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-    def _append(self, x, *ends):
-        return jnp.concatenate([x, *(end[None] for end in ends)])
+HEADS, TOKENS = 1, 2
+"""Axes of arrays [B,K,t,D]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,16 +54,75 @@ class AllGather(Strategy):
         queries, keys = context.layout.runs(q_shape[1]), context.layout.all_runs(q_shape[1])
         context.kernel.check_pair(BlockPair(Tokens(None, runs=queries), Tokens(None, runs=keys), mask))
 
-    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
-        """See `Strategy`."""
-        gathering = Gathering(
-            axis_name=context.axis_name,
-            layout=context.layout,
-            groups=self._groups(k.shape[1]),
-            kernel=context.kernel,
-            blocks=context.blocks,
-        )
-        return attend(gathering, q, k, v, segments, mask, sinks)
+    def forward(self, context: Context, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
+        """The softmax state of this device's queries over all keys, a part of the heads at a time."""
+        groups = self._groups(k.shape[HEADS])
+        keys, parts = _keys(context, segments, q.shape[TOKENS]), _split(groups, k, v)
+
+        def work(group, kv, q):
+            state = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
+            pair = _pair(context, me, mask, keys, segments, group, q)
+            return context.kernel.forward(q, *kv, pair, state, context.blocks)
+
+        def step(ready, group_and_q):
+            group, q = group_and_q
+            ahead = self._gather(context, parts, group + 1)
+            return ahead, work(group, ready, q)
+
+        (q,), ready, last = _split(groups, q), self._gather(context, parts, 0), groups - 1
+        if last == 0:
+            return SoftmaxState(*map(_join, [x[None] for x in work(0, ready, q[0])]))
+        ready, results = lax.scan(step, ready, (jnp.arange(last, dtype=jnp.int32), q[:-1]))
+        ends = work(last, ready, q[last])
+        return SoftmaxState(*(_join(_append(x, end)) for x, end in zip(results, ends, strict=True)))
+
+    def backward(self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
+        """Gradients. Each device finds those of all keys by its queries; they are summed on the way to their owners.
+
+        While a part of the heads is computed, the next one arrives and the gradients of the one before are on their
+        way.
+        """
+        groups = self._groups(k.shape[HEADS])
+        keys, parts, last = _keys(context, segments, q.shape[TOKENS]), _split(groups, k, v), groups - 1
+        of_queries = _split(groups, q, *stats)
+
+        def work(group, kv, of_queries):
+            q, *stats = of_queries
+            pair = _pair(context, me, mask, keys, segments, group, q)
+            nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+            dq, *dkv = context.kernel.backward(q, *kv, GlobalStats(*stats), pair, nothing, context.blocks)
+            return dq, dkv
+
+        def step(carry, group_and_queries):
+            (ready, leaving), (group, of_queries) = carry, group_and_queries
+            ahead, home = self._gather(context, parts, group + 1), self._scatter(context, leaving)
+            dq, dkv = work(group, ready, of_queries)
+            return (ahead, dkv), (dq, home)
+
+        def of(group):
+            return [x[group] for x in of_queries]
+
+        ready = self._gather(context, parts, 0)
+        if last == 0:
+            dq, dkv = work(0, ready, of(0))
+            return (dq, *self._scatter(context, dkv))
+        ahead = self._gather(context, parts, 1)
+        first_dq, dkv = work(0, ready, of(0))
+        between = (jnp.arange(1, last, dtype=jnp.int32), [x[1:last] for x in of_queries])
+        (ready, leaving), (dq, home) = lax.scan(step, (ahead, dkv), between)
+        before_last = self._scatter(context, leaving)
+        last_dq, dkv = work(last, ready, of(last))
+        dq = _append(jnp.concatenate([first_dq[None], dq]), last_dq)
+        ends = zip(home, before_last, self._scatter(context, dkv), strict=True)
+        return tuple(_join(x) for x in (dq, *(_append(x, y, z) for x, y, z in ends)))
+
+    def _gather(self, context: Context, parts, group):
+        """K and V of all tokens, for the heads of a group."""
+        return [lax.all_gather(x[group], context.axis_name, axis=TOKENS, tiled=True) for x in parts]
+
+    def _scatter(self, context: Context, grads):
+        """The sums over devices of gradients of all tokens, each device's own tokens."""
+        return [lax.psum_scatter(x, context.axis_name, scatter_dimension=TOKENS, tiled=True) for x in grads]
 
     def memory_bytes(self, work: Workload) -> int:
         """All tokens of two parts of the heads (of one, where there is only one), and the statistics in float32."""
@@ -197,3 +146,34 @@ class AllGather(Strategy):
             ahead, leaving = keys * (group + 1 < groups), gradients * (group > 0)
             steps.append(Step(range(work.devices), 1 / groups, ahead, leaving, GATHER))
         return Schedule(work=work, steps=(*steps, Step(gradients=gradients, way=GATHER)), backward=backward)
+
+
+def _keys(context: Context, segments, shard_len: int) -> Tokens:
+    """Where all keys stand, in the order in which they are gathered."""
+    if segments is not None:
+        segments = lax.all_gather(segments, context.axis_name, axis=1, tiled=True)
+    layout = context.layout
+    return Tokens(layout.all_positions(shard_len).reshape(1, -1), segments, layout.all_runs(shard_len))
+
+
+def _pair(context: Context, me, mask: MaskSpec, keys: Tokens, segments, group, q) -> BlockPair:
+    """The pair of this device's queries of a group of heads and all keys."""
+    heads, shard_len = q.shape[HEADS], q.shape[TOKENS]
+    positions = context.layout.shard_positions(me, shard_len)[None]
+    queries = Tokens(positions, segments, context.layout.runs(shard_len))
+    return BlockPair(queries, keys, mask.of_heads(group * heads, heads))
+
+
+def _split(groups: int, *arrays):
+    """Arrays [B,H,...] as [groups,B,H/groups,...]."""
+    return [jnp.moveaxis(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), 1, 0) for x in arrays]
+
+
+def _join(x):
+    """An array [groups,B,H/groups,...] as [B,H,...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _append(x, *ends):
+    return jnp.concatenate([x, *(end[None] for end in ends)])

@@ -5,28 +5,21 @@ Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ring_attention.attention.kernels.contract import GlobalStats
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens
+from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
-from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring_pass import RingPass
 from ring_attention.parallel.routes import Route, plan_routes, token_hops
 from ring_attention.parallel.strategy import Context, Strategy
 from ring_attention.parallel.workload import BOTH_WAYS, HOP, Schedule, Step, Workload, later_part
-
-
-def ring_pass_of(context: Context, mask: MaskSpec, shard_len: int, *, duplex=False, unroll=False, width=1) -> RingPass:
-    """A ring over the places of the layout, each of `width` consecutive devices, for shards of so many tokens."""
-    return RingPass(
-        axis_name=context.axis_name,
-        layout=context.layout,
-        routes=plan_routes(context.layout, shard_len, causal=mask.causal, window=mask.window, duplex=duplex),
-        unroll=unroll,
-        kernel=context.kernel,
-        blocks=context.blocks,
-        width=width,
-    )
 
 
 def check_pairs(context: Context, mask: MaskSpec, shard_len: int, *, duplex: bool = False) -> None:
@@ -61,10 +54,85 @@ class Ring(Strategy):
         """The kernel must be able to compute every block pair."""
         check_pairs(context, mask, q_shape[1], duplex=self.duplex)
 
-    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
-        """See `Strategy`."""
-        ring_pass = ring_pass_of(context, mask, q.shape[2], duplex=self.duplex, unroll=self.unroll)
-        return attend(ring_pass, q, k, v, segments, mask, sinks)
+    def forward(self, context: Context, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
+        """The softmax state of this device's queries over all keys that they see, as the blocks come by."""
+        ring = self._ring_pass(context, me, q, segments, mask)
+
+        def take(state, block, pair: BlockPair):
+            return context.kernel.forward(q, *block[:2], pair, state, context.blocks)
+
+        def advance(carry, step, active, going_on):
+            state, blocks = carry
+            following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
+            state, following = ring.after(state, following)
+            for i in active:
+                state = take(state, blocks[i], ring.remote_pair(i, blocks[i][2], step))
+            return state, following
+
+        arriving = {i: ring.pass_on(i, ring.part(i, k, v)) for i in range(len(ring.routes))}
+        pair = ring.local_pair(0, ring.length)
+        state, arriving = ring.after(vary_over(SoftmaxState.empty(q.shape), axes_of(q)), arriving)
+        state = take(state, (k, v), pair)
+        state, _ = ring.run(advance, (state, arriving), first=1)
+        return state
+
+    def backward(self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
+        """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent home.
+
+        While a hop is computed, what the hop before gave is on its way. The local keys are computed while nothing else
+        could be: one half while the first block arrives, the other while the gradients of remote keys return. Left to
+        itself a compiler may put them beside a transfer that has a hop already, so what follows is made to wait.
+        """
+        ring, kernel = self._ring_pass(context, me, q, segments, mask), context.kernel
+
+        def gradients(dq, block, pair: BlockPair):
+            dq, *dblock = kernel.backward(q, *block[:2], stats, pair, dq, context.blocks)
+            return dq, dblock
+
+        def local(dq, kv, start: int, stop: int):
+            if start == stop:
+                return dq, [x[:, :, :0].astype(jnp.float32) for x in kv]
+            return gradients(dq, [x[:, :, start:stop] for x in kv], ring.local_pair(start, stop))
+
+        def advance(carry, step, active, going_on):
+            dq, blocks, dblocks, returned = carry
+            following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
+            dq, following = ring.after(dq, following)
+            arriving = {i: lax.optimization_barrier(ring.pass_on(i, dblocks[i])) for i in active if i in dblocks}
+            gathered = {}
+            for i in active:
+                dq, here = gradients(dq, blocks[i], ring.remote_pair(i, blocks[i][2], step))
+                gathered[i] = jax.tree.map(jnp.add, arriving[i], here) if i in arriving else here
+            back = {i: ring.send_home(i, gathered[i]) for i in active if i not in going_on}
+            return dq, following, {i: gathered[i] for i in going_on}, returned | back
+
+        dq = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+        if not ring.routes:
+            dq, (dk, dv) = local(dq, (k, v), 0, ring.length)
+            return dq, dk, dv
+        cut = kernel.halve(ring.length, context.blocks)
+        arriving = {i: ring.pass_on(i, ring.part(i, k, v)) for i in range(len(ring.routes))}
+        dq, arriving = ring.after(dq, arriving)
+        dq, later = local(dq, (k, v), cut, ring.length)  # in most layouts the half that fewer queries see
+        dq, later, arriving = lax.optimization_barrier((dq, later, arriving))
+        carry = (dq, arriving, {}, {})  # nothing has been gathered yet that could be on its way
+        carry = advance(carry, 1, range(len(ring.routes)), ring.longer_routes)
+        dq, _, _, returned = ring.run(advance, carry, first=2)
+        dq, kv = lax.optimization_barrier((dq, (k, v)))
+        dq, returned = ring.after(dq, returned)
+        dq, earlier = local(dq, kv, 0, cut)
+        dk, dv = (jnp.concatenate(halves, 2) for halves in zip(earlier, later, strict=True))
+        for i, (dk_part, dv_part) in returned.items():
+            here = slice(ring.routes[i].start, ring.routes[i].stop)
+            dk, dv = dk.at[:, :, here].add(dk_part), dv.at[:, :, here].add(dv_part)
+        return dq, dk, dv
+
+    def _ring_pass(self, context: Context, me, q, segments, mask: MaskSpec) -> RingPass:
+        length = q.shape[2]
+        routes = plan_routes(context.layout, length, causal=mask.causal, window=mask.window, duplex=self.duplex)
+        return RingPass(
+            context=context, me=me, mask=mask, segments=segments, length=length, routes=routes, unroll=self.unroll
+        )
 
     def memory_bytes(self, work: Workload) -> int:
         """What travels of K and V, twice where it goes on, and the statistics of the queries in float32."""
@@ -151,9 +219,9 @@ class SingleDevice(Strategy):
         )
         check_pairs(context, mask, q_shape[1])
 
-    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
+    def attend(self, context: Context, *arrays) -> jax.Array:
         """A ring of one."""
-        return attend(ring_pass_of(context, mask, q.shape[2]), q, k, v, segments, mask, sinks)
+        return Ring().attend(context, *arrays)
 
     def memory_bytes(self, work: Workload) -> int:
         """The statistics of the queries in float32."""

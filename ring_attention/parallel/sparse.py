@@ -13,86 +13,66 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_attention.attention import online_softmax
-from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.kernels.contract import GlobalStats
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
-from ring_attention.parallel.exchange import attend
-from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.ring import Ring, check_pairs, ring_pass_of
-from ring_attention.parallel.ring_pass import RingPass
+from ring_attention.parallel.ring import Ring, check_pairs
 from ring_attention.parallel.strategy import Context, Strategy, closest_divisor
 from ring_attention.parallel.workload import Workload
 
+TOKENS = 2
+"""Axis of tokens in arrays [B,H,t,D]."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StridedExchange:
-    """An exchange (see `exchange`) of a near part, by `near`, and a far part, by residues modulo `stride`."""
+class FarPart:
+    """The part of sparse attention in which tokens see others of their own residue modulo `stride`."""
 
-    near: RingPass
-    axis_name: str
-    layout: SequenceLayout
+    context: Context
     stride: int
-    kernel: Kernel
-    blocks: BlockSizes
 
-    def forward(self, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
-        """Statistics of this device's queries over all keys that they see."""
-        state = self.near.forward(me, q, k, v, segments, self.near_mask(mask))
-        q, k, v, segments = self._to_residues(q, k, v, segments)
-        empty = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
-        far = self.kernel.forward(q, k, v, self._pair(me, mask, q, segments), empty, self.blocks)
-        return online_softmax.merge(state, *self._to_tokens(*online_softmax.finalize(far)))
+    @property
+    def residues(self) -> int:
+        """How many residues a device takes."""
+        return self.stride // self.context.devices
 
-    def backward(self, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
-        """Gradients of both parts, each with the statistics of all keys."""
-        near = self.near.backward(me, q, k, v, segments, self.near_mask(mask), stats)
-        q, k, v, segments, dout, lse, delta = self._to_residues(q, k, v, segments, stats.dout, stats.lse, stats.delta)
-        stats = GlobalStats(None, lse, dout, delta)
-        nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
-        far = self.kernel.backward(q, k, v, stats, self._pair(me, mask, q, segments), nothing, self.blocks)
-        return tuple(x + y for x, y in zip(near, self._to_tokens(*far), strict=True))
-
-    def near_mask(self, mask: MaskSpec) -> MaskSpec:
-        """What is seen because it is near."""
-        return dataclasses.replace(mask, window=near_window(mask.window, self.stride))
-
-    def _to_residues(self, *arrays):
+    def to_residues(self, *arrays):
         """Arrays [B,H,t,...] or [B,t] as [B*r,H,n,...] or [B*r,n]: r residues of this device, the n tokens of each."""
-        P, r = self.layout.ring_size, self.stride // self.layout.ring_size
+        P, r = self.context.devices, self.residues
 
         def convert(x):
             if x is None:
                 return None
-            axis = 1 if x.ndim == 2 else 2
+            axis = 1 if x.ndim == 2 else TOKENS
             B, before, after = x.shape[0], x.shape[1:axis], x.shape[axis + 1 :]
             x = x.reshape(B, *before, -1, P, r, *after)
-            x = lax.all_to_all(x, self.axis_name, axis + 1, axis, tiled=True)  # residues for tokens
+            x = lax.all_to_all(x, self.context.axis_name, axis + 1, axis, tiled=True)  # residues for tokens
             x = jnp.moveaxis(x.reshape(B, *before, -1, r, *after), axis + 1, 1)
             return x.reshape(B * r, *before, -1, *after)
 
         return [convert(x) for x in arrays]
 
-    def _to_tokens(self, *arrays):
+    def to_tokens(self, *arrays):
         """The way back, of arrays [B*r,H,n,...]."""
-        r = self.stride // self.layout.ring_size
+        r = self.residues
 
         def convert(x):
             heads, after = x.shape[1], x.shape[3:]
             x = jnp.moveaxis(x.reshape(-1, r, *x.shape[1:]), 1, 3)  # [B,H,n,r,...]
             x = x.reshape(*x.shape[:3], 1, r, *after)
-            x = lax.all_to_all(x, self.axis_name, 2, 3, tiled=True)
+            x = lax.all_to_all(x, self.context.axis_name, 2, 3, tiled=True)
             return x.reshape(x.shape[0], heads, -1, *after)
 
         return [convert(x) for x in arrays]
 
-    def _pair(self, me, mask: MaskSpec, q, segments) -> BlockPair:
+    def pair(self, me, mask: MaskSpec, q, segments) -> BlockPair:
         """All tokens of each residue among each other, without those that are near."""
-        P, r, n = self.layout.ring_size, self.stride // self.layout.ring_size, q.shape[2]
-        of_residue_0 = self.layout.all_positions(n * self.stride // P).reshape(-1, self.stride)[:, 0]
+        r, n = self.residues, q.shape[TOKENS]
+        shard_len = n * self.stride // self.context.devices
+        of_residue_0 = self.context.layout.all_positions(shard_len).reshape(-1, self.stride)[:, 0]
         residues = me * r + jnp.arange(r, dtype=jnp.int32)
         batch = q.shape[0] // r
         tokens = Tokens(jnp.tile(residues[:, None] + of_residue_0[None], (batch, 1)), segments)
@@ -101,7 +81,7 @@ class StridedExchange:
 
 
 def near_window(window: int | None, stride: int) -> int:
-    """How far the near part reaches."""
+    """The window of the near part."""
     return stride if window is None else min(window, stride)
 
 
@@ -154,19 +134,31 @@ class Sparse(Strategy):
         residues = Tokens(None)
         context.kernel.check_pair(BlockPair(residues, residues, dataclasses.replace(mask, min_distance=stride)))
 
-    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
-        """See `Strategy`."""
-        stride = self.stride_of(mask.seq_len or context.devices * q.shape[2])
-        near = dataclasses.replace(mask, window=near_window(mask.window, stride))
-        exchange = StridedExchange(
-            near=ring_pass_of(context, near, q.shape[2]),
-            axis_name=context.axis_name,
-            layout=context.layout,
-            stride=stride,
-            kernel=context.kernel,
-            blocks=context.blocks,
-        )
-        return attend(exchange, q, k, v, segments, mask, sinks)
+    def forward(self, context: Context, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
+        """The softmax state of this device's queries over all keys that they see, near ones first."""
+        far = self._far_part(context, mask, q.shape[TOKENS])
+        state = Ring().forward(context, me, q, k, v, segments, self._near_mask(far.stride, mask))
+        q, k, v, segments = far.to_residues(q, k, v, segments)
+        empty = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
+        found = context.kernel.forward(q, k, v, far.pair(me, mask, q, segments), empty, context.blocks)
+        return online_softmax.merge(state, *far.to_tokens(*online_softmax.finalize(found)))
+
+    def backward(self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
+        """Gradients of both parts, each with the statistics of all keys."""
+        far = self._far_part(context, mask, q.shape[TOKENS])
+        near = Ring().backward(context, me, q, k, v, segments, self._near_mask(far.stride, mask), stats)
+        q, k, v, segments, dout, lse, delta = far.to_residues(q, k, v, segments, stats.dout, stats.lse, stats.delta)
+        nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+        pair, stats = far.pair(me, mask, q, segments), GlobalStats(None, lse, dout, delta)
+        found = context.kernel.backward(q, k, v, stats, pair, nothing, context.blocks)
+        return tuple(x + y for x, y in zip(near, far.to_tokens(*found), strict=True))
+
+    def _far_part(self, context: Context, mask: MaskSpec, shard_len: int) -> FarPart:
+        return FarPart(context=context, stride=self.stride_of(mask.seq_len or context.devices * shard_len))
+
+    def _near_mask(self, stride: int, mask: MaskSpec) -> MaskSpec:
+        """The mask of what is seen because it is near."""
+        return dataclasses.replace(mask, window=near_window(mask.window, stride))
 
     def memory_bytes(self, work: Workload) -> int:
         """q, k and v by residues, and the statistics of both parts in float32."""

@@ -1,16 +1,32 @@
-"""What every strategy is: facts about it, a check of what it can do, and an attention over shards of a sequence."""
+"""What every strategy is: two passes over the shards of a sequence, a check of what it can do, and facts about it.
+
+How the keys of one device get to the queries of another is the strategy's business. The softmax over all of them, the
+residuals and the gradients of sinks are the same whichever it is: `attention_over_shards`.
+"""
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
 import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import Kernel
+from ring_attention.attention.derivatives import differentiated_once
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel
 from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.workload import Schedule, Workload
+
+SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
+"""`checkpoint_name`s of what a remat policy must keep so that no strategy's forward pass runs twice.
+
+Ulysses' swaps stand around its ring and are done again; ring self-attention saves neither, and is computed again.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,20 +34,72 @@ class Context:
     """Where an attention runs, whatever its strategy.
 
     Attributes:
-      axis_name: of the devices that hold the sequence.
-      layout: in which they hold it.
+      axis_name: the axis of the devices that hold the sequence.
+      layout: the layout of the sequence over the places of the ring.
       kernel, blocks: how tiles are computed.
+      width: how many consecutive devices share a place, each with heads of its own.
     """
 
     axis_name: str
     layout: SequenceLayout
     kernel: Kernel
     blocks: BlockSizes
+    width: int = 1
 
     @property
     def devices(self) -> int:
         """P, the number of devices that hold the sequence."""
-        return self.layout.ring_size
+        return self.layout.ring_size * self.width
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attention_over_shards(strategy: "Strategy", context: Context, q, k, v, segments, mask, sinks) -> jax.Array:
+    """Attention of this device's queries to all keys that they see, by the two passes of a strategy.
+
+    Args:
+      strategy: brings queries and keys together.
+      context: where it runs.
+      q: [B,H,t,D].
+      k, v: [B,K,t,D].
+      segments: int32 [B,t] or None.
+      mask: how a query and a key make a weight.
+      sinks: float32 [H] or None.
+
+    Returns:
+      Out [B,H,t,D] in the dtype of q.
+    """
+    state = strategy.forward(context, *_bound(context, q, k, v, segments, mask))
+    return attention_sinks.finalize(state, sinks)[0].astype(q.dtype)
+
+
+def _bound(context: Context, q, k, v, segments, mask: MaskSpec) -> tuple:
+    """(me, q, k, v, segments, mask), where this device's number, segments and mask seem to depend on k.
+
+    They are the same in every layer. Where layers are a loop, JAX lifts what follows from such values alone out of it
+    and keeps it: where the tokens of each hop stand, which of its tiles are computed, an array for every hop of the
+    ring.
+    """
+    me, k, segments, mask = lax.optimization_barrier((lax.axis_index(context.axis_name), k, segments, mask))
+    return me, q, k, v, segments, mask
+
+
+def _forward(strategy: "Strategy", context: Context, q, k, v, segments, mask: MaskSpec, sinks):
+    # Not by the decorated function: what a forward rule computes must let tangents through, for Hessians.
+    state = strategy.forward(context, *_bound(context, q, k, v, segments, mask))
+    out, lse = attention_sinks.finalize(state, sinks)
+    out, lse = (checkpoint_name(x, name) for x, name in zip((out.astype(q.dtype), lse), SAVED_NAMES, strict=True))
+    return out, (q, k, v, segments, mask, sinks, out, lse)
+
+
+def _backward(strategy: "Strategy", context: Context, residuals, dout):
+    q, k, v, segments, mask, sinks, out, lse = residuals
+    stats = GlobalStats.of(out, lse, dout)
+    grads = strategy.backward(context, *_bound(context, q, k, v, segments, mask), stats)
+    grads = (differentiated_once(grad.astype(x.dtype)) for grad, x in zip(grads, (q, k, v), strict=True))
+    return *grads, None, None, attention_sinks.gradient(sinks, stats)
+
+
+attention_over_shards.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +130,26 @@ class Strategy:
     def check(self, context: Context, q_shape: tuple[int, ...], kv_heads: int, mask: MaskSpec) -> None:
         """Raise ValueError for what it cannot do. q_shape is that of a shard, [B,t,H,D]."""
 
-    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks) -> jax.Array:
-        """Out [B,H,t,D] in the dtype of q, of this device's slices q [B,H,t,D], k and v [B,K,t,D]."""
+    attend = functools.partialmethod(attention_over_shards)
+    """attend(context, q, k, v, segments, mask, sinks) -> out; by `attention_over_shards`, or in a way of its own."""
+
+    def forward(self, context: Context, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
+        """The softmax state of this device's queries over all keys that they see.
+
+        Args:
+          context: where it runs.
+          me: int32, this device's number along the axis.
+          q: [B,H,t,D].
+          k, v: [B,K,t,D].
+          segments: int32 [B,t] or None.
+          mask: how a query and a key make a weight.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """float32 gradients of this device's q, k and v, given the statistics of its queries over all keys."""
         raise NotImplementedError
 
     def memory_bytes(self, work: Workload) -> int:

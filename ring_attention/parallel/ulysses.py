@@ -15,9 +15,8 @@ from jax import lax
 
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import require
-from ring_attention.parallel.exchange import attend
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.ring import Ring, check_pairs, ring_pass_of
+from ring_attention.parallel.ring import Ring, check_pairs
 from ring_attention.parallel.routes import plan_routes, token_hops
 from ring_attention.parallel.strategy import Context, Strategy, closest_divisor
 from ring_attention.parallel.workload import SWAP, Schedule, Step, Workload
@@ -97,11 +96,11 @@ class Usp(Strategy):
             f"strategy={self.name!r} shares {heads} query heads out among {size} devices, which do not divide them; "
             f'use strategy="usp" with ulysses_size={math.gcd(heads, devices)}, or strategy="ring"',
         )
-        merged = dataclasses.replace(context, layout=context.layout.merged(size))  # raises where it cannot be merged
-        check_pairs(merged, mask, size * q_shape[1])
+        places = context.layout.merged(size)  # raises where it cannot be merged
+        check_pairs(dataclasses.replace(context, layout=places, width=size), mask, size * q_shape[1])
 
     def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
-        """See `Strategy`."""
+        """Swap heads for tokens among neighbours, go around the ring of their places, and swap back."""
         (_, H, t, _), K, P = q.shape, k.shape[HEADS], context.devices
         U = self.size(P, H, K)
         swap = Swap(
@@ -114,10 +113,9 @@ class Usp(Strategy):
         sinks = None if sinks is None else lax.dynamic_slice_in_dim(sinks, first, H // U)
         copies = kv_copies(K, U)
         k, v = (repeat_heads(x, copies) for x in (k, v))
-        merged = dataclasses.replace(context, layout=context.layout.merged(U))
-        ring_pass = ring_pass_of(merged, mask, U * t, width=U)
+        merged = dataclasses.replace(context, layout=context.layout.merged(U), width=U)
         segments = None if segments is None else swap.gather(segments)
-        out = attend(ring_pass, *map(swap.heads_for_tokens, (q, k, v)), segments, mask, sinks)
+        out = Ring().attend(merged, *map(swap.heads_for_tokens, (q, k, v)), segments, mask, sinks)
         return swap.tokens_for_heads(out)
 
     def memory_bytes(self, work: Workload) -> int:

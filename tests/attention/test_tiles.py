@@ -38,15 +38,15 @@ def _counts(pair, t, s, blocks):
     padded = (-(-t // cut.size.q) * cut.size.q, -(-s // cut.size.kv) * cut.size.kv)
     computed, unmasked = np.zeros((2, B, K, *padded), int)
 
-    def take(area, carry):
+    def take(tile, carry):
         here = (
-            int(area.b),
-            slice(int(area.h), int(area.h) + area.heads),
-            slice(int(area.q), int(area.q) + area.q_size),
-            slice(int(area.kv), int(area.kv) + area.kv_size),
+            int(tile.b),
+            slice(int(tile.h), int(tile.h) + tile.heads),
+            slice(int(tile.q), int(tile.q) + tile.q_size),
+            slice(int(tile.kv), int(tile.kv) + tile.kv_size),
         )
         computed[here] += 1
-        unmasked[here] += not area.masked
+        unmasked[here] += not tile.masked
         return carry
 
     class Loop:
@@ -58,7 +58,7 @@ def _counts(pair, t, s, blocks):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiling, "lax", Loop)
-        cut.each(lambda area, visits, carry: cut.visit(area, visits, take, carry), 0)
+        cut.each(lambda row, carry: (take, carry), lambda row, carry, state: state, 0)
     return computed[:, :, :t, :s], unmasked[:, :, :t, :s]
 
 

@@ -64,11 +64,11 @@ def _gradients_are_not_sent_home(patch):
 
 
 def _wrong_source(patch):
-    def mutant(self, me, mask, q_segments, length, k_segments, route, step):
-        return pair(self, me, mask, q_segments, length, k_segments, route, self.layout.ring_size - step)
+    def mutant(self, number, segments, step):
+        return pair(self, number, segments, self.context.layout.ring_size - step)
 
-    pair = RingPass.pair
-    patch.setattr(RingPass, "pair", mutant)
+    pair = RingPass.remote_pair
+    patch.setattr(RingPass, "remote_pair", mutant)
 
 
 def _positions_of_another_layout(patch):

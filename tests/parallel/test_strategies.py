@@ -15,7 +15,7 @@ import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel import context, ring_self_attention, sparse, ulysses
-from ring_attention.parallel.all_gather import Gathering
+from ring_attention.parallel.all_gather import AllGather
 from ring_attention.testing import NAMES, random_qkv, random_segments
 
 P, B, T, H, K, D = 4, 2, 96, 8, 4, 6
@@ -181,44 +181,44 @@ def _tokens_in_the_order_of_devices(patch):
     patch.setattr(ulysses.Swap, "_sort", lambda self, x, axis, order: x)
 
 
-def _rule_of_other_heads(patch):
+def _slopes_of_other_heads(patch):
     patch.setattr(MaskSpec, "of_heads", lambda self, start, number, of=MaskSpec.of_heads: of(self, 0, number))
 
 
 def _own_gradients_alone(patch):
-    def mutant(self, grads):
-        t = grads[0].shape[2] // self.layout.ring_size
-        start = jax.lax.axis_index(self.axis_name) * t
+    def mutant(self, context, grads):
+        t = grads[0].shape[2] // context.devices
+        start = jax.lax.axis_index(context.axis_name) * t
         return [jax.lax.dynamic_slice_in_dim(x, start, t, axis=2) for x in grads]
 
-    patch.setattr(Gathering, "_scatter", mutant)
+    patch.setattr(AllGather, "_scatter", mutant)
 
 
 def _the_same_heads_twice(patch):
-    gather = Gathering._gather
-    patch.setattr(Gathering, "_gather", lambda self, parts, group: gather(self, parts, jnp.maximum(group - 1, 0)))
+    gather = AllGather._gather
+    patch.setattr(AllGather, "_gather", lambda self, *args: gather(self, *args[:-1], jnp.maximum(args[-1] - 1, 0)))
 
 
 def _near_tokens_twice(patch):
-    pair = sparse.StridedExchange._pair
+    pair = sparse.FarPart.pair
 
     def mutant(self, *args):
         found = pair(self, *args)
         mask = dataclasses.replace(found.mask, min_distance=0)
         return dataclasses.replace(found, mask=mask)
 
-    patch.setattr(sparse.StridedExchange, "_pair", mutant)
+    patch.setattr(sparse.FarPart, "pair", mutant)
 
 
 def _residues_of_the_next_device(patch):
-    pair = sparse.StridedExchange._pair
+    pair = sparse.FarPart.pair
 
     def mutant(self, *args):
         found = pair(self, *args)
         tokens = dataclasses.replace(found.keys, positions=found.keys.positions + 1)
         return dataclasses.replace(found, keys=tokens)
 
-    patch.setattr(sparse.StridedExchange, "_pair", mutant)
+    patch.setattr(sparse.FarPart, "pair", mutant)
 
 
 def _no_sum_over_devices(patch):
@@ -241,8 +241,8 @@ def _blocks_of_the_device_before(patch):
 
 MUTANTS = {
     "tokens are not sorted after a swap": (_tokens_in_the_order_of_devices, "usp", NAMES),
-    "slopes of other heads": (_rule_of_other_heads, "ulysses", ALL_NAMES),
-    "slopes of other heads, gathered": (_rule_of_other_heads, "all_gather", ALL_NAMES),
+    "slopes of other heads": (_slopes_of_other_heads, "ulysses", ALL_NAMES),
+    "slopes of other heads, gathered": (_slopes_of_other_heads, "all_gather", ALL_NAMES),
     "gradients are not summed": (_own_gradients_alone, "all_gather", ("dk", "dv")),
     "a group of heads is gathered twice": (_the_same_heads_twice, "all_gather", ALL_NAMES),
     "near tokens are seen twice": (_near_tokens_twice, "sparse", ALL_NAMES),

@@ -166,10 +166,11 @@ class Tiling:
         """An array of keys with zeros for the padding."""
         return _pad(x_BKs, 2, self.size.kv)
 
-    def each(self, body, carry):
-        """`body(row, visits, carry) -> carry` for all tiles of queries and groups of key tiles that they may see.
+    def each(self, begin, end, carry):
+        """Go through the tiles that are seen, row by row; a row, a tile of queries, is a tile that has no keys yet.
 
-        `row` is a tile without keys yet; `visit` goes through its `visits`, which all heads share.
+        `begin(row, carry) -> (take, state)` says what to do in a row: `take(tile, state) -> state` for each of its
+        tiles, beginning with `state`. Then `end(row, carry, state) -> carry`.
         """
         (B, n, _), m, size = self.queries.low.shape, self.keys.low.shape[1], self.size
         heads = np.int32(self.num_kv_heads // size.heads)
@@ -183,32 +184,41 @@ class Tiling:
             of_rows = jax.vmap(lambda queries, keys: self._visits(queries, keys, np.int32(0), m), (0, None))
             of_all = jax.vmap(of_rows)(self.queries, jax.tree.map(lambda x: x[:, 0], pieces))
 
+        def visit(b, i, visits: Visits, carry):
+            """The tiles that all heads of a tile of queries visit of a group."""
+
+            def head(number, carry):
+                h = jnp.asarray(number, jnp.int32) * size.heads
+                row = Tile(b, h, i * size.q, np.int32(0), size.heads, size.q, 0, False)
+                take, state = begin(row, carry)
+                full = lambda number, state: take(self._full(row, visits, number), state)  # noqa: E731
+                part = lambda number, state: take(self._part(row, visits, number), state)  # noqa: E731
+                state = lax.fori_loop(np.int32(0), visits.full.count, full, state)
+                state = lax.fori_loop(np.int32(0), visits.parts.count, part, state)
+                return end(row, carry, state)
+
+            some = visits.full.count + visits.parts.count > 0
+            return lax.fori_loop(np.int32(0), jnp.where(some, heads, np.int32(0)), head, carry)
+
         def row(number, carry):
+            number = jnp.asarray(number, jnp.int32)
             b, i = number // n, number % n
-            queries = jax.tree.map(lambda x: x[b, i], self.queries)
-
-            def group(number, carry):
-                keys = jax.tree.map(lambda x: x[b, number], pieces)
-                rest = jnp.minimum(m - number * length, length)
-                return visit_heads(self._visits(queries, keys, number * length, rest), carry)
-
-            def visit_heads(visits: Visits, carry):
-                def head(number, carry):
-                    h, q = number * size.heads, i * size.q
-                    return body(Tile(b, h, q, np.int32(0), size.heads, size.q, 0, False), visits, carry)
-
-                some = visits.full.count + visits.parts.count > 0
-                return loop(jnp.where(some, heads, np.int32(0)), head, carry)
-
             if groups == 1:
-                return visit_heads(jax.tree.map(lambda x: x[b, i], of_all), carry)
+                return visit(b, i, jax.tree.map(lambda x: x[b, i], of_all), carry)
+            queries = jax.tree.map(lambda x: x[b, i], self.queries)
             kinds = kinds_between(self.pair.mask, queries.joined(size.cut_q), jax.tree.map(lambda x: x[b], of_groups))
             seen = Worklist.of(kinds[0] != EMPTY)
-            return loop(seen.count, lambda number, carry: group(seen.items[number], carry), carry)
+
+            def group(number, carry):
+                number = seen.items[number]
+                keys, rest = jax.tree.map(lambda x: x[b, number], pieces), jnp.minimum(m - number * length, length)
+                return visit(b, i, self._visits(queries, keys, number * length, rest), carry)
+
+            return lax.fori_loop(np.int32(0), seen.count, group, carry)
 
         if B * n == 1:
             return row(np.int32(0), carry)
-        return loop(np.int32(B * n), row, carry)
+        return lax.fori_loop(np.int32(0), np.int32(B * n), row, carry)
 
     def _visits(self, queries: Bounds, keys: Bounds, start, number) -> Visits:
         """What the pieces of a query tile visit of those of a group of key tiles; the first `number` of these exist."""
@@ -219,23 +229,18 @@ class Tiling:
         cut = (kinds == PARTIAL)[:, None, None] & (pieces != EMPTY)
         return Visits(jnp.int32(start), Worklist.of(kinds == FULL), Worklist.of(cut.reshape(-1)))
 
-    def visit(self, row: Tile, visits: Visits, take, carry):
-        """`take(tile, carry) -> carry` over the tiles of keys that a tile of queries sees."""
-        size = self.size
+    def _full(self, row: Tile, visits: Visits, number) -> Tile:
+        """The uncut tile that is visited at this turn."""
+        j = visits.start + visits.full.items[number]
+        return row._replace(kv=j * self.size.kv, kv_size=self.size.kv)
 
-        def full(number, carry):
-            j = visits.start + visits.full.items[number]
-            return take(row._replace(kv=j * size.kv, kv_size=size.kv), carry)
-
-        def part(number, carry):
-            item, pieces = visits.parts.items[number], size.cut_q * size.cut_kv
-            j, x, y = visits.start + item // pieces, item % pieces // size.cut_kv, item % size.cut_kv
-            q_size, kv_size = size.q // size.cut_q, size.kv // size.cut_kv
-            q, kv = row.q + x * q_size, j * size.kv + y * kv_size
-            return take(row._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True), carry)
-
-        carry = loop(visits.full.count, full, carry)
-        return loop(visits.parts.count, part, carry)
+    def _part(self, row: Tile, visits: Visits, number) -> Tile:
+        """The piece of a cut tile that is visited at this turn."""
+        size, item, pieces = self.size, visits.parts.items[number], self.size.cut_q * self.size.cut_kv
+        j, x, y = visits.start + item // pieces, item % pieces // size.cut_kv, item % size.cut_kv
+        q_size, kv_size = size.q // size.cut_q, size.kv // size.cut_kv
+        q, kv = row.q + x * q_size, j * size.kv + y * kv_size
+        return row._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True)
 
     def tokens(self, tile: Tile) -> tuple[Tokens, Tokens]:
         """Where the tile's queries [t] and keys [s] stand."""
@@ -249,14 +254,6 @@ class Tiling:
             lambda x: lax.dynamic_slice_in_dim(x, tile.h, tile.heads), (self.slopes, self.heads)
         )
         return slopes, heads, None if heads is None else self.pair.mask.dropout.batch[tile.b]
-
-
-def loop(count, body, carry):
-    """`body(number, carry) -> carry` for the numbers below `count`, int32.
-
-    Where the count is known JAX counts in its default integer, which has 64 bits if the program enables them.
-    """
-    return lax.fori_loop(np.int32(0), count, lambda i, carry: body(jnp.asarray(i, jnp.int32), carry), carry)
 
 
 def halve(length: int, blocks: BlockSizes) -> int:

@@ -13,7 +13,7 @@ from einops import rearrange
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import GlobalStats
-from ring_attention.attention.kernels.tiling import Tile, Tiling, Visits
+from ring_attention.attention.kernels.tiling import Tile, Tiling
 from ring_attention.attention.masks import BlockPair
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import vary_together
@@ -28,25 +28,24 @@ def forward(q_BHtD, k_BKsD, v_BKsD, pair: BlockPair, state: SoftmaxState, blocks
     arrays += [tiling.pad_keys(x) for x in (k_BKsD, v_BKsD)]
     tiling, q, *state, k, v = vary_together(tiling, *arrays)
 
-    def query_tile(row: Tile, visits: Visits, state):
+    def take_keys(block: BlockScores, q_GtD, k_sD, v_sD, *state_Gt):
+        products = jnp.dot(q_GtD.reshape(-1, q_GtD.shape[-1]), k_sD.T, preferred_element_type=jnp.float32)
+        scores, _ = block.scores(products.reshape(*q_GtD.shape[:2], -1))
+        return tuple(online_softmax.update(SoftmaxState(*state_Gt), scores, v_sD, block.dropout_factor()))
+
+    def begin(row: Tile, state):
         def take(tile: Tile, row_state):
-            """Take the keys of a tile into the state of this row."""
             here = [tile.of_row(x, 2, row) for x in row_state]
-            here = _each_head(_take_keys, tiling, tile)(tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), *here)
+            here = _each_head(take_keys, tiling, tile)(tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), *here)
             return [tile.into_row(x, new, 2, row) for x, new in zip(row_state, here, strict=True)]
 
-        row_state = tiling.visit(row, visits, take, [row.of_queries(x) for x in state])
+        return take, [row.of_queries(x) for x in state]
+
+    def end(row: Tile, state, row_state):
         return [row.into_queries(x, new) for x, new in zip(state, row_state, strict=True)]
 
-    state = tiling.each(query_tile, state)
+    state = tiling.each(begin, end, state)
     return SoftmaxState(*(_ungroup(x[:, :, :, :t]) for x in state))
-
-
-def _take_keys(block: BlockScores, q_GtD, k_sD, v_sD, *running_Gt):
-    """The softmax state with the keys of one tile taken in."""
-    products = jnp.dot(q_GtD.reshape(-1, q_GtD.shape[-1]), k_sD.T, preferred_element_type=jnp.float32)
-    scores, _ = block.scores(products.reshape(*q_GtD.shape[:2], -1))
-    return tuple(online_softmax.update(SoftmaxState(*running_Gt), scores, v_sD, block.dropout_factor()))
 
 
 def backward(q_BHtD, k_BKsD, v_BKsD, stats: GlobalStats, pair: BlockPair, dq_BHtD, blocks: BlockSizes):
@@ -64,7 +63,7 @@ def backward(q_BHtD, k_BKsD, v_BKsD, stats: GlobalStats, pair: BlockPair, dq_BHt
     zeros = jnp.zeros_like(_turn(arrays[-1]), jnp.float32)
     tiling, *of_queries, dq, k, v, dk, dv = vary_together(tiling, *arrays, zeros, zeros)
 
-    def query_tile(row: Tile, visits: Visits, grads):
+    def begin(row: Tile, grads):
         q, dout, *statistics = [row.of_queries(x) for x in of_queries]
         turned = [rearrange(x, "h G t D -> h D G t") for x in (q, dout)]
 
@@ -79,10 +78,13 @@ def backward(q_BHtD, k_BKsD, v_BKsD, stats: GlobalStats, pair: BlockPair, dq_BHt
             return [row_dq, *(tile.into_columns(x, new) for x, new in zip(dkv, dkv_here, strict=True))]
 
         dq, *dkv = grads
-        row_dq, *dkv = tiling.visit(row, visits, add, [row.of_queries(dq), *dkv])
-        return [row.into_queries(dq, row_dq), *dkv]
+        return add, [row.of_queries(dq), *dkv]
 
-    dq, dk, dv = tiling.each(query_tile, [dq, dk, dv])
+    def end(row: Tile, grads, row_grads):
+        row_dq, *dkv = row_grads
+        return [row.into_queries(grads[0], row_dq), *dkv]
+
+    dq, dk, dv = tiling.each(begin, end, [dq, dk, dv])
     return _ungroup(dq[:, :, :, :t]), _turn(dk)[:, :, :s], _turn(dv)[:, :, :s]
 
 
