@@ -20,15 +20,15 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_MODULES` says the sam
     from ring_attention.attention.feedforward import blockwise_feedforward as blockwise_feedforward
     from ring_attention.attention.reference import reference_attention as reference_attention
     from ring_attention.parallel.context import context_attention as context_attention
-    from ring_attention.parallel.context import context_attention_shard as context_attention_shard
     from ring_attention.parallel.context import ring_attention as ring_attention
-    from ring_attention.parallel.context import ring_attention_shard as ring_attention_shard
     from ring_attention.parallel.decode import decode_attention as decode_attention
     from ring_attention.parallel.decode import decode_attention_shard as decode_attention_shard
     from ring_attention.parallel.flax_attention import flax_attention_fn as flax_attention_fn
     from ring_attention.parallel.layouts import SequenceLayout as SequenceLayout
     from ring_attention.parallel.mesh import compiler_options as compiler_options
     from ring_attention.parallel.mesh import make_mesh as make_mesh
+    from ring_attention.parallel.shard import context_attention_shard as context_attention_shard
+    from ring_attention.parallel.shard import ring_attention_shard as ring_attention_shard
     from ring_attention.parallel.simulate import simulate_devices as simulate_devices
     from ring_attention.parallel.strategies import STRATEGIES as STRATEGIES
     from ring_attention.parallel.strategy import SAVED_NAMES as SAVED_NAMES
@@ -46,14 +46,14 @@ _MODULES = {
     "blockwise_feedforward": "attention.feedforward",
     "compiler_options": "parallel.mesh",
     "context_attention": "parallel.context",
-    "context_attention_shard": "parallel.context",
+    "context_attention_shard": "parallel.shard",
     "decode_attention": "parallel.decode",
     "decode_attention_shard": "parallel.decode",
     "flax_attention_fn": "parallel.flax_attention",
     "make_mesh": "parallel.mesh",
     "reference_attention": "attention.reference",
     "ring_attention": "parallel.context",
-    "ring_attention_shard": "parallel.context",
+    "ring_attention_shard": "parallel.shard",
     "simulate_devices": "parallel.simulate",
     "testing": "testing",
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.derivatives import differentiated_once, only_reverse_mode
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel
-from ring_attention.attention.mask_spec import as_sinks, make_mask_spec
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
+from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec
 from ring_attention.attention.masks import BlockPair, Runs, Tokens
 from ring_attention.attention.on_shards import Shards, on_shards, shards_of
 from ring_attention.attention.online_softmax import SoftmaxState
@@ -29,26 +31,19 @@ class _Static:
     blocks: BlockSizes
 
 
+@lists_arguments(MASK_DEFAULTS)
 def blockwise_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     *,
-    causal: bool = True,
-    window: int | None = None,
-    segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     q_positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    sinks: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
     return_lse: bool = False,
+    **arguments: Unpack[MaskArgs],
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention on one device, a tile of scores at a time (Rabe & Staats 2021; Dao et al. 2022).
 
@@ -85,9 +80,10 @@ def blockwise_attention(
     Raises:
       ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
     """
+    refuse_unknown(blockwise_attention, arguments)
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
-    (B, T, H, _), S = q.shape, k.shape[1]
+    (B, T, H, D), S, segment_ids = q.shape, k.shape[1], arguments.get("segment_ids")
     if kv_segment_ids is None and segment_ids is not None:
         require(
             T == S, f"segment_ids covers T={T} queries, but there are S={S} keys; give kv_segment_ids [B,S] as well"
@@ -98,24 +94,14 @@ def blockwise_attention(
     _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
     static = _Static(kernel=find_kernel(impl), blocks=as_blocks(block_sizes))
     kernel = static.kernel
-    make_mask = functools.partial(
-        make_mask_spec,
-        q,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        scale=scale,
-        alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-    )
-    kernel.check(jax.eval_shape(make_mask), jax.ShapeDtypeStruct((B, H, T, q.shape[3]), q.dtype))
+    checked = checked_mask_args(arguments, H)
+    mask, sinks = make_mask_spec(q, **checked), as_sinks(checked["sinks"])
+    kernel.check(mask, jax.ShapeDtypeStruct((B, H, T, D), q.dtype))
     require(
         kernel.differentiates_lse or not return_lse,
         f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
     )
-    sinks = as_sinks(sinks, H)
-    pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
+    pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), mask)
     shards = shards_of(q, k, (v, pair, sinks))
     q, k, v, pair, sinks = vary_together(q, k, v, pair, sinks)
     args = (*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), pair, sinks)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ring_attention.attention.dropout import Dropout, seeds_of
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs
 from ring_attention.checks import is_number, is_whole, require, require_shape, shown
 
 
@@ -53,51 +56,56 @@ class MaskSpec:
 def make_mask_spec(
     q: jax.Array,
     *,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float | None,
-    alibi_slopes: jax.Array | None,
-    dropout_rate: float,
-    dropout_key: jax.Array | None,
     batch_offset: int | jax.Array = 0,
     head_offset: int | jax.Array = 0,
     seq_len: int | None = None,
+    **arguments: Unpack[MaskArgs],
 ) -> MaskSpec:
     """The mask specification for queries q [B,t,H,D], whose first sequence and head have these global indices.
 
-    Raises:
-      ValueError: for values out of range and shapes that do not fit.
+    The arguments are those of the public functions, checked already (`checked_mask_args`).
     """
     B, _, H, D = q.shape
-    check_mask_spec(causal, window, softcap, scale, dropout_rate, dropout_key)
-    alibi_slopes = of_heads("alibi_slopes", alibi_slopes, H)
+    mask = MASK_DEFAULTS | arguments
     dropout = None
-    if dropout_rate > 0:
+    if mask["dropout_rate"] > 0:
         batch, heads = batch_offset + jnp.arange(B, dtype=jnp.int32), head_offset + jnp.arange(H, dtype=jnp.int32)
         dropout = Dropout(
-            rate=dropout_rate,
-            seeds=seeds_of(dropout_key),
+            rate=mask["dropout_rate"],
+            seeds=seeds_of(mask["dropout_key"]),
             batch=batch.astype(jnp.int32),
             heads=heads.astype(jnp.int32),
         )
-    slopes = None
-    if alibi_slopes is not None:
-        slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
+    slopes = mask["alibi_slopes"]
     return MaskSpec(
-        scale=D**-0.5 if scale is None else float(scale),
-        causal=bool(causal),
-        window=bounded(window),
+        scale=D**-0.5 if mask["scale"] is None else float(mask["scale"]),
+        causal=bool(mask["causal"]),
+        window=bounded(mask["window"]),
         seq_len=seq_len,
-        softcap=None if softcap is None else float(softcap),
-        slopes=slopes,
+        softcap=None if mask["softcap"] is None else float(mask["softcap"]),
+        slopes=None if slopes is None else jax.lax.stop_gradient(jnp.asarray(slopes, jnp.float32)),
         dropout=dropout,
     )
 
 
-def as_sinks(sinks, heads: int) -> jax.Array | None:
-    """Sinks as float32 [H], or None; raises ValueError unless there is one for each query head."""
-    sinks = of_heads("sinks", sinks, heads)
+def checked_mask_args(arguments: Mapping[str, Any], heads: int) -> dict[str, Any]:
+    """`arguments` with the defaults of those left out, as plain values and arrays [H].
+
+    Segment ids are not looked at: their shape is that of the function that takes them.
+
+    Raises:
+      ValueError: for values out of range, and for sinks or slopes that are not one for each of the query heads.
+    """
+    mask = MASK_DEFAULTS | arguments
+    names = ("causal", "window", "softcap", "scale", "dropout_rate", "dropout_key")
+    check_mask_spec(*(mask[name] for name in names))
+    mask |= {name: of_heads(name, mask[name], heads) for name in ("sinks", "alibi_slopes")}
+    mask |= {name: None if mask[name] is None else float(mask[name]) for name in ("softcap", "scale")}
+    return mask | dict(causal=bool(mask["causal"]), dropout_rate=float(mask["dropout_rate"]))
+
+
+def as_sinks(sinks) -> jax.Array | None:
+    """Sinks as float32 [H], or None."""
     return None if sinks is None else jnp.asarray(sinks, jnp.float32)
 
 

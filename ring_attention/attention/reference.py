@@ -1,10 +1,12 @@
 """The oracle: dense attention and its gradients in float64 NumPy, written to be obviously right."""
 
 import dataclasses
+from typing import Unpack
 
 import numpy as np
 
 from ring_attention.attention.dropout import seeds_of
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import check_mask_spec, check_window
 from ring_attention.checks import require_attention_shapes, require_shape
 
@@ -47,25 +49,18 @@ class _Weights:
     slope: np.ndarray | float
 
 
+@lists_arguments(MASK_DEFAULTS)
 def reference_attention(
     q,
     k,
     v,
     *,
-    causal: bool = True,
-    window: int | None = None,
     stride: int | None = None,
-    segment_ids=None,
     kv_segment_ids=None,
     q_positions=None,
     kv_positions=None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    sinks=None,
-    alibi_slopes=None,
-    dropout_rate: float = 0.0,
-    dropout_key=None,
     return_lse: bool = False,
+    **arguments: Unpack[MaskArgs],
 ):
     """Dense attention in float64; arguments as in `blockwise_attention`, arrays of any dtype.
 
@@ -81,22 +76,9 @@ def reference_attention(
     Raises:
       ValueError: for values out of range and shapes that do not fit.
     """
-    arguments = _Arguments(
-        causal=causal,
-        window=window,
-        stride=stride,
-        segment_ids=segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        softcap=softcap,
-        scale=scale,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-    )
-    weights = _weigh(q, k, v, arguments)
+    refuse_unknown(reference_attention, arguments)
+    others = dict(stride=stride, kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions)
+    weights = _weigh(q, k, v, _Arguments(**arguments, **others))
     out = np.einsum("bhts,bshd->bthd", weights.p * weights.dropped, _expand(v, q))
     return (out, np.swapaxes(weights.lse, 1, 2)) if return_lse else out
 

@@ -5,6 +5,7 @@ its lse for each query and head, goes to all others in one small gather: everybo
 """
 
 import functools
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.derivatives import only_reverse_mode
 from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.mask_spec import as_sinks, check_mask_spec, make_mask_spec, of_heads
+from ring_attention.attention.mask_args import MASK_DEFAULTS, ScoreArgs, lists_arguments, refuse_unknown
+from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.checks import (
     require,
@@ -33,6 +35,7 @@ from ring_attention.parallel.on_mesh import on_mesh
 from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec, known_spec, spec_on
 
 
+@lists_arguments(MASK_DEFAULTS)
 def decode_attention_shard(
     q: jax.Array,
     k_cache: jax.Array,
@@ -43,13 +46,9 @@ def decode_attention_shard(
     layer: jax.Array | None = None,
     heads_first: bool = False,
     layout: str | SequenceLayout = "striped",
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    sinks: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
+    **arguments: Unpack[ScoreArgs],
 ) -> jax.Array:
     """`decode_attention` for use inside your own `shard_map`.
 
@@ -68,31 +67,29 @@ def decode_attention_shard(
     Raises:
       ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
     """
+    refuse_unknown(decode_attention_shard, arguments)
     layout = as_layout(layout, lax.axis_size(axis_name))
     cache = Cache(k_cache, v_cache, layer, heads_first)
     global_shapes = [_global_shape(x, q, cache, layout.ring_size) for x in (k_cache, v_cache)]
     _check(q, *global_shapes, lengths, layout, impl)
-    (_, T, H, _), s = q.shape, cache.slots
-    mask = make_mask_spec(
-        q,
-        causal=True,
-        window=window,
-        softcap=softcap,
-        scale=scale,
-        alibi_slopes=alibi_slopes,
-        dropout_rate=0.0,
-        dropout_key=None,
-    )
-    sinks = as_sinks(sinks, H)
+    mask, size = checked_mask_args(arguments, q.shape[2]), as_blocks(block_sizes).kv
+    return _attend_to_slots(q, cache, lengths, axis_name=axis_name, layout=layout, size=size, mask=mask)
+
+
+def _attend_to_slots(
+    q: jax.Array, cache: Cache, lengths: jax.Array, *, axis_name: str, layout: SequenceLayout, size: int, mask: dict
+) -> jax.Array:
+    """Attention to the slots of all devices, of arguments that were checked; `size` slots are read at once."""
+    T = q.shape[1]
     state = attend_cached(
         q,
         cache,
-        mask=mask,
+        mask=make_mask_spec(q, **mask),
         q_positions=lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None],
-        kv_positions=layout.shard_positions(lax.axis_index(axis_name), s),
-        size=as_blocks(block_sizes).kv,
+        kv_positions=layout.shard_positions(lax.axis_index(axis_name), cache.slots),
+        size=size,
     )
-    out, _ = attention_sinks.finalize(_merged(state, axis_name), sinks)
+    out, _ = attention_sinks.finalize(_merged(state, axis_name), as_sinks(mask["sinks"]))
     return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
 
@@ -119,6 +116,7 @@ def _merged(state: SoftmaxState, axis_name: str) -> SoftmaxState:
     return SoftmaxState((out * weight[..., None]).sum(0), top, weight.sum(0))
 
 
+@lists_arguments(MASK_DEFAULTS)
 def decode_attention(
     q: jax.Array,
     k_cache: jax.Array,
@@ -130,13 +128,9 @@ def decode_attention(
     spec: PartitionSpec | None = None,
     heads_first: bool = False,
     layout: str | SequenceLayout = "striped",
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    sinks: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
+    **arguments: Unpack[ScoreArgs],
 ) -> jax.Array:
     """Attention of each row's newest tokens to its cache, which the devices of `mesh` hold shards of.
 
@@ -173,6 +167,7 @@ def decode_attention(
     Raises:
       ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
     """
+    refuse_unknown(decode_attention, arguments)
     given, mesh = mesh, find_mesh(mesh, axis_name)
     layout = as_layout(layout, mesh.shape[axis_name])
     need = "must be True (caches are [B,K,S,D]) or False ([B,S,K,D]); leave it out for False"
@@ -184,42 +179,39 @@ def decode_attention(
         spec = default_spec(mesh, axis_name, known, sizes=(q.shape[0], global_shapes[0].shape[2]))
     spec = spec_on(spec, given, mesh)
     check_spec(spec, mesh, axis_name, q, global_shapes[0])
-    check_mask_spec(True, window, softcap, scale, 0.0, None)
-    sinks, alibi_slopes = (of_heads(*x, q.shape[2]) for x in (("sinks", sinks), ("alibi_slopes", alibi_slopes)))
-    run = _sharded(
-        mesh,
-        spec,
-        axis_name=axis_name,
-        layout=layout,
-        window=window,
-        softcap=None if softcap is None else float(softcap),
-        scale=None if scale is None else float(scale),
-        impl=impl,
-        block_sizes=as_blocks(block_sizes),
-        heads_first=heads_first,
-    )
+    mask = checked_mask_args(arguments, q.shape[2])
+    sinks, alibi_slopes = mask.pop("sinks"), mask.pop("alibi_slopes")
+    settings = dict(axis_name=axis_name, layout=layout, size=as_blocks(block_sizes).kv)
     with only_reverse_mode():
-        return run(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
+        return _sharded(mesh, spec, heads_first, **settings, **mask)(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
 
 
 @functools.lru_cache(maxsize=128)
-def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, **settings):
-    """`decode_attention_shard` over global arrays, compiled once for each set of choices."""
+def _sharded(
+    mesh: Mesh | AbstractMesh,
+    spec: PartitionSpec,
+    heads_first: bool,
+    *,
+    axis_name: str,
+    layout: SequenceLayout,
+    size: int,
+    **mask,
+):
+    """Attention to a global cache, compiled once for each set of choices."""
     batch_axes, slot_axes, head_axes, _ = axes_of_spec(spec)
     batch, heads = batch_axes or None, head_axes or None
     queries = PartitionSpec(batch, None, heads)
-    cache = PartitionSpec(batch, heads, slot_axes) if settings["heads_first"] else spec
+    cache = PartitionSpec(batch, heads, slot_axes) if heads_first else spec
 
-    def run(shard_map, q, k_cache, v_cache, lengths, sinks, alibi_slopes):
+    def run(shard_map, *arrays):
         def on_shards(q, k_cache, v_cache, lengths, sinks, alibi_slopes):
-            return decode_attention_shard(
-                q, k_cache, v_cache, lengths=lengths, sinks=sinks, alibi_slopes=alibi_slopes, **settings
-            )
+            here = mask | dict(sinks=sinks, alibi_slopes=alibi_slopes)
+            slots = Cache(k_cache, v_cache, None, heads_first)
+            return _attend_to_slots(q, slots, lengths, axis_name=axis_name, layout=layout, size=size, mask=here)
 
         of_heads = PartitionSpec(heads)
         in_specs = (queries, cache, cache, PartitionSpec(batch), of_heads, of_heads)
-        sharded = shard_map(on_shards, in_specs, queries)
-        return sharded(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
+        return shard_map(on_shards, in_specs, queries)(*arrays)
 
     return on_mesh(mesh, queries, run)
 

@@ -5,9 +5,9 @@ is dropped in silence gives a model that trains, and is another one than was ask
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Hashable
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,22 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.axis_types import names_of, type_of
+from ring_attention.attention.mask_args import defaults_of, lists_arguments
 from ring_attention.checks import is_number, require, require_array, shown
-from ring_attention.parallel.context import context_attention
+from ring_attention.parallel.context import ContextArgs, context_attention
 from ring_attention.parallel.strategies import find_strategy
 
 _MOST_LOOKED_AT = 2**24
 """Numbers in a mask that is looked at to name the call that replaces it."""
 
 _OF_THE_LAYER = ("dropout_rate", "dropout_key")
-_SETTINGS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(context_attention).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("mesh", *_OF_THE_LAYER)
-}
+_SETTINGS = defaults_of(context_attention, but=("mesh", *_OF_THE_LAYER))
 
 
-def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings) -> Callable[..., jax.Array]:
+@lists_arguments(_SETTINGS)
+def flax_attention_fn(
+    *, mesh: Mesh | AbstractMesh | None = None, **settings: Unpack[ContextArgs]
+) -> Callable[..., jax.Array]:
     """An `attention_fn` for `flax.nnx.MultiHeadAttention` and for linen's `MultiHead(DotProduct)Attention`.
 
         attention_fn = ra.flax_attention_fn(mesh=mesh, layout="zigzag")

@@ -5,6 +5,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import TypedDict
 
 from ring_attention.checks import is_whole, require, require_choice, shown
 from ring_attention.parallel.all_gather import AllGather
@@ -31,6 +32,16 @@ STRATEGIES = MappingProxyType(
     }
 )
 """Name -> strategy with its default options, and the facts about it."""
+
+
+class StrategyOptions(TypedDict, total=False):
+    """Options of the strategies in `STRATEGIES`; their classes describe them."""
+
+    duplex: bool
+    unroll: bool
+    head_groups: int | None
+    ulysses_size: int | None
+    stride: int | None
 
 
 def find_strategy(strategy: str | Strategy, options: dict | None = None, function: Callable | None = None) -> Strategy:

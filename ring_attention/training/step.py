@@ -12,8 +12,8 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.models.layers import Attend
 from ring_attention.models.transformer import model_builder, parameter_specs
-from ring_attention.parallel.context import context_attention_shard
 from ring_attention.parallel.mesh import SEQUENCE, compiler_options
+from ring_attention.parallel.shard import context_attention_shard
 from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.state import TrainState, make_optimizer, state_shardings

@@ -13,7 +13,7 @@ from ring_attention.attention import kernels, online_softmax, sinks
 from ring_attention.attention.kernels.contract import GlobalStats
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.weights import BlockScores
-from ring_attention.parallel import context, ring
+from ring_attention.parallel import context, ring, shard
 from ring_attention.parallel.ring_pass import RingPass
 from ring_attention.testing import NAMES, random_qkv, random_segments
 
@@ -79,12 +79,12 @@ def _positions_of_another_layout(patch):
 
 def _window(more):
     def mutate(patch):
-        make_mask_spec = context.make_mask_spec
+        make_mask_spec = shard.make_mask_spec
 
         def mutant(*args, **kwargs):
             return make_mask_spec(*args, **(kwargs | dict(window=kwargs["window"] + more)))
 
-        patch.setattr(context, "make_mask_spec", mutant)
+        patch.setattr(shard, "make_mask_spec", mutant)
 
     return mutate
 

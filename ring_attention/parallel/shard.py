@@ -1,0 +1,166 @@
+"""Attention over a sequence that several devices hold, by any strategy: the front for one device's slices.
+
+Here arguments are checked; how queries and keys are then brought together is the strategy's business.
+"""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ring_attention.attention.blocks import BlockSizes, as_blocks
+from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, defaults_of, lists_arguments
+from ring_attention.attention.mask_spec import as_sinks, bounded, check_window, checked_mask_args, make_mask_spec
+from ring_attention.attention.varying import vary_together
+from ring_attention.checks import (
+    require,
+    require_attention_dtypes,
+    require_attention_shapes,
+    require_integers,
+)
+from ring_attention.parallel.layouts import SequenceLayout, as_layout
+from ring_attention.parallel.strategies import StrategyOptions, find_strategy
+from ring_attention.parallel.strategy import Context, Strategy
+
+
+class ShardArgs(MaskArgs, StrategyOptions, total=False):
+    """Keyword arguments of `context_attention_shard`, but for the strategy."""
+
+    axis_name: str
+    layout: str | SequenceLayout
+    max_segment_len: int | None
+    batch_offset: int | jax.Array
+    head_offset: int | jax.Array
+    seq_len: int | None
+    impl: str
+    block_sizes: BlockSizes | None
+
+
+class MaskAndOptions(MaskArgs, StrategyOptions, total=False):
+    """Keyword arguments that say what a query sees, and the options of the strategy."""
+
+
+@lists_arguments(MASK_DEFAULTS)
+@jax.named_scope("attention")
+def context_attention_shard(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    strategy: str | Strategy = "ring",
+    axis_name: str = "sp",
+    layout: str | SequenceLayout = "contiguous",
+    max_segment_len: int | None = None,
+    batch_offset: int | jax.Array = 0,
+    head_offset: int | jax.Array = 0,
+    seq_len: int | None = None,
+    impl: str = "auto",
+    block_sizes: BlockSizes | None = None,
+    **arguments: Unpack[MaskAndOptions],
+) -> jax.Array:
+    """`context_attention` for use inside your own `shard_map`.
+
+    A `vmap` with an axis name works too (not for USP), for rings larger than the machine; take gradients inside it,
+    because JAX does not know the name any more when it differentiates from outside.
+
+    Args:
+      q: this device's slice [B,t,H,D] of the queries, in the layout's order; float32, bfloat16 or float16.
+      k: this device's slice [B,t,K,D] of the keys, in the dtype of q; K divides H.
+      v: this device's slice [B,t,K,D] of the values.
+      strategy: a name from `STRATEGIES`, or one of its values with other options.
+      axis_name: the axis that the sequence is sharded over.
+      layout: the order in which tokens were dealt to devices, a name or a SequenceLayout.
+      causal, window, max_segment_len, softcap, scale: as in `context_attention`, and so are dropout_rate and
+        dropout_key.
+      segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.
+      sinks: those of this device's heads, [H].
+      alibi_slopes: those of this device's heads, [H].
+      batch_offset: global index of this device's first sequence, by which dropout counts.
+      head_offset: global index of this device's first head, by which dropout counts.
+      seq_len: tokens of the whole sequence that are real; those at positions from here on are padding. All by default.
+      impl: name of the kernel that computes tiles, or "auto".
+      block_sizes: sizes of the kernel's tiles.
+      **options: of the strategy.
+
+    Returns:
+      This device's slice [B,t,H,D] of the output, in the dtype of q; 0 where a query sees no key.
+
+    Raises:
+      ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
+    """
+    require_attention_shapes(q, k, v)
+    require_attention_dtypes(q, k, v)
+    require_as_many_keys(q, k)
+    layout = as_layout(layout, _axis_size(axis_name))
+    layout.check_length(q.shape[1] * layout.ring_size)
+    mask, options = mask_and_options(arguments, q.shape, max_segment_len, "Bt")
+    context = Context(axis_name=axis_name, layout=layout, kernel=find_kernel(impl), blocks=as_blocks(block_sizes))
+    strategy = find_strategy(strategy, options, context_attention_shard)
+    offsets = dict(batch_offset=batch_offset, head_offset=head_offset, seq_len=seq_len)
+    arrays = arrays_of_shard(strategy, context, q, k, v, mask, **offsets)
+    return jnp.swapaxes(strategy.attend(context, *arrays), 1, 2)
+
+
+def mask_and_options(arguments, q_shape: tuple[int, ...], max_segment_len: int | None, letters: str):
+    """(checked arguments of the mask, the strategy's options); `letters` name the axes of segment ids."""
+    options = {name: value for name, value in arguments.items() if name not in MASK_DEFAULTS}
+    mask = {name: value for name, value in arguments.items() if name in MASK_DEFAULTS}
+    segment_ids = mask.get("segment_ids")
+    if segment_ids is not None:
+        require_integers("segment_ids", segment_ids, q_shape[:2], letters)
+    mask = checked_mask_args(mask, q_shape[2])
+    return mask | dict(window=bounded(_shorter(mask["window"], max_segment_len, segment_ids))), options
+
+
+def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, **offsets) -> tuple:
+    """What `Strategy.attend` takes, of a device's slices q [B,t,H,D], k and v [B,t,K,D]: heads before tokens.
+
+    Raises ValueError for what the kernel or the strategy cannot do.
+    """
+    (B, t, H, D), segments = q.shape, mask["segment_ids"]
+    segments = None if segments is None else segments.astype(jnp.int32)
+    spec = make_mask_spec(q, **mask, **offsets)
+    context.kernel.check(spec, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
+    strategy.check(context, (B, t, H, D), k.shape[2], spec)
+    arrays = (q, k, v, segments, spec, as_sinks(mask["sinks"]), lax.axis_index(context.axis_name))
+    q, k, v, *others, _ = vary_together(*arrays)
+    return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), *others
+
+
+def require_as_many_keys(q, k) -> None:
+    """Raise ValueError for keys of another sequence that is not as long as that of the queries."""
+    require(
+        k.shape[1] == q.shape[1],
+        f"q has T={q.shape[1]} tokens and k has {k.shape[1]}, need as many of each, since devices hold the same share "
+        "of both; use blockwise_attention for cross attention, decode_attention for a few queries and a cache",
+    )
+
+
+def _axis_size(axis_name: str) -> int:
+    """Devices along an axis of the shard_map, or vmap, that this is called in."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError:
+        where = f"axis_name={axis_name!r} has no meaning here, need the name of an axis that jax.shard_map goes over"
+        raise ValueError(f"{where}; call it inside a shard_map, or give it whole arrays as context_attention") from None
+
+
+def _shorter(window: int | None, max_segment_len: int | None, segment_ids) -> int | None:
+    """The window that both bounds make."""
+    if max_segment_len is None:
+        return window
+    require(
+        segment_ids is not None,
+        f"max_segment_len={max_segment_len} bounds segments, but there are none; give segment_ids, or window instead",
+    )
+    check_window("max_segment_len", max_segment_len)
+    check_window("window", window)
+    return max_segment_len if window is None else min(window, max_segment_len)
+
+
+@lists_arguments(defaults_of(context_attention_shard, but=("strategy",)))
+def ring_attention_shard(q: jax.Array, k: jax.Array, v: jax.Array, **arguments: Unpack[ShardArgs]) -> jax.Array:
+    """`ring_attention` for use inside your own `shard_map`: `context_attention_shard` by ring, with its arguments."""
+    return context_attention_shard(q, k, v, strategy="ring", **arguments)
