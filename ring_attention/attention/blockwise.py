@@ -52,6 +52,16 @@ def blockwise_attention(
     shard is gathered, and the log says so: call it inside a `shard_map` over them, and `context_attention` where the
     sequence is sharded.
 
+    Which query (row) sees which key (column), T = S = 5:
+
+        causal=True      window=2         causal=False     segment_ids
+                                          window=2         [0,0,0,1,1]
+        1 0 0 0 0        1 0 0 0 0        1 1 0 0 0        1 0 0 0 0
+        1 1 0 0 0        1 1 0 0 0        1 1 1 0 0        1 1 0 0 0
+        1 1 1 0 0        0 1 1 0 0        0 1 1 1 0        1 1 1 0 0
+        1 1 1 1 0        0 0 1 1 0        0 0 1 1 1        0 0 0 1 0
+        1 1 1 1 1        0 0 0 1 1        0 0 0 1 1        0 0 0 1 1
+
     Args:
       q: [B,T,H,D], float32, bfloat16 or float16.
       k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads. S may differ from T.
@@ -69,6 +79,7 @@ def blockwise_attention(
       alibi_slopes: [H]; a score falls by the slope for each position of distance. Constants: no gradient flows to them.
       dropout_rate: of weights; which ones depends on their batch row, head and positions alone, not on tile sizes.
       dropout_key: a `jax.random` key, needed with dropout.
+      extra_mask: a `Mask`, a further condition on positions; a query sees the keys that it shows, too.
       impl: name of a kernel, or "auto".
       block_sizes: sizes of a tile.
       return_lse: also return the lse.

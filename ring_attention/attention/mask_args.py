@@ -10,6 +10,8 @@ from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 import jax
 
+from ring_attention.attention.mask import Mask
+
 _Function = TypeVar("_Function", bound=Callable)
 
 
@@ -30,6 +32,7 @@ class MaskArgs(ScoreArgs, total=False):
     segment_ids: jax.Array | None
     dropout_rate: float
     dropout_key: jax.Array | None
+    extra_mask: Mask | None
 
 
 MASK_DEFAULTS: dict[str, Any] = dict(
@@ -42,6 +45,7 @@ MASK_DEFAULTS: dict[str, Any] = dict(
     alibi_slopes=None,
     dropout_rate=0.0,
     dropout_key=None,
+    extra_mask=None,
 )
 """The default of each argument in `MaskArgs`, in the order in which signatures list them."""
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_attention.attention.dropout import Dropout, seeds_of
+from ring_attention.attention.mask import Mask
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs
 from ring_attention.checks import is_number, is_whole, require, require_shape, shown
 
@@ -23,6 +24,17 @@ def _static(**kwargs):
 class MaskSpec:
     """score = softcap(scale * q.k) - slope * distance where the mask lets the query see the key, else -inf.
 
+    What the conditions on positions show, a row for each query and a column for each key, 5 of each:
+
+        causal           window=2         min_distance=2   seq_len=3
+        1 0 0 0 0        1 1 0 0 0        0 0 1 1 1        1 1 1 0 0
+        1 1 0 0 0        1 1 1 0 0        0 0 0 1 1        1 1 1 0 0
+        1 1 1 0 0        0 1 1 1 0        1 0 0 0 1        1 1 1 0 0
+        1 1 1 1 0        0 0 1 1 1        1 1 0 0 0        0 0 0 0 0
+        1 1 1 1 1        0 0 0 1 1        1 1 1 0 0        0 0 0 0 0
+
+    A query sees the keys that all of them show.
+
     Attributes:
       scale: of the products.
       causal: a query sees its own position and those before it; otherwise all of them.
@@ -32,6 +44,7 @@ class MaskSpec:
       softcap: scores x become softcap * tanh(x / softcap); None leaves them (Gemma 2).
       slopes: float32 [H], ALiBi's (Press et al. 2022): scores fall by slope for each position of distance; or None.
       dropout: of weights, or None.
+      extra: a further condition on positions, or None.
     """
 
     scale: float = _static()
@@ -42,6 +55,7 @@ class MaskSpec:
     softcap: float | None = _static(default=None)
     slopes: jax.Array | None = None
     dropout: Dropout | None = None
+    extra: Mask | None = _static(default=None)
 
     def of_heads(self, start: int | jax.Array, number: int) -> "MaskSpec":
         """The specification for `number` of the heads, from `start` on."""
@@ -85,6 +99,7 @@ def make_mask_spec(
         softcap=None if mask["softcap"] is None else float(mask["softcap"]),
         slopes=None if slopes is None else jax.lax.stop_gradient(jnp.asarray(slopes, jnp.float32)),
         dropout=dropout,
+        extra=mask["extra_mask"],
     )
 
 
@@ -99,6 +114,7 @@ def checked_mask_args(arguments: Mapping[str, Any], heads: int) -> dict[str, Any
     mask = MASK_DEFAULTS | arguments
     names = ("causal", "window", "softcap", "scale", "dropout_rate", "dropout_key")
     check_mask_spec(*(mask[name] for name in names))
+    _check_extra(mask["extra_mask"])
     mask |= {name: of_heads(name, mask[name], heads) for name in ("sinks", "alibi_slopes")}
     mask |= {name: None if mask[name] is None else float(mask[name]) for name in ("softcap", "scale")}
     return mask | dict(causal=bool(mask["causal"]), dropout_rate=float(mask["dropout_rate"]))
@@ -139,6 +155,12 @@ def check_mask_spec(causal, window, softcap, scale, dropout_rate, dropout_key) -
     require(dropout_rate == 0 or dropout_key is not None, f"dropout_rate={dropout_rate!r} needs dropout_key; {remedy}")
     fits = dropout_key is None or _is_key(dropout_key)
     require(fits, f"dropout_key={shown(dropout_key)} must be one random key; {remedy}")
+
+
+def _check_extra(mask) -> None:
+    """Raise ValueError unless this is None or a mask that programs can depend on."""
+    fits = mask is None or (isinstance(mask, Mask) and type(mask).__hash__ is not None)
+    require(fits, f"extra_mask={shown(mask)} must be a Mask that can be hashed; make its class a frozen dataclass")
 
 
 def _is_key(key) -> bool:

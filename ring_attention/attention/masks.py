@@ -107,6 +107,8 @@ def visible(mask: MaskSpec, queries: Tokens, keys: Tokens) -> jax.Array | None:
         conditions.append(jnp.abs(queries.positions - keys.positions) >= mask.min_distance)
     if mask.seq_len is not None:
         conditions.append(jnp.maximum(queries.positions, keys.positions) < mask.seq_len)
+    if mask.extra is not None:
+        conditions.append(mask.extra.visible(queries.positions, keys.positions))
     if queries.segments is not None:
         conditions.append(queries.segments == keys.segments)
     conditions += [tokens.real for tokens in (queries, keys) if tokens.real is not None]
@@ -174,6 +176,9 @@ def kinds_between(mask: MaskSpec, queries: Bounds, keys: Bounds) -> jax.Array:
     if mask.seq_len is not None:
         empty |= jnp.maximum(q_low, k_low) >= mask.seq_len
         full &= jnp.maximum(q_high, k_high) < mask.seq_len
+    if mask.extra is not None:
+        nothing, everything = mask.extra.bounds(q_low, q_high, k_low, k_high)
+        empty, full = empty | nothing, full & everything
     if q_first is not None:
         empty |= (q_last < k_first) | (k_last < q_first)
         full &= (q_first == q_last) & (k_first == k_last) & (q_first == k_first)

@@ -6,6 +6,7 @@ from typing import Unpack
 import numpy as np
 
 from ring_attention.attention.dropout import seeds_of
+from ring_attention.attention.mask import Mask
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import check_mask_spec, check_window
 from ring_attention.checks import require_attention_shapes, require_shape
@@ -28,6 +29,7 @@ class _Arguments:
     alibi_slopes: np.ndarray | None = None
     dropout_rate: float = 0.0
     dropout_key: object = None
+    extra_mask: Mask | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,10 @@ def _weigh(q, k, v, a: _Arguments) -> _Weights:
     q_positions_BT, k_positions_BS = _positions(a.q_positions, q), _positions(a.kv_positions, k)
     ahead_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     s_BHTS, slope = _scores(q, k, ahead_BTS, a)
-    s_BHTS = np.where(_mask(ahead_BTS, a)[:, None], s_BHTS, -np.inf)
+    seen_BTS = _mask(ahead_BTS, a)
+    if a.extra_mask is not None:
+        seen_BTS &= np.asarray(a.extra_mask.visible(q_positions_BT[:, :, None], k_positions_BS[:, None, :]))
+    s_BHTS = np.where(seen_BTS[:, None], s_BHTS, -np.inf)
     p, p_sink, lse = _softmax(s_BHTS, _sinks(q, a))
     dropped = 1.0
     if a.dropout_rate > 0:

@@ -68,6 +68,16 @@ def context_attention(
 ) -> jax.Array:
     """Attention over a sequence sharded across the devices of `mesh`, by any strategy.
 
+    Which query (row) sees which key (column), in the natural order, T = 5:
+
+        causal=True      window=2         causal=False     segment_ids
+                                          window=2         [0,0,0,1,1]
+        1 0 0 0 0        1 0 0 0 0        1 1 0 0 0        1 0 0 0 0
+        1 1 0 0 0        1 1 0 0 0        1 1 1 0 0        1 1 0 0 0
+        1 1 1 0 0        0 1 1 0 0        0 1 1 1 0        1 1 1 0 0
+        1 1 1 1 0        0 0 1 1 0        0 0 1 1 1        0 0 0 1 0
+        1 1 1 1 1        0 0 0 1 1        0 0 0 1 1        0 0 0 1 1
+
     Args:
       q: [B,T,H,D], in the layout's order (`SequenceLayout.permute`); float32, bfloat16 or float16. Where the devices do
         not divide T, the arrays are padded inside, which moves all of them: pad in your loader to spare that.
@@ -98,6 +108,7 @@ def context_attention(
         alone: the same on any mesh and in any layout.
       dropout_key: a `jax.random` key, needed with dropout; inside a `shard_map` over other axes, one for each device
         along these.
+      extra_mask: a `Mask`, a further condition on positions; a query sees the keys that it shows, too.
       impl: name of the kernel that computes tiles, or "auto".
       block_sizes: sizes of the kernel's tiles.
       **options: of the strategy, for example `duplex=True` for "ring" or `ulysses_size=4` for "usp"; its class in

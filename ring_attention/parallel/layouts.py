@@ -22,6 +22,12 @@ MOST_TOKENS = 2**31 - 1
 class SequenceLayout:
     """Which tokens each of `ring_size` equal shards holds, and in which order.
 
+    Which device (row) has which of 8 tokens, in this order, with 2 devices:
+
+        contiguous    zigzag        striped       striped, stripe=2    dealt, chunks=((0, 1), (2, 3))
+        0 1 2 3       0 1 6 7       0 2 4 6       0 1 4 5              0 1 2 3
+        4 5 6 7       2 3 4 5       1 3 5 7       2 3 6 7              4 5 6 7
+
     With T tokens, t = T / ring_size of them a shard, shard i holds:
       contiguous  the tokens i*t ... (i+1)*t - 1. Under a causal mask the last shard has twice the average work.
       zigzag      of 2*ring_size equal chunks the i-th and the i-th from the end, so that work is even.

@@ -72,8 +72,8 @@ def context_attention_shard(
       strategy: a name from `STRATEGIES`, or one of its values with other options.
       axis_name: the axis that the sequence is sharded over.
       layout: the order in which tokens were dealt to devices, a name or a SequenceLayout.
-      causal, window, max_segment_len, softcap, scale: as in `context_attention`, and so are dropout_rate and
-        dropout_key.
+      causal, window, max_segment_len, softcap, scale: as in `context_attention`, and so are dropout_rate,
+        dropout_key and extra_mask.
       segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.
       sinks: those of this device's heads, [H].
       alibi_slopes: those of this device's heads, [H].

@@ -58,7 +58,12 @@ UNSEEING = 1e30
 def check(mask: MaskSpec, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D] and dtype."""
     _require_bindings()
-    for name, value in {"softcap": mask.softcap, "alibi_slopes": mask.slopes, "dropout_rate": mask.dropout}.items():
+    for name, value in {
+        "softcap": mask.softcap,
+        "alibi_slopes": mask.slopes,
+        "dropout_rate": mask.dropout,
+        "extra_mask": mask.extra,
+    }.items():
         require(value is None, f'impl="cudnn" has no {name}; leave it out, or use impl="xla"')
     dtype, D = jnp.dtype(q.dtype).name, q.shape[-1]
     require(dtype in ("bfloat16", "float16"), f'impl="cudnn" takes bfloat16 or float16, got {dtype}; use impl="xla"')

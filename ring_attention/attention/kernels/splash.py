@@ -50,7 +50,7 @@ HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 def check(mask: MaskSpec, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D]."""
     _require_bindings()
-    for name, value in {"alibi_slopes": mask.slopes, "dropout_rate": mask.dropout}.items():
+    for name, value in {"alibi_slopes": mask.slopes, "dropout_rate": mask.dropout, "extra_mask": mask.extra}.items():
         require(value is None, f'impl="splash" has no {name}; leave it out, or use impl="xla"')
     require(
         q.shape[2] % LANES == 0,

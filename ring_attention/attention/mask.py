@@ -1,0 +1,42 @@
+"""Masks beside the usual ones: a subclass of `Mask` is all that another kind of mask needs."""
+
+import jax
+import jax.numpy as jnp
+
+
+class Mask:
+    """A condition on positions, beside causal, window and segments: a query sees the keys that all of them show.
+
+    A subclass is hashable, for instance a frozen dataclass, because programs depend on it. With `causal=False` this is
+    a causal mask behind a prefix that everybody sees:
+
+        @dataclasses.dataclass(frozen=True)
+        class Prefix(Mask):
+            length: int
+
+            def visible(self, q_positions, k_positions):
+                return (k_positions < self.length) | (q_positions >= k_positions)
+
+        Prefix(length=2), a row for each query and a column for each key:
+            1 1 0 0 0
+            1 1 0 0 0
+            1 1 1 0 0
+            1 1 1 1 0
+            1 1 1 1 1
+    """
+
+    def visible(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+        """Bool: which query sees which key, by their int32 natural positions, which broadcast against each other.
+
+        Operators of arrays alone (`&`, `|`, `%`, comparisons) work for NumPy's, in the oracle, and JAX's.
+        """
+        raise NotImplementedError
+
+    def bounds(self, q_low, q_high, k_low, k_high) -> tuple[jax.Array, jax.Array]:
+        """Bool (nothing, everything): whether tiles between these positions, inclusive, show no key, and every key.
+
+        True must be certain. A tile that shows nothing is then not computed, and one that shows everything is computed
+        without the mask. By default neither is known.
+        """
+        unknown = jnp.zeros(jnp.broadcast_shapes(q_low.shape, k_low.shape), bool)
+        return unknown, unknown
