@@ -1,0 +1,75 @@
+"""Signatures of the public functions: every argument is shown with its default, though most are declared once."""
+
+import dataclasses
+import inspect
+import pydoc
+import typing
+
+import pytest
+
+import ring_attention as ra
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, ScoreArgs
+from ring_attention.parallel.context import ContextArgs, SequenceArgs
+from ring_attention.parallel.shard import ShardArgs
+from ring_attention.parallel.strategies import StrategyOptions
+
+SCORES = dict(window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None)
+MASK = SCORES | dict(causal=True, segment_ids=None, dropout_rate=0.0, dropout_key=None, extra_mask=None)
+KERNEL = dict(impl="auto", block_sizes=None)
+SHARDED = dict(axis_name="sp", layout="contiguous", max_segment_len=None) | MASK | KERNEL
+OFFSETS = dict(batch_offset=0, head_offset=0, seq_len=None)
+TOKENS = dict(kv_segment_ids=None, q_positions=None, kv_positions=None, return_lse=False)
+GLOBAL = dict(mesh=None, spec=None)
+DROPOUT = ("dropout_rate", "dropout_key")
+CACHE = SCORES | KERNEL | dict(axis_name="sp", heads_first=False, layout="striped")
+
+ARGUMENTS = {
+    "ring_attention": SHARDED | GLOBAL | dict(duplex=False, unroll=False),
+    "context_attention": SHARDED | GLOBAL | dict(strategy="ring"),
+    "ring_attention_shard": SHARDED | OFFSETS,
+    "context_attention_shard": SHARDED | OFFSETS | dict(strategy="ring"),
+    "flax_attention_fn": {
+        name: x for name, x in (SHARDED | GLOBAL | dict(strategy="ring")).items() if name not in DROPOUT
+    },
+    "blockwise_attention": MASK | KERNEL | TOKENS,
+    "reference_attention": MASK | TOKENS | dict(stride=None),
+    "decode_attention": CACHE | GLOBAL,
+    "decode_attention_shard": CACHE | dict(layer=None),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_signature_lists_every_argument_with_its_default(name):
+    parameters = inspect.signature(getattr(ra, name)).parameters.values()
+    shown = {x.name: x.default for x in parameters if x.kind is x.KEYWORD_ONLY and x.default is not x.empty}
+    assert shown == ARGUMENTS[name]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_help_shows_every_argument(name):
+    text = pydoc.render_doc(getattr(ra, name), renderer=pydoc.plaintext)
+    assert [argument for argument in ARGUMENTS[name] if f"{argument}:" not in text and f"{argument}=" not in text] == []
+
+
+def test_typed_dicts_name_what_the_functions_take():
+    keys = {
+        kind: set(typing.get_type_hints(kind)) for kind in (ScoreArgs, MaskArgs, SequenceArgs, ContextArgs, ShardArgs)
+    }
+    options = set(typing.get_type_hints(StrategyOptions))
+    assert keys[ScoreArgs] == set(SCORES)
+    assert keys[MaskArgs] == set(MASK) == set(MASK_DEFAULTS)
+    assert keys[SequenceArgs] == set(SHARDED) | {"spec"}
+    assert keys[ContextArgs] == set(SHARDED) | {"spec", "strategy"} | options
+    assert keys[ShardArgs] == set(SHARDED) | set(OFFSETS) | options
+
+
+def test_typed_options_are_those_of_the_strategies():
+    fields = {field.name for strategy in ra.STRATEGIES.values() for field in dataclasses.fields(strategy)}
+    assert set(typing.get_type_hints(StrategyOptions)) == fields
+
+
+@pytest.mark.parametrize("name", ["ring_attention", "blockwise_attention", "reference_attention", "decode_attention"])
+def test_unknown_argument_is_refused_by_name(name):
+    arguments = dict(lengths=None) if name == "decode_attention" else {}
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'wnidow'"):
+        getattr(ra, name)(None, None, None, wnidow=3, **arguments)
