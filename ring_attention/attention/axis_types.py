@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 
 def auto_mesh(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
-    """The same mesh with Auto axes in place of Explicit ones; axes that a shard_map goes over stay Manual."""
+    """The mesh with Auto axes in place of Explicit ones; axes that a shard_map goes over stay Manual."""
     if not mesh.explicit_axes:
         return mesh
     types = tuple(AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types)
@@ -53,7 +53,7 @@ def auto_axes(mesh: Mesh | AbstractMesh, tree):
 
 
 def explicit_part(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Of a spec, the axes that types of this mesh tell."""
+    """The part of a spec that types of this mesh tell."""
     explicit = mesh.explicit_axes
     return PartitionSpec(*(tuple(name for name in names_of(entry) if name in explicit) or None for entry in spec))
 

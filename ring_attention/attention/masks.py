@@ -39,7 +39,7 @@ class Runs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Where tokens stand.
+    """The positions and segments of tokens.
 
     Attributes:
       positions: int32 [B or 1, t], natural positions in the sequence.
@@ -55,7 +55,7 @@ class Tokens:
     real: jax.Array | None = None
 
     def pad(self, amount: int) -> "Tokens":
-        """The same tokens and `amount` more, which nobody sees and which see nobody."""
+        """These tokens and `amount` more, which nobody sees and which see nobody."""
         xp = np if isinstance(self.positions, np.ndarray) else jnp
         positions = xp.pad(self.positions, ((0, 0), (0, amount)), mode="edge")
         segments = None if self.segments is None else jnp.pad(self.segments, ((0, 0), (0, amount)), mode="edge")
@@ -63,11 +63,11 @@ class Tokens:
         return Tokens(positions, segments, real=real if amount else None)
 
     def of_batch(self, batch: int) -> "Tokens":
-        """The same with arrays [batch, t]."""
+        """These tokens with arrays [batch, t]."""
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[1])), self)
 
     def known(self) -> "Tokens":
-        """The same with positions that are constants, where runs tell them; they may be for one sequence only."""
+        """These tokens with positions that are constants, if runs tell them; they may be for one sequence only."""
         positions = None if self.runs is None else self.runs.positions()
         return self if positions is None else dataclasses.replace(self, positions=positions[None])
 

@@ -86,7 +86,7 @@ def _on_shards(attend: Callable, static, shards: Shards, args: tuple):
 
 
 def _specs_of_pair(pair: BlockPair, spec: PartitionSpec):
-    """Where each array of the block pair is: what has one row for all sequences is everywhere."""
+    """The specs of a block pair's arrays: what has one row for all sequences is everywhere."""
     batch, heads = (PartitionSpec(entry) for entry in spec)
     places = {"batch": batch, "heads": heads, "slopes": heads, "seeds": PartitionSpec()}
 

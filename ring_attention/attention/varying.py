@@ -15,7 +15,7 @@ def axes_of(tree) -> frozenset[str]:
 
 
 def vary_over(tree, axes: frozenset[str]):
-    """The same values, typed as varying over at least `axes`."""
+    """Return the same values, typed as varying over at least `axes`."""
 
     def cast(x):
         missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))

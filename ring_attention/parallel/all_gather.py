@@ -149,7 +149,7 @@ class AllGather(Strategy):
 
 
 def _keys(context: Context, segments, shard_len: int) -> Tokens:
-    """Where all keys stand, in the order in which they are gathered."""
+    """Positions and segments of all keys, in the order in which they are gathered."""
     if segments is not None:
         segments = lax.all_gather(segments, context.axis_name, axis=1, tiled=True)
     layout = context.layout

@@ -29,9 +29,7 @@ _SETTINGS = defaults_of(context_attention, but=("mesh", *_OF_THE_LAYER))
 
 
 @lists_arguments(_SETTINGS)
-def flax_attention_fn(
-    *, mesh: Mesh | AbstractMesh | None = None, **settings: Unpack[ContextArgs]
-) -> Callable[..., jax.Array]:
+def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings: Unpack[ContextArgs]) -> Callable:
     """An `attention_fn` for `flax.nnx.MultiHeadAttention` and for linen's `MultiHead(DotProduct)Attention`.
 
         attention_fn = ra.flax_attention_fn(mesh=mesh, layout="zigzag")
@@ -125,12 +123,7 @@ class _AttentionFunction:
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
-        dropout = {}
-        need = "must be a number of at least 0 and less than 1; 0 leaves dropout out"
-        require(is_number(dropout_rate), f"dropout_rate={shown(dropout_rate)} {need}")
-        if dropout_rate > 0 and not deterministic:
-            _check_dropout(dropout_rate, dropout_rng, broadcast_dropout)
-            dropout = dict(dropout_rate=dropout_rate, dropout_key=dropout_rng)
+        dropout = _dropout_of(dropout_rate, dropout_rng, broadcast_dropout, deterministic)
         _check_shapes(query, key, value, segment_ids)
 
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
@@ -262,7 +255,12 @@ def _refuse_arithmetic(precision, **hooks) -> None:
         )
 
 
-def _check_dropout(rate, rng, broadcast: bool) -> None:
+def _dropout_of(rate, rng, broadcast: bool, deterministic: bool) -> dict:
+    """The dropout of a call, as context_attention takes it; raises ValueError for another kind."""
+    need = "must be a number of at least 0 and less than 1; 0 leaves dropout out"
+    require(is_number(rate), f"dropout_rate={shown(rate)} {need}")
+    if not rate > 0 or deterministic:
+        return {}
     require(
         not broadcast,
         f"broadcast_dropout=True with dropout_rate={rate!r} drops the same weights in all rows and heads, but a ring "
@@ -272,6 +270,7 @@ def _check_dropout(rate, rng, broadcast: bool) -> None:
         rng is not None,
         f"dropout_rate={rate!r} needs dropout_rng, got None; pass jax.random.key(seed), or deterministic=True",
     )
+    return dict(dropout_rate=rate, dropout_key=rng)
 
 
 def _check_shapes(query, key, value, segment_ids) -> None:

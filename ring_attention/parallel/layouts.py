@@ -15,7 +15,7 @@ from ring_attention.checks import is_number, is_whole, require, require_choice, 
 
 LAYOUT_KINDS = ("contiguous", "zigzag", "striped")
 MOST_TOKENS = 2**31 - 1
-"""Of a sequence: positions are int32."""
+"""The longest sequence: positions are int32."""
 
 
 @dataclasses.dataclass(frozen=True)

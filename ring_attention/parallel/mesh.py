@@ -77,7 +77,7 @@ def _large_axes(mesh: Mesh | AbstractMesh) -> list[tuple[str, int]]:
 
 
 def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
-    """Of its devices, as `jax.Device.platform` has it; None for an abstract mesh that does not say."""
+    """The platform of its devices, as `jax.Device.platform` has it; None for an abstract mesh that does not say."""
     if isinstance(mesh, Mesh):
         return mesh.devices.flat[0].platform
     return getattr(mesh.abstract_device, "platform", None)

@@ -45,7 +45,7 @@ class _Circle:
         return visit(carry, block, lax.rem(me + 1, np.int32(P)))
 
     def sum_of_own(self, x_BKTD, shard_len: int):
-        """Of the sum over devices, the tokens of this one."""
+        """The tokens of this device in the sum over devices."""
         start = lax.axis_index(self.axis_name) * shard_len
         return lax.dynamic_slice_in_dim(lax.psum(x_BKTD, self.axis_name), start, shard_len, axis=2)
 
@@ -144,7 +144,7 @@ class RingSelfAttention(Strategy):
     claim = ("O(n/P) claimed", "O(n P)")
 
     def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
-        """See `Strategy`."""
+        """Out [B,H,t,D] in the dtype of q, from whole rows of scores."""
         circle = _Circle(axis_name=context.axis_name, devices=context.devices)
         t, K = q.shape[2], k.shape[1]
         q_BKGtD = rearrange(q, "B (K G) t D -> B K G t D", K=K)

@@ -65,7 +65,7 @@ def token_hops(routes: tuple[Route, ...]) -> int:
 
 
 def _cuts(layout: SequenceLayout, shard_len: int, causal: bool, window: int | None) -> set[int]:
-    """Where the need for a shard's tokens may change.
+    """Places in a shard at which the need for its tokens may change.
 
     Dealt shards are not cut: of their many chunks one or another is needed nearly everywhere.
     """

@@ -8,7 +8,7 @@ from ring_attention.checks import is_whole, require, shown
 from ring_attention.parallel.xla_flags import knows_flag
 
 MOST_DEVICES = 4096
-"""That make sense: each has threads and buffers of its own."""
+"""The most devices that make sense: each has threads and buffers of its own."""
 
 _PATIENCE = {
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 600,

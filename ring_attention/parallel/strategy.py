@@ -31,7 +31,7 @@ Ulysses' swaps stand around its ring and are done again; ring self-attention sav
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """Where an attention runs, whatever its strategy.
+    """The devices, layout and kernel of an attention, whatever its strategy.
 
     Attributes:
       axis_name: the axis of the devices that hold the sequence.
@@ -153,7 +153,7 @@ class Strategy:
         raise NotImplementedError
 
     def memory_bytes(self, work: Workload) -> int:
-        """Of the largest arrays that one device holds at once in the forward pass beside its shards of q, k, v, out."""
+        """Bytes of the largest arrays of a device in the forward pass, beside its shards of q, k, v and out."""
         raise NotImplementedError
 
     def sent_bytes(self, work: Workload, backward: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""Where the devices of a mesh lie on a pod's wires, so that every hop of a ring is one link.
+"""The places of a mesh's devices on a pod's wires, so that every hop of a ring is one link.
 
 TPU chips stand in a grid and are wired to their neighbours. A ring along the order in which JAX lists them has hops of
 up to dozens of links, which share their links with others, and the compiler for some chips then makes transfers that

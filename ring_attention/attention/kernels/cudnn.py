@@ -44,7 +44,7 @@ _OPERANDS = [
     "page_table_k",
     "page_table_v",
 ]
-"""Of both primitives, in order; the backward one takes `_OF_FORWARD` after them."""
+"""Operands of both primitives, in order; the backward one takes `_OF_FORWARD` after them."""
 
 _OF_FORWARD = ("activation", "fwd_output", "grad_output")
 

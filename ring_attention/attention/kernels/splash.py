@@ -171,8 +171,7 @@ def _calls(pair: BlockPair, blocks: BlockSizes) -> Iterator[_Call]:
 
 def _tile(tokens: int, wanted: int) -> int:
     """The largest multiple of LANES that divides `tokens` and is at most `wanted`, or LANES."""
-    sizes = [size for size in range(LANES, max(wanted, LANES) + 1, LANES) if tokens % size == 0]
-    return sizes[-1]
+    return max(size for size in range(LANES, max(wanted, LANES) + 1, LANES) if tokens % size == 0)
 
 
 def _each_sequence(fn: Callable, pair: BlockPair, *arrays):
@@ -192,17 +191,11 @@ def _each_sequence(fn: Callable, pair: BlockPair, *arrays):
 
 
 def _launch(kernel: Callable, arrays: dict, call: _Call, products: int):
-    """The results of a library's kernel.
+    """The results of a library's kernel of `arrays`, by name of argument; `products` for each pair of tokens.
 
     They are typed as varying like its arrays, which the library's own types leave open. And the compiler is told what
     the kernel costs, which the library leaves open too: with nothing to go by, it starts transfers after kernels that
     would have hidden them.
-
-    Args:
-      kernel: function of the arrays.
-      arrays: by name of argument.
-      call: what it computes.
-      products: of matrices, for each of the call's pairs of queries and keys.
     """
     from jax._src.config import _check_vma
     from jax.experimental.pallas import CostEstimate
@@ -223,14 +216,12 @@ def _launch(kernel: Callable, arrays: dict, call: _Call, products: int):
 
 
 def _pairs(q, call: _Call) -> int:
-    """Of queries and keys that a call computes, as if a causal mask showed half of them and a window all."""
+    """Pairs of a query and a key that a call computes, as if a causal mask showed half of them and a window all."""
     (H, t, _), s = q.shape, call.pair.keys.positions.shape[1]
     return H * t * s // (2 if call.pair.mask.causal else 1)
 
 
-def _forward(
-    q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, interpret: bool = False
-) -> SoftmaxState:
+def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, interpret: bool = False):
     """Take the keys of one block pair into the softmax state; see `contract`."""
     library = _library()
     settings = dict(

@@ -243,7 +243,7 @@ class Tiling:
         return row._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True)
 
     def tokens(self, tile: Tile) -> tuple[Tokens, Tokens]:
-        """Where the tile's queries [t] and keys [s] stand."""
+        """Positions and segments of the tile's queries [t] and keys [s] stand."""
         queries = jax.tree.map(lambda x: _read(x, (tile.b, tile.q), (1, tile.q_size))[0], self.pair.queries)
         keys = jax.tree.map(lambda x: _read(x, (tile.b, tile.kv), (1, tile.kv_size))[0], self.pair.keys)
         return queries, keys
@@ -292,5 +292,5 @@ def _write(x, new, starts):
 
 
 def _starts(starts, ndim: int) -> list:
-    """Where a slice begins on each axis, 0 on those not named: all int32, which Python's 0 is not everywhere."""
+    """The start of a slice on each axis, 0 on those not named: all int32, which Python's 0 is not everywhere."""
     return [np.int32(start) if isinstance(start, int) else start for start in (*starts, *[0] * (ndim - len(starts)))]

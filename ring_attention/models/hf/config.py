@@ -19,7 +19,7 @@ _OTHERS = "rms_norm_eps max_position_embeddings tie_word_embeddings"
 _WINDOW = "sliding_window use_sliding_window max_window_layers layer_types"
 _READ = frozenset(f"{_SHAPE} {_OTHERS} {_WINDOW}".split())
 MOST_LAYERS = 10_000
-"""Of a model: a hundred times those of the deepest in use. Each has a dozen tensors, which are listed."""
+"""The most layers of a model: a hundred times those of the deepest in use. Each has a dozen listed tensors."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

@@ -9,7 +9,7 @@ from typing import Any
 from ring_attention.checks import ConfigError, one_line, printable, shown
 
 MOST_JSON_BYTES = 256 * 2**20
-"""Of a file of JSON: ten times the index of the largest checkpoint that is published."""
+"""Bytes of a file of JSON: ten times the index of the largest checkpoint that is published."""
 
 _LONGEST_NAME = 255  # bytes, as file systems have it
 

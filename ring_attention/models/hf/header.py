@@ -16,7 +16,7 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 """Dtypes of weights, as safetensors names them."""
 
 MOST_BYTES = 100_000_000
-"""Of a header, as the safetensors library has it."""
+"""The longest header, as the safetensors library has it."""
 
 
 @dataclasses.dataclass(frozen=True)

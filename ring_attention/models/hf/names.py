@@ -67,12 +67,12 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor in the checkpoint."""
+        """The shape of the tensor in the checkpoint."""
         return tuple(np.prod([self.sizes[x] for x in axis], dtype=int).item() for axis in _axes(self._sides()[0]))
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
-        """Of the parameter, or of one layer of it."""
+        """The shape of the parameter, or of one layer of it."""
         return tuple(self.sizes[x] for x in self._sides()[1].split())
 
     def to_parameter(self, tensor: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """Of a tensor whose dtype is one of DTYPES."""
+        """Bytes of a tensor whose dtype is one of DTYPES."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -59,7 +59,7 @@ class Source:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of all tensors that become parameters."""
+        """Bytes of all tensors that become parameters."""
         return sum(self.stored[name].num_bytes for name in expected(self))
 
     @contextlib.contextmanager

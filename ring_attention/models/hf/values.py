@@ -7,7 +7,7 @@ from typing import Any
 from ring_attention.checks import is_whole, require_field
 
 MOST = 2**31 - 1
-"""Of a whole number: an array's axes and positions are no longer."""
+"""The largest whole number: an array's axes and positions are no longer."""
 
 _REQUIRED = object()
 _REMEDY = "correct config.json"
