@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from ring_attention.planning.traffic import traffic
 from ring_helpers import ring_mesh
 
 import ring_attention as ra
@@ -19,7 +20,6 @@ from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.parallel import strategies
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.parallel.workload import Schedule, Step, Workload
-from ring_attention.planning.traffic import traffic
 from ring_attention.testing import oracle, out_and_gradients, random_qkv, random_segments, relative_error
 
 B, T, H, K, D = 2, 24, 4, 2, 8
