@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from ring_attention.planning.traffic import traffic
 from ring_helpers import ring_mesh
 
 import ring_attention as ra
@@ -17,9 +16,11 @@ from ring_attention.attention.mask import Mask
 from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
+from ring_attention.hardware.rates import Wires
 from ring_attention.parallel import strategies
 from ring_attention.parallel.strategy import Strategy
-from ring_attention.parallel.workload import Schedule, Step, Workload
+from ring_attention.parallel.workload import GATHER, Schedule, Step, Workload
+from ring_attention.planning.attention_times import Pace, add_up, price_steps
 from ring_attention.testing import oracle, out_and_gradients, random_qkv, random_segments, relative_error
 
 B, T, H, K, D = 2, 24, 4, 2, 8
@@ -64,7 +65,7 @@ class Broadcast(Strategy):
 
     def schedule(self, work, backward=False):
         sent = self.sent_bytes(work, backward)
-        return Schedule(work=work, steps=(Step(keys=sent), Step(range(work.devices))), backward=backward)
+        return Schedule(work=work, steps=(Step(keys=sent, way=GATHER), Step(range(work.devices))), backward=backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,12 @@ def test_toy_strategy_is_found_by_name_and_matches_oracle(inputs, monkeypatch):
 
 def test_toy_strategy_is_priced_by_planning():
     work = Workload(seq_len=T, devices=4, heads=H, kv_heads=K, head_dim=D)
-    assert traffic(Broadcast(), work, 1.0).sent == 2 * 3 * (T // 4) * K * D * 2
-    assert [step.hops for step in Broadcast().schedule(work).steps] == [range(0), range(4)]
+    sent = Broadcast().sent_bytes(work)
+    assert sent == 2 * 3 * (T // 4) * K * D * 2
+    wires = Wires(hop=1.0, hop_both=1.0, gather=2.0, swap=1.0, kind="pretended")
+    times = add_up(price_steps(Broadcast().schedule(work), Pace(forward=1e6, backward=1e6, memory=1e9), wires))
+    assert times.wire == times.exposed == sent / 2  # nothing is computed while it sends
+    assert times.compute > 0
 
 
 @pytest.mark.parametrize("strategy", ["ring", "all_gather"])
