@@ -20,6 +20,8 @@ from ring_attention.training.config import MeshConfig
 
 SIMULATED_DEVICES = 8
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # names and numbers of glibc's malloc.h
+
 
 def open_mesh(config: MeshConfig, num_processes: int = 1) -> Mesh:
     """Make the mesh over all accelerators or, where there are none, over as many simulated devices as it needs."""
@@ -34,9 +36,6 @@ def open_mesh(config: MeshConfig, num_processes: int = 1) -> Mesh:
         return make_mesh(**sizes)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{error} (--config.mesh.sp=-1 takes all that are left)") from error
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # names and numbers of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:

@@ -28,6 +28,11 @@ from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.run_folder import VERSION, RunFolder
 from ring_attention.training.trained_model import TrainedModel, config_of
 
+NEW_DTYPE = "float32"
+"""Dtype of an exported checkpoint where none is asked for: the values stay as they are."""
+
+_ROOM = 2**20  # for the small files
+
 
 def require_new(path: Path, flag: str) -> None:
     """Raise ConfigError unless `path`, which `flag` names, does not exist or is an empty folder."""
@@ -97,12 +102,6 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Mani
         config["data"]["tokenizer"] = os.path.join(out.absolute(), FOLDER, FILES, TOKENIZER)
         folder.config.write_text(json.dumps({"version": VERSION} | config, indent=2) + "\n", encoding="utf-8")
     return manifest
-
-
-NEW_DTYPE = "float32"
-"""Dtype of an exported checkpoint where none is asked for: the values stay as they are."""
-
-_ROOM = 2**20  # for the small files
 
 
 def export_config(config: TrainConfig, values: Mapping[str, Any] | None) -> HFConfig:

@@ -23,20 +23,22 @@ from ring_attention.training.run_folder import RunFolder, read_config
 from ring_attention.training.state import TrainState, make_state, state_with
 from ring_attention.training.trained_model import TrainedModel, open_trained_model
 
-FREE_FIELDS = ("compute_dtype", "remat", "head_groups", "ffn_chunk", "loss_chunk", "start_local")
+FREE_MODEL_FIELDS = ("compute_dtype", "remat", "head_groups", "ffn_chunk", "loss_chunk", "start_local")
 """Fields of a model that may differ from those of the model that a run begins with, as may the section rope. They say
 how the same parameters are computed with, or how others would have been drawn."""
 
-
-_SAID = ("attention.window", "attention.softcap")
+_OF_ATTENTION = ("attention.window", "attention.softcap")
 """Fields of attention that follow from the model that a run begins with, and may be set to something else."""
+
+_STEPS = 100
+"""Number of steps in a config that is made from a checkpoint, which says nothing of training."""
 
 
 def find_initial(config: TrainConfig) -> TrainedModel | None:
     """Return the trained model that `config.init_from` names, None if it names none; reads no arrays.
 
     Raises:
-      ConfigError: if there is none, its model is another but for rope and FREE_FIELDS, or its tokens are others.
+      ConfigError: if there is none, its model is another but for rope and FREE_MODEL_FIELDS, or its tokens are others.
     """
     if not config.init_from:
         return None
@@ -46,7 +48,7 @@ def find_initial(config: TrainConfig) -> TrainedModel | None:
         raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
     theirs = flatten_dict(config_to_dict(trained.config)["model"], sep=".")
     ours = flatten_dict(config_to_dict(config)["model"], sep=".")
-    free = lambda field: field in FREE_FIELDS or field.startswith("rope.")  # noqa: E731
+    free = lambda field: field in FREE_MODEL_FIELDS or field.startswith("rope.")  # noqa: E731
     wrong = [field for field, value in ours.items() if value != theirs[field] and not free(field)]
     if wrong:
         got = ", ".join(f"model.{field}={ours[field]!r}" for field in wrong)
@@ -77,7 +79,7 @@ def describe_initial(config: TrainConfig, trained: TrainedModel) -> list[str]:
     lines = [f"Beginning with the parameters of {trained.checkpoint}."]
     theirs = flatten_dict(config_to_dict(trained.config), sep=".")
     for field, ours in flatten_dict(config_to_dict(config), sep=".").items():
-        if ours != theirs[field] and (field in _SAID or field.startswith("model.rope.")):
+        if ours != theirs[field] and (field in _OF_ATTENTION or field.startswith("model.rope.")):
             lines.append(f"{field} was {theirs[field]!r} and is {ours!r}.")
     made_for = trained.config.seq_len
     if config.model.rope == trained.model.rope and config.seq_len > made_for:
@@ -127,17 +129,11 @@ def _same_tokens(ours: str, theirs: str) -> bool:
     )
 
 
-_STEPS = 100
-"""Number of steps in a config that is made from a checkpoint, which says nothing of training."""
-
-_OF_ATTENTION = ("attention.window", "attention.softcap")
-
-
 def inherit(config: TrainConfig, told: Mapping[str, str]) -> TrainConfig:
     """Return `config` with what the model that it begins with says, wherever it leaves a field at its default.
 
-    These are the fields of the model but for FREE_FIELDS, and attention's window and softcap. A run that has begun
-    keeps to its own config.json, since what it began with may be gone.
+    These are the fields of the model but for FREE_MODEL_FIELDS, and attention's window and softcap. A run that has
+    begun keeps to its own config.json, since what it began with may be gone.
 
     Args:
       config: what a config file returned.
@@ -203,7 +199,7 @@ def _config_of(begin: str) -> TrainConfig:
 def _follows(field: str) -> bool:
     """Return whether a field follows from the model that a run begins with."""
     section, _, name = field.partition(".")
-    return field in _OF_ATTENTION or section == "model" and name not in FREE_FIELDS
+    return field in _OF_ATTENTION or section == "model" and name not in FREE_MODEL_FIELDS
 
 
 def _is_scaling(field: str) -> bool:

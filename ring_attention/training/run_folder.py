@@ -45,6 +45,9 @@ BEFORE = {"data.train_on_end": False, "data.special_tokens": False}
 _ABSENT = "(absent)"
 _OTHER_FOLDER = "start another run with --config.run_dir=PATH"
 
+DIGESTS = "contents.json"
+"""Name of the file of digests in the run's folder."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
@@ -180,10 +183,6 @@ def _stored(folder: RunFolder) -> dict[str, Any]:
 
 def _is_exact(strategy: Any) -> bool:
     return strategy in STRATEGIES and STRATEGIES[strategy].exact
-
-
-DIGESTS = "contents.json"
-"""Name of the file of digests in the run's folder."""
 
 
 def require_same_contents(folder: RunFolder, now: dict[str, str], *, has_begun: bool) -> None:

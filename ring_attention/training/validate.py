@@ -23,6 +23,11 @@ from ring_attention.training.state import sharded_abstract_state
 _INT32_MAX = 2**31 - 1
 """Largest number of anything that is counted: steps, tokens, positions and the axes of an array are int32."""
 
+_GIB = 2**30
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""What a container may have of the host's memory; what it uses of that is mostly files, which give way."""
+
 
 def validate_config(config: TrainConfig, mesh_shape: dict[str, int], platform: str | None = None) -> None:
     """Raise ConfigError, saying what is wrong, unless the config can run on a mesh of this shape.
@@ -97,11 +102,6 @@ def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
         f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens",
         f"use at least {tokenizer.vocab_size}, rounded up to a multiple of the mesh's tp",
     )
-
-
-_GIB = 2**30
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""What a container may have of the host's memory; what it uses of that is mostly files, which give way."""
 
 
 def require_memory(config: TrainConfig, mesh: Mesh) -> None:

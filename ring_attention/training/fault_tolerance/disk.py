@@ -21,6 +21,9 @@ from ring_attention.training.fault_tolerance.errors import RunError
 
 _GONE = "start the run again; it goes on from its newest checkpoint, or from its beginning where that is gone, too"
 
+LEASE_SECONDS = 150
+"""An NFS server keeps the lock of a machine that died for about 90 s; a restart waits for that, and then some."""
+
 
 def require_room(folder: Path, checkpoint_bytes: int, num_more: int) -> None:
     """Raise ConfigError unless the disk of `folder`, which exists, has room for so many more checkpoints."""
@@ -83,10 +86,6 @@ def silence_threads() -> None:
 def _is_orbax(trace, error: BaseException | None) -> bool:
     files = [frame.filename for frame in traceback.extract_tb(trace)]
     return any(f"{os.sep}orbax{os.sep}" in file for file in files) or str(error) == "Event loop is closed"
-
-
-LEASE_SECONDS = 150
-"""An NFS server keeps the lock of a machine that died for about 90 s; a restart waits for that, and then some."""
 
 
 class FolderLock:

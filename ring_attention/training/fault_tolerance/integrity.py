@@ -33,6 +33,8 @@ NOT_ITS_FAULT = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES)
 _CONTENTS = os.path.join("data", "metadata")  # as orbax's handler for JSON names it
 _THREADS = 8
 
+GOLDEN = 0x9E3779B9  # 2**32 / golden ratio, odd: places get distinct words
+
 
 class DamagedError(Exception):
     """A checkpoint is not what was saved; the message says where it lies and what is wrong with it."""
@@ -140,9 +142,6 @@ def _read_signed(checkpoint: Path, name: str, words: str) -> dict[str, Any]:
 
 def _digest_of(values: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-GOLDEN = 0x9E3779B9  # 2**32 / golden ratio, odd: places get distinct words
 
 
 def fingerprints(tree: Any) -> dict[str, int]:

@@ -49,6 +49,20 @@ PATIENCE = 20.0
 
 _FOLDER = "ring_attention/alive"
 
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
+"""Packages whose versions decide what is computed or read."""
+
+SETTINGS = (
+    *("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"),
+    *("jax_default_prng_impl", "jax_threefry_partitionable"),
+)
+"""JAX's settings that the environment of one machine may have changed."""
+
+_ASK_MS = 2000
+"""Milliseconds that the store is asked at a time; between them Ctrl-C is heard."""
+
+_FIELDS_SHOWN = 5
+
 
 class Peers:
     """Watches the other processes of a run, as a context manager; does nothing where there are none.
@@ -171,21 +185,6 @@ def _failed_together(error: BaseException | None) -> bool:
 def _end(status: int, line: str) -> None:
     print(f"{ERROR}{line}", file=sys.stderr)
     exit_now(status)
-
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
-"""Packages whose versions decide what is computed or read."""
-
-SETTINGS = (
-    *("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"),
-    *("jax_default_prng_impl", "jax_threefry_partitionable"),
-)
-"""JAX's settings that the environment of one machine may have changed."""
-
-_ASK_MS = 2000
-"""Milliseconds that the store is asked at a time; between them Ctrl-C is heard."""
-
-_FIELDS_SHOWN = 5
 
 
 def require_agreement(topic: str, fields: Mapping[str, Any], remedy: str) -> None:
