@@ -191,6 +191,9 @@ CHIPS = types.MappingProxyType(
 )
 """Name -> Chip."""
 
+H800 = dataclasses.replace(CHIPS["h100"], name="h800", link=200 * GB)
+"""An H100 whose NVLink is cut to 400 GB/s both ways. It is not in the table: only published comparisons need it."""
+
 
 def chip_of(device_kind: str) -> Chip | None:
     """Find the chip of a JAX device's `device_kind`; None if it is not in the table."""

@@ -6,57 +6,9 @@ send less, a causal mask computes less, and the backward pass sends gradients in
 
 import dataclasses
 
-from ring_attention.hardware.chips import GB
+from ring_attention.hardware.paper import PaperRow
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import pace_of, ring_wires
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PaperRow:
-    """One row of Table 2 of the Ring Attention paper.
-
-    Attributes:
-      hardware: as the paper calls it.
-      flops: operations a second of a device.
-      memory: bytes of its HBM.
-      bandwidth: bytes a second between two devices.
-      block: thousands of tokens, as printed.
-      tokens: thousands of tokens of a device, as printed.
-    """
-
-    hardware: str
-    flops: float
-    memory: float
-    bandwidth: float
-    block: float
-    tokens: float
-
-    @property
-    def reckoned(self) -> tuple[float, float]:
-        """Thousands of tokens of a block and of a device by the paper: flops / bandwidth, and six such blocks."""
-        block = tokens_to_hide(self.flops, self.bandwidth) / 1e3
-        return block, 6 * block
-
-
-def _row(hardware, teraflops, gigabytes, gigabytes_a_second, block, tokens) -> PaperRow:
-    return PaperRow(
-        hardware=hardware,
-        flops=teraflops * 1e12,
-        memory=gigabytes * GB,
-        bandwidth=gigabytes_a_second * GB,
-        block=block,
-        tokens=tokens,
-    )
-
-
-PAPER_TABLE_2 = (
-    _row("A100 NVLink", 312, 80, 300, 1.0, 6.2),
-    _row("A100 InfiniBand", 312, 80, 12.5, 24.5, 149.5),
-    _row("TPU v3", 123, 16, 112, 1.1, 6.6),
-    _row("TPU v4", 275, 32, 268, 1.0, 6.2),
-    _row("TPU v5e", 196, 16, 186, 1.1, 6.3),
-)
-"""As printed. The bandwidths of TPUs are those of all links of a chip together; a ring uses one of them each way."""
 
 
 def tokens_to_hide(
@@ -84,6 +36,12 @@ def tokens_to_hide(
     sent = itemsize + 4 * backward
     operations = 2 * (2.5 if backward else 1) / (2 if causal else 1)
     return flops / bandwidth * sent / operations / queries_per_key
+
+
+def paper_tokens(row: PaperRow) -> tuple[float, float]:
+    """Thousands of tokens of a block and of a device by the paper's formula: flops / bandwidth, and six such blocks."""
+    block = tokens_to_hide(row.flops, row.bandwidth) / 1e3
+    return block, 6 * block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

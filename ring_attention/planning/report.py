@@ -5,8 +5,9 @@ import dataclasses
 from rich.table import Table
 
 from ring_attention.hardware.chips import GiB
+from ring_attention.hardware.paper import PAPER_TABLE_2
 from ring_attention.hardware.rates import EFFICIENCY, wires_of
-from ring_attention.planning.hiding import PAPER_TABLE_2, tokens_to_hide
+from ring_attention.planning.hiding import paper_tokens, tokens_to_hide
 from ring_attention.planning.plan import Plan
 from ring_attention.planning.step_times import schedule_of, sent_bytes
 
@@ -140,7 +141,7 @@ def paper_table() -> Table:
         left = name == "hardware"
         table.add_column(name, justify="left" if left else "right")
     for row in PAPER_TABLE_2:
-        block, tokens = row.reckoned
+        block, tokens = paper_tokens(row)
         forms = [
             tokens_to_hide(row.flops, row.bandwidth, causal=True, queries_per_key=groups) * 6 / 1e3 for groups in (1, 4)
         ]

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from ring_attention.hardware.chips import CHIPS, GB
+from ring_attention.hardware.chips import H800
 from ring_attention.hardware.topology import Topology, find_topology
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.strategies import find_strategy
@@ -91,7 +91,6 @@ def _layout_steps(topology: Topology, tokens: int, tile: int) -> dict[str, float
     return _relative({layout: step_time(share, ring).total for layout, share in shares.items()})
 
 
-H800 = dataclasses.replace(CHIPS["h100"], name="h800", link=200 * GB)  # NVLink cut to 400 GB/s both ways
 V5P_64, V5P_16 = find_topology("v5p:4x4x4"), find_topology("v5p:2x2x4")
 H800_8 = dataclasses.replace(find_topology("h100:1x8"), name="h800:1x8", chip=H800)
 A100_8 = find_topology("a100:1x8")
