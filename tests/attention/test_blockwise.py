@@ -52,7 +52,7 @@ TOGETHER = [("segment_ids", "kv_segment_ids"), ("dropout_rate", "dropout_key"), 
 
 
 @pytest.mark.parametrize(("case", "dtype"), [*((case, "float32") for case in CASES), *HALF])
-def test_is_as_exact_as_dense_attention_in_the_same_dtype(case, dtype):
+def test_blockwise_attention_is_as_exact_as_dense_attention(case, dtype):
     arguments, keys, sizes = CASES[case]
     qkv = random_qkv(0, 2, T, H, K, D, dtype=dtype, S=keys)
     bound = Bound(qkv, **arguments)
@@ -79,7 +79,7 @@ def test_is_as_exact_as_dense_attention_in_the_same_dtype(case, dtype):
     cut_and_heads=st.sampled_from([(1, 1), (2, 2), (4, 1)]),
     seed=st.integers(0, 999),
 )
-def test_any_lengths_positions_and_tiles_give_the_oracles_result(
+def test_blockwise_attention_matches_oracle_with_any_lengths(
     lengths, heads, causal, window, softcap, rate, has, tile, cut_and_heads, seed
 ):
     (T, S), (H, K), rng = lengths, heads, np.random.default_rng(seed)
@@ -104,7 +104,7 @@ def test_any_lengths_positions_and_tiles_give_the_oracles_result(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_tiles_of_any_size_drop_the_same_weights(causal):
+def test_blockwise_attention_drops_the_same_with_any_tiles(causal):
     length = 33
     q, k, _, _ = random_qkv(1, 2, length, 4, 2, length)
     v = jnp.broadcast_to(jnp.eye(length)[:, None], k.shape)  # the output of a query is then its row of weights
@@ -118,7 +118,7 @@ def test_tiles_of_any_size_drop_the_same_weights(causal):
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_slopes_are_constants():
+def test_blockwise_attention_takes_slopes_as_constants():
     q, k, v, dout = random_qkv(6, 1, 20, 2, 1, 8)
 
     def loss(slopes):
@@ -141,7 +141,7 @@ NOTHING = {
 
 @pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0])], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("why", NOTHING)
-def test_a_query_that_sees_nothing_gives_zero_and_has_zero_gradients(why, sinks):
+def test_blockwise_attention_is_zero_where_a_query_sees_nothing(why, sinks):
     q, k, v, dout = random_qkv(2, B=1, T=32, H=2, K=1, D=8)
 
     @quickly
@@ -169,7 +169,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_has_zero_gradients(why, sinks)
 
 
 @pytest.mark.parametrize("arguments", [{}, dict(sinks=SINKS[:4], window=9, softcap=2.0, **DROPOUT)], ids=["", "rich"])
-def test_lse_is_the_oracles_and_can_be_differentiated(arguments):
+def test_blockwise_attention_lse_matches_oracle_with_gradients(arguments):
     q, k, v, _ = random_qkv(3, B=2, T=40, H=4, K=2, D=8)
     weights = np.random.default_rng(4).standard_normal((2, 40, 4))
 
@@ -238,7 +238,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_a_bad_call_is_refused_in_words(case):
+def test_blockwise_attention_refuses_a_bad_call_in_words(case):
     shapes, arguments, message = BAD_CALLS[case]
     shapes = dict(q=(2, 8, 4, 16), k=(2, 8, 2, 16), v=(2, 8, 2, 16), dtype=jnp.float32) | shapes
     dtype = shapes.pop("dtype")
@@ -247,7 +247,7 @@ def test_a_bad_call_is_refused_in_words(case):
         ra.blockwise_attention(*arrays, **arguments)
 
 
-def test_dtypes_that_differ_are_refused():
+def test_blockwise_attention_refuses_dtypes_that_differ():
     q = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="dtypes float32, bfloat16, float32; cast them"):
         ra.blockwise_attention(q, q.astype(jnp.bfloat16), q)

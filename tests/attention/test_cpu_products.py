@@ -16,7 +16,7 @@ def _contracted(fn, *arrays):
 
 
 @pytest.mark.parametrize("heads", [2, 4])
-def test_no_product_of_the_backward_pass_has_to_transpose_its_first_factor(heads):
+def test_backward_products_need_no_transposed_first_factor(heads):
     q, k = jnp.ones((1, 96, heads, 16)), jnp.ones((1, 96, 2, 16))
     blocks = ra.BlockSizes(q=32, kv=16)
 
@@ -26,6 +26,6 @@ def test_no_product_of_the_backward_pass_has_to_transpose_its_first_factor(heads
     assert _contracted(gradients, q, k, k, q) == {"1"}
 
 
-def test_a_product_that_has_to_is_seen():
+def test_transposed_first_factor_is_seen():
     x = jnp.ones((64, 32))
     assert _contracted(lambda x, y: x.T @ y, x, x) == {"0"}

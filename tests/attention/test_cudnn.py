@@ -94,26 +94,26 @@ def _marks(layout, mask):
 @pytest.mark.parametrize(
     ("layout", "mask"), [pytest.param(*case, marks=_marks(*case), id="-".join(case)) for case in ALL]
 )
-def test_a_ring_of_its_calls_is_as_exact_as_dense_attention(layout, mask):
+def test_cudnn_ring_is_as_exact_as_dense_attention(layout, mask):
     qkv = random_qkv(0, B, T, H, K, D, dtype="bfloat16")
     assert Bound(qkv, **MASKS[mask]).too_large(_run(qkv, layout, MASKS[mask])) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["all_gather", "ulysses", "usp"])
-def test_other_strategies_use_it_too(strategy):
+def test_cudnn_serves_other_strategies_too(strategy):
     qkv = random_qkv(0, B, T, H, 4, D, dtype="float16")
     assert Bound(qkv).too_large(_run(qkv, "zigzag", {}, strategy)) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, dict(causal=False), dict(sinks=np.full(H, -200, np.float32))], ids=str)
-def test_lengths_that_do_not_divide_are_padded(arguments):
+def test_cudnn_pads_lengths_that_do_not_divide(arguments):
     qkv = random_qkv(0, 1, T - 19, H, K, D, dtype="bfloat16")
     assert Bound(qkv, **arguments).too_large(_run(qkv, "zigzag", arguments)) == {}
 
 
-def test_one_device_attends_in_a_single_call():
+def test_cudnn_attends_on_one_device_in_a_single_call():
     qkv = random_qkv(0, B, T, H, K, D, dtype="bfloat16")
     attend = functools.partial(ra.blockwise_attention, impl="cudnn", window=33)
     assert Bound(qkv, window=33).too_large(results(attend, qkv)) == {}
@@ -122,7 +122,7 @@ def test_one_device_attends_in_a_single_call():
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_the_primitives_themselves_are_traced_and_lowered_for_cuda(monkeypatch, mask):
+def test_cudnn_primitives_are_traced_and_lowered_for_cuda(monkeypatch, mask):
     monkeypatch.undo()
     monkeypatch.setitem(kernels.KERNELS, "cudnn", cudnn.CUDNN._replace(platform=None))
     attend = functools.partial(ra.ring_attention, mesh=ring_mesh(P), layout="zigzag", impl="cudnn", **MASKS[mask])
@@ -139,7 +139,7 @@ def test_the_primitives_themselves_are_traced_and_lowered_for_cuda(monkeypatch, 
 
 
 @pytest.mark.parametrize("wrong", ["a plan of another device", "the lse of the hop", "masks left out"])
-def test_the_bound_sees_mistakes(monkeypatch, wrong):
+def test_cudnn_mistakes_exceed_the_bound(monkeypatch, wrong):
     qkv = random_qkv(0, 1, T, H, K, D, dtype="bfloat16")
     attention, gradients = cudnn._attention, cudnn._gradients
     if wrong == "a plan of another device":
@@ -161,7 +161,7 @@ def test_the_bound_sees_mistakes(monkeypatch, wrong):
     assert set(Bound(qkv).too_large(_run(qkv, "zigzag", {}))) == want
 
 
-def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
+def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
     q = jnp.zeros((1, 64, 4, 16), jnp.bfloat16)
     attend = functools.partial(ra.ring_attention, q, q, q, mesh=ring_mesh(2), impl="cudnn")
     with pytest.raises(ValueError, match='impl="cudnn" has no softcap; leave it out, or use impl="xla"'):
@@ -211,7 +211,7 @@ def test_static_tiles_cover_what_is_seen_and_no_more(layout, mask):
             np.testing.assert_array_equal(covered, seen)
 
 
-def test_too_many_ways_to_meet_are_refused():
+def test_plan_refuses_too_many_kinds_of_pairs():
     layout = ra.SequenceLayout("contiguous", 256)
     queries = Tokens(layout.shard_positions(3, 8)[None], runs=layout.runs(8))
     keys = Tokens(layout.all_positions(8).reshape(1, -1), runs=layout.all_runs(8))
@@ -221,7 +221,7 @@ def test_too_many_ways_to_meet_are_refused():
         plan(BlockPair(queries, keys, MaskSpec(scale=1.0)))
 
 
-def test_a_zigzag_ring_needs_three_calls_and_a_striped_one_two():
+def test_plan_of_zigzag_has_three_calls_of_striped_two():
     t, mask = 16, MaskSpec(scale=1.0)
     for P in (2, 8, 64):
         home, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 0, t, mask))

@@ -18,7 +18,7 @@ def _problem(T=26, M=6, F=64):
 
 @pytest.mark.parametrize("keep_products", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 25, 26, 100])
-def test_any_chunk_size_gives_the_value_and_gradient_of_the_whole(chunk_size, keep_products):
+def test_blockwise_feedforward_matches_the_whole_with_any_chunk(chunk_size, keep_products):
     fn, x = _problem()
     loss = lambda f: lambda x: jnp.sin(f(x)).sum()  # noqa: E731
     chunked = lambda x: ra.blockwise_feedforward(fn, x, chunk_size=chunk_size, keep_products=keep_products)  # noqa: E731
@@ -26,7 +26,7 @@ def test_any_chunk_size_gives_the_value_and_gradient_of_the_whole(chunk_size, ke
     np.testing.assert_allclose(jax.grad(loss(chunked))(x), jax.grad(loss(fn))(x), rtol=1e-4, atol=1e-4)
 
 
-def test_hidden_activations_exist_for_one_chunk_only():
+def test_blockwise_feedforward_holds_one_chunk_of_activations():
     fn, x = _problem(T=256)
     gradient = jax.jit(jax.grad(lambda x: ra.blockwise_feedforward(fn, x, chunk_size=16).sum()))
     widest = lambda f: max(a.size for a in compiled.arrays(f.lower(x).compile().as_text()))  # noqa: E731
@@ -34,7 +34,7 @@ def test_hidden_activations_exist_for_one_chunk_only():
     assert widest(jax.jit(jax.grad(lambda x: fn(x).sum()))) >= 2 * 256 * 64  # the control holds all of them
 
 
-def test_products_that_are_kept_are_not_computed_again():
+def test_blockwise_feedforward_keeps_products_when_asked():
     fn, x = _problem(T=256)
 
     def products(keep_products):
@@ -46,7 +46,7 @@ def test_products_that_are_kept_are_not_computed_again():
     assert products(keep_products=False) == 5  # up again
 
 
-def test_a_chunk_size_of_zero_is_refused():
+def test_blockwise_feedforward_refuses_a_chunk_size_of_zero():
     fn, x = _problem()
     with pytest.raises(ValueError, match="chunk_size=0 must be positive and whole; use 26"):
         ra.blockwise_feedforward(fn, x, chunk_size=0)

@@ -59,7 +59,7 @@ def _may_see(mask, queries, keys, q, k):
 
 @settings(max_examples=40, deadline=None)
 @given(mask=MASKS, packed=st.booleans(), seed=st.integers(0, 10_000))
-def test_a_query_sees_the_keys_that_position_window_length_and_segment_all_allow(mask, packed, seed):
+def test_visible_shows_what_all_conditions_allow(mask, packed, seed):
     rng = np.random.default_rng(seed)
     queries, keys = (_tokens(rng, count, packed, "scattered") for count in (7, 9))
     queries, keys = jax.tree.map(np.asarray, (queries, keys))
@@ -67,7 +67,7 @@ def test_a_query_sees_the_keys_that_position_window_length_and_segment_all_allow
     np.testing.assert_array_equal(_seen(mask, queries, keys), want)
 
 
-def test_a_rule_that_hides_nothing_makes_no_mask():
+def test_visible_is_none_where_nothing_is_hidden():
     tokens = Tokens(jnp.arange(4)[None])
     assert visible(MaskSpec(scale=1.0, causal=False), tokens, tokens) is None
     assert visible(MaskSpec(scale=1.0), tokens, tokens) is not None
@@ -80,7 +80,7 @@ def test_a_rule_that_hides_nothing_makes_no_mask():
     kind=st.sampled_from(["scattered", "sorted", "consecutive"]),
     seed=st.integers(0, 10_000),
 )
-def test_a_tile_called_empty_hides_all_and_one_called_full_hides_nothing(mask, packed, kind, seed):
+def test_tile_kinds_empty_hides_all_full_hides_nothing(mask, packed, kind, seed):
     rng = np.random.default_rng(seed)
     queries, keys = _tokens(rng, Q, packed, kind), _tokens(rng, KV, packed, kind)
     seen = _seen(mask, queries, keys)
@@ -120,19 +120,19 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_tiles_of_a_square_are_of_the_kinds_that_one_would_draw(name):
+def test_tile_kinds_of_a_square_are_as_drawn(name):
     arguments, want = KINDS[name]
     assert _kinds(MaskSpec(scale=1.0, **arguments), Tokens(jnp.arange(12)[None]), 4) == want
 
 
-def test_tiles_of_different_documents_are_empty():
+def test_tile_kinds_of_different_documents_are_empty():
     tokens = Tokens(jnp.arange(12)[None], jnp.array([[1] * 8 + [2] * 4]))
     want = [[FULL, FULL, EMPTY], [FULL, FULL, EMPTY], [EMPTY, EMPTY, FULL]]
     assert _kinds(MaskSpec(scale=1.0, causal=False), tokens, 4) == want
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_fills_up_a_tile_is_seen_by_nobody_and_sees_nobody(packed):
+def test_pad_adds_tokens_that_nobody_sees(packed):
     tokens = Tokens(jnp.arange(5)[None], jnp.zeros((1, 5), jnp.int32) if packed else None)
     queries, keys = tokens.pad(3), tokens.pad(2)
     seen = _seen(MaskSpec(scale=1.0, causal=False), queries, keys)

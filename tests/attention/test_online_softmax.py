@@ -17,20 +17,20 @@ def joined(*parts):
     return online_softmax.finalize(state)
 
 
-def test_two_empty_rows_make_an_empty_row_and_no_nan():
+def test_merge_of_two_empty_rows_is_empty_and_no_nan():
     out, lse = joined(EMPTY_ROW, EMPTY_ROW)
     np.testing.assert_array_equal(out, 0)
     np.testing.assert_array_equal(lse, -np.inf)
 
 
 @pytest.mark.parametrize("parts", [(ROW,), (EMPTY_ROW, ROW), (ROW, EMPTY_ROW)])
-def test_an_empty_row_changes_nothing(parts):
+def test_merge_of_an_empty_row_changes_nothing(parts):
     out, lse = joined(*parts)
     np.testing.assert_array_equal(out, ROW[0])
     np.testing.assert_array_equal(lse, ROW[1])
 
 
-def test_scores_far_beyond_the_range_of_exp_do_not_overflow():
+def test_update_does_not_overflow_beyond_the_range_of_exp():
     scores, values = jnp.array([[9e3, -9e3, 9e3]]), jnp.eye(3)
     state = online_softmax.update(SoftmaxState.empty((1, 3)), scores[:, :2], values[:2])
     out, lse = online_softmax.finalize(online_softmax.update(state, scores[:, 2:], values[2:]))
@@ -38,14 +38,14 @@ def test_scores_far_beyond_the_range_of_exp_do_not_overflow():
     np.testing.assert_allclose(lse, [9e3 + np.log(2)], rtol=1e-6)
 
 
-def test_order_of_arrival_does_not_matter():
+def test_merge_does_not_depend_on_order():
     rng = np.random.default_rng(0)
     parts = [(jnp.asarray(rng.standard_normal((4, 2))), jnp.asarray(rng.standard_normal(4) * 50)) for _ in range(3)]
     for got, want in zip(joined(*parts), joined(*reversed(parts)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_the_error_of_the_lse_does_not_grow_with_the_number_of_hops():
+def test_merge_error_of_the_lse_does_not_grow_with_hops():
     rng = np.random.default_rng(1)
     lse = (rng.standard_normal((256, 2000)) + 100).astype(np.float32)
     part = jnp.zeros((2000, 1))

@@ -32,26 +32,26 @@ def _look_again():
 
 
 @pytest.mark.parametrize("kernel", ADAPTERS)
-def test_the_installed_jax_fits_whatever_its_number(kernel, monkeypatch):
+def test_kernels_fit_the_installed_jax_whatever_its_number(kernel, monkeypatch):
     monkeypatch.setattr(jax, "__version__", "9.9.9")
     ADAPTERS[kernel].check(MaskSpec(scale=1.0), Q[kernel])
 
 
 @pytest.mark.parametrize(("kernel", "name"), EACH)
-def test_a_function_that_needs_another_argument_is_refused(kernel, name, monkeypatch):
+def test_kernels_refuse_a_function_that_needs_another_argument(kernel, name, monkeypatch):
     monkeypatch.setattr(ADAPTERS[kernel]._library(), name, lambda *, brand_new: None)
     with pytest.raises(ValueError, match=f'impl="{kernel}" does not fit jax .* needs brand_new .*use impl="xla", or'):
         ADAPTERS[kernel].check(MaskSpec(scale=1.0), Q[kernel])
 
 
 @pytest.mark.parametrize(("kernel", "name"), EACH)
-def test_a_function_that_is_gone_is_refused(kernel, name, monkeypatch):
+def test_kernels_refuse_a_function_that_is_gone(kernel, name, monkeypatch):
     monkeypatch.delattr(ADAPTERS[kernel]._library(), name)
     with pytest.raises(ValueError, match=f'impl="{kernel}" does not fit jax .*{name}.*; use impl="xla"'):
         ADAPTERS[kernel].check(MaskSpec(scale=1.0), Q[kernel])
 
 
-def test_score_modifiers_are_left_out_where_jax_has_none(monkeypatch):
+def test_cudnn_leaves_out_score_modifiers_where_jax_has_none(monkeypatch):
     def older(ctx, query, scale): ...
     def newer(ctx, query, scale, score_mod_name, score_mod_jaxpr): ...
 
@@ -60,7 +60,7 @@ def test_score_modifiers_are_left_out_where_jax_has_none(monkeypatch):
         assert cudnn._new_settings() == expected
 
 
-def test_the_refusal_says_what_is_missing_and_what_is_unknown():
+def test_require_signature_says_what_is_missing_and_unknown():
     def renamed(q, *, window, bias=None):
         return q, window, bias
 

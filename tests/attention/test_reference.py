@@ -116,7 +116,7 @@ def _row_by_hand(q, k, v, b, t, h, a):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_oracle_is_what_a_loop_over_single_numbers_gives(case):
+def test_reference_attention_matches_a_loop_over_numbers(case):
     q, k, v, _ = _inputs()
     out, lse = ra.reference_attention(q, k, v, **CASES[case], return_lse=True)
     assert out.dtype == lse.dtype == np.float64
@@ -140,7 +140,7 @@ def _difference(loss, x, step=1e-5):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_oracles_gradients_are_the_slopes_of_its_output(case):
+def test_reference_gradients_are_slopes_of_the_output(case):
     q, k, v, dout = _inputs()
     arguments = dict(CASES[case])
     moving = [q, k, v]
@@ -155,7 +155,7 @@ def test_the_oracles_gradients_are_the_slopes_of_its_output(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "causal"])
-def test_each_argument_matters_by_far_more_than_the_tolerances_here(case):
+def test_reference_arguments_matter_by_far_more_than_tolerances(case):
     q, k, v, dout = _inputs()
     mask = CASES[case]
     for name in mask.keys() - {"dropout_key", "kv_segment_ids"}:
@@ -190,7 +190,7 @@ def test_dense_attention_in_float32_is_close_to_the_oracle(case):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_window_of_w_shows_w_keys_and_one_of_another_size_shows_others(causal):
+def test_reference_window_of_w_shows_w_keys(causal):
     tokens, window = 24, 6
     q = k = np.zeros((1, tokens, 1, tokens))
     v = np.eye(tokens)[None, :, None, :]  # the output is then the row of weights
@@ -207,7 +207,7 @@ def test_a_window_of_w_shows_w_keys_and_one_of_another_size_shows_others(causal)
 
 
 @pytest.mark.parametrize("sinks", [None, SINKS])
-def test_a_query_that_sees_nothing_gives_zero_and_has_no_gradients(sinks):
+def test_reference_is_zero_where_a_query_sees_nothing(sinks):
     q, k, v, dout = _inputs()
     mask = dict(causal=False, sinks=sinks, segment_ids=np.full((B, T), 1), kv_segment_ids=np.full((B, S), 2))
     out, lse = ra.reference_attention(q, k, v, **mask, return_lse=True)
@@ -217,7 +217,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_has_no_gradients(sinks):
     assert all(np.all(np.asarray(x) == 0) for x in _dense_everything(q, k, v, dout, sinks, mask))
 
 
-def test_a_sink_takes_its_share_of_the_softmax():
+def test_reference_sink_takes_its_share_of_the_softmax():
     q, k, v, dout = _inputs()
     without, without_lse = ra.reference_attention(q, k, v, return_lse=True)
     out, lse = ra.reference_attention(q, k, v, sinks=SINKS, return_lse=True)
@@ -239,7 +239,7 @@ def test_a_sink_takes_its_share_of_the_softmax():
         (dict(alibi_slopes=np.zeros(K)), "alibi_slopes has shape"),
     ],
 )
-def test_a_bad_argument_is_refused_in_words(arguments, message):
+def test_reference_attention_refuses_a_bad_argument_in_words(arguments, message):
     q, k, v, dout = _inputs()
     with pytest.raises(ValueError, match=message):
         ra.reference_attention(q, k, v, **arguments)
@@ -267,7 +267,7 @@ def _kept(rate, key, batch=1, heads=1, queries=1, keys=1):
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(4)], ids=["new style", "old style"])
-def test_the_oracle_drops_the_weights_that_jax_drops(rate, key):
+def test_reference_drops_the_weights_that_jax_drops(rate, key):
     rng = np.random.default_rng(8)
     q_at, k_at = rng.integers(0, 2**31, (2, 32)), rng.integers(0, 2**31, (2, 40))
     indices = (
@@ -282,7 +282,7 @@ def test_the_oracle_drops_the_weights_that_jax_drops(rate, key):
     assert (_kept_by_oracle(rate, jax.random.key(9), q_at, k_at) != want).any()
 
 
-def test_the_threshold_is_where_the_specification_has_it():
+def test_dropout_threshold_is_where_the_specification_has_it():
     bits = _bits(KEY, 0, 2, 11, 13)
     for rate, want in [(bits / 2**32, True), ((bits + 1) / 2**32, False)]:
         got = kept(rate, seeds_of(KEY), *(jnp.int32(index) for index in (0, 2, 11, 13)))
@@ -309,7 +309,7 @@ def _correlation(x, y):
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
-def test_the_fraction_kept_is_one_less_the_rate(rate):
+def test_dropout_keeps_a_fraction_of_one_less_the_rate(rate):
     keep = _kept(rate, KEY, batch=2, heads=4, queries=256, keys=512)
     for axes in [
         (0, 1, 2, 3),
@@ -326,7 +326,7 @@ def test_the_fraction_kept_is_one_less_the_rate(rate):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_seeds_sequences_heads_rows_and_columns_drop_independently(rate):
+def test_dropout_is_independent_along_every_axis(rate):
     draw = lambda seed: _kept(rate, jax.random.key(seed), batch=2, heads=4, queries=128, keys=128)  # noqa: E731
     keep = draw(0)
     pairs = {f"seed {seed}": (keep, draw(seed)) for seed in range(1, 5)}
@@ -355,7 +355,7 @@ def _largest_shifted_correlation(rows, lags=8):
 
 
 @pytest.mark.parametrize("along", ["queries", "heads", "batch"])
-def test_no_row_is_a_shifted_copy_of_its_neighbour(along):
+def test_dropout_rows_are_no_shifted_copies_of_neighbours(along):
     rows = np.squeeze(_kept(0.5, KEY, **{along: 32}, keys=2048))
     bound = SIGMAS / math.sqrt(2048 - 16)
     assert _largest_shifted_correlation(rows) < bound
@@ -363,7 +363,7 @@ def test_no_row_is_a_shifted_copy_of_its_neighbour(along):
     assert _largest_shifted_correlation(copies) > bound
 
 
-def test_rows_that_meet_in_one_lane_are_no_shifted_copies():
+def test_dropout_rows_equal_in_one_lane_are_no_shifted_copies():
     heads, queries = (index.ravel() for index in np.mgrid[:32, :2048])
     state = _mix_int(int(seeds_of(KEY)[0]))  # of the first lane, for sequence 0
     states = _mix_int((_mix_int((state + heads.astype(np.uint64)) % 2**32) + queries.astype(np.uint64)) % 2**32)

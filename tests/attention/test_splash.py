@@ -66,26 +66,26 @@ ALL = [
     ("layout", "mask", "dtype"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in ALL],
 )
-def test_a_ring_of_its_pairs_is_as_exact_as_dense_attention(layout, mask, dtype):
+def test_splash_ring_is_as_exact_as_dense_attention(layout, mask, dtype):
     qkv = random_qkv(0, B, T, H, K, D, dtype=dtype)
     assert Bound(qkv, **MASKS[mask]).too_large(_results(qkv, layout, MASKS[mask])) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="dq is 2.06 times as far off as dense attention's: q is scaled in bfloat16")
-def test_head_dims_whose_scale_is_no_power_of_two_are_a_little_less_exact_in_bfloat16():
+def test_splash_rounds_q_where_the_scale_is_no_power_of_two():
     qkv = random_qkv(0, B, T, H, K, 32, dtype="bfloat16")
     assert Bound(qkv, causal=False).too_large(_results(qkv, "zigzag", dict(causal=False))) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["all_gather", "ulysses"])
-def test_other_strategies_use_it_too(strategy):
+def test_splash_serves_other_strategies_too(strategy):
     qkv = random_qkv(0, B, T, H, K, D)
     assert Bound(qkv).too_large(_results(qkv, "zigzag", {}, strategy)) == {}
 
 
-def test_the_bound_sees_tiles_that_are_left_out(monkeypatch):
+def test_splash_tiles_left_out_exceed_the_bound(monkeypatch):
     qkv = random_qkv(0, 1, T, 2, 1, D)
     seen = splash.tile_kinds
 
@@ -107,7 +107,7 @@ def _kernels(jaxpr):
                 yield from _kernels(inner) if hasattr(inner, "eqns") else ()
 
 
-def test_the_compiler_is_told_what_each_kernel_costs():
+def test_splash_tells_the_compiler_what_each_kernel_costs():
     q = jax.ShapeDtypeStruct((1, T, H, D), "bfloat16")
     attend = functools.partial(ra.ring_attention, mesh=ring_mesh(P), layout="zigzag", impl="interpreted")
     traced = jax.make_jaxpr(lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0]))(q, q, q)
@@ -117,7 +117,7 @@ def test_the_compiler_is_told_what_each_kernel_costs():
     assert sorted(cost.flops for cost in costs) == sorted(4 * [forward] + 4 * [dq] + 4 * [dkv])
 
 
-def test_what_the_kernel_cannot_do_is_refused():
+def test_splash_refuses_what_it_cannot_do():
     q = jnp.zeros((1, 512, 4, 16))
     mesh = ring_mesh(2)
     attend = functools.partial(ra.ring_attention, q, q, q, mesh=mesh)
@@ -133,7 +133,7 @@ def test_what_the_kernel_cannot_do_is_refused():
         ra.context_attention(q, q, q, mesh=mesh, strategy="sparse", stride=16, impl="interpreted")
 
 
-def test_for_each_tile_the_next_that_is_seen_is_loaded():
+def test_splash_loads_for_each_tile_the_next_that_is_seen():
     seen = jnp.array([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]])
     assert splash._next_seen(seen, axis=1).tolist() == [[1, 1, 3, 3, 0], [0, 0, 0, 0, 0]]
     assert splash._next_seen(seen, axis=0).tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]

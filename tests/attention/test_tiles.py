@@ -77,7 +77,7 @@ CASES = {
 
 @pytest.mark.parametrize("group", [tiling.GROUP, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a_mask(case, group, monkeypatch):
+def test_tiling_computes_what_is_visible_once(case, group, monkeypatch):
     monkeypatch.setattr(tiling, "GROUP", group)
     sizes = dict(CASES[case])
     pair, blocks = _pair(**sizes), BlockSizes(q=16, kv=8, cut=2)
@@ -88,7 +88,7 @@ def test_what_is_visible_is_computed_once_and_only_what_is_all_visible_without_a
     assert mask[np.broadcast_to(unmasked > 0, unmasked.shape).any(1, keepdims=True)].all()
 
 
-def test_a_diagonal_costs_half_a_small_tile_a_row_and_a_shard_that_nobody_sees_nothing():
+def test_tiling_of_a_diagonal_wastes_half_a_small_tile_a_row():
     t, blocks = 64, BlockSizes(q=16, kv=16, cut=2)
     computed, _ = _counts(_pair(t, t), t, t, blocks)
     assert computed[0, 0].sum() == t * (t + 8) / 2
@@ -97,13 +97,13 @@ def test_a_diagonal_costs_half_a_small_tile_a_row_and_a_shard_that_nobody_sees_n
     assert _counts(_pair(t, t, offset=-t), t, t, blocks)[0].sum() == 0
 
 
-def test_several_heads_of_one_tile_are_visited_together():
+def test_tiling_visits_several_heads_of_a_tile_together():
     together, _ = _counts(_pair(32, 32), 32, 32, BlockSizes(q=16, kv=16, heads=2))
     alone, _ = _counts(_pair(32, 32), 32, 32, BlockSizes(q=16, kv=16))
     np.testing.assert_array_equal(together, alone)
 
 
-def test_a_loop_over_tiles_that_nobody_visits_whole_is_not_in_the_program():
+def test_tiling_leaves_out_a_loop_that_visits_nothing():
     x = jax.ShapeDtypeStruct((1, 256, 2, 8), jnp.float32)
 
     def loops(**positions):
@@ -115,7 +115,7 @@ def test_a_loop_over_tiles_that_nobody_visits_whole_is_not_in_the_program():
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("ring_size", [1, 2])
-def test_positions_that_runs_tell_are_those_of_the_tokens(layout, ring_size):
+def test_runs_positions_are_those_of_the_tokens(layout, ring_size):
     dealt = ra.SequenceLayout(layout, ring_size)
     of_all = Tokens(dealt.all_positions(12).reshape(1, -1), runs=dealt.all_runs(12))
     of_part = Tokens(dealt.shard_positions(0, 12)[None, 2:9], runs=dealt.runs(12, 2, 9))
@@ -126,7 +126,7 @@ def test_positions_that_runs_tell_are_those_of_the_tokens(layout, ring_size):
         np.testing.assert_array_equal(known.real, tokens.pad(3).real)
 
 
-def test_memory_is_linear_in_length_with_segments_and_backwards():
+def test_blockwise_attention_memory_is_linear_in_length():
     def bytes_of_a_token(T):
         x, ids = jax.ShapeDtypeStruct((1, T, 1, D), "bfloat16"), jax.ShapeDtypeStruct((1, T), "int32")
         loss = lambda q, k, v, ids: ra.blockwise_attention(q, k, v, segment_ids=ids).astype("float32").sum()  # noqa: E731
@@ -137,7 +137,7 @@ def test_memory_is_linear_in_length_with_segments_and_backwards():
 
 
 @pytest.mark.parametrize("size", [8, 32])
-def test_what_is_not_a_number_reaches_all_that_see_it_and_no_other_sequence_or_head(size):
+def test_blockwise_attention_keeps_nan_in_its_sequence_and_head(size):
     rng, blocks, bad = np.random.default_rng(0), BlockSizes(q=size, kv=size), 20
     q, k, v = (jnp.asarray(rng.standard_normal((B, 32, heads, D)), "float32") for heads in (H, K, K))
     clean = ra.blockwise_attention(q, k, v, block_sizes=blocks)

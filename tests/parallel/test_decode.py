@@ -74,38 +74,38 @@ def _shares(lengths_of=LENGTHS, dtype="float32", sizes=None, **settings):
 
 @pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
-def test_decoding_is_as_exact_as_dense_attention(layout, extras):
+def test_decode_attention_is_as_exact_as_dense_attention(layout, extras):
     assert _shares(mesh=_mesh(4), layout=layout, **EXTRAS[extras]) <= 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("P", [1, 8])
-def test_so_it_is_in_half_precision(P, dtype):
+def test_decode_attention_is_exact_in_half_precision(P, dtype):
     assert _shares(mesh=_mesh(P), dtype=dtype, **EXTRAS["all"]) <= 2
 
 
 @pytest.mark.parametrize(
     ("H", "K"), [pytest.param(4, 4, marks=pytest.mark.slow), (4, 1), pytest.param(6, 3, marks=pytest.mark.slow)]
 )
-def test_so_it_is_with_any_grouping_of_heads_and_one_or_many_new_tokens(H, K):
+def test_decode_attention_is_exact_with_any_heads_and_tokens(H, K):
     for T in (1, 5):
         assert _shares(mesh=_mesh(2), sizes=dict(H=H, K=K, T=T), window=30) <= 2
 
 
-def test_so_it_is_over_a_mesh_of_three_axes():
+def test_decode_attention_is_exact_over_three_axes():
     mesh = _mesh(2, dp=2, tp=2)
     lengths = [(*row, 11) for row in LENGTHS]
     assert _shares(lengths, mesh=mesh, sizes=dict(B=4), **EXTRAS["all"]) <= 2
 
 
-def test_so_it_is_with_another_axis_and_a_spec_of_ones_own():
+def test_decode_attention_takes_another_axis_and_spec():
     mesh = jax.make_mesh((2, 4), ("rows", "ring"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     lengths = [(*row, 11) for row in LENGTHS]
     spec = Spec("rows", "ring")
     assert _shares(lengths, mesh=mesh, axis_name="ring", spec=spec, sizes=dict(B=4), window=19) <= 2
 
 
-def test_one_layer_of_many_is_read_where_it_lies():
+def test_decode_attention_reads_one_layer_where_it_lies():
     q, k, v = _draw(0)
     attend = functools.partial(ra.decode_attention_shard, lengths=np.array([80, 7, 41], np.int32), block_sizes=TILES)
 
@@ -123,7 +123,7 @@ def test_one_layer_of_many_is_read_where_it_lies():
     assert np.isnan(run(*layers, 0)).all()
 
 
-def test_heads_may_come_before_slots_and_half_precision_as_bits():
+def test_decode_attention_takes_heads_first_and_bits():
     for dtype in ("float32", "bfloat16"):
         q, k, v = _draw(0, dtype, B=2)
         mesh, settings = _mesh(2, dp=2, tp=2), dict(lengths=np.array([80, 33], np.int32), block_sizes=TILES)
@@ -136,7 +136,7 @@ def test_heads_may_come_before_slots_and_half_precision_as_bits():
         assert np.array_equal(run(q, k, v), run(q, cached.as_bits(k), cached.as_bits(v)))
 
 
-def test_rows_that_see_nothing_are_zero_and_what_lies_beyond_a_rows_length_does_not_count():
+def test_decode_attention_is_zero_where_a_row_sees_nothing():
     q, k, v = _draw(0)
     lengths = np.array([0, 1, 30], np.int32)
     out = np.asarray(_decode(q, k, v, lengths, mesh=_mesh(4)))
@@ -151,7 +151,7 @@ def test_rows_that_see_nothing_are_zero_and_what_lies_beyond_a_rows_length_does_
     assert not np.array_equal(out[1:], control[1:])
 
 
-def test_what_was_prefilled_is_the_beginning_of_a_larger_striped_cache():
+def test_striped_cache_begins_with_what_was_prefilled():
     q, k, v = _draw(0)
     lengths = np.array([80, 7, 41], np.int32)
     layout = ra.SequenceLayout("striped", 4)
@@ -239,7 +239,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutants_are_seen(mutant, monkeypatch):
+def test_decode_attention_mutants_are_seen(mutant, monkeypatch):
     mutate, extras = MUTANTS[mutant]
     decode._sharded.cache_clear()
     assert _shares(mesh=_mesh(4), **EXTRAS[extras]) <= 2
@@ -270,12 +270,12 @@ def _gather(P, rows, new, heads):
 
 
 @pytest.mark.parametrize("P", [2, 8])
-def test_one_small_gather_a_call_is_all_that_is_sent(P):
+def test_decode_attention_sends_one_small_gather(P):
     assert compiled.totals(_compiled(P).as_text()) == _gather(P, 2, 1, H)
     assert compiled.totals(_compiled(P, new=3, window=50).as_text()) == _gather(P, 2, 3, H)
 
 
-def test_so_it_is_over_a_mesh_of_three_axes_and_on_one_device_nothing_is_sent():
+def test_decode_attention_sends_nothing_on_one_device():
     program = _compiled(2, dict(dp=2, tp=2), rows=4).as_text()
     assert compiled.totals(program) == _gather(2, 2, 1, H // 2)
     assert compiled.sent(program) > 0
@@ -296,7 +296,7 @@ def _gathering(P):
     return jax.jit(run).lower(q, k, k).compile()
 
 
-def test_the_cache_is_neither_gathered_nor_copied_and_memory_does_not_grow_with_the_ring():
+def test_decode_attention_memory_does_not_grow_with_the_ring():
     cache = 2 * 2 * SLOTS * K * D * 4  # bytes of a device's
     temporary = {P: _compiled(P).memory_analysis().temp_size_in_bytes for P in (2, 4, 8)}
     parts = 2 * H * (D + 1) * 4  # bytes of what one device makes of its slots
@@ -308,7 +308,7 @@ def test_the_cache_is_neither_gathered_nor_copied_and_memory_does_not_grow_with_
     assert any(8 * SLOTS in array.shape for array in compiled.arrays(control.as_text()))
 
 
-def test_tiles_that_no_row_sees_are_not_read():
+def test_decode_attention_skips_tiles_that_no_row_sees():
     def tiles(lengths, me, **settings):
         mask = decode.make_mask_spec(
             jnp.zeros((1, 1, H, D)),
@@ -351,7 +351,7 @@ def test_tiles_that_no_row_sees_are_not_read():
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
-def test_mistakes_are_refused_in_one_line_before_anything_compiles(change, words):
+def test_decode_attention_refuses_mistakes_in_one_line(change, words):
     change = dict(change)
     settings = dict(mesh=_mesh(4), lengths=np.array([1, 2, 3], np.int32)) | change
     arrays = _draw(0, **settings.pop("sizes", {}))

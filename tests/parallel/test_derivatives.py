@@ -30,7 +30,7 @@ def total(attend, q):
 
 
 @pytest.mark.parametrize("attend", ENTRIES.values(), ids=ENTRIES)
-def test_the_gradient_of_a_gradient_names_forward_mode_over_it(attend):
+def test_gradient_of_a_gradient_names_forward_mode(attend):
     slope = jax.grad(functools.partial(total, attend))
     with pytest.raises(TypeError, match=r"reverse mode twice, need forward mode.*use jax\.jvp\(jax\.grad\(fn\)"):
         jax.jit(jax.grad(lambda q: (slope(q) * DQ).sum())).trace(Q)
@@ -44,12 +44,12 @@ def test_forward_mode_names_reverse_mode(attend):
         jax.jvp(lambda q: attend(q, K, V), (Q,), (DQ,))
 
 
-def test_other_type_errors_keep_their_words():
+def test_only_reverse_mode_keeps_other_type_errors():
     with pytest.raises(TypeError, match="missing 1 required positional"):
         ra.blockwise_attention(Q, K)
 
 
-def test_a_hessian_is_that_of_dense_attention():
+def test_hessian_is_that_of_dense_attention():
     def dense(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 

@@ -75,7 +75,7 @@ def _errors(got, want):
         ("linen", 2, "zigzag", {}),
     ],
 )
-def test_layers_give_what_they_give_with_flaxs_own_attention_and_a_causal_mask(name, P, layout, settings):
+def test_flax_layers_give_what_they_give_with_flaxs_attention(name, P, layout, settings):
     build, order = LAYERS[name], ra.SequenceLayout(layout, P)
     x, cotangent = _random(1, B, T, M), _random(2, B, T, M)
     mask = nn.make_causal_mask(x[..., 0])
@@ -92,7 +92,7 @@ def test_layers_give_what_they_give_with_flaxs_own_attention_and_a_causal_mask(n
     assert min(_errors(got, both_ways)) > 0.1  # the control
 
 
-def test_both_ways_and_windows_are_those_of_flaxs_masks():
+def test_flax_attention_fn_windows_are_those_of_flaxs_masks():
     x = _random(1, B, T, M)
     ahead = np.arange(T) - np.arange(T)[:, None]
     (params, apply), wants = _nnx(), {}
@@ -103,7 +103,7 @@ def test_both_ways_and_windows_are_those_of_flaxs_masks():
     assert relative_error(*wants.values()) > 0.1
 
 
-def test_axes_before_the_tokens_are_folded_as_flax_folds_them():
+def test_flax_attention_fn_folds_axes_as_flax_does():
     (params, apply), (_, on_ring) = _nnx(), _nnx(attention_fn=ra.flax_attention_fn(mesh=_mesh(2)))
     for shape in ((2, 3, T, M), (T, M)):
         x = _random(1, *shape)
@@ -113,7 +113,7 @@ def test_axes_before_the_tokens_are_folded_as_flax_folds_them():
         assert relative_error(got, apply(params, x)) > 0.1
 
 
-def test_segment_ids_of_the_batch_reach_an_nnx_layer_inside_the_step():
+def test_flax_attention_fn_takes_segment_ids_of_the_batch():
     layer = nnx.MultiHeadAttention(H, M, H * D, decode=False, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     mesh, x = _mesh(2), _random(1, 2, 3, T, M)
@@ -138,7 +138,7 @@ def test_segment_ids_of_the_batch_reach_an_nnx_layer_inside_the_step():
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_q_k_and_v_are_cast_as_flax_casts_them(dtype):
+def test_flax_attention_fn_casts_as_flax_does(dtype):
     q, k, v = (_random(seed, B, T, H, D).astype(t) for seed, t in enumerate(("float32", "bfloat16", "bfloat16")))
     got = ra.flax_attention_fn(mesh=_mesh(2))(q, k, v, dtype=dtype)
     want = nnx.dot_product_attention(q, k, v, dtype=dtype, is_causal=True)
@@ -146,7 +146,7 @@ def test_q_k_and_v_are_cast_as_flax_casts_them(dtype):
     assert relative_error(got, want) < (1e-2 if dtype == "bfloat16" else ROUNDING)
 
 
-def test_a_layer_computes_in_its_dtype():
+def test_flax_layer_computes_in_its_dtype():
     x, attention_fn = _random(1, B, T, M), ra.flax_attention_fn(mesh=_mesh(2))
     params, apply = LAYERS["linen_alias"](dtype="bfloat16", force_fp32_for_softmax=True, attention_fn=attention_fn)
     out = apply(params, x)
@@ -176,7 +176,7 @@ def _drop(P, name, layout="contiguous", seed=0, **call):
 
 
 @pytest.mark.parametrize("name", ["nnx", "linen"])
-def test_dropout_is_that_of_the_key_on_any_mesh(name):
+def test_flax_dropout_is_that_of_the_key_on_any_mesh(name):
     first, keys = _drop(2, name)
     assert [(key.shape, jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) for key in keys] == [((), True)]
     np.testing.assert_array_equal(first, _drop(2, name)[0])
@@ -189,7 +189,7 @@ def test_dropout_is_that_of_the_key_on_any_mesh(name):
     assert relative_error(undropped, first) > 0.1
 
 
-def test_an_nnx_layer_draws_another_mask_at_each_call():
+def test_nnx_layer_draws_another_mask_at_each_call():
     attention_fn = ra.flax_attention_fn(mesh=_mesh(2))
     layer = nnx.MultiHeadAttention(H, M, H * D, decode=False, rngs=nnx.Rngs(0), attention_fn=attention_fn, **DROPOUT)
     x = _random(1, B, T, M)
@@ -203,7 +203,7 @@ def test_linen_takes_keys_of_the_old_style_too():
     np.testing.assert_array_equal(old, new)
 
 
-def test_what_is_dropped_is_what_ring_attention_drops():
+def test_flax_dropout_is_that_of_ring_attention():
     mesh, key = _mesh(2), jax.random.key(5)
     q, k, v = (_random(seed, B, T, H, D) for seed in range(3))
     attention_fn = ra.flax_attention_fn(mesh=mesh)
@@ -226,7 +226,7 @@ OPTIONS = ["duplex", "unroll"]
 
 
 @pytest.mark.parametrize("name", SETTINGS + OPTIONS)
-def test_every_setting_reaches_the_attention(name, monkeypatch):
+def test_flax_attention_fn_passes_every_setting_on(name, monkeypatch):
     given = []
 
     def record(q, k, v, **kwargs):
@@ -242,7 +242,7 @@ def test_every_setting_reaches_the_attention(name, monkeypatch):
     assert given == [others]
 
 
-def test_settings_change_what_a_layer_computes():
+def test_flax_attention_fn_settings_change_the_result():
     mesh = Mesh(np.array(jax.devices()[:2]), ("ring",))
     settings = dict(axis_name="ring", softcap=1.0, scale=3.0, sinks=jnp.ones(H), alibi_slopes=jnp.full(H, 0.2))
     q, k, v = (_random(seed, B, T, H, D) for seed in range(3))
@@ -263,12 +263,12 @@ def test_settings_change_what_a_layer_computes():
         (dict(dropout_key=None), "flax_attention_fn got dropout_key, but dropout is the layer's; give the layer"),
     ],
 )
-def test_settings_that_it_does_not_have_are_refused_at_once(settings, message):
+def test_flax_attention_fn_refuses_unknown_settings(settings, message):
     with pytest.raises(TypeError, match=re.escape(message)):
         ra.flax_attention_fn(mesh=_mesh(2), **settings)
 
 
-def test_without_a_mesh_it_takes_the_one_that_is_set_and_refuses_where_none_is():
+def test_flax_attention_fn_takes_the_mesh_that_is_set():
     q = jax.ShapeDtypeStruct((1, 8, 2, 4), jnp.float32)
     attention_fn = ra.flax_attention_fn()
     with pytest.raises(ValueError, match="mesh is left out, but none is set"):
@@ -277,7 +277,7 @@ def test_without_a_mesh_it_takes_the_one_that_is_set_and_refuses_where_none_is()
         assert jax.eval_shape(attention_fn, q, q, q).shape == q.shape
 
 
-def test_equal_functions_are_one_program_and_can_be_pickled_and_copied():
+def test_flax_attention_fn_is_hashable_and_can_be_pickled():
     sinks = jnp.ones(H)
 
     def make(**settings):
@@ -314,7 +314,7 @@ def _valid():
         ),
     ],
 )
-def test_a_mask_of_flaxs_helpers_is_refused_with_the_call_that_replaces_it_and_that_is_right(mask, call):
+def test_flax_mask_is_refused_with_the_call_that_replaces_it(mask, call):
     attention_fn, (q, k, v) = ra.flax_attention_fn(mesh=_mesh(2)), (_random(seed, 2, T, H, D) for seed in range(3))
     with pytest.raises(ValueError, match=re.escape(f"is flax_attention_fn({call}")) as error:
         attention_fn(q, k, v, mask=mask)
@@ -331,7 +331,7 @@ def test_a_mask_of_flaxs_helpers_is_refused_with_the_call_that_replaces_it_and_t
 # --- What it refuses --------------------------------------------------------------------------------------------------
 
 
-def test_linen_finds_a_name_for_everything_that_it_could_pass():
+def test_flax_attention_fn_names_all_that_linen_may_pass():
     """Linen passes only what it finds in the signature, so a name that is missing would be ignored in silence."""
     names = list(inspect.signature(ra.flax_attention_fn(mesh=_mesh(2))).parameters)
     linen = list(inspect.signature(nn.dot_product_attention).parameters)
@@ -412,7 +412,7 @@ IN_LAYERS = [
     ("name", "made_with", "called_with", "settings", "message"),
     [(name, *case) for names, *case in IN_LAYERS for name in names],
 )
-def test_layers_are_refused_what_a_ring_cannot_do(name, made_with, called_with, settings, message):
+def test_flax_layers_are_refused_what_a_ring_cannot_do(name, made_with, called_with, settings, message):
     params, apply = LAYERS[name](attention_fn=ra.flax_attention_fn(mesh=_mesh(2), **settings), **made_with)
     with pytest.raises(ValueError, match=re.escape(message)):
         apply(params, X, **called_with)
@@ -422,13 +422,13 @@ def test_layers_are_refused_what_a_ring_cannot_do(name, made_with, called_with, 
 
 
 @pytest.mark.parametrize("name", ["nnx", "linen"])
-def test_cross_attention_is_refused_in_words(name):
+def test_flax_cross_attention_is_refused_in_words(name):
     params, apply = LAYERS[name](attention_fn=ra.flax_attention_fn(mesh=_mesh(2)))
     with pytest.raises(ValueError, match="so the 16 queries look at another number of keys.*use Flax's own attention"):
         apply(params, X, X[:, :8])
 
 
-def test_the_cache_of_decoding_is_refused():
+def test_flax_cache_of_decoding_is_refused():
     attention_fn, x = ra.flax_attention_fn(mesh=_mesh(2)), X[:, :1]
     layer = nnx.MultiHeadAttention(H, M, H * D, decode=True, rngs=nnx.Rngs(0), attention_fn=attention_fn)
     layer.init_cache(X.shape)
@@ -466,13 +466,13 @@ Q = jnp.zeros((2, 3, T, H, D))
         ((Q, Q, Q), dict(dtype="int32"), "q has dtype int32, need float32, bfloat16 or float16"),
     ],
 )
-def test_calls_are_refused_what_a_ring_cannot_do(arrays, kwargs, message):
+def test_flax_calls_are_refused_what_a_ring_cannot_do(arrays, kwargs, message):
     attention_fn = ra.flax_attention_fn(mesh=_mesh(2))
     with pytest.raises(ValueError, match=re.escape(message)):
         attention_fn(*arrays, **kwargs)
 
 
-def test_the_default_precision_is_no_precision_unless_the_program_has_another():
+def test_flax_default_precision_is_no_precision():
     attention_fn = ra.flax_attention_fn(mesh=_mesh(2))
     np.testing.assert_array_equal(attention_fn(Q, Q, Q, precision=lax.Precision.DEFAULT), Q)
     with (

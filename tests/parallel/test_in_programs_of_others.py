@@ -52,7 +52,7 @@ def _equations(jaxpr):
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_rank_promotion_may_raise_and_with_x64_tiles_stay_in_32_bits(name):
+def test_attention_stays_in_32_bits_with_x64(name):
     operands = random_qkv(0, B, T, H, K, D)[:3]
     jax.config.update("jax_numpy_rank_promotion", "raise")
     try:
@@ -69,7 +69,7 @@ def test_rank_promotion_may_raise_and_with_x64_tiles_stay_in_32_bits(name):
     assert wide == set()
 
 
-def test_with_x64_a_ring_gives_what_it_gives_without():
+def test_ring_attention_gives_the_same_with_x64():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
     attend = quickly(lambda q, k, v: ENTRIES["ring dropout"](q, k, v))
     want = np.asarray(attend(q, k, v))
@@ -79,7 +79,7 @@ def test_with_x64_a_ring_gives_what_it_gives_without():
     np.testing.assert_array_equal(got, want)
 
 
-def test_with_x64_calls_outside_jit_are_right():
+def test_attention_outside_jit_is_right_with_x64():
     """There loops have bounds that are known, and JAX counts in its default integer."""
     q, k, v, _ = random_qkv(0, 1, T, H, K, D)
     layout = ra.SequenceLayout("zigzag", ring_size=2)
@@ -94,7 +94,7 @@ def test_with_x64_calls_outside_jit_are_right():
 
 
 @pytest.mark.parametrize("name", ["blockwise sinks", "ring_self_attention sinks"])
-def test_tangents_go_through_gradients(name):
+def test_attention_gradients_let_tangents_through(name):
     """As they do for a Hessian: forward rules must not call what has no tangent."""
     q, k, v, dq = random_qkv(0, 1, T, H, K, D)
 
@@ -104,7 +104,7 @@ def test_tangents_go_through_gradients(name):
     assert relative_error(slope(ENTRIES[name]), slope(functools.partial(_dense, lengths=None))) < 1e-5
 
 
-def test_gradients_go_through_decoding():
+def test_decode_attention_lets_gradients_through():
     operands = random_qkv(1, B, T, H, K, D)[:3]
 
     def gradients(fn):
@@ -130,7 +130,7 @@ def _dense(q, k, v, lengths):
     return jnp.einsum("bhts,bshd->bthd", e / (e.sum(-1, keepdims=True) + sinks), v)
 
 
-def test_every_int32_is_a_segment_id():
+def test_segment_ids_may_be_any_int32():
     q, k, v, _ = random_qkv(2, 1, 15, 1, 1, D)
     ids = np.array([[-(2**31)] * 5 + [-(2**31) + 1] * 5 + [2**31 - 1] * 5], np.int32)
     attend = functools.partial(ra.blockwise_attention, causal=False, block_sizes=ra.BlockSizes(q=8, kv=8))
@@ -140,7 +140,7 @@ def test_every_int32_is_a_segment_id():
 
 
 @pytest.mark.parametrize("bound", [2**31 - 1, 2**31, 2**63, np.int64(2**40)])
-def test_a_window_beyond_all_positions_is_none(bound):
+def test_window_beyond_all_positions_is_none(bound):
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
     mesh, ids = ra.make_mesh(sp=2, devices=jax.devices()[:2]), np.zeros((B, T), np.int32)
     ring = functools.partial(ra.ring_attention, mesh=mesh, segment_ids=ids)
@@ -154,7 +154,7 @@ def test_a_window_beyond_all_positions_is_none(bound):
     assert jax.eval_shape(lambda q, k, v: decode(q[:, :1], k, v, window=bound), q, k, v).shape == (B, 1, H, D)
 
 
-def test_a_policy_with_the_saved_names_runs_no_ring_twice():
+def test_saved_names_keep_a_ring_from_running_twice():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
     ring = functools.partial(ra.ring_attention, mesh=ra.make_mesh(sp=2, devices=jax.devices()[:2]))
 
@@ -166,7 +166,7 @@ def test_a_policy_with_the_saved_names_runs_no_ring_twice():
     assert permutes(saved) == permutes(ring) < permutes(jax.checkpoint(ring))
 
 
-def test_an_exported_ring_gives_what_it_gave():
+def test_ring_attention_gives_the_same_when_exported():
     mesh = ra.make_mesh(sp=2, devices=jax.devices()[:2])
     sharding = jax.NamedSharding(mesh, jax.P(None, "sp"))
     operands = jax.device_put(random_qkv(0, B, T, H, K, D)[:3], sharding)
@@ -177,7 +177,7 @@ def test_an_exported_ring_gives_what_it_gave():
     np.testing.assert_array_equal(exported.call(*operands), ring(*operands))
 
 
-def test_an_unknown_argument_is_answered_with_the_one_that_was_meant():
+def test_context_attention_suggests_the_argument_that_was_meant():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
     mesh = ra.make_mesh(sp=2, devices=jax.devices()[:2])
     with pytest.raises(TypeError, match=r"its options are duplex, unroll; did you mean window=\?"):
@@ -187,12 +187,12 @@ def test_an_unknown_argument_is_answered_with_the_one_that_was_meant():
 
 
 @pytest.mark.parametrize("devices", [5, "cpu", [None], ["cpu:0"]])
-def test_devices_that_are_none_are_refused(devices):
+def test_make_mesh_refuses_devices_that_are_none(devices):
     with pytest.raises(ValueError, match="must be a list of JAX's devices; give jax.devices"):
         ra.make_mesh(devices=devices)
 
 
-def test_values_narrower_than_keys_are_refused_with_what_helps():
+def test_attention_refuses_values_narrower_than_keys():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
     with pytest.raises(ValueError, match=r"v has head_dim \(4,\) and k \(8,\), need the same; pad the narrower"):
         ra.blockwise_attention(q, k, v[..., :4])

@@ -15,7 +15,7 @@ LAYOUTS = st.builds(ra.SequenceLayout, st.sampled_from(LAYOUT_KINDS), st.integer
 
 @settings(max_examples=60, deadline=None)
 @given(layout=LAYOUTS, length=st.integers(1, 120), axis=st.integers(-3, 2), as_numpy=st.booleans())
-def test_unpermute_undoes_permute_of_any_length_on_any_axis_of_numpy_and_jax_arrays(layout, length, axis, as_numpy):
+def test_unpermute_undoes_permute_of_any_array(layout, length, axis, as_numpy):
     shape = [2, 3, 5]
     shape[axis] = length
     x = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
@@ -34,7 +34,7 @@ def _one_by_one(layout, shard_len):
 
 @settings(max_examples=25, deadline=None)
 @given(layout=LAYOUTS, chunks=st.sampled_from([1, 3, 20]))
-def test_positions_are_those_of_the_shards_one_after_the_other(layout, chunks):
+def test_positions_are_those_of_the_shards_in_order(layout, chunks):
     t = 2 * chunks
     positions = layout.positions(t * layout.ring_size)
     assert positions.dtype == np.int32
@@ -47,7 +47,7 @@ def test_positions_are_those_of_the_shards_one_after_the_other(layout, chunks):
 
 @settings(max_examples=25, deadline=None)
 @given(layout=LAYOUTS, length=st.integers(1, 120))
-def test_positions_of_any_length_are_those_of_the_padded_one_with_the_padding_left_out(layout, length):
+def test_positions_of_any_length_leave_out_the_padding(layout, length):
     padded = _one_by_one(layout, layout.padded_length(length) // layout.ring_size)
     positions = layout.positions(length)
     assert positions.dtype == np.int32
@@ -57,7 +57,7 @@ def test_positions_of_any_length_are_those_of_the_padded_one_with_the_padding_le
 
 @settings(max_examples=60, deadline=None)
 @given(layout=LAYOUTS, length=st.integers(1, 120))
-def test_the_padded_length_is_the_least_that_makes_equal_shards(layout, length):
+def test_padded_length_is_the_least_for_equal_shards(layout, length):
     pieces = 2 * layout.ring_size if layout.kind == "zigzag" else layout.ring_size
     padded = layout.padded_length(length)
     assert padded == next(n for n in range(length, length + pieces) if n % pieces == 0)
@@ -69,7 +69,7 @@ def test_the_padded_length_is_the_least_that_makes_equal_shards(layout, length):
 
 @settings(max_examples=25, deadline=None)
 @given(kind=st.sampled_from(["contiguous", "zigzag"]), P=st.integers(1, 9), chunks=st.integers(1, 20))
-def test_the_runs_of_consecutive_tokens_begin_where_the_chunks_start(kind, P, chunks):
+def test_chunk_starts_are_where_runs_begin(kind, P, chunks):
     layout, t = ra.SequenceLayout(kind, P), 2 * chunks
     for shard, positions in enumerate(layout.positions(P * t).reshape(P, t)):
         starts = layout.chunk_starts(shard, t)
@@ -94,7 +94,7 @@ def test_layouts_deal_as_their_names_say():
     }
 
 
-def test_zigzag_and_striped_share_causal_work_evenly_and_contiguous_does_not():
+def test_zigzag_and_striped_share_causal_work_evenly():
     def imbalance(kind):
         visible = ra.SequenceLayout(kind, 8).positions(4096).reshape(8, -1).astype(np.int64) + 1
         return visible.sum(1).max() / visible.sum(1).mean()
@@ -114,12 +114,12 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize(("kind", "length"), LENGTHS)
-def test_a_length_that_cannot_be_dealt_evenly_is_refused_with_a_remedy(kind, length):
+def test_check_length_refuses_with_a_remedy(kind, length):
     with pytest.raises(ValueError, match=re.escape(LENGTHS[kind, length]) + "$"):
         ra.SequenceLayout(kind, 4).check_length(length)
 
 
-def test_a_ring_of_no_devices_and_an_unknown_kind_are_refused():
+def test_layout_refuses_no_devices_and_unknown_kinds():
     with pytest.raises(ValueError, match="ring_size=0 must be positive"):
         ra.SequenceLayout("striped", 0)
     with pytest.raises(

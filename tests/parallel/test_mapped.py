@@ -33,7 +33,7 @@ def _arrays(count=N):
     return *random_qkv(0, count, T, H, K, D)[:3], jnp.array([0.0, 1.0, 0.5, 0.0])
 
 
-def test_values_and_gradients_are_those_without_it_and_dp_shards_them():
+def test_mapped_attention_gives_the_same_sharded_over_dp():
     def of(attend):
         loss = lambda *arrays: (attend(*arrays) ** 2).sum()  # noqa: E731
         return quickly(lambda *arrays: (attend(*arrays), *jax.grad(loss, (0, 1, 2, 3))(*arrays)))(*_arrays())
@@ -45,7 +45,7 @@ def test_values_and_gradients_are_those_without_it_and_dp_shards_them():
 
 
 @pytest.mark.parametrize("strategy", ["all_gather", "usp", "sparse", "ring_self_attention"])
-def test_gradients_of_every_strategy_are_traced(strategy):
+def test_mapped_gradients_of_every_strategy_are_traced(strategy):
     options = dict(stride=4) if strategy == "sparse" else {}
     key = dict(dropout_rate=0.1, dropout_key=jax.random.key(0))
     attend = functools.partial(_one, strategy=strategy, **options, **key)
@@ -54,7 +54,7 @@ def test_gradients_of_every_strategy_are_traced(strategy):
     assert [x.shape for x in jax.eval_shape(mapped, *_arrays())] == [(N, T, H, D), (N, H)]
 
 
-def test_decoding_is_traced():
+def test_mapped_decoding_is_traced():
     q, k, v, _ = _arrays()
     decode = functools.partial(ra.decode_attention, mesh=_mesh(), lengths=jnp.array([5], jnp.int32))
     one = lambda q, k, v: decode(q[None, :1], k[None], v[None])[0]  # noqa: E731
@@ -69,6 +69,6 @@ def test_decoding_is_traced():
         ("dp", {}, 3, "what jax.vmap maps=3 is not divisible by dp=2; pad what is mapped"),
     ],
 )
-def test_what_cannot_be_mapped_is_refused(spmd_axis_name, arguments, count, words):
+def test_mapped_attention_refuses_what_it_cannot_do(spmd_axis_name, arguments, count, words):
     with pytest.raises(ValueError, match=words):
         jax.eval_shape(_mapped(spmd_axis_name, **arguments), *_arrays(count))

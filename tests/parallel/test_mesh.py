@@ -8,14 +8,14 @@ import ring_attention as ra
 from ring_attention.parallel.mesh import AXES, resolve_mesh_shape
 
 
-def test_by_default_all_devices_form_one_ring():
+def test_make_mesh_forms_one_ring_by_default():
     mesh = ra.make_mesh()
     assert dict(mesh.shape) == dict(dp=1, fsdp=1, sp=8, tp=1)
     assert mesh.axis_names == AXES
     assert mesh.devices.ravel().tolist() == jax.devices()
 
 
-def test_tp_varies_fastest_over_the_devices_in_the_order_given():
+def test_make_mesh_varies_tp_fastest():
     devices = jax.devices()[::-1]
     mesh = ra.make_mesh(dp=2, sp=2, tp=2, devices=devices)
     np.testing.assert_array_equal(mesh.devices, np.array(devices).reshape(2, 1, 2, 2))
@@ -33,17 +33,17 @@ def test_tp_varies_fastest_over_the_devices_in_the_order_given():
     ],
     ids=str,
 )
-def test_minus_one_takes_what_the_others_leave(sizes, want):
+def test_make_mesh_gives_minus_one_what_others_leave(sizes, want):
     assert tuple(ra.make_mesh(**sizes).shape.values()) == want
 
 
-def test_a_mesh_may_have_some_of_the_devices_only():
+def test_make_mesh_takes_some_of_the_devices():
     mesh = ra.make_mesh(devices=jax.devices()[2:5])
     assert dict(mesh.shape) == dict(dp=1, fsdp=1, sp=3, tp=1)
     assert mesh.devices.ravel().tolist() == jax.devices()[2:5]
 
 
-def test_shapes_are_resolved_for_any_number_of_devices_without_having_them():
+def test_mesh_shape_is_resolved_without_devices():
     assert resolve_mesh_shape(dict(dp=4, sp=-1), 4096) == dict(dp=4, sp=1024)
     assert resolve_mesh_shape(dict(dp=4, sp=8), 32) == dict(dp=4, sp=8)
 
@@ -74,6 +74,6 @@ def test_shapes_are_resolved_for_any_number_of_devices_without_having_them():
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit_are_refused_in_words(sizes, message):
+def test_make_mesh_refuses_sizes_that_do_not_fit(sizes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ra.make_mesh(**sizes)

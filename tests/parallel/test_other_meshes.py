@@ -46,7 +46,7 @@ def _shapes(mesh=None, spec=None, batch=2):
 
 
 @pytest.mark.parametrize("types", [EXPLICIT, (EXPLICIT, AUTO, EXPLICIT), (AUTO, EXPLICIT, AUTO)])
-def test_results_and_gradients_are_right_whatever_the_types_of_the_axes(types):
+def test_context_attention_is_exact_with_any_axis_types(types):
     mesh, (*qkv, dout) = _mesh(types=types), _qkv()
     ids = jnp.asarray([[0] * 5 + [1] * 11, [3] * 16])
 
@@ -71,7 +71,7 @@ def test_results_and_gradients_are_right_whatever_the_types_of_the_axes(types):
     assert max(errors([got[0] * 1.001, *got[1:]], oracle(*qkv, dout, **mask))) > 2 * max(limits)  # the control
 
 
-def test_results_are_sharded_like_the_spec_where_the_types_say_so():
+def test_context_attention_shards_results_like_the_spec():
     mesh, whole = _mesh(), P(*NAMES, None)
     spec_of = lambda fn, *args: jax.typeof(jax.eval_shape(fn, *args)).sharding.spec  # noqa: E731
     ring = lambda q, k, v: ra.ring_attention(q, k, v, mesh=mesh)  # noqa: E731
@@ -87,7 +87,7 @@ def test_results_are_sharded_like_the_spec_where_the_types_say_so():
     assert spec_of(ring, *_shapes()) == P(None, None, None, None)  # arrays without types stay so: no context, no rules
 
 
-def test_arrays_that_are_not_placed_yet_and_lengths_that_the_devices_do_not_divide():
+def test_context_attention_takes_unplaced_arrays_of_any_length():
     mesh, (*qkv, _) = _mesh(("sp",), (8,)), _qkv(tokens=13)
     got = ra.ring_attention(*qkv, mesh=mesh)
     _assert_close(got, ra.reference_attention(*qkv))
@@ -98,7 +98,7 @@ def test_arrays_that_are_not_placed_yet_and_lengths_that_the_devices_do_not_divi
         assert jax.eval_shape(in_jit, *placed).sharding.spec == P(None, None, None, None)  # 13 tokens have no shards
 
 
-def test_decoding_takes_caches_with_types_and_without():
+def test_decode_attention_takes_caches_with_types_and_without():
     mesh, (q, k, v, _) = _mesh(("dp", "sp"), (2, 4)), _qkv()
     lengths = jnp.asarray([3, 16])
     decode = quickly(lambda q, k, v, n: ra.decode_attention(q, k, v, lengths=n, layout="contiguous"))
@@ -112,7 +112,7 @@ def test_decoding_takes_caches_with_types_and_without():
         _assert_close(got[:1], ra.reference_attention(new[:1], k[:1, :3], v[:1, :3], causal=False))
 
 
-def test_a_flax_layer_folds_leading_axes_that_are_sharded():
+def test_flax_attention_fn_folds_sharded_leading_axes():
     mesh, (*qkv, _) = _mesh(("dp", "sp"), (2, 4)), _qkv(batch=4)
     folded = [x.reshape(2, 2, *x.shape[1:]) for x in qkv]
     got = ra.flax_attention_fn(mesh=mesh)(*_put(mesh, folded, None, "dp"))
@@ -123,7 +123,7 @@ def test_a_flax_layer_folds_leading_axes_that_are_sharded():
 # --- Which mesh -------------------------------------------------------------------------------------------------------
 
 
-def test_a_mesh_may_be_left_out_be_abstract_or_be_the_same_by_another_name():
+def test_context_attention_takes_a_set_abstract_or_equal_mesh():
     ours, theirs = ra.make_mesh(sp=8), _mesh(("sp",), (8,))
     shape = lambda **arguments: jax.eval_shape(lambda *x: ra.ring_attention(*x, **arguments), *_shapes()).shape  # noqa: E731
     for mesh in (ours, theirs):
@@ -136,7 +136,7 @@ def test_a_mesh_may_be_left_out_be_abstract_or_be_the_same_by_another_name():
         assert "sdy" in fn.trace(*_shapes(abstract, P("dp", "sp"))).lower(lowering_platforms=("cpu",)).as_text()
 
 
-def test_a_mesh_of_axes_with_other_types_may_be_set_around_the_one_that_is_given():
+def test_context_attention_takes_a_mesh_inside_another():
     ours, theirs, (*qkv, _) = ra.make_mesh(dp=2, sp=4), _mesh(("sp",), (8,)), _qkv()
     with jax.set_mesh(theirs):
         got = jax.jit(lambda *x: 1 * ra.ring_attention(*x, mesh=ours))(*_put(theirs, qkv, None, "sp"))
@@ -144,7 +144,7 @@ def test_a_mesh_of_axes_with_other_types_may_be_set_around_the_one_that_is_given
     _assert_close(got, ra.reference_attention(*qkv))
 
 
-def test_inside_a_shard_map_that_goes_over_another_axis():
+def test_context_attention_runs_inside_a_shard_map():
     mesh, (*qkv, dout) = _mesh(("dp", "sp"), (2, 4), AUTO), _qkv()
 
     @quickly
@@ -175,13 +175,13 @@ def _around(axes, **arguments):
         (lambda: _around({"dp", "sp"}), "call context_attention_shard"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(call, message):
+def test_context_attention_refuses_meshes_in_one_line(call, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         call()
     assert "\n" not in str(error.value)
 
 
-def test_a_mesh_of_other_devices_than_the_one_set_is_refused():
+def test_context_attention_refuses_a_mesh_of_other_devices():
     with jax.set_mesh(ra.make_mesh(sp=8)), pytest.raises(ValueError, match="mesh has 4 devices, but the one set by"):
         ra.ring_attention(*_qkv()[:3], mesh=_mesh(("sp",), (4,)))
 
@@ -191,7 +191,7 @@ def test_a_mesh_of_other_devices_than_the_one_set_is_refused():
 OTHERS = ("data", "sp", "tensor")
 
 
-def test_other_names_take_the_sharding_of_the_arrays_where_it_is_known():
+def test_default_spec_takes_a_known_sharding_of_other_names():
     placed = P("data", "sp", "tensor", None)
     for types in (EXPLICIT, AUTO):
         mesh, (*qkv, _) = _mesh(OTHERS, types=types), _qkv()
@@ -200,7 +200,7 @@ def test_other_names_take_the_sharding_of_the_arrays_where_it_is_known():
         _assert_close(got, ra.reference_attention(*qkv))
 
 
-def test_other_names_in_a_program_are_refused_with_the_call_that_is_right():
+def test_default_spec_refuses_other_names_with_a_remedy():
     mesh = _mesh(OTHERS, types=AUTO)
     shapes = _shapes(mesh, P(*OTHERS))
     ring = lambda spec: lambda *x: ra.ring_attention(*x, mesh=mesh, spec=spec)  # noqa: E731
@@ -214,7 +214,7 @@ def test_other_names_in_a_program_are_refused_with_the_call_that_is_right():
     assert "all-gather" not in text
 
 
-def test_axes_of_one_device_and_the_sequence_alone_need_no_spec():
+def test_default_spec_needs_no_help_with_axes_of_one_device():
     for names, sizes in ((("x", "seq"), (1, 8)), (("seq",), (8,))):
         mesh = _mesh(names, sizes, AUTO)
         fn = lambda *x, mesh=mesh: ra.ring_attention(*x, mesh=mesh, axis_name="seq")  # noqa: E731
@@ -225,7 +225,7 @@ def test_axes_of_one_device_and_the_sequence_alone_need_no_spec():
 
 
 @pytest.mark.parametrize(("types", "names"), [(AUTO, ("dp", "tp")), (EXPLICIT, ("data", "model"))])
-def test_batch_and_heads_that_jit_shards_stay_on_their_devices(types, names):
+def test_blockwise_attention_keeps_batch_and_heads_in_place(types, names):
     mesh = _mesh(names, (4, 2), types)
     q, k, v = _shapes(mesh, P(names[0], None, names[1]), batch=8)
 
@@ -238,7 +238,7 @@ def test_batch_and_heads_that_jit_shards_stay_on_their_devices(types, names):
     assert all(s.spec[:3] == (names[0], None, names[1]) for s in program.output_shardings)
 
 
-def test_what_belongs_to_sequences_and_heads_goes_with_them():
+def test_blockwise_attention_shards_arguments_with_their_axes():
     mesh, (*qkv, dout) = _mesh(("dp", "tp"), (4, 2), AUTO), _qkv(batch=4)
     ids = jnp.asarray([[0] * 5 + [1] * 11, [3] * 16, [0] * 16, [1] * 9 + [2] * 7])
     of_heads = jnp.asarray([0.1, 0.4, 0.2, 0.3])
@@ -257,7 +257,7 @@ def test_what_belongs_to_sequences_and_heads_goes_with_them():
     _assert_close(np.asarray(eager), ra.reference_attention(*qkv))
 
 
-def test_what_is_not_known_to_shard_batch_or_heads_is_said_in_one_line(caplog):
+def test_blockwise_attention_says_what_it_gathers(caplog):
     mesh = _mesh(("rows", "tp", "columns"), types=AUTO)
     for _ in range(2):
         jax.eval_shape(ra.blockwise_attention, *_shapes(mesh))
@@ -272,7 +272,7 @@ def test_what_is_not_known_to_shard_batch_or_heads_is_said_in_one_line(caplog):
 
 @pytest.mark.parametrize("types", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("chunk_size", [32, 40])
-def test_chunks_of_tokens_that_are_sharded_stay_on_their_devices(types, chunk_size):
+def test_blockwise_feedforward_keeps_sharded_tokens_in_place(types, chunk_size):
     mesh, up = _mesh(("sp",), (8,), types), np.ones((8, 32), np.float32)
     x = jax.ShapeDtypeStruct((1, 256, 8), jnp.float32, sharding=NamedSharding(mesh, P(None, "sp")))
 
@@ -287,7 +287,7 @@ def test_chunks_of_tokens_that_are_sharded_stay_on_their_devices(types, chunk_si
     assert all(s.spec[:2] == (None, "sp") for s in program.output_shardings)
 
 
-def test_a_chunk_shorter_than_the_devices_are_many_has_one_token_of_each():
+def test_blockwise_feedforward_takes_a_token_of_each_device():
     mesh, (x, *_) = _mesh(("sp",), (8,)), _qkv()
     rows = x.reshape(2, 16, 32)
     seen = []

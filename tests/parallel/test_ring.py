@@ -43,7 +43,7 @@ TRAINED = [
 DTYPES = dict(f32="float32", bf16="bfloat16")
 
 
-def test_the_cases_cover_every_pair_of_choices():
+def test_cases_cover_every_pair_of_choices():
     values = list(CHOICES.values())
     for i, j in itertools.combinations(range(len(values)), 2):
         assert {(case[i], case[j]) for case in CASES} == set(itertools.product(values[i], values[j]))
@@ -58,19 +58,19 @@ def _check(layout, P, K, packed, causal, dtype, jit):
 
 
 @pytest.mark.parametrize(("layout", "P", "K", "packed", "causal", "dtype"), CASES)
-def test_is_as_exact_as_dense_attention_in_the_same_dtype(layout, P, K, packed, causal, dtype):
+def test_ring_attention_is_as_exact_as_dense_attention(layout, P, K, packed, causal, dtype):
     _check(layout, P, K, packed, causal, dtype, quickly)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
-def test_a_device_may_hold_a_single_token(layout):
+def test_ring_attention_takes_one_token_a_device(layout):
     qkv = random_qkv(1, B, 3, H, 2, D)
     assert_exact(results(sharded(ring_mesh(3), layout), qkv), qkv, floor=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "P", "K", "packed", "causal", "dtype"), TRAINED)
-def test_what_people_train_with_is_as_exact_compiled_by_default(layout, P, K, packed, causal, dtype):
+def test_ring_attention_is_exact_with_default_compilation(layout, P, K, packed, causal, dtype):
     _check(layout, P, K, packed, causal, dtype, jax.jit)
 
 
@@ -79,7 +79,7 @@ OTHERS = [pair for pair in itertools.product(LAYOUT_KINDS, (1, 2, 4, 8)) if pair
 
 
 @pytest.mark.parametrize(("layout", "P"), [*SHARP, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)])
-def test_logits_of_large_standard_deviation_are_as_exact_too(layout, P):
+def test_ring_attention_is_exact_with_sharp_logits(layout, P):
     run = quickly(lambda q, k, v, dout: _and_gradients(sharded(ring_mesh(P), layout), q, k, v, dout))
     dense = quickly(lambda q, k, v, dout: _and_gradients(dense_attention, q, k, v, dout))
     for deviation in (1, 10, 50):
@@ -103,7 +103,7 @@ IMPLEMENTATIONS = ["plain", pytest.param("xla", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize(("P", "layout"), [(16, "zigzag"), (64, "striped")])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_rings_larger_than_the_machine_are_exact_to_rounding(P, layout, impl, monkeypatch):
+def test_ring_attention_is_exact_in_rings_of_many_devices(P, layout, impl, monkeypatch):
     monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
     qkv, mask = random_qkv(P, 2, 256, 4, 2, 8), dict(segment_ids=random_segments(2, 2, 256))
     got = simulate(P, qkv, layout, impl=impl, **mask)
@@ -117,7 +117,7 @@ def _bf16_errors(P, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_the_error_of_bfloat16_does_not_grow_with_the_ring(impl, monkeypatch):
+def test_ring_attention_bfloat16_error_does_not_grow_with_p(impl, monkeypatch):
     monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
     few, more, many = (_bf16_errors(P, impl) for P in (2, 8, 64))
     np.testing.assert_array_less(more, 1.1 * few)
@@ -145,12 +145,12 @@ MESHES = [
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_batch_and_heads_may_be_sharded_as_well(shape):
+def test_ring_attention_takes_sharded_batch_and_heads(shape):
     qkv, mask = random_qkv(4, 4, 48, 6, 2, 8), dict(segment_ids=random_segments(5, 4, 48))
     assert_exact(results(sharded(ra.make_mesh(**shape), "zigzag"), qkv, **mask), qkv, **mask)
 
 
-def test_axes_of_any_name_with_a_spec_of_your_own_and_the_result_is_sharded_like_q():
+def test_ring_attention_takes_axes_of_any_name_and_a_spec():
     grid = np.array(jax.devices()).reshape(2, 2, 2)
     mesh = Mesh(grid, ("model", "rows", "ring"), axis_types=(AxisType.Auto,) * 3)
     spec = Spec("rows", "ring", "model", None)
@@ -160,12 +160,12 @@ def test_axes_of_any_name_with_a_spec_of_your_own_and_the_result_is_sharded_like
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), out.ndim)
 
 
-def test_a_short_spec_leaves_the_other_axes_whole():
+def test_ring_attention_takes_a_short_spec():
     qkv = random_qkv(8, 3, 48, 4, 1, 8)
     assert_exact(results(sharded(ring_mesh(2), spec=Spec(None, "sp")), qkv), qkv)
 
 
-def test_inside_your_own_shard_map_keys_may_be_replicated_where_queries_are_sharded():
+def test_ring_attention_shard_takes_replicated_keys():
     qkv = random_qkv(9, 2, 48, 4, 1, 8)  # one key/value head cannot be cut in two
     of_q, of_kv = Spec(None, "sp", "tp"), Spec(None, "sp")
 
@@ -177,7 +177,7 @@ def test_inside_your_own_shard_map_keys_may_be_replicated_where_queries_are_shar
 
 
 @pytest.mark.parametrize("blocks", [dict(q=7, kv=3, heads=2), dict(q=3, kv=16, heads=3, cut=3)], ids=str)
-def test_block_sizes_that_do_not_divide_change_nothing(blocks):
+def test_ring_attention_takes_block_sizes_that_do_not_divide(blocks):
     blocks = ra.BlockSizes(**blocks)
     qkv, mask = random_qkv(10, 2, 75, 8, 4, 8), dict(segment_ids=random_segments(11, 2, 75))
     assert_exact(results(sharded(ring_mesh(2), "striped", block_sizes=blocks), qkv, **mask), qkv, **mask)
@@ -186,7 +186,7 @@ def test_block_sizes_that_do_not_divide_change_nothing(blocks):
 # --- Who sees whom ----------------------------------------------------------------------------------------------------
 
 
-def test_a_document_of_one_token_gets_its_own_value_and_has_no_gradient_but_that():
+def test_ring_attention_gives_a_lone_token_its_own_value():
     q, k, v, dout = random_qkv(13, 2, 36, 4, 2, 8)
     attend = sharded(ring_mesh(3), "zigzag")
 
@@ -230,7 +230,7 @@ def _seen_by(token, segment_ids=None, window=None, causal=True):
         ("zigzag", "window"),
     ],
 )
-def test_a_token_reaches_exactly_those_that_may_see_it(layout, mask):
+def test_ring_attention_takes_a_token_to_those_that_see_it(layout, mask):
     q, k, v, dout = random_qkv(14, 1, LENGTH, 4, 2, 8)
     attend, mask = sharded(ring_mesh(3), layout), WHO_SEES[mask]
 

@@ -165,7 +165,7 @@ def _eval_shape(**arguments):
     return functools.partial(jax.eval_shape, functools.partial(ra.ring_attention, **arguments))
 
 
-def test_a_good_call_is_not_refused():
+def test_ring_attention_takes_a_good_call():
     q, k, v, _ = random_qkv(0, 2, 47, 4, 2, 8)
     good = dict(window=1, softcap=1.0, dropout_rate=0.5, dropout_key=KEY, sinks=np.zeros(4), alibi_slopes=np.ones(4))
     good |= dict(segment_ids=np.zeros((2, 47), int), max_segment_len=1, mesh=ra.make_mesh(sp=4, tp=2))
@@ -173,14 +173,14 @@ def test_a_good_call_is_not_refused():
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_a_bad_call_is_refused_with_what_it_got_what_it_needs_and_a_remedy(case):
+def test_ring_attention_refuses_a_bad_call_with_a_remedy(case):
     sizes, arguments, message = BAD_CALLS[case]
     q, k, v, _ = random_qkv(0, **(dict(B=2, T=48, H=4, K=2, D=8) | sizes))
     with pytest.raises(ValueError, match=_whole(message)):
         _eval_shape(**(dict(mesh=ra.make_mesh(sp=4, tp=2)) | arguments))(q, k, v)
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+def test_ring_attention_refuses_a_batch_that_does_not_divide():
     q, k, v, _ = random_qkv(0, B=3, T=48, H=4, K=2, D=8)
     message = "batch of q=3 is not divisible by dpxfsdp=4; use fewer devices on these axes"
     with pytest.raises(ValueError, match=_whole(message)):
@@ -210,7 +210,7 @@ BAD_SLICES = {
 
 
 @pytest.mark.parametrize("case", BAD_SLICES)
-def test_a_bad_call_on_slices_is_refused_too(case):
+def test_ring_attention_shard_refuses_a_bad_call(case):
     shapes, arguments, message = BAD_SLICES[case]
     shapes = dict(q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=(2, 5, 2, 8)) | shapes
     slices = {name: jnp.zeros((4, *shape), int if name == "segment_ids" else float) for name, shape in shapes.items()}

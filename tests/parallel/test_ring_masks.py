@@ -43,7 +43,7 @@ CASES = [
 ]
 
 
-def test_the_cases_cover_every_pair_of_choices():
+def test_cases_cover_every_pair_of_choices():
     for i, j in itertools.combinations(range(len(CHOICES)), 2):
         assert {(case[i], case[j]) for case in CASES} == set(itertools.product(CHOICES[i], CHOICES[j]))
 
@@ -56,7 +56,7 @@ def _id(case):
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if n % 2 else pytest.mark.slow, id=_id(case)) for n, case in enumerate(CASES)]
 )
-def test_arguments_together_are_as_exact_as_dense_attention_in_the_same_dtype(case):
+def test_ring_attention_is_exact_with_arguments_together(case):
     layout, P, dtype, causal, window, *chosen = case
     arguments = dict(causal=causal, window=WINDOWS[window])
     for own, has in zip(ARGUMENTS.values(), chosen, strict=True):
@@ -87,13 +87,13 @@ MESHES = [dict(sp=1), dict(sp=2), dict(sp=8), dict(dp=2, sp=2, tp=2), dict(dp=2,
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
-def test_any_ring_layout_and_mesh_drops_the_same_weights(layout, shape, dropout):
+def test_ring_attention_drops_the_same_on_any_ring(layout, shape, dropout):
     qkv, bound = dropout
     mesh = ra.make_mesh(**shape, devices=jax.devices()[: np.prod(list(shape.values()))])
     assert bound.too_large(results(sharded(mesh, layout, impl="plain"), qkv, **DROPOUT)) == {}
 
 
-def test_another_key_drops_others(dropout):
+def test_ring_attention_drops_others_with_another_key(dropout):
     (q, k, v, _), bound = dropout
     attend = sharded(ring_mesh(2), dropout_rate=0.5)
     run = quickly(lambda key: attend(q, k, v, dropout_key=key))
@@ -107,7 +107,7 @@ def test_another_key_drops_others(dropout):
 @pytest.mark.parametrize("length", [37, 2])  # of two tokens some devices get nothing but padding
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
-def test_any_length_will_do(layout, causal, length):
+def test_ring_attention_takes_any_length(layout, causal, length):
     qkv = random_qkv(length, 2, length, 4, 2, 8)
     mask = dict(causal=causal, segment_ids=random_segments(length, 2, length, count=2) - 1)  # one is 0, as padding is
     ring = sharded(ring_mesh(3), layout, impl="plain")
@@ -121,14 +121,14 @@ SHORT = np.repeat(np.arange(9), [7, 5, 1, 7, 6, 7, 7, 4, 4])[None].repeat(2, axi
 
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_bound_on_the_segments_that_holds_changes_nothing(layout, causal):
+def test_max_segment_len_that_holds_changes_nothing(layout, causal):
     qkv, mask = random_qkv(5, 2, 48, 4, 2, 8), dict(segment_ids=SHORT, causal=causal)
     ring = sharded(ring_mesh(4), layout, impl="plain", max_segment_len=7)
     assert_exact(results(ring, qkv, **mask), qkv, **mask)
 
 
 @pytest.mark.parametrize(("window", "both"), [(None, 5), (9, 5), (3, 3)])
-def test_in_longer_segments_the_bound_acts_like_a_window_and_the_shorter_of_both_counts(window, both):
+def test_max_segment_len_acts_like_a_window_in_longer_segments(window, both):
     qkv, mask = random_qkv(7, 2, 48, 4, 2, 8), dict(segment_ids=SHORT)
     got = results(sharded(ring_mesh(4), impl="plain", max_segment_len=5), qkv, window=window, **mask)
     assert_exact(got, qkv, window=both, **mask)
@@ -149,7 +149,7 @@ WAYS = [dict(), dict(duplex=True), dict(unroll=True), dict(duplex=True, unroll=T
         pytest.param("contiguous", 21, marks=pytest.mark.slow),
     ],
 )
-def test_rings_both_ways_round_or_written_out_give_what_a_plain_ring_gives(layout, window):
+def test_ring_attention_gives_the_same_duplex_or_unrolled(layout, window):
     qkv, arguments = random_qkv(8, 2, 48, 4, 2, 8), dict(window=window, segment_ids=random_segments(8, 2, 48))
     bound = Bound(qkv, **arguments)
     plain, *others = (results(sharded(ring_mesh(4), layout, impl="plain", **way), qkv, **arguments) for way in WAYS)
@@ -195,7 +195,7 @@ def _check(impl, layout, P, heads, head_dim, length, causal, window, softcap, ra
 @pytest.mark.slow
 @costly(max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @ANYTHING
-def test_any_ring_gives_the_oracles_result(**drawn):
+def test_ring_attention_matches_oracle_in_any_ring(**drawn):
     _check("plain", **drawn)
 
 
@@ -203,5 +203,5 @@ def test_any_ring_gives_the_oracles_result(**drawn):
 @pytest.mark.long
 @costly(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @ANYTHING
-def test_any_ring_gives_the_oracles_result_with_the_kernel_that_people_use(**drawn):
+def test_ring_attention_matches_oracle_in_any_ring_with_tiles(**drawn):
     _check("xla", **drawn)

@@ -266,7 +266,7 @@ def _inputs_and_bound(base):
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_comparison_with_the_oracle_sees_what_a_ring_can_do_wrong(name, monkeypatch):
+def test_ring_attention_mutants_are_seen(name, monkeypatch):
     mutate, base, wrong = MUTANTS[name]
     shape, layout, arguments = BASES[base]
     qkv, bound = _inputs_and_bound(base)

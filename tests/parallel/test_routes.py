@@ -55,7 +55,7 @@ def _deliveries(routes, P):
 
 @settings(max_examples=300, deadline=None)
 @given(plan=PLANS)
-def test_every_token_that_some_query_abroad_sees_is_delivered_to_its_device_once(plan):
+def test_plan_routes_delivers_every_remote_token_once(plan):
     layout, _, routes, needs = _plan(**plan)
     delivered = _deliveries(routes, layout.ring_size)
     assert set(map(tuple, np.argwhere(needs))) <= set(delivered)
@@ -71,7 +71,7 @@ def _fewest_hops(shifts, P):
 
 @settings(max_examples=300, deadline=None)
 @given(plan=PLANS.filter(lambda plan: plan["kind"] != "striped"))
-def test_no_token_of_a_contiguous_or_zigzag_ring_travels_a_hop_farther_than_somebody_needs_it(plan):
+def test_plan_routes_takes_no_token_a_hop_too_far(plan):
     layout, shard_len, routes, needs = _plan(**plan)
     P = layout.ring_size
     for token in range(shard_len):
@@ -84,7 +84,7 @@ def test_no_token_of_a_contiguous_or_zigzag_ring_travels_a_hop_farther_than_some
 
 @settings(max_examples=100, deadline=None)
 @given(plan=PLANS)
-def test_routes_are_of_one_hop_or_more_and_those_of_one_direction_do_not_overlap(plan):
+def test_plan_routes_of_one_direction_do_not_overlap(plan):
     _, shard_len, routes, _ = _plan(**plan)
     for route in routes:
         assert 0 <= route.start < route.stop <= shard_len
@@ -112,36 +112,36 @@ def _back(start, stop, hops):
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_without_a_bound_whole_shards_visit_every_other_device(kind, causal):
+def test_plan_routes_without_window_visits_every_device(kind, causal):
     assert _routes(kind, causal=causal) == (_forth(0, 16, 3),)
     assert _routes(kind, P=1, causal=causal) == ()
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
-def test_in_a_duplex_ring_the_halves_go_opposite_ways(kind):
+def test_plan_routes_of_duplex_sends_halves_opposite_ways(kind):
     assert _routes(kind, duplex=True) == (_forth(0, 8, 3), _back(8, 16, 3))
 
 
-def test_in_a_duplex_ring_a_window_that_is_short_sends_no_token_farther():
+def test_plan_routes_of_duplex_with_a_short_window_is_the_same():
     assert _routes(window=5, duplex=True) == _routes(window=5)
 
 
-def test_of_a_window_that_fits_a_shard_the_last_tokens_but_one_travel_one_hop():
+def test_plan_routes_of_a_short_window_has_one_hop():
     assert _routes(window=5) == (_forth(12, 16, 1),)
     assert _routes(window=16) == (_forth(1, 16, 1),)
     assert _routes(window=17) == (_forth(0, 16, 1),)
     assert _routes(window=18) == (_forth(0, 15, 1), _forth(15, 16, 2))
 
 
-def test_a_window_both_ways_sends_the_ends_of_a_shard_to_its_neighbours():
+def test_plan_routes_of_a_window_both_ways_sends_both_ends():
     assert _routes(window=5, causal=False) == (_back(0, 4, 1), _forth(12, 16, 1))
 
 
-def test_a_window_in_a_zigzag_ring_sends_the_end_of_each_chunk_to_the_device_of_the_next_chunk():
+def test_plan_routes_of_a_zigzag_window_sends_chunk_ends():
     assert _routes("zigzag", window=5) == (_forth(4, 8, 1), _back(12, 16, 1))
 
 
-def test_stripes_travel_as_many_hops_as_the_window_has_tokens_before():
+def test_plan_routes_of_stripes_has_a_hop_for_each_window_token():
     assert _routes("striped", window=3) == (_forth(0, 16, 2),)
     assert _routes("striped", window=3, causal=False) == (_forth(0, 16, 3),)  # two hops each way would be more
 
@@ -149,5 +149,5 @@ def test_stripes_travel_as_many_hops_as_the_window_has_tokens_before():
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("duplex", [True, False])
-def test_a_window_of_one_token_sends_nothing(kind, causal, duplex):
+def test_plan_routes_of_a_window_of_one_token_is_empty(kind, causal, duplex):
     assert _routes(kind, causal=causal, window=1, duplex=duplex) == ()

@@ -17,14 +17,14 @@ ROWS, TOKENS, M, F = 4, 32, 8, 12
 BATCH = Spec(("dp", "fsdp"), "sp")
 
 
-def test_a_spec_lists_the_mesh_axes_of_each_logical_axis():
+def test_spec_of_lists_the_mesh_axes_of_each_logical_axis():
     assert spec_of(("model", "heads", "head_dim")) == Spec(("fsdp", "sp"), ("tp",), None)
     assert spec_of(("batch", "sequence")) == Spec(("dp", "fsdp"), ("sp",))
     mesh = ra.make_mesh(fsdp=2, sp=2, tp=2)
     assert NamedSharding(mesh, spec_of(("vocab", "model"))).shard_shape((64, 32)) == (32, 8)
 
 
-def test_two_logical_axes_on_one_mesh_axis_are_refused():
+def test_spec_of_refuses_two_logical_axes_on_one_mesh_axis():
     message = "logical axes ('heads', 'ffn') use a mesh axis twice: ['tp', 'tp']; change the table RULES"
     with pytest.raises(ValueError, match=re.escape(message)):
         spec_of(("heads", "ffn"))
@@ -32,7 +32,7 @@ def test_two_logical_axes_on_one_mesh_axis_are_refused():
         spec_of(("sequence", "model"))
 
 
-def test_a_size_that_the_mesh_does_not_divide_is_refused_with_the_next_that_it_does():
+def test_check_fits_refuses_a_size_with_the_next_that_fits():
     shape = dict(dp=1, fsdp=2, sp=4, tp=3)
     check_fits("model.model_dim", 24, "model", shape)
     message = "model.model_dim=20 is not divisible by fsdp*sp=8; use 24 or fewer devices on these axes of the mesh"
@@ -42,7 +42,7 @@ def test_a_size_that_the_mesh_does_not_divide_is_refused_with_the_next_that_it_d
 
 @pytest.mark.parametrize("shape", [dict(dp=2, fsdp=2, sp=2), dict(fsdp=2, sp=2, tp=2), dict(dp=2, sp=4)], ids=str)
 @pytest.mark.parametrize("axes", [("model", "ffn"), ("ffn", "model"), ("norm",)], ids=str)
-def test_a_gathered_weight_is_whole_and_its_gradient_is_that_of_all_tokens(shape, axes):
+def test_gathered_weight_has_the_gradient_of_all_tokens(shape, axes):
     mesh, rng = ra.make_mesh(**shape), np.random.default_rng(0)
     size = dict(model=M, ffn=F, norm=M)
     w = jnp.asarray(rng.standard_normal([size[axis] for axis in axes]), jnp.float32)
@@ -70,7 +70,7 @@ def test_a_gathered_weight_is_whole_and_its_gradient_is_that_of_all_tokens(shape
     assert relative_error(first_device_only, want) > 0.1  # the control: a gradient that was not summed
 
 
-def test_tangents_go_through_the_gradient_of_a_gathered_weight():
+def test_gathered_weight_gradient_lets_tangents_through():
     mesh, axes = ra.make_mesh(fsdp=2, devices=jax.devices()[:2]), ("model", "ffn")
     w = jnp.linspace(-1, 1, M * F).reshape(M, F)
 
@@ -82,7 +82,7 @@ def test_tangents_go_through_the_gradient_of_a_gathered_weight():
     assert relative_error(got, -jnp.sin(w)) < 1e-5
 
 
-def test_a_bfloat16_weight_travels_as_such_and_its_gradient_is_summed_in_float32():
+def test_gathered_bfloat16_weight_sums_gradients_in_float32():
     mesh, axes = ra.make_mesh(fsdp=2, sp=4), ("model", "ffn")
     rng = np.random.default_rng(1)
     w = jnp.asarray(rng.standard_normal((M, F)), jnp.float32)

@@ -36,7 +36,7 @@ def run(code, xla_flags=""):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_devices_appear_and_xla_accepts_the_flags():
+def test_simulate_devices_makes_devices_and_xla_takes_its_flags():
     done = run(SUM_OVER_DEVICES.format(count=3))
     assert done.returncode == 0, done.stderr
     devices, total, flags = done.stdout.strip().split("|")
@@ -44,7 +44,7 @@ def test_devices_appear_and_xla_accepts_the_flags():
     assert "--xla_cpu_collective_call_terminate_timeout_seconds=7200" in flags
 
 
-def test_the_users_flags_stay_and_win():
+def test_simulate_devices_keeps_the_users_flags():
     own = "--xla_cpu_multi_thread_eigen=false --xla_cpu_collective_call_terminate_timeout_seconds=99"
     done = run(SUM_OVER_DEVICES.format(count=2), own)
     assert done.returncode == 0, done.stderr
@@ -53,14 +53,14 @@ def test_the_users_flags_stay_and_win():
     assert flags.count("terminate_timeout") == 1
 
 
-def test_flags_that_the_installed_library_knows_are_told_from_others():
+def test_knows_flag_tells_known_flags_from_others():
     assert knows_flag("xla_cpu_collective_call_terminate_timeout_seconds")
     assert knows_flag("xla_backend_optimization_level")
     assert not knows_flag("xla_cpu_no_such_flag")
     assert not knows_flag("xla_backend_optimization")  # a part of a flag's name
 
 
-def test_a_flag_that_jaxlib_dropped_is_not_set(monkeypatch):
+def test_simulate_devices_leaves_out_a_flag_that_jaxlib_dropped(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(simulate, "_PATIENCE", {"xla_dropped": 1, "xla_kept": 2})
     monkeypatch.setattr(simulate, "knows_flag", lambda name: name == "xla_kept")
@@ -69,15 +69,15 @@ def test_a_flag_that_jaxlib_dropped_is_not_set(monkeypatch):
     assert os.environ["XLA_FLAGS"] == "--xla_kept=2"
 
 
-def test_control_xla_ends_a_process_with_a_flag_it_does_not_know():
+def test_unknown_flag_ends_a_process_of_xla():
     assert run(SUM_OVER_DEVICES.format(count=2), "--xla_cpu_no_such_flag=1").returncode != 0
 
 
-def test_a_started_backend_with_enough_devices_is_accepted():
+def test_simulate_devices_accepts_a_backend_with_enough():
     done = run(START_THEN_SIMULATE.format(count=2))
     assert done.stdout.strip() == "accepted", done.stderr
 
 
-def test_a_started_backend_with_too_few_devices_is_refused():
+def test_simulate_devices_refuses_a_backend_with_too_few():
     done = run(START_THEN_SIMULATE.format(count=4))
     assert "RuntimeError: JAX has started with 2 CPU devices, need 4; call simulate_devices(4) before" in done.stderr

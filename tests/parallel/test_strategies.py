@@ -82,7 +82,7 @@ EXACT = [
 
 
 @pytest.mark.parametrize(("strategy", "layout", "mask"), EXACT)
-def test_out_and_gradients_are_as_exact_as_dense_attention(strategy, layout, mask):
+def test_strategies_are_as_exact_as_dense_attention(strategy, layout, mask):
     if (strategy, layout) in CANNOT:
         with pytest.raises(ValueError, match="striped|cannot be merged"):
             _results(strategy, MASKS[mask], LAYOUTS[layout])
@@ -95,7 +95,7 @@ def test_out_and_gradients_are_as_exact_as_dense_attention(strategy, layout, mas
     "strategy",
     [name if name in ("ring", "all_gather") else pytest.param(name, marks=pytest.mark.slow) for name in ra.STRATEGIES],
 )
-def test_with_tiles_too(strategy):
+def test_strategies_are_exact_with_tiles(strategy):
     blocks = ra.BlockSizes(q=8, kv=16)
     bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", "everything")
     assert bound.too_large(_results(strategy, EVERYTHING, "zigzag", impl="xla", block_sizes=blocks)) == {}
@@ -103,13 +103,13 @@ def test_with_tiles_too(strategy):
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("strategy", ["all_gather", "ulysses", "usp", "ring_self_attention", "sparse"])
-def test_bfloat16_too(strategy, kv_heads):
+def test_strategies_are_exact_in_bfloat16(strategy, kv_heads):
     """With few key/value heads Ulysses repeats them, and must not sum their gradients in bfloat16."""
     qkv = random_qkv(4, B, T, H, kv_heads, D, dtype="bfloat16")
     assert_exact(_results(strategy, {}, "zigzag", qkv=qkv), qkv, **_own_mask(strategy, {})[1])
 
 
-def test_gradients_of_repeated_heads_are_summed_in_float32():
+def test_repeat_heads_sums_gradients_in_float32():
     x = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
     _, vjp = jax.vjp(lambda x: ulysses.repeat_heads(x, 3), x)
     (grad,) = vjp(jnp.array([256, 0.75, 0.75], jnp.bfloat16).reshape(1, 3, 1, 1))
@@ -117,7 +117,7 @@ def test_gradients_of_repeated_heads_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("strategy", MANY)
-def test_beside_data_and_tensor_axes(strategy):
+def test_strategies_are_exact_beside_data_and_tensor_axes(strategy):
     """Dropout counts global sequences and heads; slopes and sinks are those of a device's heads."""
     mesh = ra.make_mesh(dp=2, sp=2, tp=2)
     bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", "everything")
@@ -139,13 +139,13 @@ def test_beside_data_and_tensor_axes(strategy):
         ("ulysses", {}, 2),
     ],
 )
-def test_options_and_few_key_value_heads(strategy, options, kv_heads):
+def test_strategies_are_exact_with_options_and_few_kv_heads(strategy, options, kv_heads):
     qkv = random_qkv(6, B, T, H, kv_heads, D)
     got = _results(strategy, EVERYTHING, "zigzag", qkv=qkv, **options)
     assert_exact(got, qkv, **EVERYTHING)
 
 
-def test_a_length_that_the_devices_do_not_divide_is_padded():
+def test_strategies_pad_a_length_that_devices_do_not_divide():
     qkv = random_qkv(7, 1, 75, 4, 4, D)
     for strategy in ("all_gather", "ulysses", "usp", "ring_self_attention"):
         assert_exact(_results(strategy, dict(causal=False), "zigzag", qkv=qkv), qkv, causal=False)
@@ -154,7 +154,7 @@ def test_a_length_that_the_devices_do_not_divide_is_padded():
 
 
 @pytest.mark.parametrize("strategy", [name for name in MANY if name != "sliding_window"])
-def test_one_device_is_enough_for_all(strategy):
+def test_strategies_run_on_one_device(strategy):
     options = dict(ulysses_size=1) if strategy == "usp" else {}
     bound = _bound(strategy if strategy == "sparse" else "ring", "everything")
     assert bound.too_large(_results(strategy, EVERYTHING, "zigzag", mesh=ring_mesh(1), **options)) == {}
@@ -162,7 +162,7 @@ def test_one_device_is_enough_for_all(strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ra.STRATEGIES)
-def test_no_token_sees_a_later_one(strategy):
+def test_strategies_let_no_token_see_a_later_one(strategy):
     q, k, v, dout = _inputs()
     changed = (q, k.at[:, 50].set(9.0), v.at[:, 50].set(9.0), dout)
     mesh = ring_mesh(1 if strategy == "single_device" else P)
@@ -253,7 +253,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_comparison_with_the_oracle_sees(name, monkeypatch):
+def test_strategies_mutants_are_seen(name, monkeypatch):
     mutate, strategy, wrong = MUTANTS[name]
     mutate(monkeypatch)
     context._sharded.cache_clear()
@@ -289,20 +289,20 @@ def test_the_comparison_with_the_oracle_sees(name, monkeypatch):
         (dict(strategy="usp", ulysses_size=2, layout=FOR_SPEEDS), "2 of the 4 shards of a layout for devices of diff"),
     ],
 )
-def test_what_a_strategy_cannot_do_it_refuses_in_words(arguments, message):
+def test_strategies_refuse_what_they_cannot_do(arguments, message):
     q, k, v, _ = _inputs()
     with pytest.raises(ValueError, match=re.escape(message)):
         ra.context_attention(q, k, v, mesh=ring_mesh(P), **arguments)
 
 
-def test_ulysses_says_what_to_do_when_there_are_too_few_heads():
+def test_ulysses_says_what_to_do_with_too_few_heads():
     q, k, v, _ = random_qkv(0, 1, 16, 6, 3, 4)
     remedy = 'use strategy="usp" with ulysses_size=2'
     with pytest.raises(ValueError, match=f"'ulysses' shares 6 query heads out among 4 devices.*{remedy}"):
         ra.context_attention(q, k, v, mesh=ring_mesh(P), strategy="ulysses")
 
 
-def test_an_option_of_another_strategy_is_refused():
+def test_find_strategy_refuses_an_option_of_another():
     q, k, v, _ = _inputs()
     message = "got 'duplex', which is neither an argument nor an option of 'usp'; its options are ulysses_size"
     with pytest.raises(TypeError, match=message):

@@ -24,7 +24,7 @@ def _plain_kernel(monkeypatch):
     monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
 
 
-def test_every_strategy_states_its_facts():
+def test_strategies_state_their_facts():
     assert set(ra.STRATEGIES) == {
         "single_device",
         "all_gather",
@@ -93,7 +93,7 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize(("strategy", "options", "window", "forward", "backward"), PROGRAMS)
-def test_what_is_sent_is_what_the_strategy_says(strategy, options, window, forward, backward):
+def test_sent_bytes_are_those_of_the_program(strategy, options, window, forward, backward):
     work = Workload(seq_len=T, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, window=window)
     for part, kinds in (("forward", forward), ("backward", backward)):
         text = _Program(part, strategy, window=window, impl="plain", **options).text
@@ -103,7 +103,7 @@ def test_what_is_sent_is_what_the_strategy_says(strategy, options, window, forwa
 
 @pytest.mark.parametrize("strategy", ["all_gather", "ring_self_attention", "ring", "ulysses", "usp", "sparse"])
 @pytest.mark.parametrize("part", ["forward", "backward"])
-def test_segment_ids_are_counted_too(part, strategy):
+def test_sent_bytes_count_segment_ids(part, strategy):
     options = OPTIONS.get(strategy, {})
     work = Workload(seq_len=T, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, segments=True)
     sent = compiled.sent(_Program(part, strategy, packed=True, impl="plain", **options).text)
@@ -114,7 +114,7 @@ def test_segment_ids_are_counted_too(part, strategy):
     ("strategy", "window"),
     [*((name, 20 if name == "sliding_window" else None) for name in MANY), ("ring", 20)],
 )
-def test_memory_is_about_what_the_strategy_says(strategy, window):
+def test_memory_bytes_are_about_those_of_the_program(strategy, window):
     """The largest arrays of the program, but not its scratch: the CPU's takes up to four times as much."""
     options, tokens = OPTIONS.get(strategy, {}), 1024
     work = Workload(seq_len=tokens, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, window=window)
@@ -124,7 +124,7 @@ def test_memory_is_about_what_the_strategy_says(strategy, window):
     assert temporary < 4 * stated
 
 
-def test_gathering_by_heads_bounds_memory():
+def test_all_gather_by_heads_bounds_memory():
     whole, by_heads = (
         _Program("forward", "all_gather", tokens=1024, head_groups=groups).temporary for groups in (1, K)
     )
@@ -134,7 +134,7 @@ def test_gathering_by_heads_bounds_memory():
 
 
 @pytest.mark.slow
-def test_memory_grows_with_the_whole_sequence_only_where_it_must():
+def test_memory_grows_with_the_sequence_only_where_it_must():
     """Twice the devices and tokens, the same shard: a ring stays as it is, rows of scores and gathered keys grow."""
 
     def growth(strategy):

@@ -87,18 +87,18 @@ def _permutes(number, size):
 
 
 @pytest.mark.parametrize("P", [2, 4, 8])
-def test_forward_gives_each_device_the_keys_and_values_of_the_others_once_and_nothing_else(P):
+def test_forward_sends_keys_and_values_once_and_nothing_else(P):
     everything = 2 * P * t * TOKEN  # K and V of all devices
     assert _totals("forward", P) == _permutes(2 * (P - 1), (P - 1) * everything // P)
 
 
 @pytest.mark.parametrize("P", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_backward_sends_keys_and_values_again_and_their_gradients_as_often(P):
+def test_backward_sends_keys_values_and_gradients_as_often(P):
     number, size = 2 * (P - 1), 2 * (P - 1) * t * TOKEN
     assert _totals("backward", P) == _permutes(2 * number, 2 * size)
 
 
-def test_segment_ids_travel_with_the_keys():
+def test_forward_sends_segment_ids_with_the_keys():
     kv, segments = 2 * 3 * t * TOKEN, 3 * t * SEGMENT
     assert _totals("forward", 4, packed=True) == _permutes(9, kv + segments)
     assert _totals("backward", 4, packed=True) == _permutes(15, 2 * kv + segments)
@@ -106,7 +106,7 @@ def test_segment_ids_travel_with_the_keys():
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_an_unrolled_ring_sends_the_same_and_has_no_loop_over_its_hops():
+def test_unrolled_ring_sends_the_same_without_a_loop():
     def at_once(part, **settings):
         """Permutes in the text that stand in no loop."""
         return sum(item.runs == 1 for item in compiled.collectives(_program(part, 8, **settings).text))
@@ -117,7 +117,7 @@ def test_an_unrolled_ring_sends_the_same_and_has_no_loop_over_its_hops():
         assert at_once(part) < number
 
 
-def test_hops_are_turns_of_a_loop_so_that_a_program_does_not_grow_with_the_ring():
+def test_program_of_a_ring_does_not_grow_with_its_size():
     for part in ("forward", "backward"):
         four, eight = (compiled.collectives(_program(part, P).text) for P in (4, 8))
         assert [item.arrays for item in eight] == [item.arrays for item in four]
@@ -125,13 +125,13 @@ def test_hops_are_turns_of_a_loop_so_that_a_program_does_not_grow_with_the_ring(
 
 
 @pytest.mark.slow
-def test_sinks_slopes_softcap_and_dropout_are_sent_nowhere():
+def test_ring_sends_no_sinks_slopes_softcap_or_dropout():
     plain = _totals("forward", 4)
     assert _totals("forward", 4, extras=("sinks", "alibi_slopes"), softcap=5.0, dropout_rate=0.1) == plain
     assert _totals("backward", 4, extras=("alibi_slopes",), softcap=5.0, dropout_rate=0.1) == _totals("backward", 4)
 
 
-def test_the_gradient_of_sinks_is_the_only_sum_over_devices():
+def test_sinks_gradient_is_the_only_sum_over_devices():
     assert _totals("backward", 4, extras=("sinks",)) == _totals("backward", 4) | {"all-reduce": (1, H * 4)}
 
 
@@ -155,7 +155,7 @@ def _asked(jaxpr):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_keys_and_values_travel_as_such_and_their_gradients_in_float32(dtype):
+def test_ring_sends_half_precision_and_float32_gradients(dtype):
     half = (14, 14 * t * TOKEN // 2)
     assert _asked(_trace("forward", 8, dtype=dtype).jaxpr) == {dtype: half}
     assert _asked(_trace("backward", 8, dtype=dtype, packed=True).jaxpr) == {
@@ -208,7 +208,7 @@ def _fewest(layout, P, reach, causal=True):
     return sum(map(sum, together)), sum(map(sum, ways))
 
 
-def test_the_control_needs_what_was_counted_by_hand():
+def test_fewest_transfers_are_those_counted_by_hand():
     assert _fewest("contiguous", 4, 33) == (1, 32)  # the last 32 tokens of each shard, one hop
     assert _fewest("contiguous", 4, t + 1) == (1, t)
     assert _fewest("contiguous", 4, 200) == (3, 199)  # 57 tokens one hop, the last 71 two
@@ -230,7 +230,7 @@ WINDOWS = [1, 2, 4, 33, 100, t + 1, t + 2, 200]
     "causal", [pytest.param(True, id="causal"), pytest.param(False, id="bidirectional", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
-def test_a_window_leaves_the_fewest_transfers_of_the_fewest_tokens(layout, causal):
+def test_window_leaves_the_fewest_transfers(layout, causal):
     for window in WINDOWS:
         settings = dict(layout=layout, causal=causal, window=window, impl="quick")
         number, tokens = _fewest(layout, 4, window, causal)
@@ -242,7 +242,7 @@ def test_a_window_leaves_the_fewest_transfers_of_the_fewest_tokens(layout, causa
 @pytest.mark.parametrize(
     "layout", ["zigzag", *(pytest.param(x, marks=pytest.mark.slow) for x in ("contiguous", "striped"))]
 )
-def test_so_does_a_longest_segment_and_segment_ids_go_no_farther_than_keys(layout):
+def test_max_segment_len_leaves_the_fewest_transfers(layout):
     for longest in (2, 33, 100, 200):
         settings = dict(layout=layout, max_segment_len=longest, packed=True, impl="quick")
         number, tokens = _fewest(layout, 8, longest)
@@ -252,7 +252,7 @@ def test_so_does_a_longest_segment_and_segment_ids_go_no_farther_than_keys(layou
 
 
 @pytest.mark.parametrize(("layout", "number"), [pytest.param("contiguous", 1, marks=pytest.mark.slow), ("zigzag", 2)])
-def test_nothing_else_is_sent_where_a_window_is_computed_in_tiles(layout, number):
+def test_window_sends_nothing_else_with_tiles(layout, number):
     sent = number * 32 * TOKEN
     assert _totals("forward", 8, layout=layout, window=33) == _permutes(2 * number, 2 * sent)
     assert _totals("backward", 8, layout=layout, window=33) == _permutes(4 * number, 4 * sent)
@@ -275,7 +275,7 @@ def _bytes_by_direction(text):
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("part", ["forward", "backward"])
 @pytest.mark.usefixtures("quick")
-def test_a_duplex_ring_sends_half_of_the_same_bytes_each_way(part, layout):
+def test_duplex_ring_sends_half_the_bytes_each_way(part, layout):
     settings = dict(layout=layout, impl="quick")
     plain, duplex = (_program(part, 8, duplex=duplex, **settings).text for duplex in (False, True))
     (forth, back), (number, size) = _bytes_by_direction(plain), compiled.totals(plain)["collective-permute"]
@@ -285,7 +285,7 @@ def test_a_duplex_ring_sends_half_of_the_same_bytes_each_way(part, layout):
 
 
 @pytest.mark.slow
-def test_a_duplex_ring_sends_nothing_else_where_it_is_computed_in_tiles():
+def test_duplex_ring_sends_nothing_else_with_tiles():
     assert _totals("forward", 8, duplex=True) == _permutes(28, 14 * t * TOKEN)
     assert _bytes_by_direction(_program("forward", 8, duplex=True).text) == (7 * t * TOKEN, 7 * t * TOKEN)
 
@@ -308,7 +308,7 @@ def _gathering_program(P):
 
 
 @pytest.mark.slow
-def test_no_array_holds_a_score_or_a_mask_for_each_of_a_shards_queries_and_every_key():
+def test_program_holds_no_array_of_queries_times_all_keys():
     def widest(text):
         return max(array.size for array in compiled.arrays(text))
 
@@ -321,14 +321,14 @@ def test_no_array_holds_a_score_or_a_mask_for_each_of_a_shards_queries_and_every
     assert "all-gather" in compiled.totals(control)
 
 
-def test_every_kind_of_mask_at_once_sends_keys_values_and_segment_ids_and_no_mask():
+def test_ring_with_every_mask_sends_no_mask():
     number, tokens = _fewest("zigzag", 8, EVERYTHING["window"])
     size = tokens * SEGMENT + 2 * tokens * TOKEN
     assert _totals("forward", 8, **EVERYTHING) == _permutes(3 * number, size)
 
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
-def test_memory_depends_on_the_shard_and_not_on_the_number_of_devices(part):
+def test_memory_depends_on_the_shard_alone(part):
     two, four, eight = (_program(part, P).temporary for P in (2, 4, 8))
     assert four == pytest.approx(eight, rel=0.1)
     assert two < 1.1 * four  # two devices need no loop, and less memory
@@ -383,7 +383,7 @@ def _ring_permutes(text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [dict(sp=8), dict(fsdp=2, sp=2, tp=2)], ids=str)
-def test_a_training_step_never_gathers_the_sequence_and_runs_each_ring_once(shape):
+def test_train_step_runs_each_ring_once_and_gathers_nothing(shape):
     text, P = _compiled_step("attention", **shape), shape["sp"]
     found = compiled.collectives(text)
     gathered = {size for item in found if item.kind == "all-gather" for array in item.arrays for size in array.shape}
@@ -394,7 +394,7 @@ def test_a_training_step_never_gathers_the_sequence_and_runs_each_ring_once(shap
 
 
 @pytest.mark.slow
-def test_remat_of_all_but_attention_runs_no_ring_twice_and_full_remat_does():
+def test_remat_attention_runs_no_ring_twice_full_does():
     P, permutes = 8, {remat: _ring_permutes(_compiled_step(remat, sp=8)) for remat in ("attention", "full")}
     assert permutes["attention"] == LAYERS * (2 * (P - 1) + 4 * (P - 1))
     # the first hop of the forward ring that runs again stands in no loop: the compiler lets it serve the backward too

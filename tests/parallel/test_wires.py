@@ -44,7 +44,7 @@ def _links(x, y):
 
 
 @pytest.mark.parametrize("sides", list(itertools.product(range(1, 6), range(1, 5), range(1, 5))), ids=str)
-def test_a_ring_in_a_box_visits_every_place_once_a_link_at_a_time_if_it_can(sides):
+def test_ring_in_box_visits_every_place_once(sides):
     ring = ring_in_box(sides)
     assert len(ring) == len(set(ring)) == math.prod(sides)
     assert set(ring) == set(itertools.product(*map(range, sides)))
@@ -71,7 +71,7 @@ def _cycle_by_search(sides):
 @pytest.mark.parametrize(
     "sides", [(1, 3), (1, 4), (2, 2), (2, 3), (3, 3), (3, 4), (1, 2), (2, 2, 2), (3, 3, 1), (3, 2, 2)]
 )
-def test_a_box_is_said_to_have_a_cycle_if_a_search_finds_one(sides):
+def test_has_cycle_agrees_with_a_search(sides):
     assert has_cycle(sides) == _cycle_by_search(sides)
 
 
@@ -86,7 +86,7 @@ PODS = {
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("pod", PODS)
-def test_every_hop_is_one_link_on_slices_of_powers_of_two_whatever_else_there_is(pod, tp):
+def test_arrange_makes_every_hop_one_link_on_powers_of_two(pod, tp):
     chips = _grid(*PODS[pod])
     size = len(chips) // tp
     for sp in (2**k for k in range(1, 11) if 2**k <= size):
@@ -98,24 +98,24 @@ def test_every_hop_is_one_link_on_slices_of_powers_of_two_whatever_else_there_is
     assert hops_of(listed).links == sum(side - 1 for side in PODS[pod])  # the control: up to 30
 
 
-def test_devices_along_tp_are_neighbours_where_the_ring_keeps_its_cycle():
+def test_arrange_makes_tp_neighbours_where_rings_stay_cycles():
     mesh = Pod(_grid(4, 4, 2), sp=16, tp=2)
     assert hops_of(mesh, "sp").links == hops_of(mesh, "tp").links == 1
 
 
-def test_a_grid_without_a_cycle_has_hops_of_two_links_at_most():
+def test_arrange_needs_two_links_at_most_without_a_cycle():
     assert hops_of(Pod(_grid(3, 3, 1), sp=9)) == Hops(links=2, crossings=0)
     assert hops_of(Pod(_grid(1, 5, 1), sp=5)) == Hops(links=2, crossings=0)
 
 
-def test_both_cores_of_a_chip_are_neighbours():
+def test_arrange_keeps_both_cores_of_a_chip_together():
     chips = [
         Chip(coords, core_on_chip=core) for coords in itertools.product(range(2), range(2), range(1)) for core in (0, 1)
     ]
     assert hops_of(Pod(chips, sp=8)).links == 1
 
 
-def test_slices_are_crossed_as_seldom_as_can_be():
+def test_arrange_crosses_slices_as_seldom_as_can_be():
     chips = [chip for number in range(2) for chip in _grid(4, 4, 1, slice_index=number)]
     mixed = chips[::2] + chips[1::2]
     assert hops_of(Pod(mixed, dp=2, sp=16)) == Hops(links=1, crossings=0)
@@ -124,7 +124,7 @@ def test_slices_are_crossed_as_seldom_as_can_be():
     assert hops_of(Pod(mixed, dp=4, sp=8)) == Hops(links=1, crossings=0)
 
 
-def test_hosts_gpus_stay_together_and_simulated_devices_in_their_order():
+def test_arrange_keeps_gpus_of_a_host_together():
     places = [(number % 8, number % 4, 0) for number in range(32)]
     gpus = [Chip(place, None, place[1], platform="gpu") for place in places]
     hosts = [gpu.process_index for gpu in Pod(gpus, sp=32).devices.flat]
@@ -134,7 +134,7 @@ def test_hosts_gpus_stay_together_and_simulated_devices_in_their_order():
     assert Pod(alike, dp=2, sp=2, tp=2).devices.ravel().tolist() == alike
 
 
-def test_what_fits_no_box_is_left_in_its_order_and_said(caplog):
+def test_arrange_leaves_what_fits_no_box_and_says_so(caplog):
     chips = _grid(4, 4, 1)
     with caplog.at_level(logging.WARNING):
         mesh = Pod(chips[:15], sp=5, tp=3)
@@ -150,7 +150,7 @@ def test_what_fits_no_box_is_left_in_its_order_and_said(caplog):
         assert caplog.text == ""
 
 
-def test_a_real_mesh_is_measured_too():
+def test_hops_of_measures_a_real_mesh_too():
     import jax
 
     mesh = Mesh(np.array(jax.devices()).reshape(1, 1, 8, 1), AXES)
