@@ -95,9 +95,9 @@ class AllGather(Strategy):
 
         def step(carry, group_and_queries):
             (ready, leaving), (group, of_queries) = carry, group_and_queries
-            ahead, home = self._gather(context, parts, group + 1), self._scatter(context, leaving)
+            ahead, summed = self._gather(context, parts, group + 1), self._scatter(context, leaving)
             dq, dkv = work(group, ready, of_queries)
-            return (ahead, dkv), (dq, home)
+            return (ahead, dkv), (dq, summed)
 
         def of(group):
             return [x[group] for x in of_queries]
@@ -109,11 +109,11 @@ class AllGather(Strategy):
         ahead = self._gather(context, parts, 1)
         first_dq, dkv = work(0, ready, of(0))
         between = (jnp.arange(1, last, dtype=jnp.int32), [x[1:last] for x in of_queries])
-        (ready, leaving), (dq, home) = lax.scan(step, (ahead, dkv), between)
+        (ready, leaving), (dq, summed) = lax.scan(step, (ahead, dkv), between)
         before_last = self._scatter(context, leaving)
         last_dq, dkv = work(last, ready, of(last))
         dq = _append(jnp.concatenate([first_dq[None], dq]), last_dq)
-        ends = zip(home, before_last, self._scatter(context, dkv), strict=True)
+        ends = zip(summed, before_last, self._scatter(context, dkv), strict=True)
         return tuple(_join(x) for x in (dq, *(_append(x, y, z) for x, y, z in ends)))
 
     def _gather(self, context: Context, parts, group):

@@ -87,7 +87,7 @@ def context_attention(
       mesh: the devices; `axis_name` is one of its axes. Axes may be Auto, Explicit or, of a `shard_map` around the
         call, Manual; an AbstractMesh does for `eval_shape` and for compiling ahead of time. By default the mesh that
         `jax.set_mesh` set.
-      strategy: how queries and keys of different devices meet: a name from `STRATEGIES`, or one of its values with
+      strategy: how queries and keys of other devices come together: a name from `STRATEGIES`, or one of its values with
         other options. Most are exact; `STRATEGIES[name].exact` says so.
       axis_name: the mesh axis that T is sharded over.
       spec: PartitionSpec of q, of k and of v. By default B and heads over the axes that shard those of q already, where

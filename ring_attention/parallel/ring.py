@@ -77,7 +77,7 @@ class Ring(Strategy):
         return state
 
     def backward(self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
-        """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent home.
+        """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent back.
 
         While a hop is computed, what the hop before gave is on its way. The local keys are computed while nothing else
         could be: one half while the first block arrives, the other while the gradients of remote keys return. Left to
@@ -103,7 +103,7 @@ class Ring(Strategy):
             for i in active:
                 dq, here = gradients(dq, blocks[i], ring.remote_pair(i, blocks[i][2], step))
                 gathered[i] = jax.tree.map(jnp.add, arriving[i], here) if i in arriving else here
-            back = {i: ring.send_home(i, gathered[i]) for i in active if i not in going_on}
+            back = {i: ring.send_back(i, gathered[i]) for i in active if i not in going_on}
             return dq, following, {i: gathered[i] for i in going_on}, returned | back
 
         dq = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))

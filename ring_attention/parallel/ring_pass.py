@@ -86,7 +86,7 @@ class RingPass:
         """One hop along a route."""
         return self.send(tree, self.routes[number].direction)
 
-    def send_home(self, number: int, tree):
+    def send_back(self, number: int, tree):
         """All the way back from the end of a route."""
         route = self.routes[number]
         return self.send(tree, -route.direction * route.hops)

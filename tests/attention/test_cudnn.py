@@ -224,8 +224,8 @@ def test_plan_refuses_too_many_kinds_of_pairs():
 def test_plan_of_zigzag_has_three_calls_of_striped_two():
     t, mask = 16, MaskSpec(scale=1.0)
     for P in (2, 8, 64):
-        home, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 0, t, mask))
-        assert home == [[StaticTile(0, t, 0, t, CAUSAL)]]
+        local, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 0, t, mask))
+        assert local == [[StaticTile(0, t, 0, t, CAUSAL)]]
         plans, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 1, t, mask))
         half = t // 2
         assert sorted(plans) == [

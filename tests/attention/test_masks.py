@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,21 @@ def test_pad_adds_tokens_that_nobody_sees(packed):
     seen = _seen(MaskSpec(scale=1.0, causal=False), queries, keys)
     assert seen.shape == (8, 7)
     np.testing.assert_array_equal(seen, np.pad(np.ones((5, 5), bool), ((0, 3), (0, 2))))
+
+
+def test_mask_spec_drawing_is_what_visible_shows():
+    lines = inspect.getdoc(MaskSpec).splitlines()
+    first = next(number for number, line in enumerate(lines) if "min_distance=2" in line)
+    shown = {
+        "causal": dict(causal=True),
+        "window=2": dict(window=2),
+        "min_distance=2": dict(min_distance=2),
+        "seq_len=3": dict(seq_len=3),
+    }
+    assert lines[first].split() == list(shown)
+    rows = [[int(number) for number in line.split()] for line in lines[first + 1 : first + 6]]
+    drawn = np.array(rows).reshape(5, len(shown), 5).swapaxes(0, 1)
+    positions = np.arange(5)
+    for matrix, fields in zip(drawn, shown.values(), strict=True):
+        mask = MaskSpec(scale=1.0, **(dict(causal=False) | fields))
+        np.testing.assert_array_equal(matrix, visible(mask, Tokens(positions[:, None]), Tokens(positions[None])))

@@ -1,3 +1,4 @@
+import inspect
 import re
 
 import jax
@@ -126,3 +127,22 @@ def test_layout_refuses_no_devices_and_unknown_kinds():
         ValueError, match="layout='spiral' is not known; choose one of 'contiguous', 'striped', 'zigzag'"
     ):
         ra.SequenceLayout("spiral", 2)
+
+
+def test_layout_drawing_is_how_tokens_are_dealt():
+    lines = inspect.getdoc(ra.SequenceLayout).splitlines()
+    first = next(number for number, line in enumerate(lines) if "contiguous    zigzag" in line)
+    names = re.split(r" {3,}", lines[first].strip())
+    chunks = ((0, 1), (2, 3))
+    shown = {
+        "contiguous": ra.SequenceLayout("contiguous", 2),
+        "zigzag": ra.SequenceLayout("zigzag", 2),
+        "striped": ra.SequenceLayout("striped", 2),
+        "striped, stripe=2": ra.SequenceLayout("striped", 2, stripe=2),
+        f"dealt, chunks={chunks}": ra.SequenceLayout("dealt", 2, chunks=chunks),
+    }
+    assert names == list(shown)
+    rows = [[int(number) for number in line.split()] for line in lines[first + 1 : first + 3]]
+    for row, shard in zip(rows, range(2), strict=True):
+        dealt = [layout.shard_positions(shard, 4) for layout in shown.values()]
+        np.testing.assert_array_equal(np.reshape(row, (-1, 4)), dealt)

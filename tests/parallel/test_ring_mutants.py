@@ -56,8 +56,8 @@ def _gradients_stay_behind(patch):
     )
 
 
-def _gradients_are_not_sent_home(patch):
-    patch.setattr(RingPass, "send_home", lambda self, number, tree: tree)
+def _gradients_are_not_sent_back(patch):
+    patch.setattr(RingPass, "send_back", lambda self, number, tree: tree)
 
 
 # --- Where tokens stand -----------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ MUTANTS = {
     ),
     "dK and dV are swapped": (_dk_and_dv_swapped, "packed", ("dk", "dv")),
     "dK and dV stay behind": (_gradients_stay_behind, "packed", ("dk", "dv")),
-    "dK and dV are not sent home": (_gradients_are_not_sent_home, "packed", ("dk", "dv")),
+    "dK and dV are not sent back": (_gradients_are_not_sent_back, "packed", ("dk", "dv")),
     "dQ of the last hop alone": (_dq_of_the_last_hop_alone, "packed", ("dq",)),
     "one query head of each group": (_one_query_head_of_each_group, "packed", GRADIENTS),
     "sinks are forgotten": (_no_sinks, "sinks", ALL_NAMES),
