@@ -10,6 +10,7 @@ import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,10 +101,10 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 def is_whole(value: object, least: int) -> bool:
     """Return whether `value` is a whole number, which True is not, and no smaller than `least`."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """Return whether `value` is one real number that is known now: no text, nothing that JAX is still tracing."""
     try:
         float(value)

@@ -7,6 +7,7 @@ shardings XLA works out, and what comes out of it gets its type again.
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
@@ -63,7 +64,7 @@ def names_of(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def with_auto_axes(fn: Callable, static, args: tuple, like: NamedSharding | None):
+def with_auto_axes(fn: Callable, static, args: tuple, like: NamedSharding | None) -> Any:
     """`fn(static, *args)`, inside which Explicit axes are Auto.
 
     Args:

@@ -122,8 +122,8 @@ def blockwise_attention(
     return (out, lse) if return_lse else out
 
 
-def _attend_shards(static: tuple[_Static, Shards | None], *args):
-    static, shards = static
+def _attend_shards(static_and_shards: tuple[_Static, Shards | None], *args):
+    static, shards = static_and_shards
     return _attend(static, *args) if shards is None else on_shards(_attend, static, shards, args)
 
 

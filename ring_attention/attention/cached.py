@@ -7,6 +7,7 @@ token. Tiles that no row of the batch sees are not read: those beyond the end of
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +97,8 @@ def attend_cached(
     """
     q = rearrange(q_BTHD, "B T (K G) D -> B K G T D", K=cache.num_kv_heads)
     arrays = vary_together(q, cache.k, cache.v, (cache.layer, mask, q_positions, kv_positions))
-    state = _attend((min(size, cache.slots), cache.heads_first), *arrays)
-    return SoftmaxState(*(rearrange(x, "B K G T ... -> B (K G) T ...") for x in state))
+    state: Any = _attend((min(size, cache.slots), cache.heads_first), *arrays)
+    return SoftmaxState._make(rearrange(x, "B K G T ... -> B (K G) T ...") for x in state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

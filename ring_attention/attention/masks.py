@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +42,18 @@ class Tokens:
     """The positions and segments of tokens.
 
     Attributes:
-      positions: int32 [B or 1, t], natural positions in the sequence.
+      positions: int32 [B or 1, t], natural positions in the sequence; of NumPy where they are constants, and None for a
+        kernel's check of a pair, which asks for runs alone.
       segments: int32 [B or 1, t], or None where all tokens are of one segment.
       runs: the runs of evenly spaced tokens that these are; None where nobody says.
       real: bool [B or 1, t], False for tokens that only fill up a tile; None where all are real. No segment id could
         say so: every int32 may be a user's.
     """
 
-    positions: jax.Array
+    positions: Any
     segments: jax.Array | None = None
     runs: Runs | None = dataclasses.field(default=None, metadata={"static": True})
-    real: jax.Array | None = None
+    real: Any = None
 
     def pad(self, amount: int) -> "Tokens":
         """These tokens and `amount` more, which nobody sees and which see nobody."""
@@ -131,14 +132,16 @@ class Bounds(NamedTuple):
     @staticmethod
     def of(tokens: Tokens) -> "Bounds":
         """Those of tiles [..., n, size]."""
-        pairs = [(None, None) if x is None else (x.min(-1), x.max(-1)) for x in (tokens.positions, tokens.segments)]
-        real = tokens.real
-        return Bounds(*pairs[0], *pairs[1], *((None, None) if real is None else (real.any(-1), real.all(-1))))
+        positions, segments, real = tokens.positions, tokens.segments, tokens.real
+        first, last = (None, None) if segments is None else (segments.min(-1), segments.max(-1))
+        some, every = (None, None) if real is None else (real.any(-1), real.all(-1))
+        return Bounds(positions.min(-1), positions.max(-1), first, last, some, every)
 
     def joined(self, size: int) -> "Bounds":
         """Those of tiles that each hold `size` of these, [..., n / size]; what is left over is with the last ones."""
         ways = (jnp.min, jnp.max, jnp.min, jnp.max, jnp.any, jnp.all)
-        return Bounds(*(None if x is None else way(in_rows(x, size), -1) for way, x in zip(ways, self, strict=True)))
+        pairs = zip(ways, self, strict=True)
+        return Bounds._make(None if x is None else way(in_rows(x, size), -1) for way, x in pairs)
 
 
 def in_rows(x: jax.Array, size: int) -> jax.Array:
@@ -155,13 +158,18 @@ def tile_kinds(pair: BlockPair) -> jax.Array:
     return kinds_between(pair.mask, Bounds.of(pair.queries), Bounds.of(pair.keys))
 
 
+def _expanded(bounds: Bounds, axis: int) -> list[Any]:
+    """The bounds with another axis, to compare them with others."""
+    return [None if x is None else jnp.expand_dims(x, axis) for x in bounds]
+
+
 def kinds_between(mask: MaskSpec, queries: Bounds, keys: Bounds) -> jax.Array:
     """int32 [..., n, m]: EMPTY, PARTIAL or FULL for each pair of n query tiles and m key tiles with these bounds.
 
     An EMPTY or FULL is proved by the bounds, while a PARTIAL may hide more than it seems.
     """
-    q_low, q_high, q_first, q_last, q_some, q_every = (None if x is None else jnp.expand_dims(x, -1) for x in queries)
-    k_low, k_high, k_first, k_last, k_some, k_every = (None if x is None else jnp.expand_dims(x, -2) for x in keys)
+    q_low, q_high, q_first, q_last, q_some, q_every = _expanded(queries, -1)
+    k_low, k_high, k_first, k_last, k_some, k_every = _expanded(keys, -2)
     nearest, farthest = q_low - k_high, q_high - k_low  # how far the queries stand behind the keys
     empty, full = jnp.zeros_like(nearest, bool), jnp.ones_like(nearest, bool)
     if mask.causal:

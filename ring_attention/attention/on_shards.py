@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from ring_attention.attention.axis_types import auto_mesh, mesh_of, names_of
@@ -37,7 +38,7 @@ def shards_of(q: jax.Array, k: jax.Array, others) -> Shards | None:
     Types tell it of Explicit axes, concrete arrays of all. Of other Auto axes those called dp, fsdp and tp are taken as
     ever; what else there is of several devices may shard something that is then gathered, and the log says so, once.
     """
-    placed = None if isinstance(q, jax.core.Tracer) else getattr(q, "sharding", None)
+    placed = None if isinstance(q, Tracer) else getattr(q, "sharding", None)
     known = jax.typeof(q).sharding if placed is None else placed
     if not isinstance(known, NamedSharding):
         return None

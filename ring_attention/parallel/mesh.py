@@ -37,7 +37,8 @@ def make_mesh(
     fits = isinstance(devices, Iterable) and all(hasattr(device, "platform") for device in devices)
     require(fits, f"devices={shown(devices)} must be a list of JAX's devices; give jax.devices() or some of them")
     shape = resolve_mesh_shape(dict(dp=dp, fsdp=fsdp, sp=sp, tp=tp), len(devices))
-    return Mesh(arrange(devices, tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sizes = shape[DATA], shape[FSDP], shape[SEQUENCE], shape[TENSOR]
+    return Mesh(arrange(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def find_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | AbstractMesh:

@@ -8,6 +8,7 @@ take any mask, because each device knows where the keys stand.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ class RingSelfAttention(Strategy):
         total = p.sum(-1, keepdims=True) + jnp.exp(sinks_1KG11 - finite(top))
         weights, factor = p / jnp.where(total == 0, 1.0, total), block.dropout_factor()
         weights = weights if factor is None else weights * factor
-        out = ring_av(circle, weights.astype(v.dtype), v)
+        out: Any = ring_av(circle, weights.astype(v.dtype), v)
         return rearrange(out, "B K G t D -> B (K G) t D").astype(q.dtype)
 
     def memory_bytes(self, work: Workload) -> int:

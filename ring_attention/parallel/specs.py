@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.axis_types import names_of
@@ -25,9 +26,10 @@ def known_spec(x, mesh: Mesh | AbstractMesh) -> PartitionSpec | None:
     typed = jax.typeof(x).sharding
     if typed.mesh.shape == mesh.shape and not typed.mesh.auto_axes:
         return typed.spec
-    concrete = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    same = isinstance(concrete, NamedSharding) and concrete.mesh.shape == mesh.shape
-    return concrete.spec if same else None
+    concrete = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    if isinstance(concrete, NamedSharding) and concrete.mesh.shape == mesh.shape:
+        return concrete.spec
+    return None
 
 
 def default_spec(mesh: Mesh | AbstractMesh, axis_name: str, known: PartitionSpec | None, sizes=None) -> PartitionSpec:

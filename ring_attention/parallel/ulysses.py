@@ -179,7 +179,7 @@ class Ulysses(Usp):
 
 def even_size(devices: int) -> int:
     """The ulysses_size that divides the devices most evenly between Ulysses and the ring."""
-    return closest_divisor(devices, math.sqrt(devices))
+    return closest_divisor(devices, math.sqrt(devices)) or 1
 
 
 def kv_copies(kv_heads: int, size: int) -> int:

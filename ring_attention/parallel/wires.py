@@ -36,17 +36,18 @@ def hops_of(mesh: Mesh, axis_name: str = "sp") -> Hops:
     """How far the hops of a mesh axis are."""
     axis = mesh.axis_names.index(axis_name)
     rings = np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.devices.shape[axis])
-    found = [_hops_of_ring(ring) for ring in rings]
+    found = [_hops_of_ring(list(ring)) for ring in rings]
     return Hops(max(hops.links for hops in found), max(hops.crossings for hops in found))
 
 
 def _hops_of_ring(ring: Sequence[jax.Device]) -> Hops:
     links = crossings = 0
     for device, following in zip(ring, [*ring[1:], ring[0]], strict=True):
+        here, there = _place(device), _place(following)
         if _slice_of(device) != _slice_of(following):
             crossings += 1
-        elif _place(device) is not None:
-            links = max(links, sum(abs(a - b) for a, b in zip(_place(device), _place(following), strict=True)))
+        elif here is not None and there is not None:
+            links = max(links, sum(abs(a - b) for a, b in zip(here, there, strict=True)))
     return Hops(links, crossings)
 
 
@@ -66,15 +67,15 @@ def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int, int]) -> 
     if _place(devices[0]) is None:
         return _as_array(devices).reshape(shape)
     (dp, fsdp, sp, tp), slices = shape, _group(devices, _slice_of)
-    grids = [_grid(members) for members in slices]
+    grids = [grid for members in slices if (grid := _grid(members)) is not None]
     size = len(slices[0])
-    if any(grid is None or grid.shape != grids[0].shape for grid in grids):
+    if len(grids) < len(slices) or any(grid.shape != grids[0].shape for grid in grids):
         _log.warning("the devices fill no box of the pod's grid: rings follow the order in which they are listed")
         return _as_array(devices).reshape(shape)
     within = (sp * tp <= size and size % (sp * tp) == 0) or len(slices) == 1
     ring = sp if within else size // tp
-    parts = [_arrange_box(grid, ring, tp) for grid in grids]
-    if any(part is None for part in parts):
+    parts = [part for grid in grids if (part := _arrange_box(grid, ring, tp)) is not None]
+    if len(parts) < len(grids):
         _log.warning("sp=%d and tp=%d do not divide a grid of %s: rings follow its order", sp, tp, grids[0].shape)
         return _as_array(devices).reshape(shape)
     # [slices * boxes, ring, tp]; a ring over several slices takes them one after the other

@@ -10,7 +10,7 @@ backward(q, k, v, stats, pair, dq, blocks) -> (dq, dk, dv)
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair
-from ring_attention.checks import require
 
 
 def no_check(mask: MaskSpec, q) -> None:
@@ -47,13 +46,14 @@ def require_signature(kernel: str, called: Callable, arguments: Collection[str])
     unknown = set() if open_ended else {*arguments} - {x.name for x in named}
     found = {"needs": needed - {*arguments}, "does not know": unknown}
     differences = [f"{what} {', '.join(sorted(names))}" for what, names in found.items() if names]
-    refuse_unless_bound(kernel, not differences, f"{called.__name__} {' and '.join(differences)}")
+    if differences:
+        refuse_binding(kernel, f"{called.__name__} {' and '.join(differences)}")
 
 
-def refuse_unless_bound(kernel: str, fits: bool, difference: str) -> None:
-    """Raise ValueError unless what the kernel binds of JAX `fits`; `difference` says what is another there."""
+def refuse_binding(kernel: str, difference: str) -> NoReturn:
+    """Raise ValueError: what the kernel binds of JAX is another there, as `difference` says."""
     remedy = 'use impl="xla", or a version of JAX that docs/kernels.md lists'
-    require(fits, f'impl="{kernel}" does not fit jax {jax.__version__}, whose {difference}; {remedy}')
+    raise ValueError(f'impl="{kernel}" does not fit jax {jax.__version__}, whose {difference}; {remedy}')
 
 
 class Kernel(NamedTuple):

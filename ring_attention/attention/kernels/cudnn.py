@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import xla
-from ring_attention.attention.kernels.contract import GlobalStats, Kernel, refuse_unless_bound, require_signature
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel, refuse_binding, require_signature
 from ring_attention.attention.kernels.static_tiles import CAUSAL, OTHER, StaticTile, plan, plans_of
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair
@@ -121,8 +121,8 @@ def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSiz
     lse = jnp.where(unseeing, UNSEEING, stats.lse)
 
     def fused(part: StaticTile):
-        of_queries = [part.of_queries(x) for x in (q, stats.out, lse, stats.dout)]
-        return _gradients(*of_queries, part.of_keys(k), part.of_keys(v), pair.mask.scale, part)
+        arrays = (*map(part.of_queries, (q, stats.out, lse, stats.dout)), part.of_keys(k), part.of_keys(v))
+        return _gradients(arrays, pair.mask.scale, part)
 
     def tiled(part: StaticTile):
         here, q_here = GlobalStats(*map(part.of_queries, stats)), part.of_queries(q)
@@ -166,7 +166,9 @@ def _choose(part: StaticTile, pair: BlockPair, fused: Callable, tiled: Callable,
         return fused(part)
     _say_once("cuDNN has no mask for segments: where a border crosses a part of a hop, xla computes that part")
     block = _pair_of(part, pair)
-    queries, keys = (x.segments for x in (block.queries, block.keys))
+    queries, keys = block.queries.segments, block.keys.segments
+    assert queries is not None
+    assert keys is not None
     apart = (queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))
     one = (queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))
     which = jnp.where(apart.all(), 0, jnp.where(one.all(), 1, 2))
@@ -183,7 +185,7 @@ def _pair_of(part: StaticTile, pair: BlockPair) -> BlockPair:
     queries = jax.tree.map(lambda x: x[:, part.q : part.q_end], pair.queries)
     keys = jax.tree.map(lambda x: x[:, part.kv : part.kv_end], pair.keys)
     # Runs are those of all tokens, and say nothing of where a part of them stands.
-    return BlockPair(*(dataclasses.replace(x, runs=None) for x in (queries, keys)), pair.mask)
+    return BlockPair(dataclasses.replace(queries, runs=None), dataclasses.replace(keys, runs=None), pair.mask)
 
 
 def _attention(q, k, v, scale: float, part: StaticTile):
@@ -192,9 +194,9 @@ def _attention(q, k, v, scale: float, part: StaticTile):
     return tuple(library._dot_product_attention_fwd_p.bind(q, k, v, *_unused(q, 7), is_training=True, **settings))
 
 
-def _gradients(q, out, lse, dout, k, v, scale: float, part: StaticTile):
-    """(dq, dk, dv) of cuDNN in the dtype of q, given out and lse of all keys."""
-    library, settings = _library(), _settings(scale, part)
+def _gradients(arrays: tuple, scale: float, part: StaticTile):
+    """(dq, dk, dv) of cuDNN in the dtype of q, for (q, out, lse, dout, k, v) with out and lse of all keys."""
+    library, settings, (q, out, lse, dout, k, v) = _library(), _settings(scale, part), arrays
     return tuple(library._dot_product_attention_bwd_p.bind(q, k, v, *_unused(q, 7), lse, out, dout, **settings))
 
 
@@ -231,9 +233,9 @@ def _require_bindings() -> None:
         forward = library._dot_product_attention_fwd_cuda_lowering
         backward = library._dot_product_attention_bwd_cuda_lowering
         settings = _settings(1.0, StaticTile(0, 1, 0, 1, CAUSAL))
-        library._dot_product_attention_fwd_p.bind, library._dot_product_attention_bwd_p.bind  # noqa: B018
+        _ = library._dot_product_attention_fwd_p.bind, library._dot_product_attention_bwd_p.bind
     except (ImportError, AttributeError) as error:
-        refuse_unless_bound("cudnn", False, f"cuDNN module is another: {error}")
+        refuse_binding("cudnn", f"cuDNN module is another: {error}")
     require_signature("cudnn", forward, ["ctx", *_OPERANDS, *settings, "is_training"])
     require_signature("cudnn", backward, ["ctx", *_OPERANDS, *_OF_FORWARD, *settings])
 

@@ -14,13 +14,15 @@ So it is imported only where it is used, and a JAX without it still has the othe
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import GlobalStats, Kernel, refuse_unless_bound, require_signature
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel, refuse_binding, require_signature
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import EMPTY, BlockPair, Tokens, tile_kinds, visible
 from ring_attention.attention.online_softmax import SoftmaxState
@@ -78,14 +80,14 @@ def _require_bindings() -> None:
         called = {name: getattr(library, name) for name in _CALLED}
         mask_info = library.mask_info_lib.MaskInfo
     except (ImportError, AttributeError) as error:
-        refuse_unless_bound("splash", False, f"splash attention is another: {error}")
+        refuse_binding("splash", f"splash attention is another: {error}")
     for name, arguments in _CALLED.items():
         require_signature("splash", called[name], arguments.split())
     require_signature("splash", mask_info, _MASK_INFO)
 
 
 @functools.cache
-def _library():
+def _library() -> Any:
     """JAX's module of the kernels."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
@@ -115,14 +117,15 @@ class _Call:
 
     def mask_info(self, by_keys: bool) -> tuple:
         """What the library would make of a mask: which tiles to visit and load, and the mask within them or None."""
-        queries, keys = self.pair.queries, self.pair.keys
+        queries, keys, runs = self.pair.queries, self.pair.keys, self.pair.keys.runs
+        assert runs is not None
         tiles = BlockPair(queries.tiles(self.tile_q), keys.tiles(self.tile_kv), self.pair.mask)
         seen = (tile_kinds(tiles)[0] != EMPTY).astype(jnp.int32)
         loaded = _next_seen(seen, axis=0 if by_keys else 1)
         mask, padded = dataclasses.replace(self.pair.mask, seq_len=None), self.length % LANES > 0
 
         def within(q, k):
-            seen = visible(mask, Tokens(q), Tokens(k * keys.runs.step))
+            seen = visible(mask, Tokens(q), Tokens(k * runs.step))
             real = k < self.length if padded else None
             return functools.reduce(jnp.logical_and, [x for x in (seen, real) if x is not None])
 
@@ -159,6 +162,7 @@ def _next_seen(seen: jax.Array, axis: int) -> jax.Array:
 def _calls(pair: BlockPair, blocks: BlockSizes) -> Iterator[_Call]:
     """The calls for a block pair of one sequence."""
     check_pair(pair)
+    assert pair.keys.runs is not None
     start = 0
     for length in pair.keys.runs.lengths:
         padding = -length % LANES
@@ -184,8 +188,8 @@ def _each_sequence(fn: Callable, pair: BlockPair, *arrays):
 
     def one(row):
         queries, keys, arrays = row
-        alone = jax.tree.map(lambda x: x[None], (queries, keys))
-        return fn(BlockPair(*alone, pair.mask), *arrays)
+        queries, keys = jax.tree.map(lambda x: x[None], (queries, keys))
+        return fn(BlockPair(queries, keys, pair.mask), *arrays)
 
     return jax.lax.map(one, (queries, keys, arrays))
 
@@ -211,7 +215,7 @@ def _launch(kernel: Callable, arrays: dict, call: _Call, products: int):
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, shapes))),
         )
         jaxpr_with_prices = jaxpr.jaxpr.replace(eqns=[*map(priced, jaxpr.eqns)])
-        results = jax.core.eval_jaxpr(jaxpr_with_prices, jaxpr.consts, *jax.tree.leaves(arrays))
+        results = eval_jaxpr(jaxpr_with_prices, jaxpr.consts, *jax.tree.leaves(arrays))
     return vary_together(jax.tree.unflatten(jax.tree.structure(shapes), results), arrays)[0]
 
 

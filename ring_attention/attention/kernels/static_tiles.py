@@ -84,9 +84,12 @@ def plan(pair: BlockPair) -> tuple[list[list[StaticTile]], jax.Array | None]:
     plans, bands = plans_of(pair)
     if len(plans) == 1:
         return plans, None
-    sides = [(tokens.positions, _Spans.of(tokens.runs)) for tokens in (pair.queries, pair.keys)]
-    starts = [positions[0, np.array(spans.offsets)] for positions, spans in sides]
-    here = _bands(pair.mask, *starts, *(spans for _, spans in sides), pair.queries.runs.step)
+    q_runs, kv_runs = pair.queries.runs, pair.keys.runs
+    assert q_runs is not None  # others were refused
+    assert kv_runs is not None
+    q, kv = _Spans.of(q_runs), _Spans.of(kv_runs)
+    q_starts, kv_starts = (x.positions[0, np.array(y.offsets)] for x, y in ((pair.queries, q), (pair.keys, kv)))
+    here = _bands(pair.mask, q_starts, kv_starts, q, kv, q_runs.step)
     return plans, jnp.argmax((bands == here).all((1, 2, 3)))
 
 
@@ -98,13 +101,15 @@ def plans_of(pair: BlockPair) -> tuple[list[list[StaticTile]], np.ndarray]:
     """
     queries, keys, mask = pair.queries, pair.keys, pair.mask
     require(mask.min_distance == 0, 'this kernel cannot leave out the keys that are near; use impl="xla"')
-    known = queries.runs is not None and keys.runs is not None
+    q_runs, kv_runs = queries.runs, keys.runs
     require(
-        known and queries.runs.step == keys.runs.step,
+        q_runs is not None and kv_runs is not None and q_runs.step == kv_runs.step,
         "this kernel needs queries and keys that are evenly spaced in a few runs, and here nobody says that they are; "
         'use impl="xla"',
     )
-    q, kv, step = _Spans.of(queries.runs), _Spans.of(keys.runs), queries.runs.step
+    assert q_runs is not None
+    assert kv_runs is not None
+    q, kv, step = _Spans.of(q_runs), _Spans.of(kv_runs), q_runs.step
     i, j = np.indices((len(q.starts), len(kv.starts))).reshape(2, -1)
     i, j = (x[i == j] if pair.diagonal else x for x in (i, j))
     bands = np.unique(_bands(mask, q.starts[i], kv.starts[j], q, kv, step), axis=0)
@@ -160,7 +165,8 @@ def _tiles(mask: MaskSpec, bands: np.ndarray, q: _Spans, kv: _Spans) -> list[Sta
                 last = columns[-1]
                 found.append(StaticTile(top, bottom, kv.offsets[columns[0]], kv.offsets[last] + kv.lengths[last], FULL))
     for i, j in zip(*np.nonzero(~full & ~hidden), strict=True):
-        found += _cut(*bands[i, j].tolist(), q.offsets[i], q.lengths[i], kv.offsets[j], kv.lengths[j])
+        least, most = bands[i, j].tolist()
+        found += _cut(least, most, q.offsets[i], q.lengths[i], kv.offsets[j], kv.lengths[j])
     return found
 
 

@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     b: jax.Array
     h: jax.Array
     q: jax.Array
-    kv: jax.Array
+    kv: jax.Array | np.integer
     heads: int
     q_size: int
     kv_size: int
@@ -85,7 +85,7 @@ class Worklist(NamedTuple):
     """What a loop visits: the first `count` [...] of the numbers `items` [...,n]."""
 
     items: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (a tuple's method, which nobody needs)
 
     @staticmethod
     def of(wanted: jax.Array) -> "Worklist":
@@ -180,6 +180,7 @@ class Tiling:
         of_groups = pieces.joined(length * size.cut_kv)
         pieces = jax.tree.map(lambda x: in_rows(x, length * size.cut_kv), pieces)
 
+        of_all = None
         if groups == 1:  # few enough for all at once
             of_rows = jax.vmap(lambda queries, keys: self._visits(queries, keys, np.int32(0), m), (0, None))
             of_all = jax.vmap(of_rows)(self.queries, jax.tree.map(lambda x: x[:, 0], pieces))
@@ -253,7 +254,8 @@ class Tiling:
         slopes, heads = jax.tree.map(
             lambda x: lax.dynamic_slice_in_dim(x, tile.h, tile.heads), (self.slopes, self.heads)
         )
-        return slopes, heads, None if heads is None else self.pair.mask.dropout.batch[tile.b]
+        dropout = self.pair.mask.dropout
+        return slopes, heads, None if dropout is None else dropout.batch[tile.b]
 
 
 def halve(length: int, blocks: BlockSizes) -> int:
