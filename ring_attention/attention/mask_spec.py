@@ -80,7 +80,7 @@ def make_mask_spec(
     The arguments are those of the public functions, checked already (`checked_mask_args`).
     """
     B, _, H, D = q.shape
-    mask = MASK_DEFAULTS | arguments
+    mask: dict[str, Any] = {**MASK_DEFAULTS, **arguments}
     dropout = None
     if mask["dropout_rate"] > 0:
         batch, heads = batch_offset + jnp.arange(B, dtype=jnp.int32), head_offset + jnp.arange(H, dtype=jnp.int32)
@@ -111,7 +111,7 @@ def checked_mask_args(arguments: Mapping[str, Any], heads: int) -> dict[str, Any
     Raises:
       ValueError: for values out of range, and for sinks or slopes that are not one for each of the query heads.
     """
-    mask = MASK_DEFAULTS | arguments
+    mask: dict[str, Any] = {**MASK_DEFAULTS, **arguments}
     names = ("causal", "window", "softcap", "scale", "dropout_rate", "dropout_key")
     check_mask_spec(*(mask[name] for name in names))
     _check_extra(mask["extra_mask"])
@@ -125,7 +125,7 @@ def as_sinks(sinks) -> jax.Array | None:
     return None if sinks is None else jnp.asarray(sinks, jnp.float32)
 
 
-def of_heads(name: str, values, heads: int) -> jax.Array | None:
+def of_heads(name: str, values, heads: int) -> Any:
     """`values` as an array [H], which they may be already, or a list of numbers, or None; raises ValueError."""
     if values is None:
         return None

@@ -1,7 +1,7 @@
 """The oracle: dense attention and its gradients in float64 NumPy, written to be obviously right."""
 
 import dataclasses
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -19,16 +19,16 @@ class _Arguments:
     causal: bool = True
     window: int | None = None
     stride: int | None = None
-    segment_ids: np.ndarray | None = None
-    kv_segment_ids: np.ndarray | None = None
-    q_positions: np.ndarray | None = None
-    kv_positions: np.ndarray | None = None
+    segment_ids: Any = None  # arrays of NumPy or JAX
+    kv_segment_ids: Any = None
+    q_positions: Any = None
+    kv_positions: Any = None
     softcap: float | None = None
     scale: float | None = None
-    sinks: np.ndarray | None = None
-    alibi_slopes: np.ndarray | None = None
+    sinks: Any = None
+    alibi_slopes: Any = None
     dropout_rate: float = 0.0
-    dropout_key: object = None
+    dropout_key: Any = None
     extra_mask: Mask | None = None
 
 
@@ -79,7 +79,9 @@ def reference_attention(
       ValueError: for values out of range and shapes that do not fit.
     """
     refuse_unknown(reference_attention, arguments)
-    others = dict(stride=stride, kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions)
+    others: dict[str, Any] = dict(
+        stride=stride, kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions
+    )
     weights = _weigh(q, k, v, _Arguments(**arguments, **others))
     out = np.einsum("bhts,bshd->bthd", weights.p * weights.dropped, _expand(v, q))
     return (out, np.swapaxes(weights.lse, 1, 2)) if return_lse else out

@@ -70,8 +70,8 @@ def decode_attention_shard(
     refuse_unknown(decode_attention_shard, arguments)
     layout = as_layout(layout, lax.axis_size(axis_name))
     cache = Cache(k_cache, v_cache, layer, heads_first)
-    global_shapes = [_global_shape(x, q, cache, layout.ring_size) for x in (k_cache, v_cache)]
-    _check(q, *global_shapes, lengths, layout, impl)
+    k_shape, v_shape = (_global_shape(x, q, cache, layout.ring_size) for x in (k_cache, v_cache))
+    _check(q, k_shape, v_shape, lengths, layout, impl)
     mask, size = checked_mask_args(arguments, q.shape[2]), as_blocks(block_sizes).kv
     return _attend_to_slots(q, cache, lengths, axis_name=axis_name, layout=layout, size=size, mask=mask)
 
@@ -172,13 +172,14 @@ def decode_attention(
     layout = as_layout(layout, mesh.shape[axis_name])
     need = "must be True (caches are [B,K,S,D]) or False ([B,S,K,D]); leave it out for False"
     require(isinstance(heads_first, bool), f"heads_first={shown(heads_first)} {need}")
-    global_shapes = [_global_shape(x, q, Cache(k_cache, v_cache, None, heads_first), 1) for x in (k_cache, v_cache)]
-    _check(q, *global_shapes, lengths, layout, impl)
+    cache = Cache(k_cache, v_cache, None, heads_first)
+    k_shape, v_shape = (_global_shape(x, q, cache, 1) for x in (k_cache, v_cache))
+    _check(q, k_shape, v_shape, lengths, layout, impl)
     if spec is None:
         known = _known_spec(k_cache, mesh, heads_first)
-        spec = default_spec(mesh, axis_name, known, sizes=(q.shape[0], global_shapes[0].shape[2]))
+        spec = default_spec(mesh, axis_name, known, sizes=(q.shape[0], k_shape.shape[2]))
     spec = spec_on(spec, given, mesh)
-    check_spec(spec, mesh, axis_name, q, global_shapes[0])
+    check_spec(spec, mesh, axis_name, q, k_shape)
     mask = checked_mask_args(arguments, q.shape[2])
     sinks, alibi_slopes = mask.pop("sinks"), mask.pop("alibi_slopes")
     settings = dict(axis_name=axis_name, layout=layout, size=as_blocks(block_sizes).kv)

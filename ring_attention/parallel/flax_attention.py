@@ -7,12 +7,13 @@ is dropped in silence gives a model that trains, and is another one than was ask
 import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.axis_types import names_of, type_of
@@ -67,8 +68,9 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings: Un
     Raises:
       TypeError: for a setting that `context_attention` does not have, or that belongs to the layer.
     """
-    _check_settings(settings)
-    return _AttentionFunction(mesh, settings)
+    given = dict(settings)
+    _check_settings(given)
+    return _AttentionFunction(mesh, given)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,7 +231,7 @@ def _replacement(mask) -> str:
     valid = "segment_ids=valid.astype(int), valid [B,T] being what make_attention_mask was given"
     both = f"combine_masks of that and a causal one is flax_attention_fn(causal=True, {valid})"
     padding = f"make_attention_mask(valid, valid) is flax_attention_fn(causal=False, {valid})"
-    known = hasattr(mask, "shape") and not isinstance(mask, jax.core.Tracer)
+    known = hasattr(mask, "shape") and not isinstance(mask, Tracer)
     if known and len(mask.shape) >= 2 and mask.shape[-1] == mask.shape[-2] and mask.size <= _MOST_LOOKED_AT:
         seen = np.asarray(mask, bool)
         real, lower = np.diagonal(seen, axis1=-2, axis2=-1), np.tri(seen.shape[-1], dtype=bool)
@@ -242,7 +244,8 @@ def _replacement(mask) -> str:
 
 def _refuse_arithmetic(precision, **hooks) -> None:
     # JAX's own default is what a ring computes in, and may be set to something else for the whole program.
-    default = precision in (lax.Precision.DEFAULT, "default") and jax.config.jax_default_matmul_precision is None
+    set_to = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    default = precision in (lax.Precision.DEFAULT, "default") and set_to is None
     require(
         precision is None or default,
         f"precision={precision!r} cannot be set for a ring's products alone; leave precision out of the layer, "

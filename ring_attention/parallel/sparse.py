@@ -8,6 +8,7 @@ No tile that the pattern empties is computed, and no device ever holds the keys 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -39,7 +40,7 @@ class FarPart:
         """How many residues a device takes."""
         return self.stride // self.context.devices
 
-    def to_residues(self, *arrays):
+    def to_residues(self, *arrays) -> list[Any]:
         """Arrays [B,H,t,...] or [B,t] as [B*r,H,n,...] or [B*r,n]: r residues of this device, the n tokens of each."""
         P, r = self.context.devices, self.residues
 

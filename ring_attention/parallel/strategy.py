@@ -94,7 +94,7 @@ def _forward(strategy: "Strategy", context: Context, q, k, v, segments, mask: Ma
 def _backward(strategy: "Strategy", context: Context, residuals, dout):
     q, k, v, segments, mask, sinks, out, lse = residuals
     stats = GlobalStats.of(out, lse, dout)
-    grads = strategy.backward(context, *_bound(context, q, k, v, segments, mask), stats)
+    grads = strategy.backward(context, *_bound(context, q, k, v, segments, mask), stats=stats)
     grads = (differentiated_once(grad.astype(x.dtype)) for grad, x in zip(grads, (q, k, v), strict=True))
     return *grads, None, None, attention_sinks.gradient(sinks, stats)
 

@@ -26,7 +26,7 @@ def forward(q_BHtD, k_BKsD, v_BKsD, pair: BlockPair, state: SoftmaxState, blocks
     tiling = Tiling.of(pair, q_BHtD, k_BKsD, blocks)
     arrays = [tiling.pad_queries(_group(x, K)) for x in (q_BHtD, *state)]
     arrays += [tiling.pad_keys(x) for x in (k_BKsD, v_BKsD)]
-    tiling, q, *state, k, v = vary_together(tiling, *arrays)
+    tiling, q, *parts, k, v = vary_together(tiling, *arrays)
 
     def take_keys(block: BlockScores, q_GtD, k_sD, v_sD, *state_Gt):
         products = jnp.dot(q_GtD.reshape(-1, q_GtD.shape[-1]), k_sD.T, preferred_element_type=jnp.float32)
@@ -44,8 +44,7 @@ def forward(q_BHtD, k_BKsD, v_BKsD, pair: BlockPair, state: SoftmaxState, blocks
     def end(row: Tile, state, row_state):
         return [row.into_queries(x, new) for x, new in zip(state, row_state, strict=True)]
 
-    state = tiling.each(begin, end, state)
-    return SoftmaxState(*(_ungroup(x[:, :, :, :t]) for x in state))
+    return SoftmaxState._make(_ungroup(x[:, :, :, :t]) for x in tiling.each(begin, end, parts))
 
 
 def backward(q_BHtD, k_BKsD, v_BKsD, stats: GlobalStats, pair: BlockPair, dq_BHtD, blocks: BlockSizes):
