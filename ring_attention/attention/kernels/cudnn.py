@@ -121,8 +121,8 @@ def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSiz
     lse = jnp.where(unseeing, UNSEEING, stats.lse)
 
     def fused(part: StaticTile):
-        arrays = (*map(part.of_queries, (q, stats.out, lse, stats.dout)), part.of_keys(k), part.of_keys(v))
-        return _gradients(arrays, pair.mask.scale, part)
+        q_here, out, lse_here, dout = map(part.of_queries, (q, stats.out, lse, stats.dout))
+        return _gradients(q_here, out, lse_here, dout, part.of_keys(k), part.of_keys(v), pair.mask.scale, part)
 
     def tiled(part: StaticTile):
         here, q_here = GlobalStats(*map(part.of_queries, stats)), part.of_queries(q)
@@ -194,9 +194,9 @@ def _attention(q, k, v, scale: float, part: StaticTile):
     return tuple(library._dot_product_attention_fwd_p.bind(q, k, v, *_unused(q, 7), is_training=True, **settings))
 
 
-def _gradients(arrays: tuple, scale: float, part: StaticTile):
-    """(dq, dk, dv) of cuDNN in the dtype of q, for (q, out, lse, dout, k, v) with out and lse of all keys."""
-    library, settings, (q, out, lse, dout, k, v) = _library(), _settings(scale, part), arrays
+def _gradients(q, out, lse, dout, k, v, scale: float, part: StaticTile):
+    """(dq, dk, dv) of cuDNN in the dtype of q, given out and lse of all keys."""
+    library, settings = _library(), _settings(scale, part)
     return tuple(library._dot_product_attention_bwd_p.bind(q, k, v, *_unused(q, 7), lse, out, dout, **settings))
 
 
