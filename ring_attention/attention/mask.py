@@ -1,5 +1,7 @@
 """Masks beside the usual ones: a subclass of `Mask` is all that another kind of mask needs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +27,7 @@ class Mask:
             1 1 1 1 1
     """
 
-    def visible(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+    def visible(self, q_positions: Any, k_positions: Any) -> Any:
         """Bool: which query sees which key, by their int32 natural positions, which broadcast against each other.
 
         Operators of arrays alone (`&`, `|`, `%`, comparisons) work for NumPy's, in the oracle, and JAX's.

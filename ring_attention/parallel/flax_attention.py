@@ -7,7 +7,7 @@ is dropped in silence gives a model that trains, and is another one than was ask
 import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp

@@ -57,12 +57,12 @@ def signature_of(function: object, name: str) -> str:
 
 
 def shown(signature: str) -> str:
-    """A signature as a block of code, in several lines where it is long."""
+    """A signature as a block, in several lines where it is long; not marked as Python, which ruff would format."""
     name, _, arguments = signature.partition("(")
     if len(signature) > 100:
         lines = textwrap.wrap(arguments[:-1], 96, break_long_words=False, break_on_hyphens=False)
         signature = "\n".join([f"{name}(", *(f"    {line}" for line in lines), ")"])
-    return f"```python\n{signature}\n```"
+    return f"```text\n{signature}\n```"
 
 
 def to_markdown(docstring: str) -> str:
