@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and the words that are left: overrides of the config."""
+    """Read the flags, and the words that are left: overrides of the config."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_needle(commands)
@@ -69,7 +69,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
 
 
 def add_needle(commands) -> None:
-    """The flags of `needle`."""
+    """Add the flags of `needle`."""
     help_ = "ask for keys that are hidden in filler, by length and depth"
     command = commands.add_parser("needle", help=help_, description=help_, allow_abbrev=False)
     add_common(command)
@@ -82,7 +82,7 @@ def add_needle(commands) -> None:
 
 
 def add_perplexity(commands) -> None:
-    """The flags of `perplexity`."""
+    """Add the flags of `perplexity`."""
     help_ = "loss by position in the document, as the model is and cut to windows"
     command = commands.add_parser("perplexity", help=help_, description=help_, allow_abbrev=False)
     add_common(command)
@@ -126,7 +126,7 @@ def needle(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def needle_test(args: argparse.Namespace) -> NeedleTest:
-    """What the flags ask for."""
+    """Return the test that the flags ask for."""
     if args.key not in STYLES:
         raise ConfigError(f"key={shown(args.key)}: is not known; choose one of {', '.join(STYLES)}")
     if not 0 < args.needles <= len(NAMES):
@@ -193,7 +193,7 @@ def perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def heat_maps(args: argparse.Namespace) -> None:
-    """What was measured before, side by side."""
+    """Draw what was measured before, side by side."""
     panels = [read_heat_map(path) for path in args.files]
     titles = args.titles or [panel.title for panel in panels]
     if len(titles) != len(panels):
@@ -207,7 +207,7 @@ def heat_maps(args: argparse.Namespace) -> None:
 
 
 def as_it_is(opened: Opened) -> str:
-    """What the model is called without another window."""
+    """Return what the model is called without another window."""
     window = opened.config.attention.window
     return f"{AS_IT_IS} (window {window:,})" if window else AS_IT_IS
 
@@ -223,7 +223,7 @@ def read_documents(args: argparse.Namespace, opened: Opened, length: int) -> np.
 
 
 def words_of(args: argparse.Namespace, opened: Opened) -> str:
-    """What was measured."""
+    """Return what was measured, in words."""
     config, parts = opened.config, []
     if config.attention.window:
         parts.append(f"window {config.attention.window:,}")

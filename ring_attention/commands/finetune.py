@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def default_config(source: Source, args: argparse.Namespace) -> TrainConfig:
-    """The run, but for what the flags change."""
+    """Return the config of the run, but for what the flags change."""
     config = config_of(source)
     tokenizer = Path(config.data.tokenizer)
     require_field(

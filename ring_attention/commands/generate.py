@@ -42,7 +42,7 @@ EXACT = [name for name, strategy in STRATEGIES.items() if strategy.exact]
 
 
 class Prompt(NamedTuple):
-    """What a prompt is called, and its tokens, int32 [T]."""
+    """A prompt: its name in messages, and its tokens, int32 [T]."""
 
     name: str
     tokens: np.ndarray
@@ -115,7 +115,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def is_file_of_many(args: argparse.Namespace) -> bool:
-    """Whether the prompts are the lines of a file."""
+    """Return whether the prompts are the lines of a file."""
     return args.prompt_file is not None and args.prompt_file.lower().endswith((".jsonl", ".ndjson"))
 
 
@@ -138,7 +138,7 @@ def read_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def prompt_of(where: str, line: str) -> str:
-    """The prompt on a line of JSON."""
+    """Return the prompt on a line of JSON."""
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -162,12 +162,12 @@ def encode_prompt(text: str, where: str, *, tokenizer: Tokenizer, special_tokens
 
 
 def special_stops(stops: list[str], tokenizer: Tokenizer) -> list[int]:
-    """The ids of stop texts that are special tokens: they would not be met in the text, which leaves these out."""
+    """Return the ids of stop texts that are special tokens, which the text leaves out."""
     return [token for token, name in tokenizer.special_tokens.items() if name in stops]
 
 
 def open_model(args: argparse.Namespace) -> TrainedModel:
-    """The trained model, to be computed in the dtype that was asked for."""
+    """Return the trained model, to be computed in the dtype that was asked for."""
     trained = open_trained_model(args.checkpoint)
     if args.dtype is None:
         return trained
@@ -176,7 +176,7 @@ def open_model(args: argparse.Namespace) -> TrainedModel:
 
 
 def open_generator(args: argparse.Namespace, trained: TrainedModel, tokenizer: Tokenizer, capacity: int) -> Generator:
-    """The model on its devices."""
+    """Return the model on its devices."""
     attention = trained.config.attention
     if args.strategy is not None:
         if args.strategy not in STRATEGIES:
@@ -192,7 +192,7 @@ def open_generator(args: argparse.Namespace, trained: TrainedModel, tokenizer: T
 
 
 def open_mesh(args: argparse.Namespace) -> Mesh:
-    """The mesh over the first devices, as many as were asked for; simulated ones where there are no accelerators."""
+    """Return a mesh of as many devices as were asked for, simulated ones where there are no accelerators."""
     dp, sp, tp = args.dp, 1 if args.sp is None else args.sp, args.tp
     MeshConfig(dp=dp, sp=sp, tp=tp)  # which checks them
     simulate_devices(max(1, dp * sp * tp))
@@ -241,7 +241,7 @@ def continue_prompts(
 
 
 def figures(writer: Generator, prompts: list[Prompt], times: list[float], count: int) -> str:
-    """How long it took, and what the cache holds; `times` are those of the start and of each token."""
+    """Return how long it took, and what the cache holds; `times` are those of the start and of each token."""
     lengths = [prompt.tokens.size for prompt in prompts]
     of = (
         f"{lengths[0]:,} tokens"

@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def describe(source: Source) -> str:
-    """Which model this is."""
+    """Return a line that says which model this is."""
     config, model = source.config, source.config.model
     dtypes = ", ".join(sorted({stored.dtype for stored in source.stored.values()}))
     parts = [f"{config.max_len:,} tokens of context", f"{len(source.files)} files of {dtypes}"]

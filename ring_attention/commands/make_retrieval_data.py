@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked."""
+    """Read the flags and check them."""
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="to write, .jsonl")
     parser.add_argument("--shortest", type=int, default=20, help="characters of a document")

@@ -122,7 +122,7 @@ def describe(plan: Plan, compiled: CompileReport | None, flags: list[str], conso
 
 
 def command(plan: Plan, flags: list[str]) -> str:
-    """The line for a shell that trains what was planned by the strategy that is advised.
+    """Return the line for a shell that trains what was planned by the strategy that is advised.
 
     Args:
       plan: which advises one.
@@ -146,7 +146,7 @@ def describe_compiled(compiled: CompileReport, console: Console) -> None:
 
 
 def write(plan: Plan, compiled: CompileReport | None, folder: Path, console: Console) -> None:
-    """The JSON and the pictures."""
+    """Write the JSON and the pictures."""
     from ring_attention.planning import plots  # slow to import
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ class Opened:
         validate_config(config, dict(self.mesh.shape), self.mesh.devices.flat[0].platform)
 
     def load(self) -> Any:
-        """The parameters, in the compute dtype."""
+        """Return the parameters, in the compute dtype."""
         return self.trained.load(self.mesh, dtype=self.config.model.compute_dtype)
 
 
@@ -88,7 +88,7 @@ def open_model(checkpoint: str, overrides: Sequence[str] = ()) -> Opened:
 
 
 def output_folder(checkpoint: str, out: str | None) -> Path:
-    """The folder that results go to, made if need be; by default one below runs/evaluation.
+    """Return the folder that results go to, made if need be; by default one below runs/evaluation.
 
     Raises:
       ConfigError: if it cannot be made.

@@ -35,7 +35,7 @@ _ROWS_SPEC = spec_of(("batch",))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeedleTest:
-    """What is asked.
+    """Settings of a needle test: how texts are worded, how long they are, where needles lie.
 
     Attributes:
       style: how texts are worded.
@@ -64,7 +64,7 @@ class NeedleTest:
 
 
 class AnswerScorer:
-    """Which tokens of answers a model has the highest score for; a program for each length."""
+    """Scores answers by which of their tokens a model finds likeliest; a program for each length."""
 
     def __init__(self, config: TrainConfig, params: Any, *, mesh: Mesh, vocab_size: int):
         """`params` as `TrainedModel.load` gives them; tokens from `vocab_size` on, the tokenizer's, do not count."""

@@ -62,7 +62,7 @@ def draw_heat_maps(path: Path, heat_maps: Sequence[HeatMap]) -> None:
 
 
 def read_heat_map(path: Path) -> HeatMap:
-    """What scripts/evaluate.py needle wrote as JSON; ConfigError if it is no such file."""
+    """Read what `evaluate needle` wrote as JSON; ConfigError if it is no such file."""
     try:
         values = json.loads(path.read_text())
         accuracy = np.array(values["accuracy"], np.float64)

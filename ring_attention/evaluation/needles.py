@@ -27,7 +27,7 @@ NAMES = ("ant", "bee", "cat", "cow", "dog", "eel", "elk", "fox", "hen", "owl", "
 
 
 class Needle(NamedTuple):
-    """What is hidden: a key, and whose it is; the name is empty where the text has one needle."""
+    """A hidden key, and whose it is; the name is empty where the text has one needle."""
 
     name: str
     key: str
@@ -35,7 +35,7 @@ class Needle(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Style:
-    """How filler, needles and questions are worded.
+    """Wording of filler, needles and questions.
 
     Attributes:
       sentences: filler is these, again and again.
@@ -58,15 +58,15 @@ class Style:
     whole_sentences: bool
 
     def state(self, needle: Needle) -> str:
-        """The sentence that is hidden."""
+        """Return the sentence that is hidden."""
         return self.statement.format(owner=self._owner_of(needle), key=needle.key)
 
     def ask(self, needle: Needle) -> str:
-        """The question, up to the answer."""
+        """Return the question, up to the answer."""
         return self.question.format(owner=self._owner_of(needle))
 
     def answer_of(self, needle: Needle) -> str:
-        """What a model should continue the question with."""
+        """Return what a model should continue the question with."""
         return self.answer.format(key=needle.key)
 
     def _owner_of(self, needle: Needle) -> str:
@@ -123,14 +123,14 @@ def draw_needles(style: Style, count: int, rng: np.random.Generator) -> list[Nee
 
 
 def draw_filler(style: Style, size: int, rng: np.random.Generator) -> str:
-    """The sentences again and again, from a random one on, at least `size` characters."""
+    """Return the sentences again and again, from a random one on, at least `size` characters."""
     first = rng.integers(len(style.sentences))
     cycle = "".join(style.sentences[first:] + style.sentences[:first])
     return cycle * (size // len(cycle) + 1)
 
 
 def hide(style: Style, needles: Sequence[Needle], depths: Sequence[float], filler: str, room: int) -> str:
-    """The first `room` characters of the filler with each needle at its depth: 0 is the beginning, 1 the end."""
+    """Return the first `room` characters of the filler with each needle at its depth: 0 is the beginning, 1 the end."""
     cuts = [int(depth * room) for depth in depths]
     if style.whole_sentences:
         borders = np.array([0, *(i + 2 for i in range(room - 1) if filler[i : i + 2] == ". ")])

@@ -129,7 +129,7 @@ class PositionLoss:
         return standard_error(self.nats)
 
     def bits_per_byte(self) -> np.ndarray:
-        """Of all documents together, [bins]."""
+        """Bits per byte of all documents together, [bins]."""
         return (self.nats.sum(0) * self.sizes) / (self.num_bytes.sum(0) * math.log(2))
 
     def more_than(self, other: "PositionLoss") -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +138,7 @@ class PositionLoss:
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
-    """Of the mean over the first axis; NaN where there is one value."""
+    """Return the standard error of the mean over the first axis; NaN where there is one value."""
     n = len(values)
     return values.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.full(values.shape[1:], np.nan)
 

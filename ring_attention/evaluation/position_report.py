@@ -16,7 +16,7 @@ COLOURS = ("#333333", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e")
 
 
 def position_table(title: str, edges: np.ndarray, losses: Mapping[str, PositionLoss]) -> Table:
-    """Of each bin, nats per token and bits per byte, and how many more nats each other one costs than the first."""
+    """Return a table of nats per token and bits per byte, and what each other one costs beyond the first."""
     first, *others = losses.values()
     table = Table("positions", "nats/token", "bits/byte", *list(losses)[1:], title=title)
     for column in table.columns:

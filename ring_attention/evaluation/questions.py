@@ -63,7 +63,7 @@ def make_questions(
 
 
 def _in_tokens(text: str, style: Style, asked: Needle, tokenizer: Tokenizer, start: Sequence[int]) -> Question:
-    """The answer's tokens are those in which the text with it differs from the text without: it may share a token."""
+    """Return the question, whose answer begins where the tokens with it differ from those of the text alone."""
     before, whole = tokenizer.encode(text.encode()), tokenizer.encode((text + style.answer_of(asked)).encode())
     size = min(before.size, whole.size)
     differ = np.flatnonzero(before[:size] != whole[:size])
@@ -74,7 +74,7 @@ def _in_tokens(text: str, style: Style, asked: Needle, tokenizer: Tokenizer, sta
 
 
 def _fit(write: Callable[[int], Question], most: int, filler: int) -> Question:
-    """The longest text that was found with at most `most` tokens; write(characters of filler) -> Question."""
+    """Return the longest text that was found with at most `most` tokens; write(characters of filler) -> Question."""
     bare = best = write(0)
     need = f"holds no needle and question, which take {bare.tokens.size - 1} tokens"
     require_field(bare.tokens.size <= most, "length", most - 1, need, "give longer --lengths, or fewer needles")

@@ -80,7 +80,7 @@ def report(run: Run, result: Result) -> None:
 
 
 def _again(config: TrainConfig) -> str:
-    """The command that trains by this config, empty if its file, which has its name, is not one of those to choose."""
+    """Return the command that trains by this config, empty if no file to choose has its name."""
     if (CONFIGS / f"{config.name}.py").is_file():
         return f"python train.py --config={CONFIGS}/{config.name}.py"
     packaged = (PACKAGED_CONFIGS / f"{config.name}.py").is_file()

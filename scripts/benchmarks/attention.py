@@ -140,7 +140,7 @@ def names_in_order(speeds: dict[str, float]) -> list[str]:
 
 
 def remarks(case: Case, measured: dict[str, float]) -> dict[str, str]:
-    """What to say of the systems that did not run."""
+    """Return what to say of the systems that did not run."""
     missing = {
         PAPER: "pip install -e '.[benchmark]'",
         DENSE: f"its scores would take {4 * case.heads * case.tokens**2 / 2**30:.0f} GiB",

@@ -57,7 +57,7 @@ def ours(name: str, layout_kind: str, arrays, mesh, backward: bool, segment_ids=
 
 
 def load_paper() -> object | None:
-    """The module `ringattention_jax` of the paper's package; None where that is not installed.
+    """Return the module `ringattention_jax` of the paper's package; None where that is not installed.
 
     It is loaded by its path, because the package itself does not import on this JAX.
     """
@@ -72,7 +72,7 @@ def load_paper() -> object | None:
 
 
 def paper(module, chunk: int, arrays, mesh, backward: bool) -> System:
-    """The paper's ring attention with chunks of this many tokens.
+    """Return the paper's ring attention with chunks of this many tokens.
 
     It knows no grouped queries: key/value heads are repeated for the query heads that they serve, as its users have to.
     """

@@ -38,7 +38,7 @@ def pass_over_slots(q, k, v, positions, slots):
 
 
 def dense(q, k, v, positions, slots):
-    """The same by a dense product; grouped queries stay grouped, or it would take several times as long."""
+    """Attend by a dense product; grouped queries stay grouped, or it would take several times as long."""
     B, T, H, D = q.shape
     q = q.reshape(B, T, k.shape[2], -1, D)
     scores = jnp.einsum("BTKGD,BSKD->BKGTS", q, k, preferred_element_type=jnp.float32) * D**-0.5
@@ -48,7 +48,7 @@ def dense(q, k, v, positions, slots):
 
 
 def blockwise(q, k, v, positions, slots):
-    """The same by the kernel of training."""
+    """Attend by the kernel of training."""
     return ra.blockwise_attention(q, k, v, q_positions=positions, kv_positions=slots)
 
 

@@ -51,7 +51,7 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """Of queries and keys that each device of a zigzag ring sees, for one head; it sees its own diagonal."""
+        """Pairs of a query and a key that each device of a zigzag ring sees, for one head, its own diagonal too."""
         return self.shard * self.devices * self.shard // 2
 
     def array(self, seed: int, tokens: int, heads: int, *more: int):
@@ -61,7 +61,7 @@ class Case:
 
 
 def hops_of(case: Case, impl: str) -> dict[str, System]:
-    """The hops of one device: "forward" and "backward"."""
+    """Return the hops of one device: "forward" and "backward"."""
     P, mask = case.devices, MaskSpec(scale=case.head_dim**-0.5)
     device = SingleRank(kernel=KERNELS[impl], layout=ra.SequenceLayout("zigzag", P))
     q, dout = (case.array(seed, case.shard, case.heads) for seed in (0, 1))

@@ -29,17 +29,17 @@ from scripts.benchmarks.baselines import System
 
 
 def used_while_they_exist(hidden, unembed, targets, weights, chunk):
-    """The weighted sum as training has it."""
+    """Return the weighted sum of losses as training computes it."""
     return weighted_cross_entropy(hidden, unembed, targets, weights, chunk_size=chunk)
 
 
 def made_again(hidden, unembed, targets, weights, chunk):
-    """The same, its gradients by autodiff of a chunk after the other."""
+    """Return the weighted sum of losses, its gradients by autodiff of a chunk after the other."""
     return (chunked_cross_entropy(hidden, unembed, targets, chunk_size=chunk) * weights).sum()
 
 
 def all_kept(hidden, unembed, targets, weights, chunk):
-    """The same with the logits of all tokens, which autodiff keeps."""
+    """Return the weighted sum of losses with the logits of all tokens, which autodiff keeps."""
     del chunk
     logits = hidden @ unembed
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def compiled(way, mesh, arrays, chunk: int) -> jax.stages.Compiled:
-    """The sum over devices, its gradient by the hidden states and that by the unembedding."""
+    """Return the sum over devices, its gradient by the hidden states and that by the unembedding."""
 
     def on_device(hidden, unembed, targets, weights):
         def total(hidden, unembed):

@@ -87,13 +87,13 @@ class SingleRank:
         return Tokens(positions, segments, self.layout.runs(length, start, stop))
 
     def _local(self, place, segments, q, mask: MaskSpec, start: int, stop: int) -> BlockPair:
-        """The queries and some keys of the same shard."""
+        """Return the queries and some keys of the same shard."""
         length = q.shape[2]
         queries = self._tokens(place, segments, length, 0, length)
         return BlockPair(queries, self._tokens(place, segments, length, start, stop), mask, diagonal=True)
 
     def _remote(self, place, number, segments, q, mask: MaskSpec):
-        """The device whose block comes `number` hops, and its block pair."""
+        """Return the device whose block comes `number` hops, and its block pair."""
         length, source = q.shape[2], (place - number) % self.layout.ring_size
         tokens = [self._tokens(i, segments, length, 0, length) for i in (place, source)]
         return source, BlockPair(*tokens, mask)

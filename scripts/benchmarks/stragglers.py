@@ -59,7 +59,7 @@ def median_seconds(run, repeats: int = 5) -> float:
 
 
 def calibrate(args: argparse.Namespace, mesh) -> dict[str, list[float]]:
-    """What the simulator must know, measured by both processes at once, each its own; the same on both."""
+    """Return what the simulator must know, measured by both processes at once, each its own; the same on both."""
     q, k, v, dout = random_qkv(0, 1, CALIBRATION_TOKENS, args.heads, args.heads, args.head_dim)
     attend = functools.partial(ra.blockwise_attention, causal=False)
     local = {name: with_gradients(attend, backward) for name, backward in PASSES.items()}

@@ -78,7 +78,7 @@ APPROACHES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of a forward pass on one device, as compiled."""
+    """Memory and bytes of a forward pass on one device, as compiled."""
 
     memory: int  # temporary bytes
     sent: int  # bytes
@@ -86,7 +86,7 @@ class Cost:
 
 @dataclasses.dataclass(kw_only=True)
 class Row:
-    """What was measured of one approach.
+    """All measurements of one approach.
 
     Attributes:
       by_length: tokens -> Cost, at the most devices.
@@ -112,14 +112,14 @@ class Row:
         return list(self.by_length.values())[-1]
 
     def exponent(self, over: str, of: str) -> float | None:
-        """The power of tokens or devices with which memory or bytes grow; None where there is nothing to fit."""
+        """Return the power of tokens or devices with which memory or bytes grow; None where there is nothing to fit."""
         costs = getattr(self, f"by_{over}")
         points = [(x, getattr(cost, of)) for x, cost in costs.items() if getattr(cost, of) > 0]
         return fitted_exponent(points) if len(points) > 1 else None
 
 
 def fitted_exponent(points: list[tuple[int, int]]) -> float:
-    """The slope of a straight line through the logarithms, by least squares."""
+    """Return the slope of a straight line through the logarithms, by least squares."""
     x, y = np.log(np.array(points, float)).T
     return float(np.polyfit(x, y, 1)[0])
 
@@ -229,7 +229,7 @@ def in_power(exponent: float | None) -> str:
 
 
 def table_of(args: argparse.Namespace, rows: dict[str, Row]) -> Table:
-    """The table."""
+    """Return the rows as a table."""
     title = (
         f"n={args.seq_len} tokens, P={args.devices} devices, B={args.batch} H={args.heads} K={args.kv_heads} "
         f"D={args.head_dim} {args.dtype}, causal, {args.layout}, window {args.window} where there is one"

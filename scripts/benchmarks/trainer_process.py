@@ -13,7 +13,7 @@ from ring_attention.training.fault_tolerance.errors import RunError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step took.
+    """Seconds, CPU seconds and loss of one step.
 
     Attributes:
       seconds: on the wall.

@@ -63,7 +63,7 @@ def make_trainer(kind: str, config: TrainConfig, weights: Path) -> Trainer:
 
 
 def has_rivals() -> bool:
-    """Whether PyTorch and transformers are installed."""
+    """Return whether PyTorch and transformers are installed."""
     try:
         return all(importlib.metadata.version(name) for name in ("torch", "transformers"))
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +86,7 @@ def write_text(folder: Path, seq_len: int, documents: int) -> None:
 
 
 class OurTrainer:
-    """The loop of `training.run` without its checkpoints: the real loader and the real step.
+    """Our trainer: the loop of `training.run` without its checkpoints: the real loader and the real step.
 
     Ends of documents are no targets, as for transformers, where a row's last token has none.
     """
@@ -117,7 +117,7 @@ class OurTrainer:
 
 
 class TorchTrainer:
-    """What a user of transformers writes: LlamaForCausalLM with PyTorch's attention, fused AdamW, clipping, a schedule.
+    """A training loop as a user of transformers writes it.
 
     Raises ImportError where torch or transformers is missing.
     """
@@ -184,7 +184,7 @@ def _part_of_torch(key: str) -> str | None:
 
 
 def make_rows(config: TrainConfig) -> Iterator[np.ndarray]:
-    """The tokens of the batches that `OurTrainer` takes, int64 [rows, seq_len] in natural order, read in advance."""
+    """Yield the tokens of the batches that `OurTrainer` takes, int64 [rows, seq_len] in natural order."""
     corpus = Corpus.open(config.data)
     loader = TrainLoader(
         corpus.train,

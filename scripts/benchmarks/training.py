@@ -125,7 +125,7 @@ def median(steps: list[Step], field: str = "seconds") -> float:
 
 
 def fastest_rival(steps: dict[str, list[Step]]) -> str | None:
-    """The kind of the fastest of the others, if there is one."""
+    """Return the kind of the fastest of the others, if there is one."""
     return min((kind for kind in steps if kind != OURS), key=lambda kind: median(steps[kind]), default=None)
 
 
@@ -150,7 +150,7 @@ def table_of_speed(config: TrainConfig, steps: dict[str, list[Step]]) -> Table:
 
 
 def table_of_parts(kind: str, parts: dict[str, float]) -> Table:
-    """Where the time of one step went."""
+    """Return where the time of one step went."""
     table = Table(title=f"Where a step's time goes: {kind}")
     table.add_column("part")
     table.add_column("seconds", justify="right")
@@ -203,19 +203,19 @@ def write_numbers(config: TrainConfig, steps: dict[str, list[Step]], parts, path
 
 
 def version(name: str) -> str | None:
-    """Of a distribution, None where it is not installed."""
+    """Return the version of a distribution, None where it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
-    """The flags, and the config with its overrides."""
+    """Read the flags, and the config with its overrides."""
     parser = Parser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="steps of each that are timed")
     parser.add_argument(

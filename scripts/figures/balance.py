@@ -60,7 +60,7 @@ def documents(number: int, seq_len: int) -> np.ndarray:
 
 
 def panels_of(args: argparse.Namespace) -> list[Panel]:
-    """The layouts to compare: all that have a name, and one dealt to `--speeds` if there are any."""
+    """Return the layouts to compare: all that have a name, and one dealt to `--speeds` if there are any."""
     P, T = args.devices, args.seq_len
     require_field(len(args.speeds) in (0, P), "speeds", args.speeds, f"need {P} numbers, one a device", "see --devices")
     segments = documents(args.documents, T) if args.documents else None
@@ -87,7 +87,7 @@ def panels_of(args: argparse.Namespace) -> list[Panel]:
 
 
 def mask_of(args: argparse.Namespace) -> str:
-    """The mask in words."""
+    """Return the mask in words."""
     parts = ["bidirectional" if args.bidirectional else "causal"]
     parts += [f"window of {args.window:,}"] if args.window else []
     parts += [f"{args.documents:,} packed documents"] if args.documents else []
@@ -163,7 +163,7 @@ def draw_bars(axes: Axes, panel: Panel, longest: float) -> None:
 
 
 def draw_scale(figure: Figure, x: float, y: float, width: float) -> None:
-    """What the colours mean."""
+    """Draw the scale, which says what the colours mean."""
     axes = axes_at(figure, x, y, width, 0.13)
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=COLORS, vmin=0, vmax=1, extent=(0, 1, 0, 1), aspect="auto")
     axes.spines[:].set(visible=True, color=IDLE, linewidth=0.6)
@@ -172,7 +172,7 @@ def draw_scale(figure: Figure, x: float, y: float, width: float) -> None:
 
 
 def draw(panels: list[Panel], args: argparse.Namespace) -> None:
-    """The whole picture, into the file `--out`."""
+    """Draw the whole picture into the file `--out`."""
     P = args.devices
     figure = Figure(figsize=(LEFT + PITCH * len(panels) - 0.06, TOP + GRID + BOTTOM), dpi=DPI, facecolor="white")
     top = BOTTOM + GRID

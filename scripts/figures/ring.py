@@ -40,7 +40,7 @@ def text(axes: Axes, x: float, y: float, words: str, **style) -> None:
 
 
 def block(axes: Axes, x: float, y: float, index: int, scale: float = 1.0) -> None:
-    """The keys and values of one shard."""
+    """Draw the keys and values of one shard."""
     box(axes, x, y, 0.62 * scale, 0.28 * scale, facecolor=COLORS[index], edgecolor="white", linewidth=1.2, zorder=4)
     text(
         axes, x, y - 0.008, f"K{index} V{index}", color="white", size=9.5 * scale, weight="bold", ha="center", zorder=5
@@ -67,7 +67,7 @@ def arc(axes: Axes, x: float, y: float, radius: float, start: float, end: float,
 
 
 def ring(axes: Axes, x: float, y: float, radius: float) -> None:
-    """The devices in a circle, device 0 on top, each passing its block to the next."""
+    """Draw the devices in a circle, device 0 on top, each passing its block to the next."""
     step = 2 * np.pi / RING_SIZE
     margin = 0.44  # radians that half a device takes
     for i in range(RING_SIZE):
@@ -102,7 +102,7 @@ def schedule(axes: Axes, left: float, top: float, size: float, gap: float) -> No
 
 
 def legend(axes: Axes, x: float, y: float) -> None:
-    """What dark and light mean."""
+    """Draw the legend of dark and light."""
     for offset, strength, words in ((0.0, DARK, "query sees key: computed"), (2.25, LIGHT, "later key: skipped")):
         axes.add_patch(Rectangle((x + offset, y - 0.08), 0.2, 0.16, facecolor=pale(QUIET, strength)))
         text(axes, x + offset + 0.28, y, words)
@@ -115,7 +115,7 @@ def headline(axes: Axes, x: float, words: str, explanation: str) -> None:
 
 
 def draw(path: Path) -> None:
-    """The whole picture."""
+    """Draw the whole picture."""
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()

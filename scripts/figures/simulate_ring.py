@@ -34,7 +34,7 @@ COLORS = {"hop 0": "#0b3c6f", "hop": "#1f6fb4", "keys": "#9aa3ad", "gradients": 
 
 
 def pairs_per_second(args: argparse.Namespace) -> float:
-    """Of a query and a key, for one head, by a device of speed 1: two products of 2 * head_dim operations."""
+    """Return the pairs of a query and a key, each 4 * head_dim operations, that a device of speed 1 computes a second."""
     return args.tflops * 1e12 / (4 * args.head_dim)
 
 
@@ -85,7 +85,7 @@ def table_of(args: argparse.Namespace, speeds: list[float], work: Workload, layo
 
 
 def draw(timelines: list[dict[str, Timeline]], devices: int, path: Path) -> None:
-    """What each device and its link did: a column for each pass, a row for each layout."""
+    """Draw what each device and its link did: a column for each pass, a row for each layout."""
     rows, columns = len(timelines[0]), len(timelines)
     figure = Figure(figsize=(13, 1 + 0.28 * devices * rows), dpi=130, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey=True).T

@@ -25,7 +25,7 @@ from ring_attention.tables import show
 
 
 class Traffic(NamedTuple):
-    """What a strategy sends in one forward pass.
+    """Bytes that a strategy sends in one forward pass.
 
     Attributes:
       sent: bytes that one device sends.
@@ -47,13 +47,13 @@ def broadcast_bytes(seq_len: int, model_dim: int, devices: int, itemsize: int = 
 
 
 def traffic(strategy: str | Strategy, work: Workload, bandwidth: float) -> Traffic:
-    """What a strategy sends forward; `bandwidth` is that of one device, in bytes a second."""
+    """Return what a strategy sends forward; `bandwidth` is that of one device, in bytes a second."""
     sent = find_strategy(strategy).sent_bytes(work)
     return Traffic(sent, sent * work.devices, sent / bandwidth)
 
 
 def can_do(strategy: Strategy, work: Workload) -> bool:
-    """Whether the strategy can do the work at all: heads, lengths and masks fit."""
+    """Return whether the strategy can do the work at all: heads, lengths and masks fit."""
     layout = SequenceLayout(work.layout, work.devices)
     context = Context(axis_name="sp", layout=layout, kernel=find_kernel("auto"), blocks=BlockSizes())
     shape = (work.batch, work.shard, work.heads, work.head_dim)

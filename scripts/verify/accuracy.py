@@ -43,7 +43,7 @@ SHARP = {"logits x 10": 10, "logits x 50": 50}
 
 
 class Case(NamedTuple):
-    """What one row checks."""
+    """A check that one row of the table shows."""
 
     ring_size: int
     layout: str
@@ -126,7 +126,7 @@ def inputs_and_oracle(dtype: str, mask: str, tokens: int, seed: int):
 
 
 def check(case: Case, tokens: int, seed: int) -> dict:
-    """The errors of one case, ours and dense attention's, by name."""
+    """Return the errors of one case, ours and dense attention's, by name."""
     arrays, arguments, want, dense = inputs_and_oracle(case.dtype, case.mask, tokens, seed)
     layout = ra.SequenceLayout(case.layout, case.ring_size)
     ours = testing.errors(ring(layout, arguments, *arrays), want)
@@ -136,7 +136,7 @@ def check(case: Case, tokens: int, seed: int) -> dict:
 
 
 def table_of(results: list[dict], tokens: int, limit: float) -> Table:
-    """The results as a table."""
+    """Return the results as a table."""
     table = Table(
         title=f"Relative error against float64, T={tokens} {SIZES}: ours / dense in the same dtype",
         caption=f"worst: the largest ratio of ours to dense in the row, at most {limit:g} allowed",

@@ -78,7 +78,7 @@ def compile_row(pod: str, shard: int) -> Row:
 
 
 def table_of(rows: list[Row], shard: int) -> Table:
-    """The rows for a reader."""
+    """Return the rows for a reader."""
     table = Table(title=f"7B training step, {shard} tokens on each device, GiB of a device")
     for name in ("pod", "devices", "tokens", "state", "made of it", "activations", "of the first", "compile"):
         table.add_column(name, no_wrap=True, justify="left" if name == "pod" else "right")

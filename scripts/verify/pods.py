@@ -104,7 +104,7 @@ def check(pod: str, shard: int):
 
 
 def table_of(rows: list[Row], shard: int) -> Table:
-    """The rows for a reader."""
+    """Return the rows for a reader."""
     sizes = f"t={shard}, H={HEADS}, K={KV_HEADS}, D={HEAD_DIM}, {LAYERS} layers"
     table = Table(
         title=f"Rings compiled for pods, bfloat16, zigzag, {sizes}",

@@ -41,7 +41,7 @@ PROGRAMS = ("forward", "backward", "forward+backward")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one row compiles.
+    """A program that one row of the table compiles.
 
     Attributes:
       program: one of PROGRAMS.
@@ -63,7 +63,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What the `ppermute`s of a traced program send from one device, loops multiplied out.
+    """Bytes and `ppermute`s that a traced program sends from one device, loops multiplied out.
 
     Attributes:
       permutes: how many run.
@@ -80,7 +80,7 @@ class Traffic:
         return Traffic(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     def __mul__(self, times: int) -> "Traffic":
-        """The same several times."""
+        """Return this traffic several times."""
         return Traffic(**{name: value * times for name, value in vars(self).items()})
 
 
@@ -154,7 +154,7 @@ def bounds(case: Case, kv_bytes: int, gradient_bytes: int) -> tuple[int, int]:
 
 
 def written(jaxpr: Jaxpr | ClosedJaxpr) -> Traffic:
-    """What our code asks for."""
+    """Return the traffic that our code asks for."""
     total = Traffic()
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == "ppermute":
@@ -266,7 +266,7 @@ def in_words(name: str, value) -> str:
 
 
 def table_of(rows: list[Row], columns, where: str, args: argparse.Namespace) -> Table:
-    """The rows as a table; what is the same in all of them stands in the title."""
+    """Return the rows as a table; what is the same in all of them stands in the title."""
     differing = {
         field.name: len({getattr(row.case, field.name) for row in rows}) > 1 for field in dataclasses.fields(Case)
     }

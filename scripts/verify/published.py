@@ -33,7 +33,7 @@ class Comparison:
     close: float = 1.03
 
     def order_agrees(self) -> bool:
-        """Whether every pair that did not draw is predicted in the same order."""
+        """Return whether every pair that did not draw is predicted in the same order."""
         predicted, names = self.predict(), list(self.published)
         pairs = [(a, b) for a in names for b in names if self.published[a] > self.published[b] * self.close]
         return all(predicted[a] > predicted[b] for a, b in pairs)

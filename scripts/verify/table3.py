@@ -118,7 +118,7 @@ class Row:
 
 
 def config_of(name: str, times: int) -> TrainConfig:
-    """The step of a cell at a multiple of the paper's context."""
+    """Return the step of a cell at a multiple of the paper's context."""
     (model, topology), cell = name.split("/"), CELLS[name]
     gpu = not topology.startswith("v")
     return TrainConfig(
@@ -147,7 +147,7 @@ def versions_of(name: str) -> dict[str, str]:
 
 
 def key_of(name: str, times: int, settings: dict, versions: dict) -> str:
-    """What makes a row the same as another."""
+    """Return what makes a row the same as another."""
     return json.dumps([name, times, settings, versions], sort_keys=True)
 
 
@@ -192,14 +192,14 @@ def needed_of(message: str) -> int:
 
 
 def bound_of(device: float, state: float, host: float) -> str:
-    """What comes nearest to its limit, given shares of both memories and the state's of what is on a device."""
+    """Return what comes nearest to its limit, given shares of both memories and the state's of what is on a device."""
     if host > device:
         return "what is kept on the host"
     return "parameters and optimizer" if state > 0.5 else "one layer's activations"
 
 
 def table_of(rows: list[Row]) -> Table:
-    """The rows for a reader."""
+    """Return the rows for a reader."""
     table = Table(
         title="Table 3 of the Ring Attention paper, compiled",
         caption="GiB of a device and of its host, of how many; context in units of 1024 tokens",

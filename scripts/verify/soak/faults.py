@@ -187,7 +187,7 @@ def _leave_room(run: Run, share: float, filler: Path | None) -> None:
 
 
 def second_run(chain: Chain) -> None:
-    """The same command while the run trains: refused, and the run goes on."""
+    """Start the same command while the run trains: it is refused, and the run goes on."""
     chain.train_a_while()
     run, second = chain.run, Run(chain.trainer, chain.run.path, chain.deadline)
     second.start()

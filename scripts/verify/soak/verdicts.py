@@ -16,7 +16,7 @@ Line = dict[str, float | int | None]
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of one fault: when, in which run and step, steps lost of those allowed, SIGKILLs, words, problems."""
+    """Result of one fault: when, in which run and step, steps lost of those allowed, SIGKILLs, words, problems."""
 
     kind: str
     seconds: float = 0.0
