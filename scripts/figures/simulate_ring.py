@@ -34,7 +34,7 @@ COLORS = {"hop 0": "#0b3c6f", "hop": "#1f6fb4", "keys": "#9aa3ad", "gradients": 
 
 
 def pairs_per_second(args: argparse.Namespace) -> float:
-    """Return the pairs of a query and a key, each 4 * head_dim operations, that a device of speed 1 computes a second."""
+    """Return the pairs of a query and a key, each 4 * head_dim operations, that speed 1 computes in a second."""
     return args.tflops * 1e12 / (4 * args.head_dim)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_lines import run_command
 
-from scripts.benchmarks import strategies as compare
+from scripts.benchmarks import approaches as compare
 
 REPOSITORY = Path(__file__).parents[2]
 TWO_CORES = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
