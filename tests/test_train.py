@@ -51,7 +51,7 @@ def finished(corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_and_its_losses_are_bitwise_those_of_one_that_was_not(
+def test_train_goes_on_bitwise_after_an_interruption(
     corpus, finished, tmp_path, monkeypatch
 ):
     def lose_power_at_step_7(log, step, *numbers):
@@ -79,7 +79,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_trained_again_but_reported_again(corpus, finished, capsys):
+def test_train_reports_a_finished_run_again(corpus, finished, capsys):
     folder, lines = finished
     assert run(corpus, folder) == lines
     screen = capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_a_finished_run_is_not_trained_again_but_reported_again(corpus, finished
 
 
 @pytest.mark.slow
-def test_texts_and_a_tokenizer_that_changed_under_the_same_names_end_a_run_with_status_2(tmp_path, capsys):
+def test_train_refuses_texts_and_tokenizers_that_changed(tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     for number in range(12):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"the {number}th text says so. " * 40)
@@ -130,7 +130,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("flag", IMPOSSIBLE)
-def test_an_impossible_combination_is_refused_before_anything_compiles(corpus, tmp_path, flag, monkeypatch):
+def test_train_refuses_the_impossible_before_compiling(corpus, tmp_path, flag, monkeypatch):
     monkeypatch.setattr(run_module, "initial_state", lambda *_: pytest.fail("went on to compile"))
     with pytest.raises(ConfigError) as error:
         run(corpus, tmp_path, flag)
@@ -138,7 +138,7 @@ def test_an_impossible_combination_is_refused_before_anything_compiles(corpus, t
     assert "\n" not in str(error.value)
 
 
-def test_an_error_is_one_line_on_stderr_and_exit_code_2():
+def test_train_says_an_error_in_one_line_with_status_2():
     command = [sys.executable, "train.py", TINY, "--config.model.num_layer=3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -107,7 +107,7 @@ def test_each_order_beats_the_one_below_on_held_out_python():
     assert zero < 6
 
 
-def test_a_large_corpus_is_not_read_to_its_end_for_the_references(tmp_path, monkeypatch):
+def test_byte_references_do_not_read_all_of_a_large_corpus(tmp_path, monkeypatch):
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text("abcd" * 25)
     corpus = Corpus.open(DataConfig(paths=f"{tmp_path}/*", holdout_fraction=0.3))
@@ -120,7 +120,7 @@ def test_a_large_corpus_is_not_read_to_its_end_for_the_references(tmp_path, monk
 
 
 @pytest.mark.parametrize("order", [-1, 3])
-def test_orders_that_are_not_supported_or_not_fitted_are_errors(order):
+def test_bits_per_byte_refuses_orders_not_fitted(order):
     with pytest.raises(ValueError, match=f"order={order} is not supported; choose 0, 1 or 2"):
         ByteModel.fit([b"a"], order)
     with pytest.raises(ValueError, match=f"order={order} was not fitted; choose one below 2"):

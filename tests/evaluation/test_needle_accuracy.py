@@ -142,7 +142,7 @@ def test_tokens_that_the_tokenizer_does_not_have_never_count(params):
     assert chosen[40] >= KNOWN, "the control"
 
 
-def test_dynamic_rotary_scaling_goes_by_the_length_that_was_asked_for_and_not_by_the_padded_one(params, monkeypatch):
+def test_scorer_scales_rotary_by_the_unpadded_length(params, monkeypatch):
     lengths, real = [], transformer.rotary_tables
 
     def recording(*args, length):

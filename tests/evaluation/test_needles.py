@@ -30,7 +30,7 @@ def rng():
 
 
 @pytest.mark.parametrize("length", [17, 18, 45, 300])
-def test_a_training_document_of_letters_is_as_long_as_asked_and_answers_its_needle(rng, length):
+def test_training_document_of_letters_answers_its_needle(rng, length):
     text = training_document(LETTERS, length, rng)
     assert len(text) == length
     first, last = re.findall(r"key=([A-H][I-P][Q-X])\.", text)
@@ -61,7 +61,7 @@ def test_a_training_document_of_digits_has_whole_sentences(rng):
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
-def test_several_needles_have_names_and_different_keys_and_one_is_asked_for(rng, style):
+def test_draw_needles_gives_names_and_different_keys(rng, style):
     text = training_document(style, 900, rng, needles=5)
     pattern = r"key of the (\w+) is (\d{5})\. R" if style is DIGITS else r"key ([a-z]+)=([A-X]{3})\. "
     found = re.findall(pattern, text)
@@ -81,7 +81,7 @@ def test_the_shortest_text_is_the_least_that_a_document_can_be(rng):
         draw_needles(LETTERS, 13, rng)
 
 
-def test_one_depth_in_twenty_is_the_very_beginning_and_one_the_very_end(rng):
+def test_training_document_reaches_both_ends(rng):
     depths = draw_depths(20_000, rng)
     assert (depths.min(), depths.max()) == (0.0, 1.0)
     assert np.mean(depths == 0.0) == pytest.approx(0.05, abs=0.005)
@@ -107,7 +107,7 @@ def test_lengths_are_mostly_short_and_reach_the_longest(rng):
         assert abs(uniform - want) > 0.1, "the control"
 
 
-def test_a_question_in_bytes_has_the_length_and_its_answer_at_the_end(rng):
+def test_make_questions_in_bytes_ends_with_the_answer(rng):
     (question,) = make_questions(LETTERS, ByteTokenizer(), length=203, depth=0.5, needles=1, rng=rng)
     assert (question.tokens.size, question.tokens.dtype, question.answer) == (204, np.int32, 3)
     text = ByteTokenizer().token_bytes(question.tokens).decode()
@@ -125,7 +125,7 @@ def test_a_question_begins_with_what_prompts_begin_with(rng, start):
     assert (question.tokens[len(start) :] < 256).all()
 
 
-def test_each_of_several_needles_is_asked_for_once_at_the_same_depth(rng):
+def test_make_questions_asks_for_each_needle_once(rng):
     questions = make_questions(LETTERS, ByteTokenizer(), length=600, depth=0.0, needles=4, rng=rng)
     texts = [ByteTokenizer().token_bytes(question.tokens).decode() for question in questions]
     assert len({text[-7:] for text in texts}) == 4
@@ -147,7 +147,7 @@ def byte_level(tmp_path):
 
 
 @pytest.mark.parametrize("length", [60, 257, 1000])
-def test_a_question_in_longer_tokens_fits_and_nearly_fills_its_length(byte_level, rng, length):
+def test_make_questions_in_longer_tokens_fills_its_length(byte_level, rng, length):
     for depth in (0.0, 0.4, 1.0):
         (question,) = make_questions(DIGITS, byte_level, length=length, depth=depth, needles=1, rng=rng)
         assert length - SLACK < question.tokens.size - 1 <= length

@@ -88,7 +88,7 @@ def test_one_document_has_no_standard_error():
     assert (loss.mean() == 1).all()
 
 
-def test_documents_that_fill_the_row_are_read_from_their_beginning():
+def test_long_documents_begin_at_the_beginning():
     texts = [b"short", b"long enough", b"just fits", b"this one is too many"]
     source = [Document(str(i), text) for i, text in enumerate(texts)]
     rows = long_documents(source, ByteTokenizer(), length=9, most=2)
@@ -103,7 +103,7 @@ def test_documents_that_fill_the_row_are_read_from_their_beginning():
 
 
 @pytest.mark.parametrize("mesh", [pytest.param(dict(sp=8), marks=pytest.mark.slow), dict(dp=2, sp=2, tp=2)], ids=str)
-def test_losses_are_the_same_on_any_mesh_and_padding_changes_nothing(params, documents, mesh):
+def test_reader_gives_the_same_losses_on_any_mesh(params, documents, mesh):
     want = reader(params, ra.make_mesh(**ALONE), window=7).losses(documents, rows=3)
     got = reader(params, ra.make_mesh(**mesh), window=7).losses(documents, rows=4)
     assert got.shape == want.shape == (3, 45)
@@ -117,7 +117,7 @@ def grown_to(length):
     return RopeConfig(theta=100.0 * (4 * length / 16 - 3) ** (6 / (6 - 2)))
 
 
-def test_dynamic_rotary_scaling_goes_by_the_documents_length_on_any_mesh_however_they_are_padded(params, documents):
+def test_reader_scales_rotary_by_the_documents_length(params, documents):
     dynamic = RopeConfig(theta=100.0, scaling="dynamic", factor=4.0, original_len=16)
     ring, alone = reader(params, ra.make_mesh(sp=4, devices=jax.devices()[:4]), rope=dynamic), ra.make_mesh(**ALONE)
     got = ring.losses(documents, rows=3)  # 45 tokens, padded to 48
@@ -130,7 +130,7 @@ def test_dynamic_rotary_scaling_goes_by_the_documents_length_on_any_mesh_however
 
 
 @pytest.mark.slow
-def test_a_window_is_that_of_the_same_model_trained_with_attention_window(params, documents):
+def test_reader_cuts_as_attention_window_does(params, documents):
     mesh, documents = ra.make_mesh(**ALONE), documents[:, :45]
     batch = dict(tokens=documents[:, :-1], targets=documents[:, 1:], segment_ids=np.zeros((3, 44), np.int32))
     batch |= dict(positions=np.tile(np.arange(44, dtype=np.int32), (3, 1)), loss_mask=np.ones((3, 44), bool))

@@ -12,7 +12,7 @@ from scripts.benchmarks.baselines import System
 
 @pytest.mark.slow  # compiles 18 programs
 @pytest.mark.long
-def test_the_benchmark_measures_every_layout_and_mask_and_writes_what_it_prints(tmp_path):
+def test_benchmark_attention_measures_layouts_and_masks(tmp_path):
     out = tmp_path / "cpu"
     done = run_command(
         "benchmarks attention", "--case", 64, 4, 2, 8, "--devices", 2, "--repeats", 1, "--forward", "--out", out
@@ -34,14 +34,14 @@ def _system(name, results):
     return System(name, lambda: [np.asarray(x) for x in results])
 
 
-def test_systems_that_compute_something_else_are_refused():
+def test_require_agreement_refuses_other_results():
     good = _system("good", [np.ones(4), np.ones(4)])
     timing.require_agreement([good, _system("rounds otherwise", [np.ones(4) + 1e-6, np.ones(4)])])
     with pytest.raises(RuntimeError, match="other and good differ in dq by 2.5e-01, relatively"):
         timing.require_agreement([good, _system("other", [np.ones(4), np.ones(4) * 1.25])])
 
 
-def test_times_are_medians_of_rounds_in_which_every_system_runs_once():
+def test_seconds_in_turn_gives_medians_of_rounds():
     now, runs = [0.0], []
 
     def system(name, seconds):

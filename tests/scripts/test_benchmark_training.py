@@ -19,7 +19,7 @@ TINY += ["--config.model.vocab_size=264", "--config.model.head_dim=16"]
 
 
 @pytest.mark.slow
-def test_it_prints_tables_and_writes_a_picture_and_all_numbers(tmp_path):
+def test_benchmark_training_writes_tables_picture_and_numbers(tmp_path):
     done = run_command("benchmarks training", "--repeats=2", *TINY, f"--out={tmp_path}/out")
     assert done.returncode == 0, done.stderr
     assert "L=1 M=32 F=64 V=264 H=4 K=2 D=16" in done.stdout
@@ -30,7 +30,7 @@ def test_it_prints_tables_and_writes_a_picture_and_all_numbers(tmp_path):
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_compared_is_refused(capsys):
+def test_benchmark_training_refuses_what_cannot_be_compared(capsys):
     for flags, line in (
         (["--repeats=0"], "repeats=0: must be positive"),
         (["--config.mesh.tp=2"], "mesh, batch_size: a ring is compared, with one sequence a step; set only mesh.sp"),
@@ -49,7 +49,7 @@ class _Trainer:
         return Step(seconds=1.0, cpu_seconds=1.0, loss=next(self._losses))
 
 
-def test_losses_that_differ_end_the_comparison():
+def test_take_turns_ends_where_losses_differ():
     steps = training.take_turns([_Trainer("ours", [4, 3, 2, 1]), _Trainer("other", [4.0001, 3, 2, 1])], 2, lambda: None)
     assert [step.loss for step in steps["ours"]] == [2, 1]
     with pytest.raises(RunError, match="other: the loss of step 1 is 3.010000, ours is 3.000000"):

@@ -59,10 +59,10 @@ def free_port():
 
 
 @pytest.mark.parametrize("cluster", ENVIRONMENTS)
-def test_processes_of_a_cluster_find_each_other_without_flags_and_get_one_gpu_each(cluster, free_port):
+def test_cluster_processes_find_each_other_without_flags(cluster, free_port):
     assert join(ENVIRONMENTS[cluster], free_port) == [["0", "2", "2", "0"], ["1", "2", "2", "1"]]
 
 
-def test_the_only_process_of_a_node_gets_the_gpus_that_the_slurm_script_names(free_port):
+def test_lone_process_of_a_node_gets_all_its_gpus(free_port):
     variables = ENVIRONMENTS["SLURM"] | {"SLURM_LOCALID": "0", "JAX_LOCAL_DEVICE_IDS": "0,1,2,3"}
     assert join(variables, free_port) == [["0", "2", "2", "0,1,2,3"], ["1", "2", "2", "0,1,2,3"]]

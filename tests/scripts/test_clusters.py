@@ -62,7 +62,7 @@ def test_bash_can_read_every_script(script):
         (253, 0, False),
     ],
 )
-def test_a_slurm_job_is_queued_again_when_that_helps_and_else_keeps_its_status(tmp_path, status, restarts, requeued):
+def test_slurm_queues_again_when_that_helps(tmp_path, status, restarts, requeued):
     stand_in(tmp_path, "srun", f"exit {status}")
     stand_in(tmp_path, "scontrol", "")
     slurm = {"SLURM_SUBMIT_DIR": tmp_path, "SLURM_JOB_ID": 7, "SLURM_RESTART_COUNT": restarts}
@@ -72,7 +72,7 @@ def test_a_slurm_job_is_queued_again_when_that_helps_and_else_keeps_its_status(t
     assert done.returncode == (0 if requeued else status), done.stderr
 
 
-def test_slurm_gives_the_others_longer_to_stop_than_train_py_takes(tmp_path):
+def test_slurm_gives_others_long_enough_to_stop(tmp_path):
     stand_in(tmp_path, "srun", "")
     run("slurm.sh", tmp_path, SLURM_SUBMIT_DIR=tmp_path)
     (call,) = calls(tmp_path, "srun")
@@ -84,7 +84,7 @@ def test_slurm_gives_the_others_longer_to_stop_than_train_py_takes(tmp_path):
 
 
 @pytest.mark.parametrize(("tasks", "ids"), [(1, "0,1,2,3"), (4, "unset")])
-def test_slurm_gives_a_lone_process_of_a_node_all_of_its_gpus(tmp_path, tasks, ids):
+def test_slurm_gives_a_lone_process_all_gpus_of_its_node(tmp_path, tasks, ids):
     stand_in(tmp_path, "srun", "echo ids=${JAX_LOCAL_DEVICE_IDS-unset} proxy=${https_proxy-unset}")
     slurm = {"SLURM_SUBMIT_DIR": tmp_path, "SLURM_NTASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": 4}
     assert run("slurm.sh", tmp_path, **slurm, https_proxy="http://x").stdout == f"ids={ids} proxy=unset\n"
@@ -124,7 +124,7 @@ def what_kubernetes_does(name, *, exit_code=None, condition=None):
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_kubernetes_stops_at_mistakes_counts_crashes_and_restarts_the_preempted_without_end(name):
+def test_kubernetes_restarts_the_preempted_without_end(name):
     assert what_kubernetes_does(name, exit_code=2) == "FailJobSet"
     assert what_kubernetes_does(name, exit_code=1) == "RestartJobSet"
     assert what_kubernetes_does(name, exit_code=137) == "RestartJobSet"
@@ -159,7 +159,7 @@ def test_the_mesh_takes_every_device_of_the_pods(name):
     assert mesh.dp * mesh.fsdp * mesh.sp * mesh.tp == devices * replicated["template"]["spec"]["completions"]
 
 
-def test_the_gpu_manifest_says_where_process_0_is_and_how_many_there_are():
+def test_gpu_manifest_says_where_process_0_is():
     jobset, replicated, container = manifest("gpu")
     flags = dict(word.split("=", 1) for word in container["args"])
     host, port = flags["--coordinator_address"].split(":")
@@ -172,7 +172,7 @@ def test_the_gpu_manifest_says_where_process_0_is_and_how_many_there_are():
     assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
-def test_the_tpu_manifest_has_as_many_pods_as_the_slice_has_hosts():
+def test_tpu_manifest_has_a_pod_for_each_host():
     _, replicated, container = manifest("tpu")
     job = replicated["template"]["spec"]
     chips = math.prod(map(int, job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
@@ -218,7 +218,7 @@ def verbs(called):
     return [name for name in found if name]
 
 
-def test_a_run_on_cloud_tpu_is_asked_for_started_and_given_back_when_it_has_finished(tmp_path):
+def test_cloud_tpu_starts_a_run_and_gives_its_slice_back(tmp_path):
     queued = ["ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
     done, called = cloud_tpu(tmp_path, queued, ["running", "running", "exited"])
     assert done.returncode == 0, done.stderr
@@ -227,7 +227,7 @@ def test_a_run_on_cloud_tpu_is_asked_for_started_and_given_back_when_it_has_fini
     assert {"my-tpu", "--node-id=my-tpu", "--zone=z", "--accelerator-type=v5litepod-16", "--spot"} <= set(create)
 
 
-def test_a_preempted_run_on_cloud_tpu_gets_another_slice_and_starts_there(tmp_path):
+def test_cloud_tpu_gives_a_preempted_run_another_slice(tmp_path):
     queued = ["ABSENT", "ACTIVE", "SUSPENDING", "SUSPENDED", "ABSENT", "ACTIVE"]
     done, called = cloud_tpu(tmp_path, queued, ["running", "LOST", "running", "exited"], CREATE_FLAGS="")
     assert done.returncode == 0, done.stderr
@@ -236,20 +236,20 @@ def test_a_preempted_run_on_cloud_tpu_gets_another_slice_and_starts_there(tmp_pa
 
 
 @pytest.mark.parametrize("state", ["dead", "auto-restart"])
-def test_a_host_that_came_back_without_the_service_gets_it_again(tmp_path, state):
+def test_cloud_tpu_starts_the_service_again_on_a_host(tmp_path, state):
     done, called = cloud_tpu(tmp_path, ["ACTIVE"], ["running", state, "running", "exited"])
     assert done.returncode == 0, done.stderr
     assert verbs(called) == ["start", "start", "delete"]
 
 
-def test_a_run_on_cloud_tpu_that_fails_for_good_keeps_its_slice_and_shows_its_last_words(tmp_path):
+def test_cloud_tpu_keeps_the_slice_of_a_failure(tmp_path):
     done, called = cloud_tpu(tmp_path, ["ACTIVE"], ["running", "failed"])
     assert done.returncode == 1
     assert verbs(called) == ["start", "journal"]
     assert "gcloud compute tpus queued-resources delete my-tpu --zone=z --force" in done.stderr
 
 
-def test_a_host_runs_the_very_words_that_the_script_was_given(tmp_path):
+def test_cloud_tpu_runs_the_words_that_it_was_given(tmp_path):
     words = ["--config=a b.py", "--config.data.paths=/shared/*.txt", "--config.name=it's $HOME"]
     _, called = cloud_tpu(tmp_path, ["ACTIVE"], ["exited"], *words)
     (command,) = [call[-1].removeprefix("--command=") for call in called if "systemd-run" in call[-1]]
@@ -295,7 +295,7 @@ def test_every_file_that_the_docs_name_is_there():
 
 
 @pytest.mark.parametrize("name", ["slurm.sh", "gke_jobset_gpu.yaml"])
-def test_jobs_on_gpus_take_as_much_of_their_memory_as_the_planner_counts_on(name):
+def test_gpu_jobs_take_the_memory_that_the_planner_counts_on(name):
     text = (CLUSTERS / name).read_text()
     found = re.findall(r"XLA_PYTHON_CLIENT_MEM_FRACTION(?::-| #.*\n +value: \")([\d.]+)", text)
     assert [float(number) for number in found] == [GPU_MEMORY_FRACTION]

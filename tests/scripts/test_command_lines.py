@@ -41,7 +41,7 @@ def test_every_file_with_a_main_is_a_command():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command_says_what_it_does_and_refuses_an_unknown_flag(call, name):
+def test_command_has_help_and_refuses_an_unknown_flag(call, name):
     main = import_module(COMMANDS[name].module).main
     status, out, err = call(name, main, "--help")
     assert (status, err) == (0, "")
@@ -52,7 +52,7 @@ def test_command_says_what_it_does_and_refuses_an_unknown_flag(call, name):
     assert err.startswith(f"{name}: error: ")
 
 
-def test_launcher_says_what_it_does_and_refuses_an_unknown_flag(call):
+def test_launcher_has_help_and_refuses_an_unknown_flag(call):
     assert call("launch_local.py", launch_local.main, "--help")[::2] == (0, "")
     status, _, err = call("launch_local.py", launch_local.main, "--bogus")
     assert (status, err.count("\n")) == (2, 1)
@@ -64,7 +64,7 @@ def test_parser_knows_no_abbreviations(call):
     assert "--seq=8" in err
 
 
-def test_parser_reads_hyphens_as_underscores_in_its_own_flags_alone():
+def test_parser_reads_hyphens_as_underscores_in_its_own_flags():
     parser = Parser()
     parser.add_argument("--seq_len", type=int)
     parser.add_argument("--name")

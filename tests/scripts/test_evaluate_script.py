@@ -64,7 +64,7 @@ def evaluate(checkpoint, capsys, monkeypatch, tmp_path):
     return run
 
 
-def test_data_are_as_long_as_asked_and_the_same_for_a_seed(data, tmp_path):
+def test_make_retrieval_data_obeys_lengths_and_seed(data, tmp_path):
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     assert len(texts) == 60
     assert all(20 <= len(text) <= 200 for text in texts)
@@ -76,7 +76,7 @@ def test_data_are_as_long_as_asked_and_the_same_for_a_seed(data, tmp_path):
     assert (tmp_path / "new" / "again").read_bytes() != data.read_bytes()
 
 
-def test_needles_give_a_table_a_picture_and_all_numbers(evaluate, tmp_path):
+def test_evaluate_needle_writes_table_picture_and_numbers(evaluate, tmp_path):
     flags = ["--lengths=64,45", "--depths=3", "--samples=2", "--needles=2", "--config.attention.window=20"]
     status, out, err = evaluate("needle", *flags, "--config.mesh.dp=2", "--config.mesh.sp=4")
     assert status == 0, err
@@ -107,7 +107,7 @@ def test_needles_give_a_table_a_picture_and_all_numbers(evaluate, tmp_path):
 
 
 @pytest.mark.slow
-def test_perplexity_reads_what_was_held_out_or_other_paths(evaluate, tmp_path):
+def test_evaluate_perplexity_reads_held_out_or_other_paths(evaluate, tmp_path):
     status, out, err = evaluate("perplexity", "--windows=8,20", "--documents=3")
     assert status == 0, err
     assert "of 40 tokens" in out
@@ -176,7 +176,7 @@ def test_texts_begin_with_what_generation_feeds(evaluate, flags, monkeypatch):
         (["--out=README.md/x"], "out='README.md/x': cannot be written (File exists); name another"),
     ],
 )
-def test_data_that_cannot_be_made_are_refused_in_a_line(capsys, tmp_path, flags, words):
+def test_make_retrieval_data_refuses_mistakes_in_a_line(capsys, tmp_path, flags, words):
     assert make_data(f"--out={tmp_path}/x", "--documents=2", *flags) == 2
     err = capsys.readouterr().err
     assert words in err

@@ -34,7 +34,7 @@ def small(tmp_path_factory):
     return folder
 
 
-def test_the_small_checkpoint_is_a_whole_one(small):
+def test_make_small_hf_writes_a_whole_checkpoint(small):
     source = open_source(small)
     assert (source.config.family, source.config.max_len) == ("qwen3", 1024)
     assert {stored.dtype for stored in source.stored.values()} == {"BF16"}
@@ -42,7 +42,7 @@ def test_the_small_checkpoint_is_a_whole_one(small):
 
 
 @pytest.mark.slow
-def test_one_command_leads_from_a_folder_to_a_tuned_one_that_differs_in_its_values_and_its_length(small, tmp_path):
+def test_finetune_changes_values_and_context_alone(small, tmp_path):
     out = tmp_path / "tuned"
     longer = ("--config.seq_len=2048", "--config.model.rope.theta=1e6", "--config.optimizer.learning_rate=1e-3")
     status, screen, err = run("finetune.py", small, DATA, f"--out={out}", *QUICK, *longer)
@@ -67,7 +67,7 @@ def test_one_command_leads_from_a_folder_to_a_tuned_one_that_differs_in_its_valu
 
 
 @pytest.mark.slow
-def test_a_learning_rate_that_moves_nothing_gives_back_the_same_bytes_also_after_an_interruption(small, tmp_path):
+def test_finetune_that_learns_nothing_writes_the_same_bytes(small, tmp_path):
     out = tmp_path / "same"
     flags = (
         small,
@@ -114,7 +114,7 @@ MISTAKES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=[row[1][:30] for row in MISTAKES])
-def test_a_mistake_costs_one_line_and_the_command_without_it_is_free_to_start(small, tmp_path, arguments, says):
+def test_finetune_leaves_nothing_after_a_mistake(small, tmp_path, arguments, says):
     begun = time.monotonic()
     status, _, err = run("finetune.py", *(part.replace("{small}", str(small)).format(tmp_path) for part in arguments))
     assert (status, err.count("\n")) == (2, 1), err
@@ -124,7 +124,7 @@ def test_a_mistake_costs_one_line_and_the_command_without_it_is_free_to_start(sm
     assert time.monotonic() - begun < 60
 
 
-def test_a_folder_without_a_tokenizer_that_can_be_read_is_refused_with_the_way_to_get_one(small, tmp_path):
+def test_finetune_says_how_to_get_a_tokenizer(small, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     for name, data in contents(small).items():

@@ -55,7 +55,7 @@ def generate(checkpoint, capsys):
     return run
 
 
-def test_a_prompt_is_continued_on_any_mesh_and_the_figures_follow(generate):
+def test_generate_continues_a_prompt_on_any_mesh(generate):
     alone = generate("--prompt=def main(", "--max_new_tokens=20")
     assert alone[0] == 0
     found = FIGURES.search(alone[2])
@@ -66,7 +66,7 @@ def test_a_prompt_is_continued_on_any_mesh_and_the_figures_follow(generate):
     assert other[1] != alone[1], "the control"
 
 
-def test_a_file_is_a_prompt_without_its_last_line_break(generate, tmp_path):
+def test_generate_reads_a_file_without_its_last_line_break(generate, tmp_path):
     (tmp_path / "prompt.txt").write_text("Grüße\n")
     by_file = generate(f"--prompt_file={tmp_path}/prompt.txt", "--max_new_tokens=9")
     assert by_file[:2] == generate("--prompt=Grüße", "--max_new_tokens=9")[:2]
@@ -74,7 +74,7 @@ def test_a_file_is_a_prompt_without_its_last_line_break(generate, tmp_path):
 
 
 @pytest.mark.slow
-def test_prompts_of_a_file_are_continued_as_each_would_be_alone(generate, tmp_path):
+def test_generate_continues_prompts_of_a_file_as_if_alone(generate, tmp_path):
     texts, path = ["def main(", "a", "Grüße, 世界"], tmp_path / "prompts.jsonl"
     path.write_text("\n".join([json.dumps(texts[0]), "", *(json.dumps({"prompt": text}) for text in texts[1:])]))
     flags = ["--temperature=0.7", "--top_p=0.9", "--max_new_tokens=8"]
@@ -112,9 +112,7 @@ def fed(script, monkeypatch):
         ("a.ndjson", b'"one"\n"two"\n', [b"one", b"two"]),
     ],
 )
-def test_a_prompt_file_is_cut_at_line_feeds_alone_and_its_line_ends_are_no_text(
-    fed, checkpoint, tmp_path, name, contents, texts
-):
+def test_generate_cuts_a_prompt_file_at_line_feeds_alone(fed, checkpoint, tmp_path, name, contents, texts):
     (tmp_path / name).write_bytes(contents)
     prompts, _ = fed(f"--checkpoint={checkpoint}", f"--prompt_file={tmp_path / name}")
     assert prompts == [[256, *text] for text in texts]
@@ -130,16 +128,14 @@ def chat(tmp_path):
     return tmp_path / "chat"
 
 
-def test_special_tokens_of_a_prompt_are_tokens_and_a_stop_may_be_one(fed, chat):
+def test_generate_takes_special_tokens_of_prompts_and_stops(fed, chat):
     flags = [f"--checkpoint={chat}", "--prompt=<|im_start|>hi<|im_end|>"]
     assert fed(*flags) == ([[257, *b"hi", 258]], [256, 258])
     assert fed(*flags, "--stop=<|other|>", "--stop=x")[1] == [256, 258, 259]
     assert fed(*flags, "--plain_text")[0] == [[*b"<|im_start|>hi<|im_end|>"]]
 
 
-def test_a_model_of_hugging_face_is_fed_what_transformers_feeds_and_one_trained_here_a_document(
-    fed, chat, checkpoint, capsys
-):
+def test_generate_feeds_what_the_model_was_trained_on(fed, chat, checkpoint, capsys):
     assert fed(f"--checkpoint={chat}", "--prompt=hi")[0] == [[*b"hi"]]
     tokenizer = f"--tokenizer={chat}/tokenizer.json"
     assert fed(f"--checkpoint={checkpoint}", tokenizer, "--prompt=hi")[0] == [[256, *b"hi"]]
@@ -151,7 +147,7 @@ def test_a_model_of_hugging_face_is_fed_what_transformers_feeds_and_one_trained_
     assert "prompt begins with the token that is put before it, too; --no_document" in capsys.readouterr().err
 
 
-def test_text_ends_before_a_stop(generate):
+def test_generate_ends_before_a_stop(generate):
     _, out, _ = generate("--prompt=def main(", "--max_new_tokens=40")
     stop = out[5:8]
     _, cut, err = generate("--prompt=def main(", "--max_new_tokens=40", f"--stop={stop}")
@@ -159,9 +155,7 @@ def test_text_ends_before_a_stop(generate):
     assert int(FIGURES.search(err)["new"]) < 40
 
 
-def test_a_hugging_face_checkpoint_ends_where_its_files_say_and_may_be_computed_in_half_precision(
-    script, tmp_path, capsys
-):
+def test_generate_ends_where_hugging_face_files_say(script, tmp_path, capsys):
     write_folder(tmp_path / "hf", QWEN3 | dict(vocab_size=264))
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     config = TrainConfig(name="x", model=MODEL, seq_len=64, num_steps=200)
@@ -178,7 +172,7 @@ def test_a_hugging_face_checkpoint_ends_where_its_files_say_and_may_be_computed_
     assert "eos_token_id='</s>': need ids of tokens" in capsys.readouterr().err
 
 
-def test_a_cache_of_more_than_the_run_had_is_noted(generate):
+def test_generate_notes_a_cache_longer_than_the_run(generate):
     _, _, err = generate("--prompt=abc", "--max_new_tokens=4", "--capacity=65")
     assert err.startswith("Note: up to 65 tokens, but the model was trained on sequences of 64.")
     _, _, err = generate("--prompt=abc", "--max_new_tokens=4", "--capacity=64")
@@ -231,7 +225,7 @@ def test_a_mistake_costs_one_line_and_no_compilation(generate, flags, words, mon
         (b"\xff", "byte 0 is not UTF-8"),
     ],
 )
-def test_a_file_that_holds_no_prompts_says_where(generate, tmp_path, contents, words):
+def test_generate_says_where_a_file_holds_no_prompt(generate, tmp_path, contents, words):
     (tmp_path / "prompts.jsonl").write_bytes(contents)
     status, out, err = generate(f"--prompt_file={tmp_path}/prompts.jsonl")
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -239,7 +233,7 @@ def test_a_file_that_holds_no_prompts_says_where(generate, tmp_path, contents, w
 
 
 @pytest.mark.slow
-def test_the_text_alone_goes_to_stdout_and_needs_no_one_who_reads_it_all(checkpoint):
+def test_generate_writes_text_alone_to_stdout(checkpoint):
     flags = [f"--checkpoint={checkpoint}", "--prompt=abc"]
     done = run_command("generate.py", *flags, "--max_new_tokens=5")
     assert done.returncode == 0, done.stderr

@@ -78,12 +78,12 @@ def _hear_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_while_modules_load_even_where_one_would_catch_it(tmp_path):
+def test_interrupt_while_modules_load_is_not_caught(tmp_path):
     assert interrupt(tmp_path, Path("rich", "__init__.py"), SLOW_MODULE, "loading") == (130, "Interrupted.\n")
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_while_it_runs(tmp_path, body):
+def test_interrupt_while_the_command_runs(tmp_path, body):
     (tmp_path / "rich").mkdir()
     (tmp_path / "rich" / "__init__.py").write_text("")
     (tmp_path / "rich" / "table.py").write_text("class Table: pass\nclass Column: pass")

@@ -95,7 +95,7 @@ def alive(pid):
         return False
 
 
-def test_every_process_is_told_where_it_stands_and_gets_the_programs_arguments(start, tmp_path):
+def test_launcher_gives_each_process_its_place_and_arguments(start, tmp_path):
     status, _, err = finish(start("pass", words=["--config=a.py", "--", "--config.mesh.sp=4"]))
     assert (status, err) == (0, "")
     notes = started(tmp_path)
@@ -109,7 +109,7 @@ def test_every_process_is_told_where_it_stands_and_gets_the_programs_arguments(s
     assert len({note["pid"] for note in notes}) == 3
 
 
-def test_every_line_names_its_process_and_lines_stay_whole(start):
+def test_launcher_names_the_process_of_each_whole_line(start):
     status, out, err = finish(start("for _ in range(300): print(me * 200); print('to stderr ' + me, file=sys.stderr)"))
     assert status == 0
     assert sorted(set(out.splitlines())) == [f"[{me}] {str(me) * 200}" for me in range(3)]
@@ -117,19 +117,19 @@ def test_every_line_names_its_process_and_lines_stay_whole(start):
     assert len(out.splitlines()) == len(err.splitlines()) == 900
 
 
-def test_output_that_is_no_text_or_has_no_last_newline_comes_through(start):
+def test_launcher_passes_output_that_is_no_text(start):
     launcher = start(r"sys.stdout.buffer.write(b'\xff\n\nend')", processes=1, text=False)
     assert finish(launcher) == (0, b"[0] \xff\n[0] \n[0] end\n", b"")
 
 
-def test_gloos_counting_of_connections_is_left_out_and_nothing_else(start):
+def test_launcher_leaves_out_gloos_counting_alone(start):
     gloo = "[Gloo] Rank 3 is connected to 15 peer ranks. Expected number of connected peer ranks is : 15"
     status, out, _ = finish(start(f"print('before\\n{gloo}\\n{gloo}after [Gloo] Rank\\n')", processes=1))
     assert (status, out) == (0, "[0] before\n[0] after [Gloo] Rank\n[0] \n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_every_process_once_and_decides_the_status(start, tmp_path, number):
+def test_launcher_sends_a_signal_to_each_process_once(start, tmp_path, number):
     launcher = start("stop_when_told(None)")
     notes = started(tmp_path)
     launcher.send_signal(number)
@@ -140,7 +140,7 @@ def test_a_signal_reaches_every_process_once_and_decides_the_status(start, tmp_p
     assert not any(alive(note["pid"]) for note in notes)
 
 
-def test_processes_are_in_groups_of_their_own_so_that_ctrl_c_reaches_them_once(start, tmp_path):
+def test_launcher_puts_processes_in_groups_of_their_own(start, tmp_path):
     launcher = start("stop_when_told(0)")
     pids = [note["pid"] for note in started(tmp_path)]
     assert [os.getpgid(pid) for pid in pids] == pids
@@ -148,25 +148,25 @@ def test_processes_are_in_groups_of_their_own_so_that_ctrl_c_reaches_them_once(s
     assert finish(launcher)[0] == 0
 
 
-def test_the_status_is_that_of_the_first_that_failed_and_the_others_may_stop_by_themselves(start):
+def test_launcher_status_is_that_of_the_first_failure(start):
     status, _, err = finish(start("stop_when_another_has(1)", {2: "leave(7)"}))
     assert status == 7
     assert "[launcher] process 2 ended with 7; the others have 20 s to stop\n" in err
     assert "is killed" not in err
 
 
-def test_a_process_that_a_signal_ended_counts_as_a_shell_counts_it(start):
+def test_launcher_counts_signals_as_a_shell_does(start):
     status, _, err = finish(start("pass", {1: "os.kill(os.getpid(), signal.SIGKILL)"}, processes=2))
     assert status == 137
     assert "process 1 ended with 137" in err
 
 
-def test_one_that_finishes_hurries_nobody(start):
+def test_launcher_hurries_nobody_when_one_finishes(start):
     status, _, err = finish(start("time.sleep(1.5)", {0: "leave(0)"}, grace=0))
     assert (status, err) == (0, "")
 
 
-def test_processes_that_do_not_stop_are_killed_after_the_grace(start, tmp_path):
+def test_launcher_kills_after_the_grace(start, tmp_path):
     launcher = start("time.sleep(600)", {0: "time.sleep(1); leave(2)"}, grace=1)
     pids = [note["pid"] for note in started(tmp_path)]
     status, _, err = finish(launcher)
@@ -176,7 +176,7 @@ def test_processes_that_do_not_stop_are_killed_after_the_grace(start, tmp_path):
     assert not any(map(alive, pids))
 
 
-def test_processes_that_ignore_sigterm_are_killed_after_the_grace(start, tmp_path):
+def test_launcher_kills_what_ignores_sigterm(start, tmp_path):
     launcher = start("time.sleep(600)", grace=1, processes=2)
     pids = [note["pid"] for note in started(tmp_path, processes=2)]
     launcher.terminate()
@@ -187,7 +187,7 @@ def test_processes_that_ignore_sigterm_are_killed_after_the_grace(start, tmp_pat
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes prctl")
-def test_no_process_outlives_a_launcher_that_is_killed(start, tmp_path):
+def test_launcher_is_outlived_by_no_process(start, tmp_path):
     launcher = start("time.sleep(600)")
     pids = [note["pid"] for note in started(tmp_path)]
     assert all(map(alive, pids))
@@ -196,7 +196,7 @@ def test_no_process_outlives_a_launcher_that_is_killed(start, tmp_path):
     wait_until(lambda: not any(map(alive, pids)))
 
 
-def test_processes_stop_when_nobody_reads_what_they_print(start, tmp_path):
+def test_launcher_stops_processes_that_nobody_reads(start, tmp_path):
     launcher = start("while True: print('x' * 100)", processes=2)
     started(tmp_path, processes=2)
     launcher.stdout.close()
@@ -215,7 +215,7 @@ def test_processes_stop_when_nobody_reads_what_they_print(start, tmp_path):
         (["--confg=a.py", "--", "x"], "--confg=a.py is not an argument of the launcher; see --help\n"),
     ],
 )
-def test_a_mistake_in_the_arguments_costs_a_line_and_starts_nothing(flags, message):
+def test_launcher_starts_nothing_on_a_mistake(flags, message):
     done = subprocess.run([sys.executable, LAUNCHER, *flags], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr

@@ -16,7 +16,7 @@ def _plan(*flags):
     return run_command("plan.py", *flags)
 
 
-def test_a_plan_has_every_table_a_recommendation_and_pictures(tmp_path):
+def test_plan_has_tables_a_recommendation_and_pictures(tmp_path):
     done = _plan("--config=configs/gpu_8xh100_7b.py", "--topology=h100:1x8", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     for title in ("Memory of a device", "Sent by a device", "waits for nothing", "A step by each strategy", "source"):
@@ -27,7 +27,7 @@ def test_a_plan_has_every_table_a_recommendation_and_pictures(tmp_path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_config_that_does_not_fit_is_said_with_the_context_that_would():
+def test_plan_says_which_context_would_fit():
     done = _plan("--topology=v5e:16x16", "--config.seq_len=33554432")
     assert done.returncode == 1
     assert "This config does not fit" in done.stdout
@@ -55,7 +55,7 @@ def test_a_mistake_costs_one_line(flags, words):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is installed")
-def test_without_the_compiler_the_extra_that_brings_it_is_named():
+def test_plan_names_the_extra_with_the_compiler():
     done = _plan("--config=configs/tiny.py", "--topology=v5e:2x4", "--compile")
     assert done.returncode == 2
     assert "pip install -e '.[compile-tpu]'" in done.stderr.splitlines()[-1]
@@ -68,7 +68,7 @@ def _advised(done):
     return words[:start], parse_config(words[start + 1 :], str(REPOSITORY / "configs" / "cpu_demo.py"))
 
 
-def test_the_advice_is_a_whole_command_that_trains_what_was_planned(monkeypatch):
+def test_plan_advises_a_command_that_trains_what_was_planned(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     flags = ["--config=gpu_8xh100_7b", "--config.attention.strategy=usp", "--config.attention.ulysses_size=2"]
     done = _plan(*flags, "--config.name=with spaces", "--topology=h100:1x8")
@@ -82,7 +82,7 @@ def test_the_advice_is_a_whole_command_that_trains_what_was_planned(monkeypatch)
     assert max(map(len, others)) <= 80
 
 
-def test_the_flags_of_every_candidate_choose_it():
+def test_flags_of_every_candidate_choose_it():
     overrides = ["--config.attention.duplex=true", "--config.mesh.tp=1"]
     config = parse_config(["--config=tpu_v5e_256_7b", *overrides], str(REPOSITORY / "configs" / "cpu_demo.py"))
     plan = make_plan(config, find_topology("v5e:16x16"))
@@ -92,7 +92,7 @@ def test_the_flags_of_every_candidate_choose_it():
         assert ("duplex=True" in candidate.label) == getattr(strategy, "duplex", False)
 
 
-def test_table_2_is_printed():
+def test_plan_prints_table_2():
     done = _plan("--table2")
     assert done.returncode == 0
     assert "149.5 | 149.8" in done.stdout

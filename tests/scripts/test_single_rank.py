@@ -71,7 +71,7 @@ CASES = [
     ("kernel", "layout", "mask", "dtype"),
     [pytest.param(*c, marks=[] if c[1:3] == ("zigzag", "causal") else pytest.mark.slow, id="-".join(c)) for c in CASES],
 )
-def test_the_devices_together_are_as_exact_as_dense_attention(kernel, layout, mask, dtype):
+def test_single_ranks_together_are_as_exact_as_dense(kernel, layout, mask, dtype):
     try:
         require_platform(KERNELS[kernel], jax.default_backend())
     except ValueError as error:

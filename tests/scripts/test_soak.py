@@ -47,7 +47,7 @@ def problems(session):
     return [problem for outcome in [*session.outcomes, *session.ends] for problem in outcome.problems]
 
 
-def test_a_trainer_that_keeps_its_promises_passes_under_every_fault(tmp_path):
+def test_soak_passes_a_trainer_that_keeps_its_promises(tmp_path):
     session = soak(tmp_path, *FAULTS, steps=200)
     assert problems(session) == []
     assert sorted(outcome.kind for outcome in session.outcomes) == sorted(FAULTS)
@@ -61,7 +61,7 @@ def test_a_trainer_that_keeps_its_promises_passes_under_every_fault(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_run_survives_twenty_kills(tmp_path):
+def test_soak_counts_twenty_kills_of_one_run(tmp_path):
     session = soak(tmp_path, "kill", "kill_saving", "kill_saved", "kill_starting", rounds=4, steps=400)
     assert problems(session) == []
     assert session.as_json()["most_kills_of_one_run"] == 20
@@ -95,7 +95,7 @@ ROUNDS = {"atomic": 6, "interval": 3, "bits": 1, "hang": 1, "sigterm": 1, "peers
 
 
 @pytest.mark.parametrize(("breaks", "kind", "sort"), BROKEN, ids=lambda value: value.replace(" ", "_"))
-def test_a_trainer_that_breaks_a_promise_is_found_out(tmp_path, monkeypatch, breaks, kind, sort):
+def test_soak_finds_a_trainer_that_breaks_a_promise(tmp_path, monkeypatch, breaks, kind, sort):
     for module, name in [(chain, "SIGTERM_SECONDS"), (faults, "PEERS_SECONDS")]:
         monkeypatch.setattr(module, name, 1)
     steps, deadline = (400, HASTY) if sort == "hang" else (150, PATIENT)
@@ -105,7 +105,7 @@ def test_a_trainer_that_breaks_a_promise_is_found_out(tmp_path, monkeypatch, bre
     assert figures["problems"] >= figures["by_sort"][sort]
 
 
-def test_where_no_tmpfs_may_be_mounted_a_limit_on_files_stands_in(tmp_path, monkeypatch):
+def test_disk_full_without_tmpfs_limits_the_size_of_files(tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "MOUNT", "exit 1")
     session = soak(tmp_path, "disk_full", steps=200)
     assert problems(session) == []
@@ -152,7 +152,7 @@ os.kill(os.getpid(), 9)
     assert not process.exists() or not process.read_bytes()
 
 
-def test_lines_that_differ_in_one_bit_differ():
+def test_first_difference_sees_one_bit():
     changed = [line | {"loss": math.nextafter(line["loss"], 9)} if line["step"] == 6 else line for line in LINES]
     assert first_difference(changed, LINES).startswith(
         "step 6: loss=4.142857142857144, in the undisturbed run 4.142857142857143"
@@ -172,11 +172,11 @@ def test_lines_that_differ_in_one_bit_differ():
     ],
     ids=["missing", "double", "too_many", "without_loss", "not_finite", "more"],
 )
-def test_lines_that_are_not_the_first_of_the_reference_differ(wrong):
+def test_first_difference_sees_lines_that_are_not_the_first(wrong):
     assert first_difference(wrong, LINES) is not None
 
 
-def test_a_torn_last_line_is_left_out_and_any_other_is_corrupt():
+def test_read_lines_leaves_out_a_torn_last_line():
     text = '{"step": 1, "loss": 2.5}\n{"step": 2, "lo'
     assert read_lines(text) == [{"step": 1, "loss": 2.5}]
     for torn in (text + "\n", "[1]\n" + text, '{"loss": 2.5}\n'):
@@ -185,14 +185,14 @@ def test_a_torn_last_line_is_left_out_and_any_other_is_corrupt():
 
 
 @pytest.mark.parametrize(("bound", "wrong"), [(4, 0), (3, 1)])
-def test_a_step_lost_beyond_the_bound_is_a_problem(bound, wrong):
+def test_require_lost_counts_steps_beyond_the_bound(bound, wrong):
     outcome = Outcome("kill", bound=bound)
     outcome.require_lost(done=10, resumed=6)
     assert outcome.lost == 4
     assert len(outcome.problems) == wrong
 
 
-def test_losses_of_another_mesh_are_compared_step_by_step():
+def test_worst_relative_difference_compares_step_by_step():
     near = [line | {"loss": line["loss"] * (1 + 1e-6 * line["step"])} for line in LINES]
     assert worst_relative_difference(near, LINES, after=4) == pytest.approx(8e-6)
     assert worst_relative_difference(near[:6], LINES, after=4) == pytest.approx(6e-6)
@@ -200,21 +200,21 @@ def test_losses_of_another_mesh_are_compared_step_by_step():
         assert worst_relative_difference(nothing, LINES, after=4) == math.inf
 
 
-def test_what_went_wrong_is_on_the_line_of_the_fault():
+def test_line_of_says_what_went_wrong():
     outcome = Outcome("kill", seconds=83, step=12, notes=["went on from 9, 3 lost"], problems=[("hang", "[x]")])
     assert line_of(outcome).startswith("  1:23  kill               at step   12  went on from 9, 3 lost\n")
     assert r"hang: \[x]" in line_of(outcome)
 
 
 @pytest.mark.parametrize("flag", ["--faults=kill,kil", "--out=."])
-def test_the_script_refuses_what_it_cannot_do(flag):
+def test_soak_refuses_what_it_cannot_do(flag):
     done = run_command("verify soak", flag)
     assert done.returncode == 2
     assert flag.partition("=")[0] in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_a_real_run_survives_kills_preemption_damage_and_a_second_run(tmp_path):
+def test_soak_passes_a_real_run(tmp_path):
     kinds = "kill,kill_saving,kill_saved,kill_starting,terminate,truncate,second_run"
     flags = ["--minutes=1.5", "--steps=150", f"--out={tmp_path / 'soak'}", f"--faults={kinds}"]
     done = run_command("verify soak", *flags, timeout=900)

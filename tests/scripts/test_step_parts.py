@@ -31,7 +31,7 @@ PROGRAM = """
 """
 
 
-def test_an_instruction_belongs_to_its_innermost_scope_and_transfers_to_themselves():
+def test_parts_of_program_goes_by_the_innermost_scope():
     assert parts_of_program(PROGRAM) == {
         "dot.1": FORWARD,
         "dot.2": BACKWARD,
@@ -54,7 +54,7 @@ def trainer(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_step_sum_to_it_and_all_of_the_model_is_seen(trainer):
+def test_measure_parts_sums_to_the_step(trainer):
     first = trainer.run()
     parts = trainer.parts()
     assert tuple(parts) == PARTS

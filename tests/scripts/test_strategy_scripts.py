@@ -15,7 +15,7 @@ TWO_CORES = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_every_approach_is_measured_in_one_command(tmp_path):
+def test_strategies_measures_every_approach(tmp_path):
     out = tmp_path / "strategies"
     sizes = ["--seq_len", 512, "--devices", 4, "--heads", 4, "--kv_heads", 4, "--head_dim", 16, "--window", 64]
     done = run_command("benchmarks strategies", *sizes, "--repeats", 1, "--out", out)
@@ -45,7 +45,7 @@ def test_every_approach_is_measured_in_one_command(tmp_path):
     assert sent("single device") == {1: 0}
 
 
-def test_exponents_are_those_of_a_power_law():
+def test_exponent_is_that_of_a_power_law():
     costs = {n: compare.Cost(memory=3 * n**2, sent=0) for n in (64, 128, 512)}
     row = compare.Row(by_length=costs, by_devices={2: costs[64], 4: compare.Cost(memory=3 * 32**2, sent=7)})
     assert row.exponent("length", "memory") == pytest.approx(2)
@@ -57,7 +57,7 @@ def test_exponents_are_those_of_a_power_law():
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(not TWO_CORES, reason="needs Linux and two cores")
-def test_two_processes_are_measured_beside_the_prediction(tmp_path):
+def test_stragglers_measures_beside_the_prediction(tmp_path):
     out = tmp_path / "stragglers.json"
     for _ in range(3):  # other work on the same cores may hide the load from one measurement
         done = run_command("benchmarks stragglers", "--seq_len", 2048, "--heads", 2, "--repeats", 3, "--out", out)
@@ -73,7 +73,7 @@ def test_two_processes_are_measured_beside_the_prediction(tmp_path):
         assert row["predicted"] > 0
 
 
-def test_unequal_devices_are_simulated_and_drawn(tmp_path):
+def test_simulate_ring_draws_unequal_devices(tmp_path):
     out = tmp_path / "timeline.png"
     done = run_command("figures simulate_ring", "--speeds", "1 0.5 1 1", "--seq_len", 4096, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,7 @@ def test_unequal_devices_are_simulated_and_drawn(tmp_path):
     assert "speeds='1 fast' must be positive numbers" in wrong.stderr
 
 
-def test_the_worked_example_prints_what_the_document_says():
+def test_worked_example_prints_what_the_document_says():
     done = run_command("figures worked_example")
     assert done.returncode == 0, done.stderr
     assert "64 GiB, 0.32 s at 200 GiB/s" in done.stdout

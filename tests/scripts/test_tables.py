@@ -50,7 +50,7 @@ def test_every_table_of_a_plan_fits(config, pod):
     assert len(fitted(report.strategy_table(plan), 80)) == 1
 
 
-def test_the_papers_table_and_those_of_a_compiled_step_fit():
+def test_tables_of_the_paper_and_of_a_compiled_step_fit():
     check(report.paper_table())
     collective = types.SimpleNamespace(
         kind="collective-permute", axes="dp,fsdp,sp,tp", runs=123_456_789, bytes=10**13, sent=10**13, instructions=1234
@@ -71,14 +71,14 @@ def test_the_papers_table_and_those_of_a_compiled_step_fit():
     check(compile_report.transfers_table(compiled))
 
 
-def test_a_heat_map_of_many_lengths_comes_in_parts_that_all_begin_with_the_depth():
+def test_heat_map_parts_all_begin_with_the_depth():
     lengths, depths = [2**n for n in range(8, 24)], [0.0, 0.5, 1.0]
     table = accuracy_table(HeatMap(title="t", lengths=lengths, depths=depths, accuracy=np.ones((3, 16))))
     check(table)
     assert printed(table).count("depth") == len(fitted(table, 80)) > 1
 
 
-def test_a_table_that_fits_is_left_as_one_and_a_wide_terminal_has_it_whole():
+def test_fitted_leaves_a_table_that_fits_as_one():
     table = Table(title="title", caption="caption")
     for name in ("name", *"abcdefgh"):
         table.add_column(name, justify="left" if name == "name" else "right")
@@ -91,14 +91,14 @@ def test_a_table_that_fits_is_left_as_one_and_a_wide_terminal_has_it_whole():
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_no_program_prints_a_table_by_itself_or_makes_a_terminal_wider_than_it_is(path):
+def test_no_program_prints_a_table_by_itself(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"Console\([^)]*width=", text)
     if "rich.table" in text and path.name != "tables.py":
         assert not re.search(r"print\((table\b|[a-z_.]*_?table(_of)?[a-z_]*\()", text)
 
 
-def test_every_part_begins_with_the_columns_by_which_a_row_is_known():
+def test_fitted_begins_every_part_with_the_key_columns():
     table = Table()
     table.add_column("P", justify="right")
     table.add_column("program")

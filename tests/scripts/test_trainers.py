@@ -21,7 +21,7 @@ def config(tmp_path):
     return dataclasses.replace(config, mesh=MeshConfig(sp=2), batch_size=1, data=data)
 
 
-def test_every_row_is_one_document_from_its_beginning(config, tmp_path):
+def test_make_rows_gives_one_document_a_row(config, tmp_path):
     rows = make_rows(config)
     first = next(rows)
     assert (first.shape, first.dtype) == ((1, 256), np.int64)
@@ -30,13 +30,13 @@ def test_every_row_is_one_document_from_its_beginning(config, tmp_path):
     assert not np.array_equal(first, next(rows))
 
 
-def test_documents_that_do_not_fill_rows_are_refused(config):
+def test_make_rows_refuses_documents_that_do_not_fill_rows(config):
     with pytest.raises(ValueError, match="a row is not one document from its beginning"):
         next(make_rows(dataclasses.replace(config, seq_len=320)))
 
 
 @pytest.mark.slow
-def test_a_trainer_in_a_process_takes_steps_and_writes_what_it_began_with(config, tmp_path):
+def test_trainer_process_takes_steps_and_writes_weights(config, tmp_path):
     with TrainerProcess(OURS, config, tmp_path / "weights") as trainer:
         first, second = trainer.step(), trainer.step()
     assert first.loss != second.loss
@@ -44,7 +44,7 @@ def test_a_trainer_in_a_process_takes_steps_and_writes_what_it_began_with(config
     assert (tmp_path / "weights" / "model.safetensors").stat().st_size > 1e5
 
 
-def test_what_goes_wrong_in_a_process_is_told(config, tmp_path):
+def test_trainer_process_tells_what_went_wrong(config, tmp_path):
     (tmp_path / "weights").mkdir()
     with pytest.raises(RunError, match=r"(?s)^ours: .*FileExistsError"):
         TrainerProcess(OURS, config, tmp_path / "weights")

@@ -43,7 +43,7 @@ def _run(monkeypatch, rows, *arguments):
 
 
 @pytest.mark.parametrize("name", table3.CELLS)
-def test_every_cell_is_a_config_of_the_papers_context_with_a_key_head_for_each_query_head(name):
+def test_config_of_has_the_papers_context(name):
     once, four_times = (table3.config_of(name, times) for times in (1, 4))
     assert once.seq_len == table3.CELLS[name].paper * 1024
     assert four_times.seq_len == 4 * once.seq_len
@@ -52,14 +52,14 @@ def test_every_cell_is_a_config_of_the_papers_context_with_a_key_head_for_each_q
     assert once.model.num_parameters == pytest.approx(billions * 1e9, rel=0.15)
 
 
-def test_what_a_compiler_would_have_needed_is_read_from_its_refusal():
+def test_needed_of_reads_a_compilers_refusal():
     assert table3.needed_of(MESSAGE) == int(23.72 * 2**30)
     assert table3.needed_of("RESOURCE_EXHAUSTED: Used 1.50M of 15.75G hbm") == int(1.5 * 2**20)
     assert table3.needed_of("RESOURCE_EXHAUSTED: Used 1.00M of 1.00M smem") == 0  # not the memory that is meant
     assert table3.needed_of("INTERNAL: another reason") == 0
 
 
-def test_a_row_that_is_there_is_not_compiled_again_unless_other_versions_made_it(monkeypatch, tmp_path):
+def test_table3_compiles_no_row_twice(monkeypatch, tmp_path):
     out, rows = tmp_path / "rows.json", {(NAME, times): _row(NAME, times) for times in (1, 4)}
     assert _run(monkeypatch, rows, "--out", out, "--times", 1) == (0, [(NAME, 1)])
     assert _run(monkeypatch, rows, "--out", out) == (0, [(NAME, 4)])
@@ -69,7 +69,7 @@ def test_a_row_that_is_there_is_not_compiled_again_unless_other_versions_made_it
     assert _run(monkeypatch, rows, "--out", out) == (0, [(NAME, 1), (NAME, 4)])
 
 
-def test_only_a_context_of_the_paper_that_does_not_fit_fails_the_run(monkeypatch):
+def test_table3_fails_for_contexts_of_the_paper_alone(monkeypatch):
     rows = {(NAME, 1): _row(NAME, 1), (NAME, 4): _row(NAME, 4, fits=False)}
     assert _run(monkeypatch, rows)[0] == 0
     rows[NAME, 1] = _row(NAME, 1, fits=False)
