@@ -23,7 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ring_attention.checks import ConfigError, local_path, printable, shown
 from ring_attention.commands.arguments import Parser
 from ring_attention.data.sources import open_documents
-from ring_attention.evaluation.model_source import Opened, open_model, output_folder, require_positive, write_results
+from ring_attention.evaluation.model_source import (
+    ModelSource,
+    open_model,
+    output_folder,
+    require_positive,
+    write_results,
+)
 from ring_attention.evaluation.needle_accuracy import AnswerScorer, NeedleTest, measure_needles
 from ring_attention.evaluation.needle_report import HeatMap, accuracy_table, draw_heat_maps, read_heat_map
 from ring_attention.evaluation.needles import NAMES, STYLES
@@ -95,23 +101,23 @@ def add_perplexity(commands) -> None:
 def needle(args: argparse.Namespace, overrides: list[str]) -> None:
     """Pass-key retrieval over depth and length."""
     test = needle_test(args)
-    opened = open_model(args.checkpoint, overrides)
-    test = dataclasses.replace(test, start=opened.start)
+    model = open_model(args.checkpoint, overrides)
+    test = dataclasses.replace(test, start=model.start)
     per_length = len(test.depths) * test.samples * test.needles
-    rows = {length: opened.rows(length, per_length, args.batch_size or 0) for length in test.lengths}
+    rows = {length: model.rows(length, per_length, args.batch_size or 0) for length in test.lengths}
     for length in test.lengths:
-        opened.check(length, rows[length])
+        model.check(length, rows[length])
         settings = dict(length=length, depth=0.5, needles=test.needles, start=test.start)
-        make_questions(test.style, opened.tokenizer, rng=np.random.default_rng(0), **settings)
+        make_questions(test.style, model.tokenizer, rng=np.random.default_rng(0), **settings)
     out = output_folder(args.checkpoint, args.out)
-    note_beyond(opened, max(test.lengths))
-    scorer = AnswerScorer(opened.config, opened.load(), mesh=opened.mesh, vocab_size=opened.tokenizer.vocab_size)
+    note_beyond(model, max(test.lengths))
+    scorer = AnswerScorer(model.config, model.load(), mesh=model.mesh, vocab_size=model.tokenizer.vocab_size)
     with progress_bar() as bar:
         task = bar.add_task("questions", total=per_length * len(test.lengths))
         scores = measure_needles(
-            test, opened.tokenizer, scorer.right, rows_of=rows.get, advance=lambda done: bar.advance(task, done)
+            test, model.tokenizer, scorer.right, rows_of=rows.get, advance=lambda done: bar.advance(task, done)
         )
-    title = f"{words_of(args, opened)}\nright answers of {scores.count}"
+    title = f"{words_of(args, model)}\nright answers of {scores.count}"
     heat_map = HeatMap(title, test.lengths, test.depths, scores.answers)
     console = Console(soft_wrap=True, highlight=False)
     show(accuracy_table(heat_map), console)
@@ -121,7 +127,7 @@ def needle(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     results |= dict(title=title, lengths=test.lengths, depths=test.depths)
     results |= dict(accuracy=scores.answers.tolist(), token_accuracy=scores.tokens.tolist())
-    write_results(out / "needle.json", opened, results)
+    write_results(out / "needle.json", model, results)
     console.print(f"Written: {out / 'needle.png'}, {out / 'needle.json'}")
 
 
@@ -161,34 +167,34 @@ def perplexity(args: argparse.Namespace, overrides: list[str]) -> None:
     """Loss by position in the document."""
     windows = whole_numbers("windows", args.windows) if args.windows else ()
     require_positive(documents=args.documents, **({} if args.length is None else {"length": args.length}))
-    opened = open_model(args.checkpoint, overrides)
-    length = args.length or opened.config.seq_len
+    model = open_model(args.checkpoint, overrides)
+    length = args.length or model.config.seq_len
     for window in windows:
         if window >= length:
             raise ConfigError(
                 f"windows={window}: shows all of length={length}; use a smaller one, or a longer --length"
             )
-    attentions = {as_it_is(opened): opened.config.attention}
-    attentions |= {f"window {w:,}": dataclasses.replace(opened.config.attention, window=w) for w in windows}
-    documents = read_documents(args, opened, length)
-    rows = opened.rows(length, len(documents), args.batch_size or 0)
+    attentions = {as_it_is(model): model.config.attention}
+    attentions |= {f"window {w:,}": dataclasses.replace(model.config.attention, window=w) for w in windows}
+    documents = read_documents(args, model, length)
+    rows = model.rows(length, len(documents), args.batch_size or 0)
     for attention in attentions.values():
-        opened.check(length, rows, attention)
+        model.check(length, rows, attention)
     out = output_folder(args.checkpoint, args.out)
-    note_beyond(opened, length)
-    params, losses = opened.load(), {}
+    note_beyond(model, length)
+    params, losses = model.load(), {}
     with progress_bar() as bar:
         task = bar.add_task("documents", total=len(documents) * len(attentions))
         for name, attention in attentions.items():
-            reader = LossReader(opened.config, attention, params, opened.mesh)
+            reader = LossReader(model.config, attention, params, model.mesh)
             settings = dict(rows=rows, advance=lambda done: bar.advance(task, done))
-            losses[name] = measure_position_loss(reader.losses, documents, opened.tokenizer, **settings)
-    title, edges = f"{words_of(args, opened)}\n{len(documents)} documents of {length:,} tokens", bin_edges(length)
+            losses[name] = measure_position_loss(reader.losses, documents, model.tokenizer, **settings)
+    title, edges = f"{words_of(args, model)}\n{len(documents)} documents of {length:,} tokens", bin_edges(length)
     console = Console(soft_wrap=True, highlight=False)
     show(position_table(title, edges, losses), console)
     draw_position_loss(out / "perplexity.png", title, edges, losses)
     results = dict(kind="perplexity", length=length, windows=windows, paths=args.paths or "held out")
-    write_results(out / "perplexity.json", opened, results | position_values(edges, losses))
+    write_results(out / "perplexity.json", model, results | position_values(edges, losses))
     console.print(f"Written: {out / 'perplexity.png'}, {out / 'perplexity.json'}")
 
 
@@ -206,36 +212,36 @@ def heat_maps(args: argparse.Namespace) -> None:
     print(f"Written: {args.out}")
 
 
-def as_it_is(opened: Opened) -> str:
+def as_it_is(model: ModelSource) -> str:
     """Return what the model is called without another window."""
-    window = opened.config.attention.window
+    window = model.config.attention.window
     return f"{AS_IT_IS} (window {window:,})" if window else AS_IT_IS
 
 
-def read_documents(args: argparse.Namespace, opened: Opened, length: int) -> np.ndarray:
+def read_documents(args: argparse.Namespace, model: ModelSource, length: int) -> np.ndarray:
     """int32 [documents, length+1]."""
-    data = opened.config.data
+    data = model.config.data
     if args.paths is None:
         source = Corpus.open(data).held_out
     else:
         source = open_documents(dataclasses.replace(data, paths=args.paths))
-    return long_documents(source, opened.tokenizer, length=length, most=args.documents, start=opened.start)
+    return long_documents(source, model.tokenizer, length=length, most=args.documents, start=model.start)
 
 
-def words_of(args: argparse.Namespace, opened: Opened) -> str:
+def words_of(args: argparse.Namespace, model: ModelSource) -> str:
     """Return what was measured, in words."""
-    config, parts = opened.config, []
+    config, parts = model.config, []
     if config.attention.window:
         parts.append(f"window {config.attention.window:,}")
     if config.model.rope.scaling != "none":
         parts.append(f"rope {config.model.rope.scaling} x{config.model.rope.factor:g}")
-    parts.append(f"trained at {opened.trained.config.seq_len:,}")
+    parts.append(f"trained at {model.trained.config.seq_len:,}")
     return f"{args.checkpoint}: {', '.join(parts)}"
 
 
-def note_beyond(opened: Opened, length: int) -> None:
+def note_beyond(model: ModelSource, length: int) -> None:
     """Say that texts are longer than those of training, if they are."""
-    trained = opened.trained.config
+    trained = model.trained.config
     if length > trained.seq_len:
         say(f"Note: up to {length:,} tokens, but the model was trained on sequences of {trained.seq_len:,}.")
 

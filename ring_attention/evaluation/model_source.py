@@ -32,7 +32,7 @@ BATCH_TOKENS = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class ModelSource:
     """A trained model, the config to measure it with, its tokenizer and its devices."""
 
     trained: TrainedModel
@@ -65,7 +65,7 @@ class Opened:
         return self.trained.load(self.mesh, dtype=self.config.model.compute_dtype)
 
 
-def open_model(checkpoint: str, overrides: Sequence[str] = ()) -> Opened:
+def open_model(checkpoint: str, overrides: Sequence[str] = ()) -> ModelSource:
     """Find the model and its devices; reads no arrays.
 
     Args:
@@ -84,7 +84,7 @@ def open_model(checkpoint: str, overrides: Sequence[str] = ()) -> Opened:
             raise ConfigError(f"{word}: is a matter of training; change only {', '.join(FREE_SECTIONS)}")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
-    return Opened(trained, config, tokenizer, open_mesh(config.mesh))
+    return ModelSource(trained, config, tokenizer, open_mesh(config.mesh))
 
 
 def output_folder(checkpoint: str, out: str | None) -> Path:
@@ -102,16 +102,16 @@ def output_folder(checkpoint: str, out: str | None) -> Path:
     return folder
 
 
-def write_results(path: Path, opened: Opened, results: Mapping[str, Any]) -> None:
+def write_results(path: Path, model: ModelSource, results: Mapping[str, Any]) -> None:
     """Write numbers as JSON, with the model and the config that they belong to and the versions that made them."""
     packages = ("ring_attention", "jax", "jaxlib", "flax", "numpy")
-    device = opened.mesh.devices.flat[0]
+    device = model.mesh.devices.flat[0]
     about = {
-        "checkpoint": str(opened.trained.checkpoint),
-        "trained_seq_len": opened.trained.config.seq_len,
-        "config": config_to_dict(opened.config),
-        "mesh": dict(opened.mesh.shape),
-        "device": f"{opened.mesh.size} x {device.device_kind} ({jax.default_backend()})",
+        "checkpoint": str(model.trained.checkpoint),
+        "trained_seq_len": model.trained.config.seq_len,
+        "config": config_to_dict(model.config),
+        "mesh": dict(model.mesh.shape),
+        "device": f"{model.mesh.size} x {device.device_kind} ({jax.default_backend()})",
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -26,7 +26,7 @@ from ring_attention.training.step import make_train_step
 from scripts.benchmarks.step_parts import BACKWARD, FORWARD, measure_parts
 
 OURS, EAGER, KEPT, COMPILED = "ours", "PyTorch", "PyTorch, freed memory kept", "PyTorch, torch.compile"
-RIVALS = (EAGER, KEPT, COMPILED)
+BASELINES = (EAGER, KEPT, COMPILED)
 """PyTorch as transformers sets it up; the same with our `keep_freed_memory`; compiled."""
 
 PRODUCTS, UPDATE, ELSE = "products with weights", "optimizer and clipping", "everything else"
@@ -47,7 +47,7 @@ def make_trainer(kind: str, config: TrainConfig, weights: Path) -> Trainer:
     """A trainer of its kind, for a process of its own; OURS writes the initial parameters, the others read them.
 
     Args:
-      kind: OURS or one of RIVALS.
+      kind: OURS or one of BASELINES.
       config: whose `data.paths` are as `write_text` makes them.
       weights: folder of a Hugging Face checkpoint; it must not exist yet for OURS.
     """
@@ -62,7 +62,7 @@ def make_trainer(kind: str, config: TrainConfig, weights: Path) -> Trainer:
     return trainer
 
 
-def has_rivals() -> bool:
+def has_baselines() -> bool:
     """Return whether PyTorch and transformers are installed."""
     try:
         return all(importlib.metadata.version(name) for name in ("torch", "transformers"))

@@ -38,7 +38,7 @@ from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.flags import override
 from scripts.benchmarks.trainer_process import Step, TrainerProcess
-from scripts.benchmarks.trainers import OURS, RIVALS, has_rivals, write_text
+from scripts.benchmarks.trainers import BASELINES, OURS, has_baselines, write_text
 
 DOCUMENTS, WARM_UP = 16, 2
 LARGEST_DIFFERENCE = 1e-4
@@ -71,7 +71,7 @@ def default_config() -> TrainConfig:
 def main(argv: list[str]) -> None:
     """Measure all trainers; print tables; write a picture and all numbers."""
     args, config = parse(argv)
-    console, kinds = Console(highlight=False), [OURS, *(RIVALS if has_rivals() else ())]
+    console, kinds = Console(highlight=False), [OURS, *(BASELINES if has_baselines() else ())]
     if len(kinds) == 1:
         print(
             "Note: without PyTorch and transformers ours is measured alone; pip install -e '.[interop]'",
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
                 bar.advance(task)
     show(table_of_speed(config, steps), console)
     for kind, seconds in parts.items():
-        if kind == OURS or kind == fastest_rival(steps):
+        if kind == OURS or kind == fastest_baseline(steps):
             show(table_of_parts(kind, seconds), console)
     args.out.mkdir(parents=True, exist_ok=True)
     draw(steps, parts, args.out / "training.png")
@@ -124,7 +124,7 @@ def median(steps: list[Step], field: str = "seconds") -> float:
     return statistics.median(getattr(step, field) for step in steps)
 
 
-def fastest_rival(steps: dict[str, list[Step]]) -> str | None:
+def fastest_baseline(steps: dict[str, list[Step]]) -> str | None:
     """Return the kind of the fastest of the others, if there is one."""
     return min((kind for kind in steps if kind != OURS), key=lambda kind: median(steps[kind]), default=None)
 
