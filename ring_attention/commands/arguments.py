@@ -2,11 +2,12 @@
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ring_attention.checks import ConfigError, one_line
+from ring_attention.checks import ConfigError, local_path, one_line
 
 
 @contextlib.contextmanager
@@ -20,6 +21,12 @@ def as_mistakes(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise ConfigError(str(error)) from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value for people and programs to read, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +46,16 @@ class Parser(argparse.ArgumentParser):
         """Parse, with the hyphens in the names of our flags read as underscores."""
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._underscored(word) for word in words], namespace)
+
+    def add_heads(self, *, heads: int, kv_heads: int, head_dim: int) -> None:
+        """Add the flags of an attention's heads, with these defaults."""
+        self.add_argument("--heads", type=int, default=heads, metavar="H", help="query heads")
+        self.add_argument("--kv_heads", type=int, default=kv_heads, metavar="K", help="key/value heads")
+        self.add_argument("--head_dim", type=int, default=head_dim, metavar="D", help="numbers in a head")
+
+    def add_out(self, words: str = "write the results as JSON to this file") -> None:
+        """Add the flag of a file to write, None by default."""
+        self.add_argument("--out", type=local_path, metavar="FILE", help=f"also {words}")
 
     def error(self, message: str):
         """End with one line."""

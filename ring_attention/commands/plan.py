@@ -14,7 +14,6 @@ map.png. docs/planner.md explains every column.
 """
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import jax
 from rich.console import Console
 
 from ring_attention.checks import ConfigError, local_path, printable
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.commands.program import invocation
 from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
 from ring_attention.hardware.topology import find_topology
@@ -151,6 +150,6 @@ def write(plan: Plan, compiled: CompileReport | None, folder: Path, console: Con
 
     folder.mkdir(parents=True, exist_ok=True)
     written = report.as_json(plan) | ({"compiled": compile_report.as_json(compiled)} if compiled else {})
-    (folder / "plan.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "plan.json", written)
     plots.draw_all(plan, folder, compiled and compiled.memory.total)
     console.print(f"Written: {folder}/plan.json, memory.png, timeline.png, map.png")

@@ -11,7 +11,6 @@ the causal rate of the same layout. docs/benchmarks.md shows a run.
 
 import argparse
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.tables import show
@@ -262,10 +261,9 @@ def main(argv: list[str]) -> None:
         show(table_of_masks(last, masks), console)
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         settings = dict(devices=args.devices, repeats=args.repeats, clock=args.clock, cores=os.cpu_count())
         facts = {"settings": settings, "versions": versions()}
         facts["gflops"] = [{"case": case._asdict(), **by_direction} for case, by_direction in results.items()]
         facts["masks"] = {"case": last._asdict(), **masks}
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(args.out.with_suffix(".json"), facts)
         draw(args, results, args.out.with_suffix(".png"))

@@ -11,7 +11,6 @@ Beside them the figures that FlashAttention-3 was published with for an H100 (Sh
 
 import dataclasses
 import functools
-import json
 import statistics
 
 import jax
@@ -22,8 +21,8 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention.attention.kernels import KERNELS, require_platform
 from ring_attention.attention.mask_spec import MaskSpec
-from ring_attention.checks import local_path, require
-from ring_attention.commands.arguments import Parser, as_mistakes
+from ring_attention.checks import require
+from ring_attention.commands.arguments import Parser, as_mistakes, write_json
 from ring_attention.tables import show
 from scripts.benchmarks import timing
 from scripts.benchmarks.baselines import System
@@ -129,12 +128,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shard", type=int, nargs="+", default=[8192, 16384], metavar="t", help="tokens of a device")
     parser.add_argument("--devices", type=int, default=8, metavar="P", help="of the ring")
     parser.add_argument("--places", type=int, nargs="+", default=[0, 3, 7], help="which devices")
-    parser.add_argument("--heads", type=int, default=32, metavar="H")
-    parser.add_argument("--kv_heads", type=int, default=8, metavar="K")
-    parser.add_argument("--head_dim", type=int, default=128, metavar="D")
+    parser.add_heads(heads=32, kv_heads=8, head_dim=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=local_path, help="also write the figures as JSON to this file")
+    parser.add_out()
     args = parser.parse_args(argv)
     require_platform(KERNELS[args.impl], jax.default_backend())
     queries = jax.ShapeDtypeStruct((1, args.heads, args.shard[0], args.head_dim), args.dtype)
@@ -165,4 +162,4 @@ def main(argv: list[str]) -> None:
     if args.out:
         rows = [dataclasses.asdict(case) | result for case, result in zip(cases, results, strict=True)]
         machine = dict(device=device, jax=jax.__version__, impl=args.impl)
-        args.out.write_text(json.dumps([machine | row for row in rows], indent=2) + "\n", encoding="utf-8")
+        write_json(args.out, [machine | row for row in rows])

@@ -27,8 +27,7 @@ from jax.experimental import multihost_utils
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.parallel.workload import Workload
 from ring_attention.planning.simulator import Machine, simulate
 from ring_attention.tables import show
@@ -227,9 +226,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=7, help="rounds; the median counts")
     parser.add_argument("--timeout", type=float, default=900, help="seconds until the processes are given up")
-    parser.add_argument(
-        "--out", type=local_path, metavar="FILE", help="also write what was measured and predicted as JSON"
-    )
+    parser.add_out()
     for name, kind in dict(rank=int, port=int, folder=Path).items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -254,5 +251,4 @@ def main(argv: list[str]) -> None:
             dict(strategy=key[0], layout=key[1], passes=key[2], measured=measured[key], predicted=predicted[key])
             for key in measured
         ]
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(dict(calibration=calibration, rows=rows), indent=2) + "\n", encoding="utf-8")
+        write_json(args.out, dict(calibration=calibration, rows=rows))

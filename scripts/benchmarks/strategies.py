@@ -10,7 +10,6 @@ over rings of up to --devices. docs/problems.md shows a run and says where it co
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention import testing
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.planning.hlo import compiled
@@ -214,9 +213,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seq_len", type=int, default=4096, metavar="n", help="tokens")
     parser.add_argument("--devices", type=int, default=8, metavar="P", help="simulated devices")
     parser.add_argument("--batch", type=int, default=1, metavar="B")
-    parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads")
-    parser.add_argument("--kv_heads", type=int, default=8, metavar="K", help="key/value heads")
-    parser.add_argument("--head_dim", type=int, default=64, metavar="D")
+    parser.add_heads(heads=8, kv_heads=8, head_dim=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layout", choices=["contiguous", "zigzag"], default="zigzag")
     parser.add_argument("--window", type=int, default=256, metavar="W", help="of the sliding window")
@@ -232,8 +229,7 @@ def main(argv: list[str]) -> None:
     rows = measure(args)
     show(table_of(args, rows))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         facts = {"settings": vars(args) | dict(out=None, cores=os.cpu_count(), jax=jax.__version__)}
         facts["approaches"] = {label: dataclasses.asdict(row) for label, row in rows.items()}
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(args.out.with_suffix(".json"), facts)
         draw(args, rows, args.out.with_suffix(".png"))

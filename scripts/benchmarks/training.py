@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import random
@@ -29,7 +28,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from ring_attention.checks import ConfigError, local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
 from ring_attention.tables import show
@@ -199,7 +198,7 @@ def write_numbers(config: TrainConfig, steps: dict[str, list[Step]], parts, path
         "cores": cores(),
         "versions": {"python": platform.python_version(), **versions},
     }
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    write_json(path, values)
 
 
 def version(name: str) -> str | None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import ConfigError, local_path, require_field
+from ring_attention.checks import ConfigError, require_field
 from ring_attention.commands.arguments import Parser
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
 from ring_attention.planning.balance import balance_of, work_by_hop
@@ -210,7 +210,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=0, metavar="N", help="packed documents; 0: all one text")
     parser.add_argument("--bidirectional", action="store_true", help="tokens see later ones too")
     parser.add_argument("--speeds", default="", metavar='"S ..."', help="of the devices: also deal tokens by them")
-    parser.add_argument("--out", type=local_path, metavar="PNG", help="also draw a picture into this file")
+    parser.add_out("draw a picture into this file")
     args = parser.parse_args(argv)
     try:
         args.speeds = parse_speeds(args.speeds) if args.speeds else []

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import local_path, require_field
+from ring_attention.checks import require_field
 from ring_attention.commands.arguments import Parser, as_mistakes
 from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
 from ring_attention.parallel.strategies import find_strategy
@@ -114,15 +114,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--speeds", default="1 1 1 0.5 1 1 1 1", help="of the devices along the ring")
     parser.add_argument("--seq_len", type=int, default=131072, metavar="T", help="tokens")
-    parser.add_argument("--heads", type=int, default=32, metavar="H")
-    parser.add_argument("--kv_heads", type=int, default=8, metavar="K")
-    parser.add_argument("--head_dim", type=int, default=128, metavar="D")
+    parser.add_heads(heads=32, kv_heads=8, head_dim=128)
     parser.add_argument("--tflops", type=float, default=200, help="of attention, by a device of speed 1")
     parser.add_argument("--bandwidth", type=float, default=50, help="GB/s of a link")
     parser.add_argument("--latency", type=float, default=10, help="microseconds of a transfer")
     parser.add_argument("--jitter", type=float, default=0, help="standard deviation of the logarithm of a hop's time")
     parser.add_argument("--chunks", type=int, default=16, help="chunks of a shard in the layout for speeds")
-    parser.add_argument("--out", type=local_path, metavar="FILE", help="draw the forward and backward pass of a ring")
+    parser.add_out("draw the forward and backward pass of a ring into this file")
     return parser.parse_args(argv)
 
 

@@ -9,7 +9,6 @@ docs/accuracy.md shows the table.
 import argparse
 import functools
 import itertools
-import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -20,8 +19,7 @@ from rich.table import Table
 
 import ring_attention as ra
 from ring_attention import testing
-from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.tables import show
@@ -172,7 +170,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=2.0, help="largest ratio of our error to dense attention's")
     parser.add_argument("--jobs", type=int, default=2, help="processes that share the cases: compilation uses one core")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=local_path, help="also write the results as JSON to this file")
+    parser.add_out()
     return parser.parse_args(argv)
 
 
@@ -185,5 +183,5 @@ def main(argv: list[str]) -> int:
         results = list(workers.map(functools.partial(check, tokens=args.tokens, seed=args.seed), cases))
     show(table_of(results, args.tokens, args.limit), keys=4)
     if args.out:
-        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(args.out, results)
     return int(any(not result["worst_ratio"] <= args.limit for result in results))

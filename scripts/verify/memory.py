@@ -10,15 +10,13 @@ status is 1 if they do. docs/table3.md shows the table.
 """
 
 import dataclasses
-import json
 import time
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.planning.programs import compile_step
@@ -94,7 +92,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
     parser.add_argument("--shard", type=int, default=4096, metavar="t", help="tokens of one device")
-    parser.add_argument("--out", type=local_path, help="also write the rows as JSON to this file")
+    parser.add_out()
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     console, rows = Console(highlight=False), []
@@ -103,7 +101,7 @@ def main(argv: list[str]) -> int:
             rows.append(compile_row(pod, args.shard))
         if args.out:
             flat = [dataclasses.asdict(row) for row in rows]
-            args.out.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
+            write_json(args.out, flat)
     show(table_of(rows, args.shard), console)
     first = rows[0].activations
     off = [f"{row.devices} devices" for row in rows if abs(row.activations / first - 1) > TOLERANCE]

@@ -11,15 +11,13 @@ it was not. docs/kernels.md shows the table.
 """
 
 import dataclasses
-import json
 import time
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import make_mesh
@@ -135,7 +133,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
     parser.add_argument("--shard", type=int, default=2048, metavar="t", help="tokens of one device")
-    parser.add_argument("--out", type=local_path, help="also write the rows as JSON to this file")
+    parser.add_out()
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     console, rows = Console(highlight=False), []
@@ -145,7 +143,7 @@ def main(argv: list[str]) -> int:
     show(table_of(rows, args.shard), console)
     if args.out:
         flat = [dataclasses.asdict(row) for row in rows]
-        args.out.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
+        write_json(args.out, flat)
     failed = [f"{row.pod} {row.program}" for row in rows if not row.fits]
     print(f"not as required: {', '.join(failed)}" if failed else "all as required")
     return int(bool(failed))

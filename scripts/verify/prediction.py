@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.topology import find_topology
 from ring_attention.planning.compile_report import compile_for
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
                 compiled[key] = memory_of_program(compile_for(share.config, share.topology)[0]).total
         predicted = memory_of(share, share.config.attention.make_strategy()).total
         rows.append(dict(pod=case.pod, fields=case.fields, predicted=predicted, compiler=compiled[key]))
-        args.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(args.out, rows)
     show(table_of(rows), console)
     off = [row for row in rows if abs(row["predicted"] / row["compiler"] - 1) > TOLERANCE]
     print(f"{len(off)} of {len(rows)} are off by more than {TOLERANCE:.0%}")

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import platform
 import re
 import time
@@ -24,8 +23,8 @@ import jaxlib
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.checks import local_path, require_field
-from ring_attention.commands.arguments import Parser
+from ring_attention.checks import require_field
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.mesh import compiler_options
@@ -208,10 +207,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--impl", default="auto", help="kernel that computes a hop")
     parser.add_argument("--shard", type=int, nargs="+", default=[2048], metavar="t", help="tokens of one device")
-    parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads")
-    parser.add_argument("--kv_heads", type=int, default=2, metavar="K", help="key/value heads")
-    parser.add_argument("--head_dim", type=int, default=64, metavar="D")
-    parser.add_argument("--out", type=local_path, help="also write the rows as JSON to this file")
+    parser.add_heads(heads=8, kv_heads=2, head_dim=64)
+    parser.add_out()
     return parser.parse_args(argv)
 
 
@@ -247,4 +244,4 @@ def main(argv: list[str]) -> None:
     if args.out:
         common = dict(topology=args.topology, dtype=args.dtype, heads=args.heads, kv_heads=args.kv_heads)
         common |= dict(head_dim=args.head_dim)
-        args.out.write_text(json.dumps([common | row.flat() for row in rows], indent=2) + "\n", encoding="utf-8")
+        write_json(args.out, [common | row.flat() for row in rows])

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.hardware.chips import CHIPS, GiB
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.planning.programs import compile_step
@@ -253,7 +253,7 @@ def main(argv: list[str]) -> int:
         rows.append(known[key])
         if args.out:
             flat = [dataclasses.asdict(row) for row in known.values()]
-            args.out.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
+            write_json(args.out, flat)
     show(table_of(rows), console)
     failed = [row.cell for row in rows if row.times == 1 and not row.fits]
     print(

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser
+from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.tables import show
 from scripts.verify.soak.faults import FAULTS
 from scripts.verify.soak.run import REPOSITORY, Trainer
@@ -93,5 +92,5 @@ def soak(args: argparse.Namespace, out: Path) -> int:
     console.print(*(f"{name}: {value}" for name, value in figures.items() if name != "outcomes"), sep="\n")
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     record = figures | {"date": f"{datetime.date.today()}", "seed": args.seed, "versions": versions}
-    (out / "soak.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "soak.json", record)
     return int(figures["problems"] > 0)
