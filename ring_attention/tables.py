@@ -18,7 +18,7 @@ def show(table: Table, console: Console | None = None, *, keys: int | None = Non
 
 
 def fitted(table: Table, width: int, keys: int | None = None) -> list[Table]:
-    """The same table at most `width` characters wide, in as few parts as that takes.
+    """Return the same table at most `width` characters wide, in as few parts as that takes.
 
     Each part begins with the first `keys` columns, by which a row is known: by default the columns of words that the
     table begins with, or its first one. Headers wrap between words, and so do the cells of columns that are not

@@ -32,7 +32,7 @@ from ring_attention.training.run_folder import folder_of
 from ring_attention.training.trained_model import config_of, open_trained_model
 
 MOST_TOKENS = 8192
-"""Of a sequence, where none is asked for: what a laptop holds."""
+"""Length of a sequence where none is asked for, at most: what a laptop holds."""
 
 
 ALONE = ProcessFlags(coordinator_address="127.0.0.1:1", num_processes=1, process_id=0)

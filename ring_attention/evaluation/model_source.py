@@ -28,7 +28,7 @@ FREE_SECTIONS = ("mesh", "attention", "model.rope")
 """What may be changed of a trained model without training it again."""
 
 BATCH_TOKENS = 2**15
-"""That are read at once by default."""
+"""Tokens that are read at once by default."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,10 @@ LENGTH_EXPONENT = -1.4
 """The density of the lengths of training documents is proportional to length**LENGTH_EXPONENT."""
 
 EDGE_SHARE = 0.05
-"""Of the needles in training documents lies at the very beginning, and as many at the very end."""
+"""Share of the needles in training documents that lie at the very beginning, and as many at the very end."""
 
 NAMES = ("ant", "bee", "cat", "cow", "dog", "eel", "elk", "fox", "hen", "owl", "pig", "rat")
-"""Of needles, where a text has several."""
+"""Names of needles, where a text has several."""
 
 
 class Needle(NamedTuple):

@@ -16,7 +16,7 @@ from ring_attention.training.flags import CONFIGS, PACKAGED_CONFIGS
 from ring_attention.training.run import Result, Run
 
 FITTED_BYTES = 256 * 2**20
-"""Of text that the byte models are fitted on, at most: a large corpus is not read to its end for them."""
+"""Size of the text that the byte models are fitted on, at most: a large corpus is not read to its end for them."""
 
 
 def byte_references(corpus: Corpus, held_out: HeldOut) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: each operation in a trace belongs to a part of the model.
+"""Time of a training step by part of the model: each operation in a trace belongs to a part of the model.
 
 The parts are the `jax.named_scope`s of the model and the step, which the compiled program carries as metadata. An
 operation that the compiler fused of several counts for the part of the last of them.
