@@ -44,9 +44,6 @@ class Chain:
             self._number, self._kills, self._done = self._number + 1, 0, 0
             self.run = Run(self.trainer, self.root / f"run-{self._number:03}", self.deadline)
             self.start()
-        elif self.run.is_dead():  # it rested while others ran
-            self.kill()
-            self.restart()
 
     @property
     def has_run(self) -> bool:
@@ -144,7 +141,7 @@ class Chain:
 
     def finish(self) -> None:
         """Train the run in hand, alive or dead, to its end and compare it, all of it, with the reference."""
-        self.outcome = Outcome("end of a run", run=self.run.path.name, kills=self._kills)
+        fault, self.outcome = self.outcome, Outcome("end of a run", run=self.run.path.name, kills=self._kills)
         with self.problems_counted():
             if self.run.is_dead():
                 self.run.start()
@@ -155,6 +152,7 @@ class Chain:
             self.outcome.require(len(lines) == len(self.reference), LOSSES, missing)
         self.outcome.step = self.run.steps_done()
         self.ends.append(self.outcome)
+        self.outcome = fault
         self.abandon()
 
     @contextlib.contextmanager

@@ -45,7 +45,7 @@ def make_trainers(out: Path, num_steps: int) -> dict[int, Trainer]:
     train = [
         sys.executable,
         str(REPOSITORY / "train.py"),
-        "--config=configs/tiny.py",
+        f"--config={REPOSITORY}/configs/tiny.py",
         *(f"--config.{f}" for f in fields),
     ]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

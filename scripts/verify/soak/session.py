@@ -7,7 +7,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -34,30 +34,29 @@ class Session:
 
         Faults of one process and of several take turns of whole rounds; they share the time in equal parts.
         """
-        began, groups = (
-            time.monotonic(),
-            [[k for k in self.kinds if (k in SHARED) == shared] for shared in (False, True)],
-        )
-        for share, (kinds, processes) in enumerate(zip(groups, sorted(self.trainers), strict=True), 1):
-            if not kinds:
-                continue
-            root = self.out / f"of_{processes}"
-            chain = Chain(self.trainers[processes], root, deadline=self.deadline, rng=self.rng)
+        began, groups = time.monotonic(), {}
+        for kind in self.kinds:
+            groups.setdefault(max(self.trainers) if kind in SHARED else 1, []).append(kind)
+        for share, (processes, kinds) in enumerate(sorted(groups.items()), 1):
+            until = began + seconds * share / len(groups)
+            chain = Chain(self.trainers[processes], self.out / f"of_{processes}", deadline=self.deadline, rng=self.rng)
             try:
-                for _ in itertools.count() if rounds is None else range(rounds):
-                    for kind in self.rng.sample(kinds, len(kinds)):
-                        self.seconds = time.monotonic() - began
-                        if self.seconds < seconds * share / sum(map(bool, groups)):
-                            self._inject(chain, kind)
-                            tell(self.outcomes[-1])
-                    if self.seconds >= seconds * share / sum(map(bool, groups)):
+                for kind in self._shuffled(kinds, rounds):
+                    self.seconds = time.monotonic() - began
+                    if began + self.seconds > until:
                         break
+                    self._inject(chain, kind)
+                    tell(self.outcomes[-1])
                 if chain.has_run:
                     chain.finish()
             finally:
                 chain.abandon()
             self.ends += chain.ends
         self.seconds = time.monotonic() - began
+
+    def _shuffled(self, kinds: list[str], rounds: int | None) -> Iterator[str]:
+        for _ in itertools.count() if rounds is None else range(rounds):
+            yield from self.rng.sample(kinds, len(kinds))
 
     def _inject(self, chain: Chain, kind: str) -> None:
         for attempt in itertools.count():
@@ -66,9 +65,7 @@ class Session:
             with chain.problems_counted():
                 try:
                     chain.have_running(room=30)
-                    outcome = chain.outcome = dataclasses.replace(
-                        outcome, run=chain.run.path.name, step=chain.run.steps_done()
-                    )
+                    outcome.run, outcome.step = chain.run.path.name, chain.run.steps_done()
                     FAULTS[kind](chain)
                 except TooLateError:
                     chain.finish()
