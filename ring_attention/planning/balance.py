@@ -56,11 +56,11 @@ def work_by_hop(
     layout.check_length(seq_len)
     check_window("window", window)
     P, T = layout.ring_size, seq_len
-    reach = T if window is None else min(int(window), T)
+    span = T if window is None else min(int(window), T)
     positions = layout.positions(T).astype(np.int64)
     first = T * _segment_numbers(segment_ids, T)  # a token is the number: T * its segment + its position
-    lowest = first + np.maximum(positions - reach + 1, 0)
-    highest = first + (positions if causal else np.minimum(positions + reach - 1, T - 1))
+    lowest = first + np.maximum(positions - span + 1, 0)
+    highest = first + (positions if causal else np.minimum(positions + span - 1, T - 1))
     keys, lowest, highest = (_sorted_shards(x, P) for x in (first + positions, lowest, highest))
     work, devices = np.zeros((P, P), np.int64), np.arange(P)
     for source in devices:

@@ -81,9 +81,9 @@ class Plan:
 def step_flops(share: Share) -> float:
     """Count the model FLOPs of a step; see `ModelConfig.training_flops`."""
     config = share.config
-    T, window = config.seq_len, config.attention.window or config.seq_len
-    reach = min(window, T)
-    pairs = T * reach - reach * (reach - 1) // 2
+    T = config.seq_len
+    window = min(config.attention.window or T, T)
+    pairs = T * window - window * (window - 1) // 2
     return share.model.training_flops(config.batch_size * T, config.batch_size * pairs)
 
 
