@@ -12,6 +12,7 @@ loose for float32 or too tight for bfloat16, and would say nothing about what sh
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def out_and_gradients(fn, q, k, v, dout) -> tuple[jax.Array, ...]:
 
 def oracle(q, k, v, dout, **mask) -> tuple[np.ndarray, ...]:
     """Return (out, dq, dk, dv) in float64; `mask` is keyword arguments of `reference_attention`."""
-    return reference_attention(q, k, v, **mask), *reference_gradients(q, k, v, dout, **mask)[:3]
+    return np.asarray(reference_attention(q, k, v, **mask)), *reference_gradients(q, k, v, dout, **mask)[:3]
 
 
 def dense_attention(
@@ -98,7 +99,7 @@ def dense_attention(
     sinks=None,
     alibi_slopes=None,
     dropout_rate: float = 0.0,
-    dropout_key=None,
+    dropout_key: Any = None,
 ) -> jax.Array:
     """Attend with the whole matrix of scores at once, as most people write it.
 

@@ -66,7 +66,8 @@ def start(program: str, command: Command, argv: list[str] | None = None) -> NoRe
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    signal.signal(signal.SIGINT, _raise) if signal.getsignal(signal.SIGINT) is _end else None
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     from ring_attention.training.fault_tolerance.errors import exit_now
 
     sys.exit(run(program, main, argv, trains=command.trains, leave=exit_now))
@@ -126,10 +127,6 @@ def _guard() -> None:
     sys.unraisablehook = _report_unraisable
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell's `&` has it ignored
         signal.signal(signal.SIGINT, _end)
-
-
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

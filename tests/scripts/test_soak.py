@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from command_lines import run_command
 
-from scripts.verify.soak import chain, faults
+from scripts.verify.soak import faults
 from scripts.verify.soak.faults import FAULTS
 from scripts.verify.soak.run import EndedError, HangError, Run, Trainer
 from scripts.verify.soak.session import Session, line_of
@@ -96,7 +96,7 @@ ROUNDS = {"atomic": 6, "interval": 3, "bits": 1, "hang": 1, "sigterm": 1, "peers
 
 @pytest.mark.parametrize(("breaks", "kind", "sort"), BROKEN, ids=lambda value: value.replace(" ", "_"))
 def test_soak_finds_a_trainer_that_breaks_a_promise(tmp_path, monkeypatch, breaks, kind, sort):
-    for module, name in [(chain, "SIGTERM_SECONDS"), (faults, "PEERS_SECONDS")]:
+    for module, name in [(faults, "SIGTERM_SECONDS"), (faults, "PEERS_SECONDS")]:
         monkeypatch.setattr(module, name, 1)
     steps, deadline = (400, HASTY) if sort == "hang" else (150, PATIENT)
     session = soak(tmp_path, kind, breaks=breaks, rounds=ROUNDS.get(breaks, 2), steps=steps, deadline=deadline)

@@ -8,11 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scripts.verify.soak.run import Child, EndedError, HangError, Run, Trainer
+from scripts.verify.soak.run import EndedError, HangError, Run, Trainer
 from scripts.verify.soak.verdicts import CORRUPTED, EXIT, HANG, LOSSES, MESSAGE, Line, Outcome
-
-SIGTERM_SECONDS = 30.0
-"""A preempted run has so long to write its checkpoint."""
 
 
 class TooLateError(Exception):
@@ -116,16 +113,6 @@ class Chain:
         finally:
             copy.kill()
             self.run.signal(signal.SIGCONT)
-
-    def terminate(self, children: Sequence[Child]) -> list[int]:
-        """SIGTERM to some processes of the run, and wait for the end of all; returns their exit statuses."""
-        began = time.monotonic()
-        for child in children:
-            child.send_signal(signal.SIGTERM)
-        codes = self.run.codes("end after SIGTERM", SIGTERM_SECONDS)
-        self.outcome.notes.append(f"ended in {time.monotonic() - began:.1f} s")
-        self.take_in_death()
-        return codes
 
     def require_exit(self, run: Run, codes: list[int], *allowed: int) -> None:
         """Require that every exit status is one of `allowed`."""

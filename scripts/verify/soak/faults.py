@@ -1,7 +1,9 @@
 """The faults: what is done to a run, and what must come of it."""
 
 import contextlib
+import functools
 import os
+import random
 import resource
 import shutil
 import signal
@@ -14,8 +16,8 @@ from scripts.verify.soak.chain import Chain, TooLateError
 from scripts.verify.soak.run import EndedError, Run
 from scripts.verify.soak.verdicts import CORRUPTED, EXIT, LOSSES, LOST, MESSAGE, worst_relative_difference
 
-PEERS_SECONDS = 60.0
-"""The other processes have so long to see that one is lost."""
+SIGTERM_SECONDS, PEERS_SECONDS = 30.0, 60.0
+"""So long a preempted run has to write its checkpoint, and so long the others have to see that a process is lost."""
 
 MOUNT = 'mount -t tmpfs -o size=32m tmpfs "$1" && echo mounted && exec sleep infinity'
 TOLERANCE, STEPS_COMPARED, SKIPPED, LAYERS = 1e-5, 6, 4, 2  # of another mesh; updates not finite; of configs/tiny.py
@@ -30,49 +32,23 @@ MESHES = [
 ]
 
 
-def kill(chain: Chain) -> None:
-    """SIGKILL at a random moment of training."""
-    chain.train_a_while()
-    chain.kill()
-    chain.restart()
-
-
-def kill_saving(chain: Chain) -> None:
-    """SIGKILL while a checkpoint lies half written."""
-    chain.train_a_while(0, 6)
-    for _ in range(50):
-        chain.run.until(chain.run.unfinished, "begin a checkpoint")
-        time.sleep(chain.rng.uniform(0, 0.15))
-        chain.run.signal(signal.SIGSTOP)
-        if half := chain.run.unfinished():
-            break
-        chain.run.signal(signal.SIGCONT)
-    else:
-        raise EndedError("no checkpoint was ever seen half written")
-    chain.kill()
-    chain.outcome.notes.append(f"{half[0].name} half written")
-    chain.restart()
-
-
-def kill_saved(chain: Chain) -> None:
-    """SIGKILL in the instant in which a checkpoint is complete, while the oldest is being removed."""
-    chain.train_a_while(0, 6)
-    newest = chain.run.newest()
-    chain.run.until(lambda: chain.run.newest() > newest, "complete a checkpoint")
-    chain.kill()
-    chain.restart()
-
-
-def kill_starting(chain: Chain) -> None:
-    """SIGKILL, and another one while the run starts again."""
-    _kill_and_start(chain)
+def kill(chain: Chain, moment: str = "training") -> None:
+    """SIGKILL in training, while a checkpoint lies half written, when one was just written, or again in a start."""
+    chain.train_a_while(0 if moment.startswith("sav") else 1)
+    run, newest = chain.run, chain.run.newest()
+    if moment == "saving":
+        run.until(run.unfinished, "begin a checkpoint")
+        chain.outcome.notes.append(f"{[path.name for path in run.unfinished()]} half written")
+    if moment == "saved":  # and the oldest is being removed
+        run.until(lambda: run.newest() > newest, "complete a checkpoint")
+    if moment == "starting":
+        _kill_and_start(chain)
     chain.kill()
     chain.restart()
 
 
 def _kill_and_start(chain: Chain) -> None:
-    """SIGKILL during training, start again and wait for a random part of a start."""
-    chain.train_a_while()
+    """SIGKILL, start again and wait for a random part of a start."""
     chain.kill()
     seconds = chain.rng.uniform(0, chain.startup)
     chain.run.start()
@@ -80,48 +56,43 @@ def _kill_and_start(chain: Chain) -> None:
     chain.outcome.notes.append(f"again {seconds:.1f} s after the start")
 
 
-def terminate(chain: Chain) -> None:
-    """SIGTERM to one process during training: all write a checkpoint of the step they have reached, and end."""
+def terminate(chain: Chain, moment: str = "training") -> None:
+    """SIGTERM to one process, in training or in a start: all write a checkpoint of the step they reached, and end."""
     chain.train_a_while()
-    codes = chain.terminate([chain.rng.choice(chain.run.children)])
-    chain.require_exit(chain.run, codes, 128 + signal.SIGTERM)
-    chain.outcome.bound = 0
+    if moment == "starting":
+        _kill_and_start(chain)
+    run, began = chain.run, time.monotonic()
+    chain.rng.choice(run.children).send_signal(signal.SIGTERM)
+    codes = run.codes("end after SIGTERM", SIGTERM_SECONDS)
+    chain.outcome.notes.append(f"ended in {time.monotonic() - began:.1f} s")
+    chain.take_in_death()
+    trained = run.steps_trained() > 1  # in its first step it may not have been ready for the signal
+    chain.require_exit(run, codes, 128 + signal.SIGTERM, *([] if trained else [-signal.SIGTERM]))
+    saved = f"step {run.steps_done()} was done, {run.newest()} is the newest checkpoint"
+    chain.outcome.require(not trained or run.newest() == run.steps_done(), LOST, saved)
+    chain.outcome.bound = 0 if trained else chain.outcome.bound
     chain.restart()
 
 
-def terminate_starting(chain: Chain) -> None:
-    """SIGKILL, and SIGTERM while the run starts again: before its first step there is nothing to save."""
-    _kill_and_start(chain)
-    codes = chain.terminate(chain.run.children)
-    trained = chain.run.steps_trained() > 1  # in its first one it may not have been ready for the signal
-    chain.require_exit(chain.run, codes, 128 + signal.SIGTERM, *([] if trained else [-signal.SIGTERM]))
-    saved = f"step {chain.run.steps_done()} was done, {chain.run.newest()} is the newest checkpoint"
-    chain.outcome.require(not trained or chain.run.newest() == chain.run.steps_done(), LOST, saved)
-    chain.restart()
+def flip(content: bytes, rng: random.Random) -> bytes:
+    """Return the bytes with one to four of them changed."""
+    places = rng.sample(range(len(content)), min(len(content), rng.randint(1, 4)))
+    return bytes(byte ^ rng.randint(1, 255) if i in places else byte for i, byte in enumerate(content))
 
 
-def flip(chain: Chain) -> None:
-    """SIGKILL, and some bytes of a file of the newest checkpoint change."""
-
-    def spoil(content: bytes) -> bytes:
-        places = chain.rng.sample(range(len(content)), min(len(content), chain.rng.randint(1, 4)))
-        return bytes(byte ^ chain.rng.randint(1, 255) if i in places else byte for i, byte in enumerate(content))
-
-    _damage(chain, spoil)
+def truncate(content: bytes, rng: random.Random) -> bytes:
+    """Return the beginning of the bytes."""
+    return content[: rng.randrange(len(content))]
 
 
-def truncate(chain: Chain) -> None:
-    """SIGKILL, and a file of the newest checkpoint ends early."""
-    _damage(chain, lambda content: content[: chain.rng.randrange(len(content))])
-
-
-def _damage(chain: Chain, spoil: Callable[[bytes], bytes]) -> None:
+def damage(chain: Chain, spoil: Callable[[bytes, random.Random], bytes]) -> None:
+    """SIGKILL, and spoil a file of the newest checkpoint: it is noticed, named and put aside."""
     chain.train_a_while(0, 5, checkpoints=2)
     chain.kill()
     *_, good, newest = chain.run.complete()
     path, run = chain.run.checkpoints / str(newest), chain.run
     file = chain.rng.choice(sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size))
-    file.write_bytes(spoil(file.read_bytes()))
+    file.write_bytes(spoil(file.read_bytes(), chain.rng))
     chain.outcome.notes.append(f"{newest}/{file.relative_to(path)} damaged")
     chain.outcome.bound += newest - good
     if chain.restart([good, newest]) == newest:  # orbax leaves files that a restore has no need of
@@ -231,7 +202,7 @@ def not_finite(chain: Chain) -> None:
 
 
 def lose_process(chain: Chain, number: signal.Signals = signal.SIGKILL) -> None:
-    """SIGKILL to one of the processes of a run: the others stop and say which."""
+    """SIGKILL or SIGSTOP, as if its machine had hung, to one process of a run: the others stop and say which."""
     chain.train_a_while(1, 6)
     victim = chain.rng.randrange(len(chain.run.children))
     lost = chain.run.children[victim]
@@ -248,13 +219,22 @@ def lose_process(chain: Chain, number: signal.Signals = signal.SIGKILL) -> None:
     chain.restart()
 
 
-def freeze_process(chain: Chain) -> None:
-    """SIGSTOP to one of the processes of a run, as if its machine had hung: the others stop and say which."""
-    lose_process(chain, signal.SIGSTOP)
-
-
-ALONE = (kill, kill_saving, kill_saved, kill_starting, terminate, terminate_starting, flip, truncate, disk_full)
-ALONE += (second_run, other_mesh, not_finite)
-SHARED = {"lose_process": lose_process, "freeze_process": freeze_process, "terminate_process": terminate}
-FAULTS = {fault.__name__: fault for fault in ALONE} | SHARED
+SHARED = {
+    "lose_process": lose_process,
+    "freeze_process": functools.partial(lose_process, number=signal.SIGSTOP),
+    "terminate_process": terminate,
+}
+FAULTS: dict[str, Callable[[Chain], None]] = {
+    "kill": kill,
+    **{f"kill_{moment}": functools.partial(kill, moment=moment) for moment in ("saving", "saved", "starting")},
+    "terminate": terminate,
+    "terminate_starting": functools.partial(terminate, moment="starting"),
+    "flip": functools.partial(damage, spoil=flip),
+    "truncate": functools.partial(damage, spoil=truncate),
+    "disk_full": disk_full,
+    "second_run": second_run,
+    "other_mesh": other_mesh,
+    "not_finite": not_finite,
+    **SHARED,
+}
 """Name -> fault. Those in SHARED are done to a run of several processes."""
