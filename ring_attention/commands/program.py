@@ -60,8 +60,9 @@ def start(program: str, command: Command, argv: list[str] | None = None) -> NoRe
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING)
     try:
+        importlib.import_module("ring_attention.checks").require_train("this command")
         main = importlib.import_module(command.module).main
-    except ModuleNotFoundError as error:  # `checks.require_train` says how to install what is missing
+    except ModuleNotFoundError as error:  # the first of the two says how to install what is missing
         if error.name is not None:
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
