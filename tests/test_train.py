@@ -51,9 +51,7 @@ def finished(corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_train_goes_on_bitwise_after_an_interruption(
-    corpus, finished, tmp_path, monkeypatch
-):
+def test_train_goes_on_bitwise_after_an_interruption(corpus, finished, tmp_path, monkeypatch):
     def lose_power_at_step_7(log, step, *numbers):
         if step == 7:
             raise KeyboardInterrupt

@@ -106,13 +106,14 @@ def blockwise_attention(
     static = _Static(kernel=find_kernel(impl), blocks=as_blocks(block_sizes))
     kernel = static.kernel
     checked = checked_mask_args(arguments, H)
-    mask, sinks = make_mask_spec(q, **checked), as_sinks(checked["sinks"])
-    kernel.check(mask, jax.ShapeDtypeStruct((B, H, T, D), q.dtype))
+    make_mask = functools.partial(make_mask_spec, q, **checked)
+    kernel.check(jax.eval_shape(make_mask), jax.ShapeDtypeStruct((B, H, T, D), q.dtype))
     require(
         kernel.differentiates_lse or not return_lse,
         f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
     )
-    pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), mask)
+    pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
+    sinks = as_sinks(checked["sinks"])
     shards = shards_of(q, k, (v, pair, sinks))
     q, k, v, pair, sinks = vary_together(q, k, v, pair, sinks)
     args = (*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), pair, sinks)
