@@ -152,18 +152,16 @@ class Ring(Strategy):
         the last gradients return. Gradients follow their keys a hop behind.
         """
         routes, way = self._routes(work), BOTH_WAYS if self.duplex else HOP
-        tokens = [sum(r.stop - r.start for r in routes if r.hops > hop) for hop in range(work.devices)]  # that go on
-        keys = [2 * work.bytes_of(x, work.kv_heads) for x in tokens]
-        gradients = [2 * work.bytes_of(x, work.kv_heads, 4) * backward for x in tokens]
         last = max((route.hops for route in routes), default=0)
+        tokens = [sum(r.stop - r.start for r in routes if r.hops > hop) for hop in range(last + 1)]  # that go on
+        keys, gradients = 2 * work.bytes_of(1, work.kv_heads), 2 * work.bytes_of(1, work.kv_heads, 4) * backward
         later = later_part(work) if backward and last else 1.0
-        steps = [Step(range(1), later, keys[0], 0, way)]
-        steps += [
-            Step(range(hop, hop + 1), 1.0, keys[hop], gradients[hop - 2] if hop > 1 else 0, way)
-            for hop in range(1, last + 1)
-        ]
-        if later < 1:
-            steps.append(Step(range(1), 1 - later, 0, gradients[last - 1], way))
+        steps = [Step(range(1), later, keys * tokens[0], 0, way)]
+        for hop in range(1, last + 1):
+            returning = gradients * tokens[hop - 2] if hop > 1 else 0
+            steps.append(Step(range(hop, hop + 1), 1.0, keys * tokens[hop], returning, way))
+        if backward and last:
+            steps.append(Step(range(1), 1 - later, 0, gradients * tokens[last - 1], way))
         return Schedule(work=work, steps=tuple(steps), backward=backward)
 
     def variants(self, work: Workload, both_ways: bool) -> list[Strategy]:

@@ -40,6 +40,12 @@ def test_schedule_computes_every_block_pair_once(name, backward):
         assert sum(step.part for step in schedule.steps if hop in step.hops) == pytest.approx(1)
 
 
+def test_schedule_of_a_token_a_device_sends_its_gradients():
+    work = Workload(seq_len=4, devices=4)
+    ring = STRATEGIES["ring"]
+    assert _sent(ring.schedule(work, backward=True)) == ring.sent_bytes(work, backward=True)
+
+
 def test_later_part_counts_the_pairs_of_the_second_half():
     pairs = [(q, k) for q in range(7) for k in range(q + 1)]
     later = sum(k >= 7 // 2 for _, k in pairs)

@@ -1,12 +1,15 @@
+import ast
 import contextlib
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from ring_attention import planning
 from ring_attention.attention.kernels import cudnn
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.topology import find_topology
@@ -202,3 +205,9 @@ def test_map_strategies_gives_slow_links_to_all_gather(plan):
     per_row = (found.best == gather).sum(1)
     assert per_row[0] >= per_row[-1]
     assert (found.best == found.families.index("none fits"))[:, -1].all() or found.tokens[-1] < 65_536
+
+
+def test_planning_names_no_strategy():
+    for path in Path(planning.__file__).parent.rglob("*.py"):
+        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not words & set(STRATEGIES), f"{path.name} names a strategy; ask it for its facts"
