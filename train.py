@@ -3,8 +3,10 @@
 `python train.py --help` says more. The code is in ring_attention/commands/train.py.
 """
 
+import sys
+
 from ring_attention.commands.console import COMMANDS
-from ring_attention.commands.program import start
+from ring_attention.commands.program import load
 
 if __name__ == "__main__":
-    start("train.py", COMMANDS["train"])
+    sys.exit(load("train.py", COMMANDS["train"])())

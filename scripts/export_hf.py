@@ -3,8 +3,10 @@
 `python scripts/export_hf.py --help` says more. The code is in ring_attention/commands/export_hf.py.
 """
 
+import sys
+
 from ring_attention.commands.console import COMMANDS
-from ring_attention.commands.program import start
+from ring_attention.commands.program import load
 
 if __name__ == "__main__":
-    start("export_hf.py", COMMANDS["export"])
+    sys.exit(load("export_hf.py", COMMANDS["export"])())

@@ -3,8 +3,10 @@
 `python scripts/finetune.py --help` says more. The code is in ring_attention/commands/finetune.py.
 """
 
+import sys
+
 from ring_attention.commands.console import COMMANDS
-from ring_attention.commands.program import start
+from ring_attention.commands.program import load
 
 if __name__ == "__main__":
-    start("finetune.py", COMMANDS["finetune"])
+    sys.exit(load("finetune.py", COMMANDS["finetune"])())

@@ -3,8 +3,10 @@
 `python scripts/import_hf.py --help` says more. The code is in ring_attention/commands/import_hf.py.
 """
 
+import sys
+
 from ring_attention.commands.console import COMMANDS
-from ring_attention.commands.program import start
+from ring_attention.commands.program import load
 
 if __name__ == "__main__":
-    start("import_hf.py", COMMANDS["import"])
+    sys.exit(load("import_hf.py", COMMANDS["import"])())

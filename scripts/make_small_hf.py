@@ -3,8 +3,10 @@
 `python scripts/make_small_hf.py --help` says more. The code is in ring_attention/commands/make_small_hf.py.
 """
 
+import sys
+
 from ring_attention.commands.console import COMMANDS
-from ring_attention.commands.program import start
+from ring_attention.commands.program import load
 
 if __name__ == "__main__":
-    start("make_small_hf.py", COMMANDS["make_small_hf"])
+    sys.exit(load("make_small_hf.py", COMMANDS["make_small_hf"])())

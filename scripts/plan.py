@@ -3,8 +3,10 @@
 `python scripts/plan.py --help` says more. The code is in ring_attention/commands/plan.py.
 """
 
+import sys
+
 from ring_attention.commands.console import COMMANDS
-from ring_attention.commands.program import start
+from ring_attention.commands.program import load
 
 if __name__ == "__main__":
-    start("plan.py", COMMANDS["plan"])
+    sys.exit(load("plan.py", COMMANDS["plan"])())

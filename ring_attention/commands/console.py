@@ -1,8 +1,6 @@
 """The command `ring-attention`, which has all others as subcommands."""
 
-from typing import NoReturn
-
-from ring_attention.commands.program import Command, dispatch
+from ring_attention.commands.program import Command, choose
 
 COMMANDS = {
     "train": Command("ring_attention.commands.train", "train a model on sequences sharded across devices", trains=True),
@@ -23,6 +21,6 @@ COMMANDS = {
 }
 
 
-def main() -> NoReturn:
-    """Run the subcommand that the command line names."""
-    dispatch("ring-attention", COMMANDS)
+def main() -> int:
+    """Run the subcommand that the command line names, and return its exit status."""
+    return choose("ring-attention", COMMANDS)()

@@ -4,6 +4,7 @@ JAX takes seconds to load, so this module imports nothing but the standard libra
 imported after Ctrl-C is taken care of.
 """
 
+import functools
 import importlib
 import logging
 import os
@@ -32,12 +33,12 @@ class Command(NamedTuple):
     trains: bool = False
 
 
-def dispatch(program: str, commands: Mapping[str, Command]) -> NoReturn:
-    """Run the command that the first word of the command line names, and exit with its status."""
+def choose(program: str, commands: Mapping[str, Command]) -> Callable[[], int]:
+    """Load the command that the first word of the command line names, as `load` does."""
     _guard()
     name, *rest = sys.argv[1:] or [""]
     if name in commands:
-        start(f"{program} {name}", commands[name], rest)
+        return load(f"{program} {name}", commands[name], rest)
     width = max(map(len, commands))
     lines = [f"  {command:{width}}  {about.words}" for command, about in commands.items()]
     if name in ("-h", "--help"):
@@ -48,13 +49,16 @@ def dispatch(program: str, commands: Mapping[str, Command]) -> NoReturn:
     sys.exit(2)
 
 
-def start(program: str, command: Command, argv: list[str] | None = None) -> NoReturn:
-    """Load a command, run it, and exit with its status.
+def load(program: str, command: Command, argv: list[str] | None = None) -> Callable[[], int]:
+    """Import a command's module while Ctrl-C ends the process in one line.
 
     Args:
       program: the name of the command in its messages.
       command: which one.
       argv: the words after the name; by default those of this process.
+
+    Returns:
+      a function without arguments that runs the command and returns its exit status (`run`).
     """
     _guard()
     argv = sys.argv[1:] if argv is None else argv
@@ -71,7 +75,7 @@ def start(program: str, command: Command, argv: list[str] | None = None) -> NoRe
         signal.signal(signal.SIGINT, signal.default_int_handler)
     from ring_attention.training.fault_tolerance.errors import exit_now
 
-    sys.exit(run(program, main, argv, trains=command.trains, leave=exit_now))
+    return functools.partial(run, program, main, argv, trains=command.trains, leave=exit_now)
 
 
 def run(

@@ -1,6 +1,8 @@
 """Measure speed: `python -m scripts.benchmarks NAME`; without a name it lists what there is."""
 
-from ring_attention.commands.program import Command, dispatch
+import sys
+
+from ring_attention.commands.program import Command, choose
 
 COMMANDS = {
     name: Command(f"scripts.benchmarks.{name}", words)
@@ -16,4 +18,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    dispatch("python -m scripts.benchmarks", COMMANDS)
+    sys.exit(choose("python -m scripts.benchmarks", COMMANDS)())

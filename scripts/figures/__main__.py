@@ -1,6 +1,8 @@
 """Draw and print what the documents show: `python -m scripts.figures NAME`; without a name it lists what there is."""
 
-from ring_attention.commands.program import Command, dispatch
+import sys
+
+from ring_attention.commands.program import Command, choose
 
 COMMANDS = {
     name: Command(f"scripts.figures.{name}", words)
@@ -13,4 +15,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    dispatch("python -m scripts.figures", COMMANDS)
+    sys.exit(choose("python -m scripts.figures", COMMANDS)())

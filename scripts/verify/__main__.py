@@ -1,6 +1,8 @@
 """Check what the documents claim: `python -m scripts.verify NAME`; without a name it lists what there is."""
 
-from ring_attention.commands.program import Command, dispatch
+import sys
+
+from ring_attention.commands.program import Command, choose
 
 COMMANDS = {
     name: Command(f"scripts.verify.{name}", words)
@@ -18,4 +20,4 @@ COMMANDS = {
 COMMANDS["soak"] = COMMANDS["soak"]._replace(module="scripts.verify.soak.command")
 
 if __name__ == "__main__":
-    dispatch("python -m scripts.verify", COMMANDS)
+    sys.exit(choose("python -m scripts.verify", COMMANDS)())

@@ -88,7 +88,7 @@ def test_plan_of_table_2_takes_no_config(call):
 
 
 @pytest.mark.parametrize(("words", "status"), [(["--help"], 0), ([], 2), (["nothing"], 2)])
-def test_dispatch_lists_the_commands(words, status, monkeypatch, capsys):
+def test_choose_lists_the_commands(words, status, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ring-attention", *words])
     monkeypatch.setattr(program, "_guard", lambda: None)
     with pytest.raises(SystemExit) as ended:
