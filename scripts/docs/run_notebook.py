@@ -8,12 +8,13 @@ import base64
 import contextlib
 import io
 import json
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from ring_attention.checks import local_path
 
 
 def execute(notebook: dict) -> dict:
@@ -46,7 +47,7 @@ def _run(source: str, namespace: dict, count: int) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebook", type=Path, help="the .ipynb to run; its outputs are replaced")
+    parser.add_argument("notebook", type=local_path, help="the .ipynb to run; its outputs are replaced")
     path = parser.parse_args().notebook
     done = execute(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

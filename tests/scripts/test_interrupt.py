@@ -46,7 +46,7 @@ BODIES = {
 def test_wrapper_loads_nothing_heavy_before_ctrl_c_is_heard(wrapper):
     tree = ast.parse(wrapper.read_text())
     assert {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} <= LIGHT
-    assert {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names} == {"sys"}
+    assert {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names} <= {"sys"}
 
 
 def test_what_wrappers_load_is_light():
