@@ -60,7 +60,7 @@ def make_trainers(out: Path, num_steps: int) -> dict[int, Trainer]:
 def main(argv: list[str]) -> int:
     """Soak in the folder that is given, or in one that is removed afterwards."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30, help="after which no fault is begun any more")
+    parser.add_argument("--minutes", type=float, default=30, help="of faults, beside the undisturbed runs")
     parser.add_argument("--seed", type=int, default=0, help="of the order, the moments and the places")
     parser.add_argument(
         "--out", type=local_path, help="a new folder for runs, logs and soak.json; by default none stays"

@@ -32,19 +32,20 @@ class Session:
     ) -> None:
         """Inject every kind once a round, `tell` each outcome, and train the runs in hand to their end.
 
-        Faults of one process and of several take turns of whole rounds; they share the time in equal parts.
+        Faults of one process come first, then those of several; each have half of the `seconds`, which begin when the
+        run that nothing disturbs is trained.
         """
         began, groups = time.monotonic(), {}
         for kind in self.kinds:
             groups.setdefault(max(self.trainers) if kind in SHARED else 1, []).append(kind)
-        for share, (processes, kinds) in enumerate(sorted(groups.items()), 1):
-            until = began + seconds * share / len(groups)
+        for processes, kinds in sorted(groups.items()):
             chain = Chain(self.trainers[processes], self.out / f"of_{processes}", deadline=self.deadline, rng=self.rng)
+            until = time.monotonic() + seconds / len(groups)
             try:
                 for kind in self._shuffled(kinds, rounds):
-                    self.seconds = time.monotonic() - began
-                    if began + self.seconds > until:
+                    if time.monotonic() > until:
                         break
+                    self.seconds = time.monotonic() - began
                     self._inject(chain, kind)
                     tell(self.outcomes[-1])
                 if chain.has_run:
