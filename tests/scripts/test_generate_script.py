@@ -87,14 +87,14 @@ def test_generate_continues_prompts_of_a_file_as_if_alone(generate, tmp_path):
 
 
 @pytest.fixture
-def fed(script, monkeypatch):
+def fed(monkeypatch):
     """fed(flags) -> (what the model is fed for each prompt, what ends continuations); nothing is computed."""
 
     def run(*flags):
         seen = []
-        monkeypatch.setattr(script, "open_generator", lambda *_: None)
-        monkeypatch.setattr(script, "continue_prompts", lambda *given, **_: seen.append((given[2], given[4])))
-        assert script.run([*flags]) == 0
+        monkeypatch.setattr(command, "open_generator", lambda *_: None)
+        monkeypatch.setattr(command, "continue_prompts", lambda *given, **_: seen.append((given[2], given[4])))
+        assert call_command("generate.py", command.main, *flags) == 0
         return [prompt.tokens.tolist() for prompts, _ in seen for prompt in prompts], seen[0][1]
 
     return run
@@ -155,7 +155,7 @@ def test_generate_ends_before_a_stop(generate):
     assert int(FIGURES.search(err)["new"]) < 40
 
 
-def test_generate_ends_where_hugging_face_files_say(script, tmp_path, capsys):
+def test_generate_ends_where_hugging_face_files_say(tmp_path, capsys):
     write_folder(tmp_path / "hf", QWEN3 | dict(vocab_size=264))
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     config = TrainConfig(name="x", model=MODEL, seq_len=64, num_steps=200)
@@ -164,11 +164,11 @@ def test_generate_ends_where_hugging_face_files_say(script, tmp_path, capsys):
     assert {7, 9} < set(end_tokens(trained, load_tokenizer(trained.config.data.tokenizer)))
     flags = [f"--checkpoint={tmp_path}/hf", "--prompt=abc", "--max_new_tokens=5", "--no_document_start"]
     for dtype in ("float32", "bfloat16"):
-        assert script.run([*flags, f"--dtype={dtype}", "--capacity=1024"]) == 0
+        assert call_command("generate.py", command.main, *flags, f"--dtype={dtype}", "--capacity=1024") == 0
     mib = [float(found["mib"]) for found in FIGURES.finditer(capsys.readouterr().err)]
     assert mib == [0.6, 0.3], "3 layers, K and V, 2 heads of 12 numbers of 4 and 2 bytes, 1,024 tokens"
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    assert script.run(flags) == 2
+    assert call_command("generate.py", command.main, *flags) == 2
     assert "eos_token_id='</s>': need ids of tokens" in capsys.readouterr().err
 
 

@@ -212,7 +212,7 @@ def test_launcher_stops_processes_that_nobody_reads(start, tmp_path):
         (["--grace=nan"], "--grace=nan must not be negative; 0 kills the others at once"),
         (["--program=nowhere.py"], "--program=nowhere.py: there is no such file; name a Python program"),
         (["--config=a.py"], "--config=a.py is not an argument of the launcher, so write -- before the arguments of"),
-        (["--confg=a.py", "--", "x"], "--confg=a.py is not an argument of the launcher; see --help\n"),
+        (["--confg=a.py", "--", "x"], "--confg=a.py is not an argument of the launcher; see launch_local.py --help\n"),
     ],
 )
 def test_launcher_starts_nothing_on_a_mistake(flags, message):
