@@ -156,7 +156,6 @@ def _shorter(window: int | None, max_segment_len: int | None, segment_ids) -> in
         f"max_segment_len={max_segment_len} bounds segments, but there are none; give segment_ids, or window instead",
     )
     check_window("max_segment_len", max_segment_len)
-    check_window("window", window)
     return max_segment_len if window is None else min(window, max_segment_len)
 
 
