@@ -6,7 +6,12 @@ The quick ones compile as quickly as XLA can, those that are asked for by a mark
 import os
 
 import jax
+import pytest
 from quick_compile import OPTIONS
+from ring_helpers import PLAIN
+
+from ring_attention.attention import kernels
+from ring_attention.parallel import context
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -16,3 +21,26 @@ def pytest_configure(config):
     if "not slow" in config.option.markexpr:
         flags = [f"--{name}={value}" for name, value in OPTIONS.items()]
         os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+
+
+SURROUNDINGS = ("models", "training", "inference", "evaluation")
+"""Rooms whose tests are about what surrounds the kernel."""
+
+
+@pytest.fixture(scope="module")
+def plain_kernel():
+    """Let rings of a module compute their blocks without tiles, and compile in a quarter of the time.
+
+    The kernel that people use is compared with the oracle in tests/attention and, in rings, in tests/parallel.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels.KERNELS, "xla", PLAIN._replace(name="xla"))
+        context._sharded.cache_clear()
+        yield
+    context._sharded.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plain_kernel_in_surroundings(request):
+    if request.path.parent.name in SURROUNDINGS:
+        request.getfixturevalue("plain_kernel")

@@ -10,6 +10,8 @@ from ring_helpers import quickly, ring_mesh
 import ring_attention as ra
 from ring_attention.testing import random_qkv, relative_error
 
+pytestmark = pytest.mark.usefixtures("plain_kernel")
+
 Q, K, V, DQ = random_qkv(0, 1, 16, 4, 2, 8)
 
 

@@ -19,6 +19,8 @@ import ring_attention as ra
 from ring_attention.parallel import flax_attention
 from ring_attention.testing import random_segments, relative_error
 
+pytestmark = pytest.mark.usefixtures("plain_kernel")
+
 # Every size is another, so that swapped axes cannot pass. Calls of one shape share a compiled ring.
 B, T, M, H, D = 6, 16, 24, 4, 5
 ROUNDING = 1e-5

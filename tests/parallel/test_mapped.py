@@ -11,6 +11,8 @@ from ring_helpers import quickly
 import ring_attention as ra
 from ring_attention.testing import random_qkv, relative_error
 
+pytestmark = pytest.mark.usefixtures("plain_kernel")
+
 N, T, H, K, D = 4, 8, 4, 2, 8
 SPEC = P(None, "sp")
 

@@ -13,6 +13,8 @@ from ring_helpers import quickly
 import ring_attention as ra
 from ring_attention.testing import dense_errors, errors, oracle
 
+pytestmark = pytest.mark.usefixtures("plain_kernel")
+
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 COLLECTIVES = "all-gather|all-reduce|collective-permute|all-to-all"
 NAMES = ("dp", "sp", "tp")

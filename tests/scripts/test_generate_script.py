@@ -23,6 +23,8 @@ from ring_attention.training.run_folder import open_run_folder
 from ring_attention.training.state import make_state
 from ring_attention.training.trained_model import open_trained_model
 
+pytestmark = pytest.mark.usefixtures("plain_kernel")
+
 MODEL = ModelConfig(vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
 FIGURES = re.compile(
     r"\[(?P<length>\d+) tokens; read in [\d.]+ s; (?P<new>\d+) new ones, [\d.,]+ tokens/s; "
