@@ -4,10 +4,9 @@ import functools
 
 import jax
 import pytest
-from ring_helpers import PLAIN, ring_mesh
+from ring_helpers import ring_mesh
 
 import ring_attention as ra
-from ring_attention.attention import kernels
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.parallel.workload import Workload
@@ -17,11 +16,6 @@ P, B, T, H, K, D = 4, 2, 96, 8, 4, 6
 STRIDE = 4
 OPTIONS = {"sparse": dict(stride=STRIDE), "usp": dict(ulysses_size=2)}
 MANY = [name for name in ra.STRATEGIES if name != "single_device"]
-
-
-@pytest.fixture(autouse=True)
-def _plain_kernel(monkeypatch):
-    monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
 
 
 def test_strategies_state_their_facts():
