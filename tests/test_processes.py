@@ -92,7 +92,7 @@ def alone(corpus, tmp_path_factory):
     return folder, losses(folder)
 
 
-@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_several_processes_have_the_losses_of_one_and_only_the_first_speaks(alone, corpus, tmp_path, num_processes):
     ended = finish(start(num_processes, corpus, *FSDP_AND_RING_OF_4, f"--config.run_dir={tmp_path}"))
     assert [status for status, _, _ in ended] == [0] * num_processes, ended
@@ -149,7 +149,7 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint_and_fewer_processe
     assert f"Stopped by SIGTERM after step {step + 1} of 4000" in ended[1][2]
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.nightly)])
 def test_when_one_process_is_killed_the_others_say_which_and_stop_within_a_minute(corpus, tmp_path, victim):
     flags = [*RING_OF_4, "--config.num_steps=100000", "--config.eval_every=100000", "--config.checkpoint_every=100000"]
     processes = start(4, corpus, *flags, f"--config.run_dir={tmp_path}")

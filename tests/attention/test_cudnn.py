@@ -88,7 +88,7 @@ def _marks(layout, mask):
     if (layout, mask) in QUICK:
         return []
     many = layout == "dealt" or mask == "documents" and layout != "zigzag"
-    return [pytest.mark.slow, pytest.mark.long] if many else pytest.mark.slow
+    return [pytest.mark.slow, pytest.mark.nightly] if many else pytest.mark.slow
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_epoch_holds_every_byte_once_and_resumes_anywhere(files, arguments, resu
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 @settings(max_examples=200, deadline=None)
 @given(FILES, sizes(), st.integers(0, 200))
 def test_epoch_holds_every_byte_once_at_length(files, arguments, resume_after):

@@ -128,7 +128,7 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient(remat, kept):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["offload", pytest.param("none", marks=pytest.mark.long)])
+@pytest.mark.parametrize("remat", ["offload", pytest.param("none", marks=pytest.mark.nightly)])
 def test_attention_of_some_heads_at_a_time_is_that_of_all(remat, kept):
     got = _gradients(dataclasses.replace(TINY, remat=remat, **HEADS))
     want = _gradients(dataclasses.replace(TINY, remat="none", **{**HEADS, "head_groups": 1}))

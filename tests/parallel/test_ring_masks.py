@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from ring_helpers import PLAIN, Bound, assert_exact, costly, quickly, results, ring_mesh, sharded
+from ring_helpers import Bound, assert_exact, costly, quickly, results, ring_mesh, sharded
 
 import ring_attention as ra
-from ring_attention.attention import kernels
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.testing import NAMES, errors, random_qkv, random_segments
 
@@ -54,23 +53,20 @@ def _id(case):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if n % 2 else pytest.mark.slow, id=_id(case)) for n, case in enumerate(CASES)]
+    ("case", "impl"),
+    [pytest.param(case, "plain", id=_id(case)) for case in CASES[1::2]]
+    + [pytest.param(case, "xla", marks=pytest.mark.slow, id=_id(case)) for case in CASES[::2]],
 )
-def test_ring_attention_is_exact_with_arguments_together(case):
+def test_ring_attention_is_exact_with_arguments_together(case, impl):
     layout, P, dtype, causal, window, *chosen = case
     arguments = dict(causal=causal, window=WINDOWS[window])
     for own, has in zip(ARGUMENTS.values(), chosen, strict=True):
         arguments |= own if has else {}
     qkv = random_qkv(P, B, T, H, K, D, dtype=DTYPES[dtype])
-    assert_exact(results(sharded(ring_mesh(P), layout), qkv, **arguments), qkv, **arguments)
+    assert_exact(results(sharded(ring_mesh(P), layout, impl=impl), qkv, **arguments), qkv, **arguments)
 
 
 # --- Dropout counts by global indices ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _plain_kernel(monkeypatch):
-    monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
 
 
 DROPOUT = dict(dropout_rate=0.5, dropout_key=KEY)
@@ -200,7 +196,7 @@ def test_ring_attention_matches_oracle_in_any_ring(**drawn):
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 @costly(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @ANYTHING
 def test_ring_attention_matches_oracle_in_any_ring_with_tiles(**drawn):

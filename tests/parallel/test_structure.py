@@ -105,7 +105,7 @@ def test_forward_sends_segment_ids_with_the_keys():
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 def test_unrolled_ring_sends_the_same_without_a_loop():
     def at_once(part, **settings):
         """Permutes in the text that stand in no loop."""
@@ -225,30 +225,52 @@ def test_fewest_transfers_are_those_counted_by_hand():
 WINDOWS = [1, 2, 4, 33, 100, t + 1, t + 2, 200]
 
 
+def _asked_by(part, P, **settings):
+    """dtype -> (number, bytes) of what a pass of ours sends, read from its trace."""
+    return _asked(_trace(part, P, **settings).jaxpr)
+
+
+def _transfers(number, tokens, segments=0):
+    """What is asked for where so many transfers of keys, and of as many values, send so many tokens of each.
+
+    `segments` is the number of transfers of segment ids, which go no farther than keys.
+    """
+    asked = {"float32": (2 * number, 2 * tokens * TOKEN)} if number else {}
+    return asked | ({"int32": (segments, tokens * SEGMENT)} if segments else {})
+
+
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    "causal", [pytest.param(True, id="causal"), pytest.param(False, id="bidirectional", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("causal", [pytest.param(True, id="causal"), pytest.param(False, id="bidirectional")])
 @pytest.mark.parametrize("layout", LAYOUT_KINDS)
 def test_window_leaves_the_fewest_transfers(layout, causal):
     for window in WINDOWS:
         settings = dict(layout=layout, causal=causal, window=window, impl="quick")
         number, tokens = _fewest(layout, 4, window, causal)
-        assert _totals("forward", 4, **settings) == _permutes(2 * number, 2 * tokens * TOKEN), window
-        assert _totals("backward", 4, **settings) == _permutes(4 * number, 4 * tokens * TOKEN), window
+        assert _asked_by("forward", 4, **settings) == _transfers(number, tokens), window
+        assert _asked_by("backward", 4, **settings) == _transfers(2 * number, 2 * tokens), window
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    "layout", ["zigzag", *(pytest.param(x, marks=pytest.mark.slow) for x in ("contiguous", "striped"))]
-)
+@pytest.mark.parametrize("layout", LAYOUT_KINDS)
 def test_max_segment_len_leaves_the_fewest_transfers(layout):
     for longest in (2, 33, 100, 200):
         settings = dict(layout=layout, max_segment_len=longest, packed=True, impl="quick")
         number, tokens = _fewest(layout, 8, longest)
-        segments = tokens * SEGMENT
-        assert _totals("forward", 8, **settings) == _permutes(3 * number, 2 * tokens * TOKEN + segments), longest
-        assert _totals("backward", 8, **settings) == _permutes(5 * number, 4 * tokens * TOKEN + segments), longest
+        asked = _transfers(number, tokens, segments=number)
+        assert _asked_by("forward", 8, **settings) == asked, longest
+        backward = asked | _transfers(2 * number, 2 * tokens)
+        assert _asked_by("backward", 8, **settings) == backward, longest
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("layout", LAYOUT_KINDS)
+def test_window_and_longest_segment_send_what_was_asked_for(layout):
+    """The compiler adds nothing to what is asked for, and finds nothing in it to leave out."""
+    for bound in (dict(window=100), dict(max_segment_len=100)):
+        settings = dict(layout=layout, packed=True, impl="quick") | bound
+        for part in ("forward", "backward"):
+            asked = _asked_by(part, 4, **settings).values()
+            assert _totals(part, 4, **settings) == _permutes(*map(sum, zip(*asked, strict=True)))
 
 
 @pytest.mark.parametrize(("layout", "number"), [pytest.param("contiguous", 1, marks=pytest.mark.slow), ("zigzag", 2)])

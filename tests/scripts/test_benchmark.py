@@ -11,7 +11,7 @@ from scripts.benchmarks.baselines import System
 
 
 @pytest.mark.slow  # compiles 18 programs
-@pytest.mark.long
+@pytest.mark.nightly
 def test_benchmark_attention_measures_layouts_and_masks(tmp_path):
     out = tmp_path / "cpu"
     done = run_command(

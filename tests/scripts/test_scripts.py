@@ -24,7 +24,7 @@ def test_programs_finds_the_fewest_transfers_alone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 def test_programs_compares_a_loop_with_an_unrolled_ring(tmp_path):
     out = tmp_path / "structure.json"
     flags = ["--rings", 4, "--shard", 64, "--layout", "contiguous", "--window", 0, 33, "--program", "backward"]
@@ -65,7 +65,7 @@ def test_accuracy_accepts_ours_and_can_fail(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 def test_accuracy_has_every_mask_at_once(tmp_path):
     out = tmp_path / "accuracy.json"
     flags = ["--tokens", 64, "--masks", "everything", "--dtypes", "float16", "--rings"]

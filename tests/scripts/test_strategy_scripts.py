@@ -14,7 +14,7 @@ TWO_CORES = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 def test_strategies_measures_every_approach(tmp_path):
     out = tmp_path / "strategies"
     sizes = ["--seq_len", 512, "--devices", 4, "--heads", 4, "--kv_heads", 4, "--head_dim", 16, "--window", 64]
@@ -55,7 +55,7 @@ def test_exponent_is_that_of_a_power_law():
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.skipif(not TWO_CORES, reason="needs Linux and two cores")
 def test_stragglers_measures_beside_the_prediction(tmp_path):
     out = tmp_path / "stragglers.json"

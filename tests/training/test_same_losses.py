@@ -65,9 +65,9 @@ def by_ring():
     [
         dict(strategy="all_gather"),
         dict(strategy="ulysses"),
-        pytest.param(dict(strategy="usp", ulysses_size=2), marks=pytest.mark.long),
+        pytest.param(dict(strategy="usp", ulysses_size=2), marks=pytest.mark.nightly),
         dict(strategy="ring_self_attention"),
-        pytest.param(dict(speeds="1 0.5 1 2"), marks=pytest.mark.long),
+        pytest.param(dict(speeds="1 0.5 1 2"), marks=pytest.mark.nightly),
     ],
     ids=str,
 )
