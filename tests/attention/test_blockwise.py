@@ -28,26 +28,18 @@ RICH = dict(window=21, softcap=2.0, scale=0.4, sinks=SINKS, alibi_slopes=SLOPES,
 # Which arguments, keys, tiles. Neither 44 nor 60 is a multiple of most of these tiles.
 CASES = {
     "causal": ({}, T, dict(q=24, kv=16)),
-    "all": (dict(causal=False), S, dict(q=24, kv=16, cut=1)),
-    "documents": (dict(segment_ids=random_segments(3, 2, T)), T, dict(q=24, kv=16, heads=2)),
-    "documents of others": (CROSS, S, dict(q=17, kv=13)),
-    "window": (dict(window=9), T, dict(q=7, kv=5)),
+    "both ways": (dict(causal=False), S, dict(q=24, kv=16, cut=1)),
+    "documents, softcap": (dict(segment_ids=random_segments(3, 2, T), softcap=0.7), T, dict(q=24, kv=16, heads=2)),
+    "documents of others, scale": (CROSS | dict(scale=-0.6), S, dict(q=17, kv=13)),
+    "window, sinks": (dict(window=9, sinks=SINKS), T, dict(q=7, kv=5)),
     "window both ways": (dict(window=13, causal=False), S, dict(q=16, kv=16, cut=4)),
-    "softcap": (dict(softcap=0.7), T, dict(q=16, kv=24, cut=4)),
-    "scale": (dict(scale=-0.6), T, dict(q=9, kv=60)),
-    "sinks": (dict(sinks=SINKS), T, dict(q=24, kv=16, heads=2)),
-    "alibi": (dict(alibi_slopes=SLOPES), T, dict(q=24, kv=16, heads=2)),
-    "alibi both ways": (dict(alibi_slopes=SLOPES, causal=False), S, dict(q=13, kv=17)),
+    "alibi": (dict(alibi_slopes=SLOPES), T, dict(q=16, kv=24, cut=4)),
+    "alibi, softcap both ways": (dict(alibi_slopes=SLOPES, softcap=0.7, causal=False), S, dict(q=13, kv=60)),
     "dropout": (DROPOUT, T, dict(q=24, kv=16, heads=2)),
     "everything": (dict(**RICH, segment_ids=random_segments(4, 2, T, count=2)), T, dict(q=24, kv=16, heads=2)),
     "everything, of others": (RICH | CROSS | dict(causal=False), S, dict(q=10, kv=24, cut=1)),
 }
-HALF = [
-    ("documents", "bfloat16"),
-    ("everything", "bfloat16"),
-    ("everything", "float16"),
-    ("everything, of others", "float16"),
-]
+HALF = [("documents, softcap", "bfloat16"), ("everything", "bfloat16"), ("everything, of others", "float16")]
 TOGETHER = [("segment_ids", "kv_segment_ids"), ("dropout_rate", "dropout_key"), ("q_positions", "kv_positions")]
 
 
@@ -103,16 +95,22 @@ def test_blockwise_attention_matches_oracle_with_any_lengths(
         np.testing.assert_allclose(np.asarray(g), w, atol=3e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_blockwise_attention_drops_the_same_with_any_tiles(causal):
+@pytest.mark.parametrize(
+    ("causal", "sizes"),
+    [
+        (True, [dict(q=512, kv=512), dict(q=16, kv=8, heads=2)]),
+        (False, [dict(q=7, kv=5, cut=1), dict(q=8, kv=16, cut=4)]),
+    ],
+)
+def test_blockwise_attention_drops_the_same_with_any_tiles(causal, sizes):
     length = 33
     q, k, _, _ = random_qkv(1, 2, length, 4, 2, length)
     v = jnp.broadcast_to(jnp.eye(length)[:, None], k.shape)  # the output of a query is then its row of weights
     want = ra.reference_attention(q, k, v, causal=causal, **DROPOUT)
     seen = ra.reference_attention(q, k, v, causal=causal) > 0
     assert 0.25 < 1 - (want > 0).sum() / seen.sum() < 0.35  # of those seen, about the rate is dropped
-    for sizes in (dict(q=512, kv=512), dict(q=7, kv=5, cut=1), dict(q=16, kv=8, heads=2), dict(q=8, kv=16, cut=4)):
-        attend = functools.partial(ra.blockwise_attention, causal=causal, block_sizes=ra.BlockSizes(**sizes), **DROPOUT)
+    for blocks in (ra.BlockSizes(**size) for size in sizes):
+        attend = functools.partial(ra.blockwise_attention, causal=causal, block_sizes=blocks, **DROPOUT)
         got = quickly(attend)(q, k, v)
         np.testing.assert_array_equal(np.asarray(got) > 0, want > 0)
         np.testing.assert_allclose(got, want, atol=1e-6)
@@ -139,8 +137,11 @@ NOTHING = {
 }
 
 
-@pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0])], ids=["no sinks", "sinks"])
-@pytest.mark.parametrize("why", NOTHING)
+@pytest.mark.parametrize(
+    ("why", "sinks"),
+    [("other documents", None), ("before all keys", np.array([0.5, -1.0])), ("out of the window", None)],
+    ids=NOTHING,
+)
 def test_blockwise_attention_is_zero_where_a_query_sees_nothing(why, sinks):
     q, k, v, dout = random_qkv(2, B=1, T=32, H=2, K=1, D=8)
 
