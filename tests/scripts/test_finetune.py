@@ -78,9 +78,8 @@ def test_finetune_that_learns_nothing_writes_the_same_bytes(small, tmp_path):
         "--config.log_every=2",
         "--config.num_steps=40",
     )
-    started = subprocess.Popen(
-        words_of("finetune.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [*words_of("finetune.py"), *map(str, flags)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     for line in started.stdout:
         if line.startswith("step "):
             break
