@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from ring_helpers import PLAIN, assert_exact, expected, quickly, results, ring_mesh, sharded, simulate
+from ring_helpers import assert_exact, expected, quickly, results, ring_mesh, sharded, simulate
 
 import ring_attention as ra
-from ring_attention.attention import kernels
 from ring_attention.parallel import ring_pass
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.testing import dense_attention, errors, random_qkv, random_segments
@@ -20,25 +19,31 @@ from ring_attention.testing import dense_attention, errors, random_qkv, random_s
 B, T, H, D = 3, 96, 4, 8
 
 CHOICES = dict(
-    layout=LAYOUT_KINDS, P=(1, 2, 3, 8), K=(4, 2, 1), packed=(False, True), causal=(True, False), dtype=("f32", "bf16")
+    layout=LAYOUT_KINDS,
+    P=(1, 2, 3, 8),
+    K=(4, 2, 1),
+    packed=(False, True),
+    causal=(True, False),
+    dtype=("f32", "bf16"),
+    impl=("plain", "xla"),
 )
 CASES = [
-    ("contiguous", 1, 2, True, True, "bf16"),
-    ("striped", 1, 1, True, False, "f32"),
-    ("zigzag", 1, 4, False, True, "bf16"),
-    ("contiguous", 2, 1, False, True, "bf16"),
-    ("striped", 2, 4, False, False, "bf16"),
-    ("zigzag", 2, 2, True, False, "f32"),
-    ("contiguous", 3, 1, True, True, "f32"),
-    ("striped", 3, 4, False, False, "bf16"),
-    ("zigzag", 3, 2, False, True, "f32"),
-    ("contiguous", 8, 4, True, False, "f32"),
-    ("striped", 8, 2, False, True, "bf16"),
-    ("zigzag", 8, 1, False, True, "f32"),
+    ("contiguous", 1, 2, True, True, "bf16", "xla"),
+    ("striped", 1, 1, True, False, "f32", "plain"),
+    ("zigzag", 1, 4, False, True, "bf16", "plain"),
+    ("contiguous", 2, 1, False, True, "bf16", "plain"),
+    ("striped", 2, 4, False, False, "bf16", "plain"),
+    ("zigzag", 2, 2, True, False, "f32", "xla"),
+    ("contiguous", 3, 1, True, True, "f32", "plain"),
+    ("striped", 3, 4, False, False, "bf16", "xla"),
+    ("zigzag", 3, 2, False, True, "f32", "plain"),
+    ("contiguous", 8, 4, True, False, "f32", "plain"),
+    ("striped", 8, 2, False, True, "bf16", "plain"),
+    ("zigzag", 8, 1, False, True, "f32", "xla"),
 ]
 TRAINED = [
-    ("zigzag", 8, 2, True, True, "bf16"),
-    ("striped", 8, 2, True, True, "f32"),
+    ("zigzag", 8, 2, True, True, "bf16", "xla"),
+    ("striped", 8, 2, True, True, "f32", "xla"),
 ]
 DTYPES = dict(f32="float32", bf16="bfloat16")
 
@@ -49,29 +54,29 @@ def test_cases_cover_every_pair_of_choices():
         assert {(case[i], case[j]) for case in CASES} == set(itertools.product(values[i], values[j]))
 
 
-def _check(layout, P, K, packed, causal, dtype, jit):
+def _check(layout, P, K, packed, causal, dtype, impl, jit):
     qkv = random_qkv(P, B, T, H, K, D, dtype=DTYPES[dtype])
     mask = dict(causal=causal, segment_ids=random_segments(1, B, T) if packed else None)
-    got = results(sharded(ring_mesh(P), layout), qkv, jit=jit, **mask)
+    got = results(sharded(ring_mesh(P), layout, impl=impl), qkv, jit=jit, **mask)
     assert [x.dtype for x in got] == [DTYPES[dtype]] * 4
     assert_exact(got, qkv, **mask)
 
 
-@pytest.mark.parametrize(("layout", "P", "K", "packed", "causal", "dtype"), CASES)
-def test_ring_attention_is_as_exact_as_dense_attention(layout, P, K, packed, causal, dtype):
-    _check(layout, P, K, packed, causal, dtype, quickly)
+@pytest.mark.parametrize(tuple(CHOICES), CASES)
+def test_ring_attention_is_as_exact_as_dense_attention(layout, P, K, packed, causal, dtype, impl):
+    _check(layout, P, K, packed, causal, dtype, impl, quickly)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
 def test_ring_attention_takes_one_token_a_device(layout):
     qkv = random_qkv(1, B, 3, H, 2, D)
-    assert_exact(results(sharded(ring_mesh(3), layout), qkv), qkv, floor=1e-6)
+    assert_exact(results(sharded(ring_mesh(3), layout, impl="plain"), qkv), qkv, floor=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "P", "K", "packed", "causal", "dtype"), TRAINED)
-def test_ring_attention_is_exact_with_default_compilation(layout, P, K, packed, causal, dtype):
-    _check(layout, P, K, packed, causal, dtype, jax.jit)
+@pytest.mark.parametrize(tuple(CHOICES), TRAINED)
+def test_ring_attention_is_exact_with_default_compilation(layout, P, K, packed, causal, dtype, impl):
+    _check(layout, P, K, packed, causal, dtype, impl, jax.jit)
 
 
 SHARP = [("contiguous", 4), ("zigzag", 2), ("striped", 8)]
@@ -103,8 +108,7 @@ IMPLEMENTATIONS = ["plain", pytest.param("xla", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize(("P", "layout"), [(16, "zigzag"), (64, "striped")])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_ring_attention_is_exact_in_rings_of_many_devices(P, layout, impl, monkeypatch):
-    monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
+def test_ring_attention_is_exact_in_rings_of_many_devices(P, layout, impl):
     qkv, mask = random_qkv(P, 2, 256, 4, 2, 8), dict(segment_ids=random_segments(2, 2, 256))
     got = simulate(P, qkv, layout, impl=impl, **mask)
     assert_exact(got, qkv, **mask)
@@ -118,7 +122,6 @@ def _bf16_errors(P, impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_ring_attention_bfloat16_error_does_not_grow_with_p(impl, monkeypatch):
-    monkeypatch.setitem(kernels.KERNELS, "plain", PLAIN)
     few, more, many = (_bf16_errors(P, impl) for P in (2, 8, 64))
     np.testing.assert_array_less(more, 1.1 * few)
     np.testing.assert_array_less(many, 1.1 * few)
@@ -147,7 +150,7 @@ MESHES = [
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_ring_attention_takes_sharded_batch_and_heads(shape):
     qkv, mask = random_qkv(4, 4, 48, 6, 2, 8), dict(segment_ids=random_segments(5, 4, 48))
-    assert_exact(results(sharded(ra.make_mesh(**shape), "zigzag"), qkv, **mask), qkv, **mask)
+    assert_exact(results(sharded(ra.make_mesh(**shape), "zigzag", impl="plain"), qkv, **mask), qkv, **mask)
 
 
 def test_ring_attention_takes_axes_of_any_name_and_a_spec():
@@ -155,14 +158,15 @@ def test_ring_attention_takes_axes_of_any_name_and_a_spec():
     mesh = Mesh(grid, ("model", "rows", "ring"), axis_types=(AxisType.Auto,) * 3)
     spec = Spec("rows", "ring", "model", None)
     qkv, mask = random_qkv(6, 2, 48, 4, 2, 8), dict(segment_ids=random_segments(7, 2, 48))
-    assert_exact(results(sharded(mesh, "striped", axis_name="ring", spec=spec), qkv, **mask), qkv, **mask)
-    out = ra.ring_attention(*qkv[:3], mesh=mesh, axis_name="ring", spec=spec)
+    ring = sharded(mesh, "striped", axis_name="ring", spec=spec, impl="plain")
+    assert_exact(results(ring, qkv, **mask), qkv, **mask)
+    out = ra.ring_attention(*qkv[:3], mesh=mesh, axis_name="ring", spec=spec, impl="plain")
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), out.ndim)
 
 
 def test_ring_attention_takes_a_short_spec():
     qkv = random_qkv(8, 3, 48, 4, 1, 8)
-    assert_exact(results(sharded(ring_mesh(2), spec=Spec(None, "sp")), qkv), qkv)
+    assert_exact(results(sharded(ring_mesh(2), spec=Spec(None, "sp"), impl="plain"), qkv), qkv)
 
 
 def test_ring_attention_shard_takes_replicated_keys():
@@ -171,7 +175,7 @@ def test_ring_attention_shard_takes_replicated_keys():
 
     @jax.shard_map(mesh=ra.make_mesh(dp=2, sp=2, tp=2), in_specs=(of_q, of_kv, of_kv), out_specs=of_q)
     def attend(q, k, v):
-        return 2 * ra.ring_attention_shard(q, k + 1, v - 1)
+        return 2 * ra.ring_attention_shard(q, k + 1, v - 1, impl="plain")
 
     assert_exact(results(lambda q, k, v: attend(q, k - 1, v + 1) / 2, qkv), qkv)
 
