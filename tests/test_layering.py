@@ -28,7 +28,7 @@ ROOMS = (
 """Top to bottom, as DESIGN.md orders them: a room imports those to its right."""
 
 STRANGERS = {("data", "models"), ("models", "data")}
-LONGEST_MODULE = 400
+LONGEST_MODULE, LONGEST_FUNCTION = 300, 50  # lines; a function's without its docstring
 
 
 def _read_sources():
@@ -138,9 +138,30 @@ def test_a_made_up_circle_is_seen():
     assert circle[0] == circle[-1]
 
 
+def _function_lengths(source):
+    """(lines without the docstring, name) of each function of a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False)
+            without = len(docstring.splitlines()) if docstring else 0
+            yield node.end_lineno - node.lineno + 1 - without, node.name
+
+
+SCRIPTS = {str(path): path.read_text(encoding="utf-8") for path in (PACKAGE.parent / "scripts").rglob("*.py")}
+
+
 def test_modules_fit_on_a_few_screens():
-    lengths = {module: len(source.splitlines()) for module, source in SOURCES.items()}
-    assert {module: n for module, n in lengths.items() if n > LONGEST_MODULE} == {}
+    lengths = {name: len(source.splitlines()) for name, source in (SOURCES | SCRIPTS).items()}
+    assert {name: n for name, n in lengths.items() if n > LONGEST_MODULE} == {}
+
+
+def test_functions_fit_on_a_screen():
+    lengths = {(file, name): n for file, source in (SOURCES | SCRIPTS).items() for n, name in _function_lengths(source)}
+    assert {where: n for where, n in lengths.items() if n > LONGEST_FUNCTION} == {}
+
+
+def test_function_lengths_leave_the_docstring_out():
+    assert list(_function_lengths('def f():\n    """One.\n\n    Two.\n    """\n    return 1\n')) == [(2, "f")]
 
 
 IMPORTS = """

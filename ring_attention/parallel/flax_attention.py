@@ -245,17 +245,14 @@ def _replacement(mask) -> str:
 def _refuse_arithmetic(precision, **hooks) -> None:
     # JAX's own default is what a ring computes in, and may be set to something else for the whole program.
     set_to = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    default = precision in (lax.Precision.DEFAULT, "default") and set_to is None
     require(
-        precision is None or default,
+        precision is None or (precision in (lax.Precision.DEFAULT, "default") and set_to is None),
         f"precision={precision!r} cannot be set for a ring's products alone; leave precision out of the layer, "
         'and run the whole step under jax.default_matmul_precision("highest") or another',
     )
+    inside = "is given, but a ring's products are computed inside its kernel; leave it out of the layer"
     for name, hook in hooks.items():
-        require(
-            hook is None,
-            f"{name} is given, but a ring's products are computed inside its kernel; leave it out of the layer",
-        )
+        require(hook is None, f"{name} {inside}")
 
 
 def _dropout_of(rate, rng, broadcast: bool, deterministic: bool) -> dict:

@@ -264,10 +264,8 @@ def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSiz
         is_mqa=False,
         mask_value=HIDDEN,
         attn_logits_soft_cap=pair.mask.softcap,
-        q_layout=library.QKVLayout.HEAD_DIM_MINOR,
-        k_layout=library.QKVLayout.HEAD_DIM_MINOR,
-        v_layout=library.QKVLayout.HEAD_DIM_MINOR,
         interpret=interpret,
+        **{f"{x}_layout": library.QKVLayout.HEAD_DIM_MINOR for x in "qkv"},
     )
 
     def one(pair: BlockPair, q, k, v, lse, dout, delta):
