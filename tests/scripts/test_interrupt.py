@@ -56,14 +56,20 @@ def test_what_wrappers_load_is_light():
     assert done.stdout == "False False\n"
 
 
+HEAR_INTERRUPTS = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+)
+"""Runs the command behind it: what a shell runs in the background, and what that starts, does not hear SIGINT."""
+
+
 def interrupt(tmp_path, module, source, word):
     """Run the worked example with `source` in the place of a module, and interrupt it there."""
     (tmp_path / module).parent.mkdir(exist_ok=True)
     (tmp_path / module).write_text(source)
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-u", "-m", "scripts.figures", "worked_example"]
+    command = [sys.executable, "-c", HEAR_INTERRUPTS, sys.executable, "-u", "-m", "scripts.figures", "worked_example"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, cwd=REPOSITORY, env=env, preexec_fn=_hear_interrupts, **pipes) as process:
+    with subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes) as process:
         try:
             assert process.stdout.readline() == f"{word}\n"
             process.send_signal(signal.SIGINT)
@@ -71,11 +77,6 @@ def interrupt(tmp_path, module, source, word):
         finally:
             process.kill()
     return process.returncode, stderr
-
-
-def _hear_interrupts():
-    """Undo what a shell does to its background jobs: they, and what they start, do not hear SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_interrupt_while_modules_load_is_not_caught(tmp_path):
