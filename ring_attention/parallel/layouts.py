@@ -251,5 +251,5 @@ def parse_speeds(words: str) -> list[float]:
     except ValueError:
         speeds = []
     fits = len(speeds) > 0 and all(0 < speed < math.inf for speed in speeds)
-    require(fits, f'speeds={words!r} must be positive numbers with spaces between; for example "1 1 0.5 1"')
+    require(fits, f'speeds={shown(words)} must be positive numbers with spaces between; for example "1 1 0.5 1"')
     return speeds

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ring_attention.checks import ConfigError
@@ -135,6 +135,7 @@ def arguments(draw):
 
 @examples(150)
 @given(st.lists(arguments(), max_size=5))
+@example([["--config.attention.speeds=" + "9" * 5000]])
 def test_command_line_of_any_words_gives_config_or_one_line(words):
     argv = [word for argument in words for word in argument]
     if not {"-h", "-help", "--help"} & set(argv):
