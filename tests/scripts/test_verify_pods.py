@@ -24,9 +24,9 @@ def test_pods_transfers_are_one_link_with_work_beside(tmp_path):
     assert (ring["program"], step["program"]) == ("ring", "step")
     for row in rows:
         assert (row["devices"], row["links"], row["kernel"]) == (16, 1, "splash")
-        assert row["schedule"]["synchronous"] == 0
-        assert row["schedule"]["asynchronous"] >= 14  # K and V in 2 + 2 places, dK and dV in 3
-        assert row["schedule"]["hidden"] + row["schedule"]["beside_other_work"] == row["schedule"]["asynchronous"]
+        assert row["overlap"]["synchronous"] == 0
+        assert row["overlap"]["asynchronous"] >= 14  # K and V in 2 + 2 places, dK and dV in 3
+        assert row["overlap"]["hidden"] + row["overlap"]["beside_other_work"] == row["overlap"]["asynchronous"]
 
 
 def test_plan_agrees_with_the_compiler_of_the_pod(tmp_path):
