@@ -103,7 +103,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     own = _candidate(share, share.strategy)
     if own.label not in [candidate.label for candidate in candidates]:
         candidates = sorted([*candidates, own], key=lambda candidate: candidate.time.total)
-    recommended, reason = recommend(share, candidates)
+    recommended, reason = recommend(candidates)
     return Plan(
         share=share,
         memory=own.memory,
@@ -116,7 +116,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     )
 
 
-def recommend(share: Share, candidates: list[Candidate]) -> tuple[Candidate | None, str]:
+def recommend(candidates: list[Candidate]) -> tuple[Candidate | None, str]:
     """Choose the fastest of those that fit, among equally fast ones that with the least memory, and say why."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
@@ -125,10 +125,10 @@ def recommend(share: Share, candidates: list[Candidate]) -> tuple[Candidate | No
     fastest = min(candidate.time.total for candidate in fitting)
     equal = [candidate for candidate in fitting if candidate.time.total <= fastest * (1 + EQUAL)]
     best = min(equal, key=lambda candidate: (candidate.memory.total, candidate.label))
-    return best, _reason(share, best, candidates, equal)
+    return best, _reason(best, candidates, equal)
 
 
-def _reason(share: Share, best: Candidate, candidates: list[Candidate], equal: list[Candidate]) -> str:
+def _reason(best: Candidate, candidates: list[Candidate], equal: list[Candidate]) -> str:
     words = []
     waits = best.time.attention_waits
     if waits < 0.01 * best.time.total:

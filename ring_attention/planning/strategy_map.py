@@ -40,7 +40,7 @@ def map_strategies(share: Share, columns: int = 15, rows: int = 13) -> StrategyM
     for y, bandwidth in enumerate(bandwidths):
         for x, t in enumerate(tokens):
             other = _other(share, int(t), bandwidth)
-            recommended, _ = recommend(other, candidates_of(other, strategies))
+            recommended, _ = recommend(candidates_of(other, strategies))
             best[y, x] = families.index(recommended.strategy.family if recommended else NONE)
     return StrategyMap(tokens=tokens, bandwidths=bandwidths, families=families, best=best)
 

@@ -73,11 +73,6 @@ class Transfer:
         """Whether a device does not wait for the transfer at all."""
         return self.asynchronous and self.exposed_seconds <= 0
 
-    @property
-    def hidden_seconds(self) -> float:
-        """The part of `link_seconds` in which the device does not wait for the transfer."""
-        return self.link_seconds - self.exposed_seconds
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overlap:
