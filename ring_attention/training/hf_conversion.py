@@ -1,8 +1,8 @@
 """Hugging Face checkpoints from and to the folders that train.py writes and reads."""
 
 import contextlib
+import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,9 +23,8 @@ from ring_attention.models.hf.source import Source
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.fault_tolerance.errors import RunError
-from ring_attention.training.run_folder import VERSION, RunFolder
+from ring_attention.training.run_folder import RunFolder, write_config
 from ring_attention.training.trained_model import TrainedModel, config_of
 
 NEW_DTYPE = "float32"
@@ -98,9 +97,9 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Mani
         folder = RunFolder(partial)
         with Checkpoints(folder.checkpoints) as checkpoints:
             checkpoints.save(0, {"params": params}, {})
-        config = config_to_dict(config_of(source))
-        config["data"]["tokenizer"] = os.path.join(out.absolute(), FOLDER, FILES, TOKENIZER)
-        folder.config.write_text(json.dumps({"version": VERSION} | config, indent=2) + "\n", encoding="utf-8")
+        config = config_of(source)
+        data = dataclasses.replace(config.data, tokenizer=str(out.absolute() / FOLDER / FILES / TOKENIZER))
+        write_config(folder, dataclasses.replace(config, data=data))
     return manifest
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ring_attention.checks import ConfigError, require_field
@@ -107,7 +106,7 @@ def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) 
         cannot be written.
     """
     folder = folder_of(config)
-    first = jax.process_index() == 0
+    first = is_first()
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder.path) if first else contextlib.nullcontext()
@@ -119,13 +118,15 @@ def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) 
                 for change in _require_same(folder, config):
                     say(change)
             if first:
-                partial = folder.path / ".config.json.partial"
-                values = {"version": VERSION} | config_to_dict(config)
-                partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-                partial.replace(folder.config)
+                write_config(folder, config)
         except OSError as error:
             raise _unwritable(folder, error) from error
         yield folder
+
+
+def write_config(folder: RunFolder, config: TrainConfig) -> None:
+    """Write the config.json of a folder, in one move."""
+    _write(folder.config, {"version": VERSION} | config_to_dict(config))
 
 
 def read_config(folder: RunFolder) -> TrainConfig:
@@ -200,9 +201,14 @@ def require_same_contents(folder: RunFolder, now: dict[str, str], *, has_begun: 
                 f"the new ones by removing {path}"
             )
     if is_first():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        _write(path, now)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    """Write a file of JSON in one move."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.tokenizers import Tokenizer
+from ring_attention.hardware.chips import GiB
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import TOKEN_AXES, check_fits
 from ring_attention.parallel.strategy import Context, Strategy
@@ -22,8 +23,6 @@ from ring_attention.training.state import sharded_abstract_state
 
 _INT32_MAX = 2**31 - 1
 """Largest number of anything that is counted: steps, tokens, positions and the axes of an array are int32."""
-
-_GIB = 2**30
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """What a container may have of the host's memory; what it uses of that is mostly files, which give way."""
@@ -120,9 +119,9 @@ def require_memory(config: TrainConfig, mesh: Mesh) -> None:
         return
     where = f"the host's memory, which {sharing} devices share," if on_host else f"each {devices[0].device_kind}"
     raise ConfigError(
-        f"model: its {config.model.num_parameters:,} parameters need {sharing * state / _GIB:,.1f} GiB with gradients "
-        f"and moments, and activations at least {sharing * activations / _GIB:,.1f} GiB more; {where} has "
-        f"{have / _GIB:,.1f} GiB free; take a smaller model or shorter sequences, or more devices to share them "
+        f"model: its {config.model.num_parameters:,} parameters need {sharing * state / GiB:,.1f} GiB with gradients "
+        f"and moments, and activations at least {sharing * activations / GiB:,.1f} GiB more; {where} has "
+        f"{have / GiB:,.1f} GiB free; take a smaller model or shorter sequences, or more devices to share them "
         "(scripts/plan.py says how many)"
     )
 
