@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 from rich.table import Table
@@ -168,10 +169,10 @@ def _excerpt(message: str, word: str) -> str:
     return next(line for line in lines if word.lower() in line.lower())[:200]
 
 
-def versions() -> dict[str, str]:
-    """Look up the versions of JAX and of the compilers that are installed."""
+def versions(packages: Sequence[str] = _COMPILERS) -> dict[str, str]:
+    """Look up the versions of those that are installed, by default of JAX and the compilers."""
     found = {}
-    for name in _COMPILERS:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

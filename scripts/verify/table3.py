@@ -14,10 +14,8 @@ The exit status is 1 if a context of the paper does not fit. docs/table3.md show
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import re
 import time
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from ring_attention.checks import local_path
 from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.hardware.chips import CHIPS, GiB
 from ring_attention.hardware.pods import pod_devices
+from ring_attention.planning.compile_report import needed_bytes, versions
 from ring_attention.planning.programs import compile_step
 from ring_attention.tables import show
 from ring_attention.training.config import AttentionConfig, TrainConfig
@@ -137,13 +136,8 @@ def config_of(name: str, times: int) -> TrainConfig:
 
 def versions_of(name: str) -> dict[str, str]:
     """Versions of what compiles a cell; "" for what is not installed."""
-    found = {}
-    for package in ("jax", "jaxlib", "libtpu" if "/v" in name else "jax-cuda12-plugin"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = ""
-    return found
+    packages = ("jax", "jaxlib", "libtpu" if "/v" in name else "jax-cuda12-plugin")
+    return dict.fromkeys(packages, "") | versions(packages)
 
 
 def key_of(name: str, times: int, settings: dict, versions: dict) -> str:
@@ -162,7 +156,7 @@ def compile_row(name: str, times: int) -> Row:
         analysis = compile_step(config, devices).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         refusal = str(error)
-        needed = needed_of(refusal)
+        needed = int(needed_bytes(refusal) or 0)  # 0: it failed for another reason
     else:
         state, host = analysis.argument_size_in_bytes, analysis.host_temp_size_in_bytes
         needed = state + analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -182,13 +176,6 @@ def compile_row(name: str, times: int) -> Row:
         seconds=round(time.monotonic() - start, 1),
         versions=versions_of(name),
     )
-
-
-def needed_of(message: str) -> int:
-    """Bytes of a device that the TPU's compiler says it would have needed; 0 where it failed for another reason."""
-    sizes = re.findall(r"(?:temporaries \(([\d.]+)([KMGT])|Used ([\d.]+)([KMGT]) of \S+ hbm)", message)
-    sizes = [[part for part in found if part] for found in sizes]
-    return max((int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1))) for number, unit in sizes), default=0)
 
 
 def bound_of(device: float, state: float, host: float) -> str:

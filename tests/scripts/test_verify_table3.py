@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from scripts.verify import table3
@@ -52,11 +53,30 @@ def test_config_of_has_the_papers_context(name):
     assert once.model.num_parameters == pytest.approx(billions * 1e9, rel=0.15)
 
 
-def test_needed_of_reads_a_compilers_refusal():
-    assert table3.needed_of(MESSAGE) == int(23.72 * 2**30)
-    assert table3.needed_of("RESOURCE_EXHAUSTED: Used 1.50M of 15.75G hbm") == int(1.5 * 2**20)
-    assert table3.needed_of("RESOURCE_EXHAUSTED: Used 1.00M of 1.00M smem") == 0  # not the memory that is meant
-    assert table3.needed_of("INTERNAL: another reason") == 0
+def _compile_refused(monkeypatch, message):
+    """The row of a step that the compiler refuses with this message."""
+
+    def refuse(config, devices):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(table3, "pod_devices", lambda topology: [])
+    monkeypatch.setattr(table3, "compile_step", refuse)
+    return table3.compile_row(NAME, 1)
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (MESSAGE, int(23.72 * 2**30)),
+        ("RESOURCE_EXHAUSTED: Used 1.50M of 15.75G hbm", int(1.5 * 2**20)),
+        ("RESOURCE_EXHAUSTED: Used 1.00M of 1.00M smem", 0),  # not the memory that is meant
+        ("INTERNAL: another reason", 0),
+    ],
+)
+def test_compile_row_reads_a_compilers_refusal(monkeypatch, message, needed):
+    row = _compile_refused(monkeypatch, message)
+    assert (row.needed, row.fits) == (needed, False)
+    assert ("the compiler failed" in row.bound) == (needed == 0)
 
 
 def test_table3_compiles_no_row_twice(monkeypatch, tmp_path):
