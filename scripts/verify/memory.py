@@ -12,16 +12,13 @@ status is 1 if they do. docs/table3.md shows the table.
 import dataclasses
 import time
 
-import jax
-from rich.console import Console
 from rich.table import Table
 
-from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.planning.programs import compile_step
-from ring_attention.tables import show
 from ring_attention.training.config import AttentionConfig, TrainConfig
+from scripts.verify.each_pod import compile_for_each
 from scripts.verify.published import LLAMA_7B
 
 PODS = ("v4:2x2x4", "v4:2x4x4", "v4:4x4x4", "v4:4x4x8", "v4:4x8x8", "v4:8x8x8")
@@ -89,20 +86,7 @@ def table_of(rows: list[Row], shard: int) -> Table:
 
 def main(argv: list[str]) -> int:
     """Compile, write, print."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
-    parser.add_argument("--shard", type=int, default=4096, metavar="t", help="tokens of one device")
-    parser.add_out()
-    args = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
-    console, rows = Console(highlight=False), []
-    for pod in args.pods:
-        with console.status(f"compiling for {pod}"):
-            rows.append(compile_row(pod, args.shard))
-        if args.out:
-            flat = [dataclasses.asdict(row) for row in rows]
-            write_json(args.out, flat)
-    show(table_of(rows, args.shard), console)
+    rows = compile_for_each(argv, __doc__, PODS, 4096, lambda *of: [compile_row(*of)], table_of)
     first = rows[0].activations
     off = [f"{row.devices} devices" for row in rows if abs(row.activations / first - 1) > TOLERANCE]
     print(f"more than {TOLERANCE:.0%} off the first: {', '.join(off)}" if off else f"the same within {TOLERANCE:.0%}")

@@ -13,19 +13,16 @@ it was not. docs/kernels.md shows the table.
 import dataclasses
 import time
 
-import jax
-from rich.console import Console
 from rich.table import Table
 
-from ring_attention.commands.arguments import Parser, write_json
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.wires import hops_of
 from ring_attention.planning.hlo import transfers
 from ring_attention.planning.programs import compile_ring, compile_step
-from ring_attention.tables import show
 from ring_attention.training.config import AttentionConfig, TrainConfig
+from scripts.verify.each_pod import compile_for_each
 
 PODS = ("v5e:16x16", "v4:8x8x8", "v5p:8x8x16", "v6e:16x16", "h100:4x8")
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 8, 128, 4
@@ -130,20 +127,7 @@ def table_of(rows: list[Row], shard: int) -> Table:
 
 def main(argv: list[str]) -> int:
     """Compile, print, write."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("pods", nargs="*", default=PODS, help=f"topologies; {' '.join(PODS)} by default")
-    parser.add_argument("--shard", type=int, default=2048, metavar="t", help="tokens of one device")
-    parser.add_out()
-    args = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
-    console, rows = Console(highlight=False), []
-    for pod in args.pods:
-        with console.status(f"compiling for {pod}"):
-            rows += check(pod, args.shard)
-    show(table_of(rows, args.shard), console)
-    if args.out:
-        flat = [dataclasses.asdict(row) for row in rows]
-        write_json(args.out, flat)
+    rows = compile_for_each(argv, __doc__, PODS, 2048, check, table_of)
     failed = [f"{row.pod} {row.program}" for row in rows if not row.fits]
     print(f"not as required: {', '.join(failed)}" if failed else "all as required")
     return int(bool(failed))
