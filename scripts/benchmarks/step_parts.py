@@ -14,6 +14,8 @@ from pathlib import Path
 import jax
 from jax.profiler import ProfileData
 
+from ring_attention.planning.hlo.compiled import KINDS
+
 SCOPES = {
     "projections": "projections and rotary",
     "feedforward": "feed-forward",
@@ -28,7 +30,6 @@ EXCHANGE, OTHER, REST = "transfers, and waiting for them", "other operations", "
 PARTS = (FORWARD, BACKWARD, *SCOPES.values(), EXCHANGE, OTHER, REST)
 """In the order in which they are shown. REST is what no operation covers: the loops themselves, idle devices."""
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 _CONTAINERS = ("while", "call", "conditional")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(", re.MULTILINE)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -45,7 +46,7 @@ def parts_of_program(text: str) -> dict[str, str]:
 
 
 def _part(opcode: str, op_name: str) -> str:
-    if opcode.startswith(_COLLECTIVES):
+    if opcode.startswith(KINDS):
         return EXCHANGE
     scopes = [scope for scope in re.split(r"[/()]", op_name) if scope in SCOPES or scope == "attention"]
     if not scopes:

@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from ring_attention.planning.simulator import Machine, simulate
 from ring_attention.tables import show
 from ring_attention.testing import random_qkv
 from scripts.benchmarks.baselines import with_gradients
+from scripts.launch_local import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMPARED = ("ring", "all_gather")
@@ -129,13 +129,10 @@ def work_as(args: argparse.Namespace, rank: int) -> None:
 
 def run_processes(args: argparse.Namespace, argv: list[str]) -> list[dict]:
     """Start the load and both processes, wait, read what they wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     endless = f"import os; os.sched_setaffinity(0, [{args.cores[1]}])\nwhile True: pass"
     with tempfile.TemporaryDirectory() as folder:
         load = [subprocess.Popen([sys.executable, "-c", endless]) for _ in range(args.loads)]
-        flags = [*argv, "--port", str(port), "--folder", folder]
+        flags = [*argv, "--port", str(free_port()), "--folder", folder]
         logs = [Path(folder, f"{rank}.log") for rank in range(2)]
         workers = [
             subprocess.Popen(

@@ -4,13 +4,13 @@ import dataclasses
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from scripts.launch_local import free_port
 from scripts.verify.soak.verdicts import Line, read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -90,9 +90,7 @@ class Run:
         words = [*prefix, *(command or self.trainer.command), f"--config.run_dir={self.path}", *flags]
         members, processes = [[]], self.trainer.processes
         if processes > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                words += [f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}", f"--num_processes={processes}"]
+            words += [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
             members = [[f"--process_id={index}"] for index in range(processes)]
         log = self.trainer.logs / f"{time.monotonic_ns()}"
         self.children = [Child(words + m, self.trainer.env, Path(f"{log}-{i}")) for i, m in enumerate(members)]
