@@ -55,8 +55,8 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings: Un
       mesh: the devices of the ring; by default those that `jax.set_mesh` has set when the layer is called.
       **settings: the other keyword arguments of `context_attention`, all but its dropout: strategy and its options,
         axis_name, spec (of the arrays with one batch axis), layout, causal, window, segment_ids, max_segment_len,
-        softcap, scale, sinks, alibi_slopes, impl, block_sizes. segment_ids has the shape of the layer's input without
-        its last axis.
+        softcap, scale, sinks, alibi_slopes, extra_mask, impl, block_sizes. segment_ids has the shape of the layer's
+        input without its last axis.
 
     Returns:
       A function, equal to others made with the same, that can be pickled and deep-copied. Flax's layers call it with q

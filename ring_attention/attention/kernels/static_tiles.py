@@ -97,7 +97,7 @@ def plans_of(pair: BlockPair) -> tuple[list[list[StaticTile]], np.ndarray]:
     """(plans, bands of each, see `_bands`): all ways in which queries and keys may meet, by their runs and the mask.
 
     Raises:
-      ValueError: where nobody says how the tokens are spaced, or for more than MOST_RECTANGLES.
+      ValueError: where nobody says how the tokens are spaced, or for more than MOST_TILES tiles.
     """
     queries, keys, mask = pair.queries, pair.keys, pair.mask
     require(mask.min_distance == 0, 'this kernel cannot leave out the keys that are near; use impl="xla"')

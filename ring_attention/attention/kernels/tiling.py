@@ -46,10 +46,6 @@ class Tile(NamedTuple):
         """[h,s,...] of an array of keys."""
         return _read(x_BKs, (self.b, self.h, self.kv), (1, self.heads, self.kv_size))[0]
 
-    def into_keys(self, x_BKs, new_hs):
-        """The array with these keys replaced."""
-        return _write(x_BKs, new_hs[None], (self.b, self.h, self.kv))
-
     def of_columns(self, x_BKDs):
         """[h,D,s] of an array whose last axis are keys."""
         return _read(x_BKDs, (self.b, self.h, 0, self.kv), (1, self.heads, x_BKDs.shape[2], self.kv_size))[0]
@@ -244,7 +240,7 @@ class Tiling:
         return row._replace(q=q, kv=kv, q_size=q_size, kv_size=kv_size, masked=True)
 
     def tokens(self, tile: Tile) -> tuple[Tokens, Tokens]:
-        """Positions and segments of the tile's queries [t] and keys [s] stand."""
+        """The tile's queries, arrays [t], and keys, arrays [s]."""
         queries = jax.tree.map(lambda x: _read(x, (tile.b, tile.q), (1, tile.q_size))[0], self.pair.queries)
         keys = jax.tree.map(lambda x: _read(x, (tile.b, tile.kv), (1, tile.kv_size))[0], self.pair.keys)
         return queries, keys
