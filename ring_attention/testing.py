@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_attention.attention.dropout import kept, seeds_of
+from ring_attention.attention.mask import Mask
 from ring_attention.attention.reference import reference_attention, reference_gradients
 from ring_attention.parallel.context import context_attention
 from ring_attention.parallel.layouts import SequenceLayout
@@ -100,12 +101,13 @@ def dense_attention(
     alibi_slopes=None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    extra_mask: Mask | None = None,
 ) -> jax.Array:
     """Attend with the whole matrix of scores at once, as most people write it.
 
     Products are in the dtype of q, the softmax is in float32.
 
-    Takes the arguments of `reference_attention`, and returns out [B,T,H,D] in the dtype of q.
+    Takes the arguments of `reference_attention` but for `return_lse`, and returns out [B,T,H,D] in the dtype of q.
     """
     B, T, H, D = q.shape
     q_positions = _positions(q_positions, T)[:, None, :, None]
@@ -120,7 +122,10 @@ def dense_attention(
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
         scores = scores - slopes[:, None, None] * jnp.abs(ahead)
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-    p = _dense_softmax(scores, _dense_mask(ahead, causal, window, stride, segment_ids, kv_segment_ids), sinks)
+    mask = _dense_mask(ahead, causal, window, stride, segment_ids, kv_segment_ids)
+    if extra_mask is not None:
+        mask = mask & extra_mask.visible(q_positions, k_positions)
+    p = _dense_softmax(scores, mask, sinks)
     if dropout_rate > 0:
         batch, heads = jnp.arange(B)[:, None, None, None], jnp.arange(H)[:, None, None]
         keep = kept(dropout_rate, seeds_of(dropout_key), batch, heads, q_positions, k_positions)

@@ -11,7 +11,6 @@ from quick_compile import OPTIONS
 from ring_helpers import PLAIN
 
 from ring_attention.attention import kernels
-from ring_attention.parallel import context
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -35,9 +34,7 @@ def plain_kernel():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernels.KERNELS, "xla", PLAIN._replace(name="xla"))
-        context._sharded.cache_clear()
-        yield
-    context._sharded.cache_clear()
+        yield  # programs are kept by kernel, so that none of the other one is met
 
 
 @pytest.fixture(scope="module", autouse=True)

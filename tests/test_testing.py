@@ -1,5 +1,6 @@
 """The public checks of exactness pass where attention is exact, and fail where it is not."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,3 +29,21 @@ def test_assert_as_exact_as_dense_takes_a_function(scale, exact):
         return
     with pytest.raises(AssertionError, match=r"out: relative error .*, dense has .*, 2 times it allowed"):
         ra.testing.assert_as_exact_as_dense(attention, q, k, v, dout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(ra.Mask):
+    """The example of `Mask`: everybody sees the first tokens, and of the others those before."""
+
+    length: int
+
+    def visible(self, q_positions, k_positions):
+        return (k_positions < self.length) | (q_positions >= k_positions)
+
+
+def test_assert_as_exact_as_dense_takes_an_extra_mask():
+    arrays = ra.testing.random_qkv(0, B=1, T=24, H=2, K=1, D=16)
+    attention = functools.partial(ra.blockwise_attention, causal=False, extra_mask=Prefix(5))
+    ra.testing.assert_as_exact_as_dense(attention, *arrays, causal=False, extra_mask=Prefix(5))
+    with pytest.raises(AssertionError, match="out: relative error"):  # the control
+        ra.testing.assert_as_exact_as_dense(attention, *arrays, causal=False, extra_mask=Prefix(6))

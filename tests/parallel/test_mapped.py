@@ -46,11 +46,14 @@ def test_mapped_attention_gives_the_same_sharded_over_dp():
         assert relative_error(x, y) < 1e-6
 
 
-@pytest.mark.parametrize("strategy", ["all_gather", "usp", "sparse", "ring_self_attention"])
-def test_mapped_gradients_of_every_strategy_are_traced(strategy):
+@pytest.mark.parametrize(
+    ("strategy", "impl"),
+    [("all_gather", "auto"), ("usp", "tiles"), ("sparse", "auto"), ("ring_self_attention", "auto")],
+)
+def test_mapped_gradients_of_every_strategy_are_traced(strategy, impl):
     options = dict(stride=4) if strategy == "sparse" else {}
     key = dict(dropout_rate=0.1, dropout_key=jax.random.key(0))
-    attend = functools.partial(_one, strategy=strategy, **options, **key)
+    attend = functools.partial(_one, strategy=strategy, impl=impl, **options, **key)
     slope = jax.grad(lambda *arrays: attend(*arrays).sum(), (0, 3))
     mapped = jax.vmap(slope, in_axes=(0, 0, 0, None), spmd_axis_name="dp")
     assert [x.shape for x in jax.eval_shape(mapped, *_arrays())] == [(N, T, H, D), (N, H)]

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ring_helpers import quickly
 
 import ring_attention as ra
+from ring_attention.attention import blockwise
 from ring_attention.testing import dense_errors, errors, oracle
 
 pytestmark = pytest.mark.usefixtures("plain_kernel")
@@ -227,17 +228,23 @@ def test_default_spec_needs_no_help_with_axes_of_one_device():
 
 
 @pytest.mark.parametrize(("types", "names"), [(AUTO, ("dp", "tp")), (EXPLICIT, ("data", "model"))])
-def test_blockwise_attention_keeps_batch_and_heads_in_place(types, names):
+def test_blockwise_attention_keeps_batch_and_heads_in_place(types, names, monkeypatch):
+    """With tiles: it is their loop for which XLA would gather everything."""
     mesh = _mesh(names, (4, 2), types)
     q, k, v = _shapes(mesh, P(names[0], None, names[1]), batch=8)
 
+    def attend(q, k, v):
+        return ra.blockwise_attention(q, k, v, impl="tiles")
+
     def both(q, k, v):
-        out, vjp = jax.vjp(ra.blockwise_attention, q, k, v)
+        out, vjp = jax.vjp(attend, q, k, v)
         return out, *vjp(out)
 
     program = quickly(both).lower(q, k, v).compile()
     assert not re.search(COLLECTIVES, program.as_text())
     assert all(s.spec[:3] == (names[0], None, names[1]) for s in program.output_shardings)
+    monkeypatch.setattr(blockwise, "shards_of", lambda *_: None)
+    assert re.search(COLLECTIVES, quickly(attend).lower(q, k, v).compile().as_text())  # the control
 
 
 def test_blockwise_attention_shards_arguments_with_their_axes():
