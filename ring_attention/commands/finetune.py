@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def default_config(source: Source, args: argparse.Namespace) -> TrainConfig:
     """Return the config of the run, but for what the flags change."""
-    config = config_of(source)
+    config = config_of(source.path, source.config)
     tokenizer = Path(config.data.tokenizer)
     require_field(
         tokenizer.is_file(),

@@ -238,7 +238,7 @@ class Checkpoints:
                 reason, remedy = _shorten(reason), "mend it"
             require_there(self._path)
             self._remove_unfinished()
-            kept = _committed(self._path)
+            kept = written_steps(self._path)
             last = f"the last good one is {self._path / str(kept[-1])}" if kept else "there is none yet"
             raise RunError(
                 f"{self._path}: a checkpoint could not be written: {reason}; {last}; {remedy}, and start the run again"
@@ -280,9 +280,9 @@ class Checkpoints:
                 self.wait()
 
 
-def _committed(path: Path) -> list[int]:
-    """Return the steps whose checkpoints are complete: orbax gives a folder its name only then."""
-    return sorted(int(file.name) for file in path.iterdir() if file.name.isdecimal())
+def written_steps(path: Path) -> list[int]:
+    """Return the steps, ascending, whose checkpoints in a folder are complete: orbax gives each its name only then."""
+    return sorted(int(file.name) for file in path.glob("*") if file.name.isdecimal())
 
 
 def _shorten(text: str, length: int = 200) -> str:

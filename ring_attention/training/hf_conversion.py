@@ -97,7 +97,7 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Mani
         folder = RunFolder(partial)
         with Checkpoints(folder.checkpoints) as checkpoints:
             checkpoints.save(0, {"params": params}, {})
-        config = config_of(source)
+        config = config_of(source.path, source.config)
         data = dataclasses.replace(config.data, tokenizer=str(out.absolute() / FOLDER / FILES / TOKENIZER))
         write_config(folder, dataclasses.replace(config, data=data))
     return manifest

@@ -10,18 +10,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, printable, require_field, shown
-from ring_attention.data.config import DataConfig
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.hf.config import config_from_hf
 from ring_attention.models.hf.files import is_regular, read_json
-from ring_attention.models.hf.manifest import FOLDER, TOKENIZER, write_manifest
+from ring_attention.models.hf.manifest import FOLDER, write_manifest
 from ring_attention.models.hf.source import CONFIG, is_hf_folder
-from ring_attention.training.config import AttentionConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.checkpoints import written_steps
+from ring_attention.training.config import OptimizerConfig, TrainConfig
 from ring_attention.training.config_values import config_from_dict, config_to_dict, field_default
 from ring_attention.training.processes import is_first
 from ring_attention.training.run_folder import RunFolder, read_config
 from ring_attention.training.state import TrainState, make_state, state_with
-from ring_attention.training.trained_model import TrainedModel, open_trained_model
+from ring_attention.training.trained_model import TrainedModel, config_of, open_trained_model
 
 FREE_MODEL_FIELDS = ("compute_dtype", "remat", "head_groups", "ffn_chunk", "loss_chunk", "start_local")
 """Fields of a model that may differ from those of the model that a run begins with, as may the section rope. They say
@@ -92,7 +92,7 @@ def describe_initial(config: TrainConfig, trained: TrainedModel) -> list[str]:
 
 def has_begun(folder: RunFolder) -> bool:
     """Return whether a run has a checkpoint to go on from, so that what it began with no longer matters."""
-    return any(file.name.isdecimal() for file in folder.checkpoints.glob("*"))
+    return bool(written_steps(folder.checkpoints))
 
 
 def initial_state(config: TrainConfig, mesh: Mesh, folder: RunFolder) -> TrainState:
@@ -178,15 +178,8 @@ def config_from_folder(path: Path) -> TrainConfig:
         raise ConfigError(f"{where}: {error}") from error
     dtype = values.get("dtype", values.get("torch_dtype"))
     model = dataclasses.replace(config.model, compute_dtype="bfloat16" if dtype == "bfloat16" else "float32")
-    return TrainConfig(
-        name=path.absolute().name,
-        model=model,
-        seq_len=config.max_len,
-        num_steps=_STEPS,
-        attention=AttentionConfig(window=config.window),
-        data=DataConfig(tokenizer=str(path.absolute() / TOKENIZER)),
-        optimizer=OptimizerConfig(warmup_steps=_STEPS // 10),
-    )
+    optimizer = OptimizerConfig(warmup_steps=_STEPS // 10)
+    return dataclasses.replace(config_of(path, config), model=model, num_steps=_STEPS, optimizer=optimizer)
 
 
 def _config_of(begin: str) -> TrainConfig:

@@ -20,11 +20,13 @@ from ring_attention.checks import ConfigError, one_line, require_field, require_
 from ring_attention.data.config import DataConfig
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.hf.config import HFConfig
 from ring_attention.models.hf.files import is_regular, require_regular_tree
 from ring_attention.models.hf.loading import Progress, load_parameters
 from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Manifest, read_manifest
 from ring_attention.models.hf.source import Source, is_hf_folder, open_source
 from ring_attention.models.transformer import abstract_parameters, parameter_specs
+from ring_attention.training.checkpoints import written_steps
 from ring_attention.training.config import AttentionConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.fault_tolerance.integrity import DamagedError, fingerprints, read_contents, require_written
 from ring_attention.training.run_folder import RunFolder, read_config
@@ -99,28 +101,27 @@ def open_trained_model(path: str) -> TrainedModel:
     folder = Path(path)
     if is_hf_folder(folder):
         source = open_source(folder)
-        return TrainedModel(folder, config_of(source), source)
+        return TrainedModel(folder, config_of(folder, source.config), source)
     chosen = folder if folder.parent.name == "checkpoints" else None
     run = RunFolder(folder.parents[1] if chosen else folder)
     require_field(is_regular(run.config), "checkpoint", path, "has no config.json", _NEED)
     if chosen is None:
-        steps = [int(file.name) for file in run.checkpoints.glob("*") if file.name.isdecimal()]
+        steps = written_steps(run.checkpoints)
         require_field(bool(steps), "checkpoint", path, "holds no checkpoint yet", "wait for the first, or train on")
-        chosen = run.checkpoints / str(max(steps))
+        chosen = run.checkpoints / str(steps[-1])
     require_field(os.path.isdir(chosen / "state"), "checkpoint", path, "is no checkpoint", _NEED)
     return TrainedModel(chosen, _with_tokenizer(read_config(run), run))
 
 
-def config_of(source: Source) -> TrainConfig:
-    """Return the config that a run that made this checkpoint would have had, as far as the checkpoint says."""
-    config = source.config
+def config_of(folder: Path, config: HFConfig) -> TrainConfig:
+    """Return the config that a run that made this Hugging Face checkpoint would have had, as far as that says."""
     return TrainConfig(
-        name=source.path.absolute().name,
+        name=folder.absolute().name,
         model=config.model,
         seq_len=config.max_len,
         num_steps=1,
         attention=AttentionConfig(window=config.window),
-        data=DataConfig(tokenizer=str(source.path.absolute() / TOKENIZER)),
+        data=DataConfig(tokenizer=str(folder.absolute() / TOKENIZER)),
         optimizer=OptimizerConfig(warmup_steps=0),
     )
 

@@ -47,7 +47,7 @@ def folders(tmp_path_factory):
 def begin_with(folder, hf=None, **changes):
     """The config of a run that begins with the model in `folder`, which is that of `hf`."""
     source = open_source(hf or folder)
-    return dataclasses.replace(config_of(source), init_from=str(folder), **changes)
+    return dataclasses.replace(config_of(source.path, source.config), init_from=str(folder), **changes)
 
 
 def of_model(config, **changes):
