@@ -158,7 +158,7 @@ def _backward(q, k, v, stats, pair, dq, blocks):
     return dq + _join(_product("bkgts,bksd->bkgtd", ds, k)), _product("bkgts,bkgtd->bksd", ds, split(q)), dv
 
 
-PLAIN = Kernel("plain", _forward, _backward)
+PLAIN = Kernel("plain", _forward, _backward, float32_out=True)
 
 
 def _meet(q, k, pair):

@@ -18,6 +18,7 @@ from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make
 from ring_attention.attention.masks import BlockPair, Runs, Tokens
 from ring_attention.attention.on_shards import Shards, on_shards, shards_of
 from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.attention.rounding import rounded
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_integers
 
@@ -131,25 +132,26 @@ def _attend_shards(static_and_shards: tuple[_Static, Shards | None], *args):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, q, k, v, pair: BlockPair, sinks):
     """Out [B,H,T,D] and lse [B,H,T]; all arrays have heads before tokens."""
-    return _finished(static, q, k, v, pair, sinks)
+    out, _, lse = _finished(static, q, k, v, pair, sinks)
+    return out, lse
 
 
 def _finished(static: _Static, q, k, v, pair: BlockPair, sinks):
-    """Compute `_attend` undecorated: what the forward rule computes must let tangents through, for Hessians."""
+    """(out, what rounding took from it, lse), undecorated: the forward rule must let tangents through, for Hessians."""
     state = vary_together(SoftmaxState.empty(q.shape), q)[0]
     state = static.kernel.forward(q, k, v, pair, state, static.blocks)
     out, lse = attention_sinks.finalize(state, sinks)
-    return out.astype(q.dtype), lse
+    return *rounded(out, q.dtype, keep=static.kernel.float32_out), lse
 
 
 def _attend_forward(static: _Static, q, k, v, pair: BlockPair, sinks):
-    out, lse = _finished(static, q, k, v, pair, sinks)
-    return (out, lse), (q, k, v, out, lse, pair, sinks)
+    out, rounding, lse = _finished(static, q, k, v, pair, sinks)
+    return (out, lse), (q, k, v, out, rounding, lse, pair, sinks)
 
 
 def _attend_backward(static: _Static, residuals, cotangents):
-    q, k, v, out, lse, pair, sinks = residuals
-    stats = GlobalStats.of(out, lse, *cotangents)
+    q, k, v, out, rounding, lse, pair, sinks = residuals
+    stats = GlobalStats.of(out, lse, *cotangents, rounding=rounding)
     nothing = vary_together(jnp.zeros(q.shape, jnp.float32), q)[0]
     grads = static.kernel.backward(q, k, v, stats, pair, nothing, static.blocks)
     return *(differentiated_once(grad.astype(q.dtype)) for grad in grads), None, attention_sinks.gradient(sinks, stats)

@@ -28,10 +28,12 @@ def _policy(remat: str) -> Callable:
         return policies.save_only_these_names(*SAVED_NAMES)
     if remat == "full":
         return policies.nothing_saveable
-    out, lse = SAVED_NAMES
+    out, lse, rounding = SAVED_NAMES
     with_attention = remat == "offload"
     return policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=(lse,) if with_attention else (),  # TPU compilers fail on copies of some of its shapes
+        names_which_can_be_saved=(lse, rounding)
+        if with_attention
+        else (),  # TPU compilers fail on copies of some of its shapes
         names_which_can_be_offloaded=(_INPUT, out) if with_attention else (_INPUT,),
         offload_src="device",
         offload_dst="pinned_host",

@@ -19,12 +19,14 @@ from ring_attention.attention.derivatives import differentiated_once
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.attention.rounding import rounded
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.workload import Schedule, Workload
 
-SAVED_NAMES = ("ring_attention_out", "ring_attention_lse")
+SAVED_NAMES = ("ring_attention_out", "ring_attention_lse", "ring_attention_rounding")
 """`checkpoint_name`s of what a remat policy must keep so that no strategy's forward pass runs twice.
 
+The last is what rounding took from the first: of 16-bit arrays half a byte of each number (`rounding`).
 Ulysses' swaps stand around its ring and are done again; ring self-attention saves neither, and is computed again.
 """
 
@@ -87,13 +89,14 @@ def _forward(strategy: "Strategy", context: Context, q, k, v, segments, mask: Ma
     # Not by the decorated function: what a forward rule computes must let tangents through, for Hessians.
     state = strategy.forward(context, *_bound(context, q, k, v, segments, mask))
     out, lse = attention_sinks.finalize(state, sinks)
-    out, lse = (checkpoint_name(x, name) for x, name in zip((out.astype(q.dtype), lse), SAVED_NAMES, strict=True))
-    return out, (q, k, v, segments, mask, sinks, out, lse)
+    out, rounding = rounded(out, q.dtype, keep=context.kernel.float32_out)
+    out, lse, rounding = map(checkpoint_name, (out, lse, rounding), SAVED_NAMES)
+    return out, (q, k, v, segments, mask, sinks, out, lse, rounding)
 
 
 def _backward(strategy: "Strategy", context: Context, residuals, dout):
-    q, k, v, segments, mask, sinks, out, lse = residuals
-    stats = GlobalStats.of(out, lse, dout)
+    q, k, v, segments, mask, sinks, out, lse, rounding = residuals
+    stats = GlobalStats.of(out, lse, dout, rounding=rounding)
     grads = strategy.backward(context, *_bound(context, q, k, v, segments, mask), stats=stats)
     grads = (differentiated_once(grad.astype(x.dtype)) for grad, x in zip(grads, (q, k, v), strict=True))
     return *grads, None, None, attention_sinks.gradient(sinks, stats)

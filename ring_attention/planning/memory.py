@@ -101,12 +101,14 @@ def on_host(share: Share) -> bool:
 def kept_for_backward(share: Share) -> tuple[int, int]:
     """Bytes that all layers keep for the backward pass, (on the device, on the host); see `ModelConfig.remat`."""
     layers, statistics = share.model.num_layers, F32 * share.batch * share.tokens * share.heads
+    if share.keeps_rounding:
+        statistics += _heads(share, share.heads) // 4  # half a byte of a number of two bytes
     inputs, out = layers * _stream(share), layers * (_heads(share, share.heads) + statistics)
     if share.model.remat == "full":
         return inputs, 0
     if share.model.remat == "attention":
         return inputs + out, 0
-    if share.model.remat == "offload":  # lse stays
+    if share.model.remat == "offload":  # lse stays, and what rounding took
         return layers * statistics, inputs + out - layers * statistics
     if share.model.remat == "offload_input":
         return 0, inputs

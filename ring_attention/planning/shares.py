@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ring_attention.attention.kernels import find_kernel
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.topology import Topology
 from ring_attention.models.config import ModelConfig
@@ -47,6 +48,11 @@ class Share:
     def itemsize(self) -> int:
         """The bytes of an activation's element."""
         return 2 if self.model.compute_dtype == "bfloat16" else 4
+
+    @property
+    def keeps_rounding(self) -> bool:
+        """Whether what rounding took from the output of attention is kept for the backward pass."""
+        return self.itemsize < 4 and find_kernel(self.config.attention.impl).float32_out
 
     @property
     def devices(self) -> int:

@@ -11,6 +11,7 @@ COMMANDS = {
         "decode": "attention of one new token to a cache",
         "kernels": "how much of a kernel's speed is left in a ring, on one GPU",
         "loss": "the loss with its gradients, in three ways",
+        "sharp": "gradients of sharp attention in 16 bits, and what they cost",
         "stragglers": "a ring of two processes, one on a core that it shares",
         "strategies": "every strategy on the same attention: memory, bytes, errors, time",
         "training": "steps of training beside PyTorch's with transformers",

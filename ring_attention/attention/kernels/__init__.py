@@ -10,7 +10,11 @@ from ring_attention.checks import require, require_choice
 
 _log = logging.getLogger(__name__)
 
-KERNELS = {"xla": Kernel("xla", xla.forward, xla.backward, halve=tiling.halve), "splash": SPLASH, "cudnn": CUDNN}
+KERNELS = {
+    "xla": Kernel("xla", xla.forward, xla.backward, halve=tiling.halve, float32_out=True),
+    "splash": SPLASH,
+    "cudnn": CUDNN,
+}
 
 
 def find_kernel(impl: str) -> Kernel:

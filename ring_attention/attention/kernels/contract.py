@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair
+from ring_attention.attention.rounding import restored
 
 
 def no_check(mask: MaskSpec, q) -> None:
@@ -72,6 +73,8 @@ class Kernel(NamedTuple):
       halve: where a ring's backward pass cuts the local keys in two, for a kernel whose forward pass must compute the
         scores of both parts just as they are there.
       differentiates_lse: whether its backward uses `GlobalStats.delta`, which holds the cotangent of lse, and not out.
+      float32_out: whether what its forward adds to the state is float32, and not rounded to the dtype of q; the
+        backward pass then gets what is lost where the whole is rounded, too (see `rounding`).
     """
 
     name: str
@@ -83,6 +86,7 @@ class Kernel(NamedTuple):
     merge_waits: bool = False
     halve: Callable = halve
     differentiates_lse: bool = True
+    float32_out: bool = False
 
 
 class GlobalStats(NamedTuple):
@@ -103,7 +107,14 @@ class GlobalStats(NamedTuple):
     delta: jax.Array
 
     @staticmethod
-    def of(out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array | None = None) -> "GlobalStats":
-        """Bundle the statistics and work out delta."""
-        delta = jnp.einsum("bhtd,bhtd->bht", dout, out, preferred_element_type=jnp.float32)
+    def of(
+        out: jax.Array,
+        lse: jax.Array,
+        dout: jax.Array,
+        dlse: jax.Array | None = None,
+        rounding: jax.Array | None = None,
+    ) -> "GlobalStats":
+        """Bundle the statistics and work out delta; `rounding` is what out lacks, as `rounded` says it, or None."""
+        exact = restored(out, rounding)
+        delta = jnp.einsum("bhtd,bhtd->bht", dout.astype(exact.dtype), exact, preferred_element_type=jnp.float32)
         return GlobalStats(out, lse, dout, delta if dlse is None else delta - dlse)
