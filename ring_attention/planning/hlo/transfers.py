@@ -12,6 +12,9 @@ from ring_attention.planning.hlo.program import Instruction, Program
 from ring_attention.planning.hlo.waits import BESIDE_HOP, BESIDE_NOTHING, BESIDE_WORK, Flight, follow_all
 from ring_attention.planning.shares import Share
 
+_LARGE = 2**20
+"""Bytes of a transfer that is worth a warning; smaller ones, such as segment ids, arrive before anybody needs them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisTraffic:
@@ -51,6 +54,7 @@ class Transfer:
       bytes: that a device receives.
       runs: how often it runs in one run of the program; None in a loop of unknown length.
       asynchronous: whether it is started in one place and awaited in another.
+      beside: what stands between the two, "hop", "other" work that is no smaller than what is sent, or "nothing".
       compute_seconds: the least that what stands between its start and its end takes; see `peak_times`.
       unknown_loops: loops of unknown length between the two, each of which counts as one turn.
       link_seconds: that its bytes take the link, alone.
@@ -63,6 +67,7 @@ class Transfer:
     bytes: int
     runs: int | None
     asynchronous: bool
+    beside: str
     compute_seconds: float
     unknown_loops: int
     link_seconds: float
@@ -158,6 +163,7 @@ def transfers(text: str, chip: Chip, mesh_shape: dict[str, int], *, bandwidth: f
             bytes=flight.size,
             runs=item.runs,
             asynchronous=flight.asynchronous,
+            beside=flight.beside,
             compute_seconds=flight.between.seconds,
             unknown_loops=flight.between.unknown_loops,
             link_seconds=flight.seconds,
@@ -195,6 +201,7 @@ def warnings_of(text: str, share: Share) -> list[str]:
     """Find what should not be in a compiled training step, a line each: what, how large, and the remedy.
 
     - Synchronous permutes, which nothing hides.
+    - Permutes of a mebibyte or more that start and end with nothing between, all in one line.
     - Activations that a collective gives a device for the whole sequence; see `findings.whole_sequences`.
     - Masks that are kept in memory outside of kernels; see `findings.kept_masks`.
 
@@ -203,13 +210,22 @@ def warnings_of(text: str, share: Share) -> list[str]:
       share: a device's part of the step that it was compiled from.
     """
     program, lines = Program.parse(text), []
-    for x in transfers(text, share.topology.chip, share.mesh):
+    found = transfers(text, share.topology.chip, share.mesh)
+    for x in found:
         if not x.asynchronous:
             runs = "an unknown number of times" if x.runs is None else f"{x.runs} times"
             lines.append(
                 f"{x.name} ({x.phase}, {x.bytes / 2**20:.3g} MiB, {runs}) is synchronous, nothing hides it; give the "
                 "compiler work between its start and its use that does not need it, or send it with another transfer"
             )
+    alone = [x for x in found if x.asynchronous and x.beside == BESIDE_NOTHING and x.bytes >= _LARGE]
+    if alone:
+        waits = sum(x.exposed_seconds * (x.runs or 1) for x in alone)
+        lines.append(
+            f"{len(alone)} of {len(found)} transfers start and end with nothing of their size between them, the first "
+            f"{alone[0].name} ({alone[0].phase}, {alone[0].bytes / 2**20:.3g} MiB): a step waits {waits:.3g} s for "
+            "them; try another mesh, with fewer devices along tp or fsdp, and compare what the report says"
+        )
     return lines + whole_sequences(program, share) + kept_masks(program, share)
 
 

@@ -49,6 +49,21 @@ def test_warnings_of_names_a_synchronous_permute():
     assert re.match(r"%k.1 \(\?, 0.00381 MiB, 1 times\) is synchronous, nothing hides it; give the compiler work", line)
 
 
+def test_warnings_of_names_transfers_with_nothing_between():
+    """The ring of `TPU_RING`, its kernel moved before the transfers, as one v6e compiler placed them beside tp."""
+    ring = TPU_RING.replace(RING, "source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}")
+    kernel = re.search(r"  %fusion\.111 = .*?\n  %splash_mha_fwd_residuals.*?\n(?=  %add)", ring, re.DOTALL)[0]
+    early = ring.replace(kernel, "").replace(
+        "  %collective-permute-start = ", kernel + "  %collective-permute-start = "
+    )
+    (line,) = warnings_of(early, _share())
+    assert re.match(
+        r"2 of 2 transfers start and end with nothing .* the first %collective-permute-start \(forward, 1 ", line
+    )
+    small = early.replace("1024,128]", "256,128]")
+    assert warnings_of(small, _share()) == []
+
+
 @pytest.mark.parametrize(
     ("line", "strategy", "seen"),
     [
