@@ -12,6 +12,7 @@ ROOMS = (
     "__main__",
     "commands",
     "configs",
+    "doctor",
     "planning",
     "evaluation",
     "inference",

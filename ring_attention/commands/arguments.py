@@ -24,9 +24,11 @@ def as_mistakes(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value for people and programs to read, in a folder that is made if need be."""
+    """Write a value for people and programs to read in one move, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,6 +5,7 @@ from ring_attention.commands.program import Command, choose
 COMMANDS = {
     "train": Command("ring_attention.commands.train", "train a model on sequences sharded across devices", trains=True),
     "plan": Command("ring_attention.commands.plan", "say whether a config fits a pod, and which strategy to take"),
+    "doctor": Command("ring_attention.commands.doctor", "measure the devices at hand, and say what is off"),
     "generate": Command("ring_attention.commands.generate", "continue prompts with a trained model"),
     "evaluate": Command("ring_attention.commands.evaluate", "measure whether a trained model uses its context"),
     "finetune": Command(

@@ -4,13 +4,15 @@
   python scripts/plan.py --config=configs/gpu_8xh100_7b.py --topology=h100:1x8 --out=plans/h100
   python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --compile
   python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --max_context
+  python scripts/plan.py --topology=h100:1x8 --config=configs/gpu_8xh100_7b.py --measured=doctor.json
   python scripts/plan.py --table2
 
 Any field can be overridden as for train.py, for example --config.seq_len=4194304. The first form takes two seconds and
 compiles nothing. --compile has the real training step compiled for the pod (pip install -e '.[compile-tpu]' or
 '.[compile-gpu]') and prints what the compiler says beside what was predicted. --max_context has the longest context
 found that compiles within the chip's memory. --out writes plan.json and the pictures memory.png, timeline.png and
-map.png. docs/planner.md explains every column.
+map.png. --measured takes the rates that scripts/doctor.py measured on such a chip in place of published ones.
+docs/planner.md explains every column.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
 from ring_attention.hardware.topology import find_topology
 from ring_attention.planning import compile_report, report
 from ring_attention.planning.compile_report import CompileReport, longest_compiled, make_report
+from ring_attention.planning.measured import with_measured
 from ring_attention.planning.plan import Plan, make_plan
 from ring_attention.tables import show
 from ring_attention.training.flags import parse_config, split_path
@@ -44,6 +47,8 @@ def main(argv: list[str]) -> int:
         show(report.paper_table(), console)
         return 0
     topology = find_topology(args.topology)
+    if args.measured:
+        topology = with_measured(topology, args.measured)
     plan = make_plan(parse_config(flags, DEFAULT_CONFIG), topology)
     compiled = compile_plan(plan, console) if args.compile else None
     describe(plan, compiled, flags, console)
@@ -62,6 +67,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--compile", action="store_true", help="ask the pod's own compiler as well")
     parser.add_argument("--max_context", action="store_true", help="find the longest context that compiles in memory")
     parser.add_argument("--table2", action="store_true", help="the Ring Attention paper's Table 2, and end")
+    parser.add_argument("--measured", type=local_path, metavar="FILE", help="of the doctor: plan with its rates")
     parser.add_argument("--out", type=local_path, metavar="FOLDER", help="write plan.json and pictures there")
     return parser.parse_known_args(argv)
 

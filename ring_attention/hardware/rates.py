@@ -1,44 +1,9 @@
-"""Rates that programs reach on a pod, of computing and of sending, and where the figures are from."""
+"""The wires between the devices of a pod, and the bytes a second that each way of sending reaches on them."""
 
 import dataclasses
 import math
 
 from ring_attention.hardware.topology import Topology
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Efficiency:
-    """Fractions of the published peak that programs reach.
-
-    Attributes:
-      matmul: dense layers.
-      attention: a fused attention kernel forward, counting the pairs that the mask shows.
-      attention_backward: the same backward, at 2.5 times the operations.
-      source: where they come from.
-    """
-
-    matmul: float
-    attention: float
-    attention_backward: float
-    source: str
-
-
-EFFICIENCY = {
-    "gpu": Efficiency(
-        matmul=0.7,
-        attention=0.59,
-        attention_backward=0.52,
-        source="attention: cuDNN on H100, 567-608 and 488-534 of 989 TFLOP/s (FlashAttention-3 paper); "
-        "dense layers: assumed",
-    ),
-    "tpu": Efficiency(
-        matmul=0.7,
-        attention=0.59,
-        attention_backward=0.52,
-        source="assumed to be as on H100; MaxText reports 52-53% of the peak for whole steps on v5p",
-    ),
-}
-"""Platform -> Efficiency."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

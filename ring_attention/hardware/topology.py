@@ -5,7 +5,7 @@ import math
 import re
 
 from ring_attention.checks import ConfigError, require_field
-from ring_attention.hardware.chips import CHIPS, Chip
+from ring_attention.hardware.chips import CHIPS, EFFICIENCY, Chip, Efficiency
 
 _SHAPE = re.compile(r"\d+(x\d+)*")
 _SIDES = {"v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
@@ -20,16 +20,23 @@ class Topology:
       name: "v5e:16x16", or "h100:4x8" for 4 hosts with 8 GPUs each.
       chip: what its devices are.
       sides: of the grid of TPU devices (the last of v3: the two cores of a chip); of GPUs, hosts and how many each has.
+      measured: the fractions of the chip's peak that were measured on it; None where none were.
     """
 
     name: str
     chip: Chip
     sides: tuple[int, ...]
+    measured: Efficiency | None = None
 
     @property
     def devices(self) -> int:
         """The number of devices."""
         return math.prod(self.sides)
+
+    @property
+    def efficiency(self) -> Efficiency:
+        """The fractions of the chip's peak that programs reach: measured ones, or those of its platform."""
+        return self.measured or EFFICIENCY[self.chip.platform]
 
     @property
     def tpu(self) -> bool:

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.paper import PAPER_TABLE_2
-from ring_attention.hardware.rates import EFFICIENCY, wires_of
+from ring_attention.hardware.rates import wires_of
 from ring_attention.planning.hiding import paper_tokens, tokens_to_hide
 from ring_attention.planning.plan import Plan
 from ring_attention.planning.step_times import schedule_of, sent_bytes
@@ -26,7 +26,7 @@ FIGURES = {
 def hardware_table(plan: Plan) -> Table:
     """Tabulate every hardware figure that the plan rests on, and where it comes from."""
     chip, topology = plan.share.topology.chip, plan.share.topology
-    efficiency = EFFICIENCY[chip.platform]
+    efficiency = topology.efficiency
     table = Table(title=f"{topology.name}: {topology.devices} devices", show_header=True)
     table.add_column("a device")
     table.add_column("source", overflow="fold")
@@ -178,6 +178,7 @@ def as_json(plan: Plan) -> dict:
         "parameters": share.model.num_parameters,
         "model_flops": plan.model_flops,
         "hardware": {k: v for k, v in dataclasses.asdict(share.topology.chip).items() if k != "kinds"},
+        "efficiency": dataclasses.asdict(share.topology.efficiency),
         "memory": {
             "parts": plan.memory.parts,
             "total": plan.memory.total,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from ring_attention.checks import ConfigError
-from ring_attention.hardware.rates import EFFICIENCY, Wires, wires_of
+from ring_attention.hardware.rates import Wires, wires_of
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.ring import SingleDevice
 from ring_attention.parallel.strategies import scheduled
@@ -51,7 +51,7 @@ class StepTime:
 def pace_of(share: Share) -> Pace:
     """Work out how fast one device of the pod computes attention."""
     chip = share.topology.chip
-    efficiency = EFFICIENCY[chip.platform]
+    efficiency = share.topology.efficiency
     attention = share.config.attention
     return Pace(
         forward=chip.flops * efficiency.attention,
@@ -111,7 +111,7 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
     rerun = 0 if model.remat == "none" else 2
     products = tokens * layers * (share.attention_weights + share.ffn_weights) * (6 + rerun)
     products += tokens * share.vocab_weights * 6
-    dense = products / (chip.flops * EFFICIENCY[chip.platform].matmul)
+    dense = products / (chip.flops * share.topology.efficiency.matmul)
     attention = layers * ((1 + again) * forward.compute + backward.compute)
     waits = layers * ((1 + again) * forward.exposed + backward.exposed)
     weights = weights_seconds(share)

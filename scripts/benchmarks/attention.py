@@ -26,6 +26,7 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention.checks import local_path
 from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.doctor.timing import seconds_in_turn
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.tables import show
@@ -81,7 +82,7 @@ def in_turn(args: argparse.Namespace, title: str, systems: list[baselines.System
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=args.repeats * len(systems))
         clock = timing.CLOCKS[args.clock]
-        return timing.seconds_in_turn(systems, args.repeats, clock, lambda: bar.advance(task))
+        return seconds_in_turn(systems, args.repeats, clock, lambda: bar.advance(task))
 
 
 def measure(args: argparse.Namespace, case: Case, mesh, backward: bool) -> dict[str, float]:

@@ -5,26 +5,18 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ring_attention.doctor.timing import System
 from ring_attention.parallel.context import ring_attention
 from ring_attention.parallel.layouts import SequenceLayout
 
 PAPER, DENSE, TORCH = "the paper's code", "jax.nn.dot_product_attention, 1 device", "PyTorch CPU flash SDPA"
 MATMUL_SIZE = 2048
 MATMUL = f"matmul {MATMUL_SIZE} x {MATMUL_SIZE}"
-
-
-class System(NamedTuple):
-    """Something to time: `run()` returns its results, finished; `natural` puts them as JAX would, in natural order."""
-
-    name: str
-    run: Callable[[], object]
-    natural: Callable[[object], list] = lambda results: results
 
 
 def with_gradients(attend: Callable, backward: bool) -> Callable:

@@ -19,9 +19,9 @@ from ring_attention.attention import online_softmax
 from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.mask_spec import make_mask_spec
 from ring_attention.commands.arguments import Parser
+from ring_attention.doctor.timing import System, seconds_in_turn
 from ring_attention.tables import show
 from scripts.benchmarks import timing
-from scripts.benchmarks.baselines import System
 
 FILLED = (1.0, 0.5, 0.1)
 """Shares of the cache that are in use."""
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 
         systems = [system(name, program) for name, program in programs.items()]
         timing.require_agreement(systems)
-        seconds = timing.seconds_in_turn(systems, args.repeats, timing.CLOCKS["wall"])
+        seconds = seconds_in_turn(systems, args.repeats, timing.CLOCKS["wall"])
         for name, program in programs.items():
             temporary = program.memory_analysis().temp_size_in_bytes / 2**20
             table.add_row(f"{filled:.0%}", name, f"{1000 * seconds[name]:.2f}", f"{temporary:.1f}")

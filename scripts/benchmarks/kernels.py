@@ -10,114 +10,21 @@ Beside them the figures that FlashAttention-3 was published with for an H100 (Sh
 """
 
 import dataclasses
-import functools
 import statistics
 
 import jax
-import jax.numpy as jnp
 from rich.progress import Progress
 from rich.table import Table
 
-import ring_attention as ra
 from ring_attention.attention.kernels import KERNELS, require_platform
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import require
 from ring_attention.commands.arguments import Parser, as_mistakes, write_json
+from ring_attention.doctor.rates import PRODUCTS, Case, measure
 from ring_attention.tables import show
-from scripts.benchmarks import timing
-from scripts.benchmarks.baselines import System
-from scripts.benchmarks.single_rank import SingleRank
 
 FLASH_ATTENTION_3 = {"forward": 648, "backward": 561}
 """TFLOP/s, head dim 128, 16K tokens, bidirectional, bf16/fp16, H100 SXM (Shah et al. 2024, figures 5 and 6)."""
-
-PRODUCTS = {"forward": 2, "backward": 5}
-LARGEST_ERROR = 0.02
-"""Relative, between what the hops and what XLA's tiles give, above which they compute something else."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """Sizes: `shard` tokens of one of `devices`, and which of them."""
-
-    shard: int
-    devices: int
-    place: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of a query and a key that each device of a zigzag ring sees, for one head, its own diagonal too."""
-        return self.shard * self.devices * self.shard // 2
-
-    def array(self, seed: int, tokens: int, heads: int, *more: int):
-        """Random numbers [..., 1, heads, tokens, D]."""
-        shape = (*more, 1, heads, tokens, self.head_dim)
-        return jax.random.normal(jax.random.key(seed), shape, self.dtype)
-
-
-def hops_of(case: Case, impl: str) -> dict[str, System]:
-    """Return the hops of one device: "forward" and "backward"."""
-    P, mask = case.devices, MaskSpec(scale=case.head_dim**-0.5)
-    device = SingleRank(kernel=KERNELS[impl], layout=ra.SequenceLayout("zigzag", P))
-    q, dout = (case.array(seed, case.shard, case.heads) for seed in (0, 1))
-    k, v = (case.array(seed, case.shard, case.kv_heads, P) for seed in (2, 3))
-    place = jnp.int32(case.place)
-    forward = jax.jit(functools.partial(device.forward, segments=None, mask=mask))
-    backward = jax.jit(lambda *args: device.backward(*args[:4], None, mask, *args[4:]))
-    out, lse = forward(place, q, k, v)
-    other = SingleRank(kernel=KERNELS["xla"], layout=device.layout)
-    want, _ = jax.jit(functools.partial(other.forward, segments=None, mask=mask))(place, q, k, v)
-    _require_alike(impl, "out", out, want)
-    wants = jax.jit(lambda *args: other.backward(*args[:4], None, mask, *args[4:]))(place, q, k, v, out, lse, dout)
-    jax.tree.map(functools.partial(_require_alike, impl, "a gradient"), backward(place, q, k, v, out, lse, dout), wants)
-    name = f"{P} hops"
-    return {
-        "forward": System(name, lambda: jax.block_until_ready(forward(place, q, k, v))),
-        "backward": System(name, lambda: jax.block_until_ready(backward(place, q, k, v, out, lse, dout))),
-    }
-
-
-def _require_alike(impl: str, name: str, got, want) -> None:
-    error = float(jnp.linalg.norm((got - want).astype("float32")) / jnp.linalg.norm(want.astype("float32")))
-    if not error <= LARGEST_ERROR:
-        raise RuntimeError(f"the hops of {impl} and of xla differ in {name} by {error:.1e}, relatively")
-
-
-def one_call_of(case: Case, impl: str) -> dict[str, System]:
-    """A single call over as many pairs: all queries of the device see half of all keys."""
-    attend = functools.partial(ra.blockwise_attention, causal=False, impl=impl)
-    if impl == "cudnn":
-        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    heads = {0: case.heads, 1: case.heads, 2: case.kv_heads, 3: case.kv_heads}
-    keys = case.devices * case.shard // 2
-    q, dout, k, v = (
-        case.array(seed, case.shard if seed < 2 else keys, number).swapaxes(1, 2) for seed, number in heads.items()
-    )
-    forward, backward = jax.jit(attend), jax.jit(lambda vjp, dout: vjp(dout))
-    vjp = jax.jit(lambda *qkv: jax.vjp(attend, *qkv)[1])(q, k, v)
-    return {
-        "forward": System("one call", lambda: jax.block_until_ready(forward(q, k, v))),
-        "backward": System("one call", lambda: jax.block_until_ready(backward(vjp, dout))),
-    }
-
-
-def measure(case: Case, impl: str, repeats: int, advance) -> dict[str, dict[str, float]]:
-    """Pass -> {"hops": TFLOP/s, "one call": TFLOP/s, "ratio"}."""
-    hops, one_call, found = hops_of(case, impl), one_call_of(case, impl), {}
-    for name, products in PRODUCTS.items():
-        systems = [hops[name], one_call[name]]
-        for system in systems:  # compile
-            system.run()
-        seconds = timing.seconds_in_turn(systems, repeats, timing.CLOCKS["wall"], advance)
-        flops = 2 * products * case.pairs * case.heads * case.head_dim
-        speeds = {system.name: flops / seconds[system.name] / 1e12 for system in systems}
-        mine, one_call = speeds.values()
-        found[name] = {"hops": mine, "one call": one_call, "ratio": mine / one_call}
-    return found
 
 
 @as_mistakes(ValueError, RuntimeError)

@@ -21,11 +21,11 @@ from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.commands.arguments import Parser
+from ring_attention.doctor.timing import System, seconds_in_turn
 from ring_attention.models.loss import chunked_cross_entropy, weighted_cross_entropy
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.tables import show
 from scripts.benchmarks import timing
-from scripts.benchmarks.baselines import System
 
 
 def used_while_they_exist(hidden, unembed, targets, weights, chunk):
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         for name, program in programs.items()
     ]
     timing.require_agreement(systems)
-    seconds = timing.seconds_in_turn(systems, args.repeats, timing.CLOCKS["wall"])
+    seconds = seconds_in_turn(systems, args.repeats, timing.CLOCKS["wall"])
     first = seconds[systems[0].name]
     for name, program in programs.items():
         temporary = program.memory_analysis().temp_size_in_bytes / 2**20

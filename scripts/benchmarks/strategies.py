@@ -24,11 +24,12 @@ import ring_attention as ra
 from ring_attention import testing
 from ring_attention.checks import local_path
 from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.doctor.timing import seconds_in_turn
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.planning.hlo import compiled
 from ring_attention.tables import show
-from scripts.benchmarks import baselines, timing
+from scripts.benchmarks import baselines
 from scripts.benchmarks.approaches import APPROACHES, Approach, Cost, Row
 
 CHECKED_TOKENS = 1024
@@ -128,7 +129,7 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
             done(approach, "warm up")
             rows[approach.label] = row
         advance = lambda: progress.update(task, advance=1, description="time")  # noqa: E731
-        seconds = timing.seconds_in_turn(systems, args.repeats, time.perf_counter, advance)
+        seconds = seconds_in_turn(systems, args.repeats, time.perf_counter, advance)
     for label, row in rows.items():
         row.seconds = seconds[label]
     return rows

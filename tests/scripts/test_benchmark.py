@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from command_lines import run_command
 
+from ring_attention.doctor.timing import System, seconds_in_turn
 from scripts.benchmarks import timing
-from scripts.benchmarks.baselines import System
 
 
 @pytest.mark.slow  # compiles 18 programs
@@ -54,5 +54,5 @@ def test_seconds_in_turn_gives_medians_of_rounds():
         return System(name, run)
 
     systems = [system("a", [1, 9, 2]), system("b", [5, 5, 7])]
-    assert timing.seconds_in_turn(systems, 3, lambda: now[0]) == {"a": 2, "b": 5}
+    assert seconds_in_turn(systems, 3, lambda: now[0]) == {"a": 2, "b": 5}
     assert [sorted(runs[i : i + 2]) for i in (0, 2, 4)] == [["a", "b"]] * 3

@@ -14,8 +14,8 @@ from ring_helpers import Bound
 import ring_attention as ra
 from ring_attention.attention.kernels import KERNELS, require_platform
 from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.doctor.single_rank import SingleRank
 from ring_attention.testing import random_qkv
-from scripts.benchmarks.single_rank import SingleRank
 
 B, H, K, D, P = 1, 4, 2, 64, 4
 T = 2 * P * 128

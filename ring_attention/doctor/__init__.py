@@ -1,0 +1,1 @@
+"""What the devices at hand do, measured: `ring-attention doctor`."""
