@@ -90,13 +90,10 @@ def of_links(links: Mapping, chip: Chip) -> Iterator[Advice]:
     """A way round the ring that is slow."""
     for way, found in links.items():
         if found["bandwidth"] < SLOW_LINK * chip.link:
-            words = f"a hop {way} the ring carries {found['bandwidth'] / 1e9:.3g} GB/s of {chip.link / 1e9:.0f}"
-            remedy = (
-                "see that peers reach each other (nvidia-smi topo -m)"
-                if chip.platform == "gpu"
-                else "see docs/kernels.md"
-            )
-            yield Advice("links", True, f"{words} that a {chip.name} has; {remedy}, or plan with --measured")
+            words = f"a hop {way} the ring carries {found['bandwidth'] / 1e9:.3g} GB/s, {chip.name}'s link is published"
+            see = "nvidia-smi topo -m" if chip.platform == "gpu" else "parallel.wires.hops_of(mesh)"
+            words += f" at {chip.link / 1e9:.0f}; see what lies between neighbours ({see}), or plan with --measured"
+            yield Advice("links", True, words)
 
 
 def of_overlap(overlap: Mapping | None) -> Iterator[Advice]:

@@ -66,7 +66,7 @@ FAULTS = [
     (dict(ratio=9.1), "kernels", "dk is 9.1 times as far from the oracle"),
     (dict(forward=300.0), "rates", "do 300 TFLOP/s forward"),
     (dict(backward=100.0), "rates", "do 100 TFLOP/s backward"),
-    (dict(against=90e9), "links", "a hop against the ring carries 90 GB/s of 450"),
+    (dict(against=90e9), "links", "a hop against the ring carries 90 GB/s, h100's link is published at 450"),
     (dict(hidden=0.3), "overlap", "hops hide 30% of their transfers"),
     (dict(peak=12 * GiB), "step", "takes 12.00 GiB where 10.00 are predicted"),
     (dict(limit=59 * GiB), "limits", "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"),
@@ -122,7 +122,7 @@ def test_slow_link_is_in_the_exit_status_and_in_the_file(call, monkeypatch):
     _of_two_h100s(monkeypatch, _found(along=50e9))
     status, printed, report = call()
     assert status == 1
-    assert "off: links: a hop along the ring carries 50 GB/s of 450 that a h100 has" in printed
+    assert "off: links: a hop along the ring carries 50 GB/s, h100's link is published at 450; see" in printed
     assert [(line["part"], line["wrong"]) for line in report["advice"]] == [("links", True)]
     assert report["measured"]["link"] == 50e9
 
