@@ -10,6 +10,9 @@ from rich.table import Table
 from ring_attention.doctor.advice import Advice
 from ring_attention.hardware.chips import Chip, GiB
 
+MAGI_ATTENTION = {"forward": 645, "backward": 529}
+"""TFLOP/s that it publishes for one call at the shape `checkup.PUBLISHED` on an H100."""
+
 
 class Row(NamedTuple):
     """A line of the table: the part, what of it, the figure, and what to compare it with."""
@@ -86,6 +89,7 @@ def _rates(rates: Mapping, chip: Chip | None) -> Iterator[Row]:
             yield Row("rates", f"{row['kernel']}, {shape}", f"failed: {row['failed']}")
         for name, rate in row.get("passes", {}).items():
             beside = f"one call {_flops(rate['one call'] * 1e12)}: {rate['ratio']:.2f} of it"
+            beside += f"; MagiAttention on an H100: {MAGI_ATTENTION[name]}" if row["shape"] == "published" else ""
             yield Row("rates", f"{row['kernel']} {name}, {shape}", f"hops {_flops(rate['hops'] * 1e12)}", beside)
     yield Row("rates", "dense layers", _flops(rates["matmul"]), f"{_flops(chip.flops)} published" if chip else "")
 
