@@ -73,7 +73,7 @@ def test_wheel_lists_its_configs(ring_attention):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "finetune", "import", "export"])
+@pytest.mark.parametrize("command", ["doctor", "generate", "evaluate", "finetune", "import", "export"])
 def test_wheel_has_the_other_commands(ring_attention, command):
     done = ring_attention(command, "--help")
     assert done.returncode == 0, done.stderr
