@@ -4,10 +4,13 @@ import dataclasses
 
 from ring_attention.checks import is_whole, require, shown
 
+CHOSEN = -1
+"""A size that is left to `attention.kernels.tile_sizes`: chosen for the kernel and the device."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """What one tile holds.
+    """What one tile holds. The defaults suit a CPU; -1 for q, kv or heads has it chosen for the kernel and the device.
 
     Attributes:
       q: query tokens.
@@ -24,15 +27,22 @@ class BlockSizes:
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
-        wrong = [f"{name}={shown(size)}" for name, size in sizes.items() if not is_whole(size, 1)]
+        wrong = [
+            f"{name}={shown(size)}"
+            for name, size in sizes.items()
+            if not is_whole(size, 1) and not (size == CHOSEN and name != "cut")
+        ]
         require(
             not wrong,
             f"block sizes must be whole and positive, got {', '.join(wrong)}; leave them out for the defaults",
         )
 
 
-def as_blocks(block_sizes: BlockSizes | None) -> BlockSizes:
-    """The sizes that were asked for, or the defaults."""
+def as_blocks(block_sizes: BlockSizes | None, chosen: BlockSizes) -> BlockSizes:
+    """The sizes that were asked for, and those of `chosen` for what was left open."""
     fits = block_sizes is None or isinstance(block_sizes, BlockSizes)
     require(fits, f"block_sizes={shown(block_sizes)} must be a BlockSizes; write BlockSizes(q=128, kv=128)")
-    return block_sizes or BlockSizes()
+    if block_sizes is None:
+        return chosen
+    left_open = {name: getattr(chosen, name) for name in ("q", "kv", "heads") if getattr(block_sizes, name) == CHOSEN}
+    return dataclasses.replace(block_sizes, **left_open)

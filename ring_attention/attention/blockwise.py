@@ -11,8 +11,10 @@ from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.axis_types import type_of, with_auto_axes
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.derivatives import differentiated_once, only_reverse_mode
-from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.device_kind import kind_here
+from ring_attention.attention.kernels.choose import choose_kernel
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.kernels.tile_sizes import tiles_of
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec
 from ring_attention.attention.masks import BlockPair, Runs, Tokens
@@ -81,8 +83,8 @@ def blockwise_attention(
       dropout_rate: of weights; which ones depends on their batch row, head and positions alone, not on tile sizes.
       dropout_key: a `jax.random` key, needed with dropout.
       extra_mask: a `Mask`, a further condition on positions; a query sees the keys that it shows, too.
-      impl: name of a kernel, or "auto".
-      block_sizes: sizes of a tile.
+      impl: name of a kernel, or "auto": the fastest that can do this on these devices (docs/kernels.md).
+      block_sizes: sizes of a tile; chosen for the kernel and the device by default.
       return_lse: also return the lse.
 
     Returns:
@@ -104,16 +106,22 @@ def blockwise_attention(
     require(segment_ids is not None or kv_segment_ids is None, "kv_segment_ids needs segment_ids; give both or neither")
     _check_tokens("q", q_positions, segment_ids, B, T)
     _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
-    static = _Static(kernel=find_kernel(impl), blocks=as_blocks(block_sizes))
-    kernel = static.kernel
-    checked = checked_mask_args(arguments, H)
+    kind, checked = kind_here(q), checked_mask_args(arguments, H)
     make_mask = functools.partial(make_mask_spec, q, **checked)
-    kernel.check(jax.eval_shape(make_mask), jax.ShapeDtypeStruct((B, H, T, D), q.dtype))
-    require(
-        kernel.differentiates_lse or not return_lse,
-        f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
-    )
     pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
+
+    def accepts(kernel: Kernel) -> None:
+        kernel.check(jax.eval_shape(make_mask), jax.ShapeDtypeStruct((B, H, T, D), q.dtype))
+        require(
+            kernel.differentiates_lse or not return_lse,
+            f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
+        )
+        kernel.check_pair(pair)
+
+    kernel = choose_kernel(impl, kind, accepts)
+    accepts(kernel)
+    tiles = tiles_of(kernel.name, kind, D, H // k.shape[2])
+    static = _Static(kernel=kernel, blocks=as_blocks(block_sizes, tiles))
     sinks = as_sinks(checked["sinks"])
     shards = shards_of(q, k, (v, pair, sinks))
     q, k, v, pair, sinks = vary_together(q, k, v, pair, sinks)

@@ -100,6 +100,9 @@ def describe(plan: Plan, compiled: CompileReport | None, flags: list[str], conso
         f"{share.config.name}: {share.model.num_parameters:,} parameters, {share.config.seq_len:,} tokens of context, "
         f"{share.tokens:,} on each device; mesh {mesh or 'of one device'}"
     )
+    blocks = share.attention.blocks
+    kernel = f"attention kernel: {share.attention.kernel.name}, tiles of {blocks.q} x {blocks.kv} tokens"
+    console.print(f"{kernel}; {share.kernel_reason}" if share.kernel_reason else kernel, markup=False)
     console.print(f"model FLOPs of a step: {plan.model_flops:.3g}")
     show(report.hardware_table(plan), console)
     show(report.memory_table(plan, compiled and compiled.memory.total), console)

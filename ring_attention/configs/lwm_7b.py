@@ -7,7 +7,7 @@ grows with the window. docs/long_context.md has the later stages, up to 1,048,57
 
 Cost: 6.6 GiB of each chip's 15.75 and 12 seconds a step, predicted:
 
-    python scripts/plan.py --config=configs/lwm_7b.py --topology=v5e:16x16 --config.attention.impl=splash
+    python scripts/plan.py --config=configs/lwm_7b.py --topology=v5e:16x16
 
 Result: not trained yet; planned only.
 """
@@ -42,7 +42,7 @@ def get_config() -> TrainConfig:
         batch_size=128,
         num_steps=1000,
         mesh=MeshConfig(fsdp=32, sp=8),
-        attention=AttentionConfig(layout="zigzag", block_q=512, block_kv=1024, block_heads=8),
+        attention=AttentionConfig(layout="zigzag"),
         data=DataConfig(paths="data/*.jsonl.gz", tokenizer=f"{LLAMA}/tokenizer.json"),
         optimizer=OptimizerConfig(
             learning_rate=4e-5, warmup_steps=100, final_fraction=0.1, weight_decay=0.0, accumulation_steps=4

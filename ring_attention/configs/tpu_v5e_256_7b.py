@@ -6,8 +6,7 @@
 Cost: 8.4 GiB of each chip's 15.75, as the compiler for the pod says without the pod:
 
     pip install -e '.[compile-tpu]'
-    python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --compile \
-        --config.attention.impl=splash
+    python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --compile
 
 On the pod the same command runs on every host (docs/pods.md). Result: not trained yet; compiled and planned only.
 """
@@ -38,7 +37,7 @@ def get_config() -> TrainConfig:
         batch_size=1,
         num_steps=10_000,
         mesh=MeshConfig(sp=256),
-        attention=AttentionConfig(layout="zigzag", block_q=512, block_kv=1024, block_heads=8),
+        attention=AttentionConfig(layout="zigzag"),
         data=DataConfig(paths="data/*.jsonl.gz", tokenizer="tokenizer.json"),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500),
         eval_every=500,

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from ring_attention.attention.blocks import BlockSizes
 from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache
 from ring_attention.inference.sampling import Sampling, sample
 from ring_attention.models.config import ModelConfig
@@ -116,7 +115,7 @@ def make_step(plan: Plan, mesh: Mesh):
         axis_name=SEQUENCE,
         window=plan.attention.window or None,
         softcap=plan.attention.softcap or None,
-        block_sizes=BlockSizes(kv=plan.attention.block_kv),
+        block_sizes=plan.attention.block_sizes,
     )
 
     def on_device(params, cache, rows):

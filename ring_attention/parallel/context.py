@@ -4,6 +4,7 @@ Here arguments are checked and global arrays cut into shards; `shard` has the fr
 """
 
 import functools
+import math
 from typing import Unpack
 
 import jax
@@ -12,16 +13,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from ring_attention.attention.blocks import BlockSizes, as_blocks
+from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.derivatives import only_reverse_mode
+from ring_attention.attention.device_kind import kind_of_mesh
 from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, defaults_of, lists_arguments, refuse_unknown
+from ring_attention.attention.mask_spec import make_mask_spec
 from ring_attention.checks import (
     require_attention_dtypes,
     require_attention_shapes,
 )
+from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
-from ring_attention.parallel.mesh import find_mesh, platform_of
+from ring_attention.parallel.mesh import find_mesh
 from ring_attention.parallel.on_mesh import on_mesh
 from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.shard import MaskAndOptions, arrays_of_shard, mask_and_options, require_as_many_keys
@@ -109,8 +113,9 @@ def context_attention(
       dropout_key: a `jax.random` key, needed with dropout; inside a `shard_map` over other axes, one for each device
         along these.
       extra_mask: a `Mask`, a further condition on positions; a query sees the keys that it shows, too.
-      impl: name of the kernel that computes tiles, or "auto".
-      block_sizes: sizes of the kernel's tiles.
+      impl: name of the kernel that computes tiles, or "auto": the fastest that can do this on these devices, where it
+        passed its self-test (docs/kernels.md). A name never gives way to another kernel.
+      block_sizes: sizes of the kernel's tiles; chosen for the kernel and the device by default.
       **options: of the strategy, for example `duplex=True` for "ring" or `ulysses_size=4` for "usp"; its class in
         `STRATEGIES` describes them.
 
@@ -127,15 +132,28 @@ def context_attention(
     require_as_many_keys(q, k)
     layout = as_layout(layout, mesh.shape[axis_name])
     layout.check_length(layout.padded_length(q.shape[1]))
-    kernel = find_kernel(impl)
-    require_platform(kernel, platform_of(mesh))
+    kind = kind_of_mesh(mesh)
+    require_platform(find_kernel(impl), kind.platform)
     if spec is None:
         spec = default_spec(mesh, axis_name, known_spec(q, mesh), sizes=(k.shape[0], k.shape[2]))
     spec = spec_on(spec, given, mesh)
     check_spec(spec, mesh, axis_name, q, k)
     mask, options = mask_and_options(arguments, q.shape, max_segment_len, "BT")
     strategy = find_strategy(strategy, options, context_attention)
-    context = Context(axis_name=axis_name, layout=layout, kernel=kernel, blocks=as_blocks(block_sizes))
+    T, sizes = q.shape[1], [math.prod(mesh.shape[axis] for axis in axes) for axes in axes_of_spec(spec)]
+    padded = layout.padded_length(T)
+    context = choose_context(
+        strategy,
+        impl,
+        block_sizes,
+        axis_name=axis_name,
+        layout=layout,
+        kind=kind,
+        shape=(q.shape[0] // sizes[0], padded // layout.ring_size, q.shape[2] // sizes[2], q.shape[3]),
+        dtype=q.dtype,
+        kv_heads=k.shape[2] // sizes[2],
+        make_mask=functools.partial(make_mask_spec, q, **mask, seq_len=None if padded == T else T),
+    )
     arrays = [mask.pop(name) for name in _ARRAYS]
     with only_reverse_mode():
         return _sharded(mesh, spec, strategy, context, **mask)(q, k, v, *arrays)

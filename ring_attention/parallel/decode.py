@@ -17,7 +17,9 @@ from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.derivatives import only_reverse_mode
+from ring_attention.attention.device_kind import DeviceKind, kind_here, kind_of_mesh
 from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.kernels.tile_sizes import tiles_of
 from ring_attention.attention.mask_args import MASK_DEFAULTS, ScoreArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec
 from ring_attention.attention.online_softmax import SoftmaxState
@@ -72,7 +74,7 @@ def decode_attention_shard(
     cache = Cache(k_cache, v_cache, layer, heads_first)
     k_shape, v_shape = (_global_shape(x, q, cache, layout.ring_size) for x in (k_cache, v_cache))
     _check(q, k_shape, v_shape, lengths, layout, impl)
-    mask, size = checked_mask_args(arguments, q.shape[2]), as_blocks(block_sizes).kv
+    mask, size = checked_mask_args(arguments, q.shape[2]), _tile(block_sizes, kind_here(q), q, cache)
     return _attend_to_slots(q, cache, lengths, axis_name=axis_name, layout=layout, size=size, mask=mask)
 
 
@@ -159,7 +161,7 @@ def decode_attention(
       sinks: [H], a logit for each head that takes part in the softmax but has no value; counted once.
       alibi_slopes: [H]; a score falls by the slope for each position of distance.
       impl: "auto" or "xla"; the kernels for training have no form for a few queries.
-      block_sizes: of which `kv`, slots that are read at once, counts.
+      block_sizes: of which `kv`, slots that are read at once, counts; chosen for the device by default.
 
     Returns:
       [B,T,H,D] in the dtype of q and sharded over batch and heads like it; 0 where a query sees no key.
@@ -182,7 +184,7 @@ def decode_attention(
     check_spec(spec, mesh, axis_name, q, k_shape)
     mask = checked_mask_args(arguments, q.shape[2])
     sinks, alibi_slopes = mask.pop("sinks"), mask.pop("alibi_slopes")
-    settings = dict(axis_name=axis_name, layout=layout, size=as_blocks(block_sizes).kv)
+    settings = dict(axis_name=axis_name, layout=layout, size=_tile(block_sizes, kind_of_mesh(mesh), q, cache))
     with only_reverse_mode():
         return _sharded(mesh, spec, heads_first, **settings, **mask)(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
 
@@ -224,6 +226,11 @@ def _known_spec(cache, mesh: Mesh | AbstractMesh, heads_first: bool) -> Partitio
         return known
     batch, heads, slots, features = [*known, None, None, None, None][:4]
     return PartitionSpec(batch, slots, heads, features)
+
+
+def _tile(block_sizes: BlockSizes | None, kind: DeviceKind, q: jax.Array, cache: Cache) -> int:
+    """How many slots are read at once."""
+    return as_blocks(block_sizes, tiles_of("xla", kind, q.shape[3], q.shape[2] // cache.num_kv_heads)).kv
 
 
 def _check(q, k_cache, v_cache, lengths, layout: SequenceLayout, impl: str) -> None:

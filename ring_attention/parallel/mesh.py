@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, get_abstract_mesh
 
+from ring_attention.attention.device_kind import kind_of_mesh
 from ring_attention.checks import is_whole, require, shown
 from ring_attention.parallel.wires import arrange
 
@@ -79,9 +80,7 @@ def _large_axes(mesh: Mesh | AbstractMesh) -> list[tuple[str, int]]:
 
 def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
     """The platform of its devices, as `jax.Device.platform` has it; None for an abstract mesh that does not say."""
-    if isinstance(mesh, Mesh):
-        return mesh.devices.flat[0].platform
-    return getattr(mesh.abstract_device, "platform", None)
+    return kind_of_mesh(mesh).platform
 
 
 def compiler_options(mesh: Mesh) -> dict[str, int]:

@@ -3,14 +3,15 @@
 Here arguments are checked; how queries and keys are then brought together is the strategy's business.
 """
 
+import functools
 from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_attention.attention.blocks import BlockSizes, as_blocks
-from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, defaults_of, lists_arguments
 from ring_attention.attention.mask_spec import as_sinks, bounded, check_window, checked_mask_args, make_mask_spec
 from ring_attention.attention.varying import vary_together
@@ -20,6 +21,7 @@ from ring_attention.checks import (
     require_attention_shapes,
     require_integers,
 )
+from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.strategies import StrategyOptions, find_strategy
 from ring_attention.parallel.strategy import Context, Strategy
@@ -80,8 +82,8 @@ def context_attention_shard(
       batch_offset: global index of this device's first sequence, by which dropout counts.
       head_offset: global index of this device's first head, by which dropout counts.
       seq_len: tokens of the whole sequence that are real; those at positions from here on are padding. All by default.
-      impl: name of the kernel that computes tiles, or "auto".
-      block_sizes: sizes of the kernel's tiles.
+      impl: name of the kernel that computes tiles, or "auto": the fastest that can do this on these devices.
+      block_sizes: sizes of the kernel's tiles; chosen for the kernel and the device by default.
       **options: of the strategy.
 
     Returns:
@@ -96,9 +98,20 @@ def context_attention_shard(
     layout = as_layout(layout, _axis_size(axis_name))
     layout.check_length(q.shape[1] * layout.ring_size)
     mask, options = mask_and_options(arguments, q.shape, max_segment_len, "Bt")
-    context = Context(axis_name=axis_name, layout=layout, kernel=find_kernel(impl), blocks=as_blocks(block_sizes))
     strategy = find_strategy(strategy, options, context_attention_shard)
     offsets = dict(batch_offset=batch_offset, head_offset=head_offset, seq_len=seq_len)
+    context = choose_context(
+        strategy,
+        impl,
+        block_sizes,
+        axis_name=axis_name,
+        layout=layout,
+        kind=kind_here(q),
+        shape=q.shape,
+        dtype=q.dtype,
+        kv_heads=k.shape[2],
+        make_mask=functools.partial(make_mask_spec, q, **mask, **offsets),
+    )
     arrays = arrays_of_shard(strategy, context, q, k, v, mask, **offsets)
     return jnp.swapaxes(strategy.attend(context, *arrays), 1, 2)
 

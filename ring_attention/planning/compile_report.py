@@ -17,6 +17,7 @@ from ring_attention.planning.hlo import compiled
 from ring_attention.planning.hlo.transfers import AxisTraffic, Transfer, collectives_by_axis, transfers, warnings_of
 from ring_attention.planning.plan import GRAIN, Plan
 from ring_attention.planning.programs import compile_step
+from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import ring_wires
 from ring_attention.training.config import TrainConfig
 
@@ -29,7 +30,6 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SMALL = {"vmem": "VMEM", "smem": "SMEM", "shared memory": "shared memory"}
 _OF_SMALL = re.compile(rf"\b({'|'.join(_SMALL)})\b", re.IGNORECASE)
 _OF_HBM = re.compile(r"\bhbm\b", re.IGNORECASE)
-_BLOCKS = ("block_q", "block_kv", "block_heads")
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt")
 
 
@@ -77,7 +77,8 @@ def compile_for(config: TrainConfig, topology: Topology):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         if small := small_memory(str(error)):
-            blocks = ", ".join(f"attention.{name}={getattr(config.attention, name)}" for name in _BLOCKS)
+            sizes = Share.of(config, topology).attention.blocks
+            blocks = ", ".join(f"attention.block_{name}={getattr(sizes, name)}" for name in ("q", "kv", "heads"))
             raise ConfigError(
                 f"{blocks}: the compiler for {topology.name} ran out of {small}, not of the device's memory: "
                 f"{_excerpt(str(error), small)}; give smaller blocks"

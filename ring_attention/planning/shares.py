@@ -1,13 +1,18 @@
 """One device's share of a training step: its tokens, heads and weights."""
 
 import dataclasses
+import functools
 
+from ring_attention.attention.device_kind import DeviceKind
 from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.kernels.choose import Choice, choose
+from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.topology import Topology
 from ring_attention.models.config import ModelConfig
+from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_mesh_shape
-from ring_attention.parallel.strategy import Strategy
+from ring_attention.parallel.strategy import Context, Strategy
 from ring_attention.parallel.workload import Workload
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.validate import validate_config
@@ -45,6 +50,40 @@ class Share:
         return self.config.attention.make_strategy()
 
     @property
+    def attention(self) -> Context:
+        """The kernel and the tiles that attention has on the pod; "auto" chooses as there, but tests no kernel."""
+        return self._attention[0]
+
+    @property
+    def kernel_reason(self) -> str:
+        """Why "auto" takes no faster kernel on the pod; "" where it takes the fastest, or one is named."""
+        return self._attention[1]
+
+    @functools.cached_property
+    def _attention(self) -> tuple[Context, str]:
+        attention, model, chip, reasons = self.config.attention, self.model, self.topology.chip, [""]
+
+        def choose_untested(impl, kind, accepts):
+            choice = Choice(impl) if impl != "auto" else choose(kind, accepts, lambda kernel, kind: None)
+            reasons.append(choice.reason)
+            return find_kernel(choice.impl)
+
+        context = choose_context(
+            self.strategy,
+            attention.impl,
+            attention.block_sizes,
+            axis_name=SEQUENCE,
+            layout=attention.make_layout(self.ring),
+            kind=DeviceKind(chip.platform, chip.kinds[0]),
+            shape=(self.batch, self.tokens, self.heads // model.head_groups, model.head_dim),
+            dtype=model.compute_dtype,
+            kv_heads=self.kv_heads // model.head_groups,
+            make_mask=lambda: MaskSpec(scale=1.0, window=attention.window or None, softcap=attention.softcap or None),
+            choose=choose_untested,
+        )
+        return context, reasons[-1]
+
+    @property
     def itemsize(self) -> int:
         """The bytes of an activation's element."""
         return 2 if self.model.compute_dtype == "bfloat16" else 4
@@ -52,7 +91,7 @@ class Share:
     @property
     def keeps_rounding(self) -> bool:
         """Whether what rounding took from the output of attention is kept for the backward pass."""
-        return self.itemsize < 4 and find_kernel(self.config.attention.impl).float32_out
+        return self.itemsize < 4 and self.attention.kernel.float32_out
 
     @property
     def devices(self) -> int:

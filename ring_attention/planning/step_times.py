@@ -51,13 +51,12 @@ class StepTime:
 def pace_of(share: Share) -> Pace:
     """Work out how fast one device of the pod computes attention."""
     chip = share.topology.chip
-    efficiency = share.topology.efficiency
-    attention = share.config.attention
+    efficiency, blocks = share.topology.efficiency, share.attention.blocks
     return Pace(
         forward=chip.flops * efficiency.attention,
         backward=chip.flops * efficiency.attention_backward,
         memory=chip.memory_bandwidth,
-        tile=min(attention.block_q, attention.block_kv),
+        tile=min(blocks.q, blocks.kv),
     )
 
 

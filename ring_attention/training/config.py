@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.blocks import CHOSEN, BlockSizes
 from ring_attention.checks import ConfigError, require_field, require_local
 from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
@@ -64,9 +64,9 @@ class AttentionConfig:
       window: a token sees itself and the window-1 tokens before it; 0: all before it.
       softcap: attention scores x become softcap * tanh(x / softcap); 0 leaves them.
       impl: the kernel that computes tiles, "auto" or a name.
-      block_q: query tokens of a tile.
-      block_kv: key tokens of a tile.
-      block_heads: key/value heads of a tile.
+      block_q: query tokens of a tile; -1: chosen for the kernel and the device.
+      block_kv: key tokens of a tile; -1: chosen.
+      block_heads: key/value heads of a tile; -1: chosen.
     """
 
     strategy: str = "ring"
@@ -79,9 +79,9 @@ class AttentionConfig:
     window: int = 0
     softcap: float = 0.0
     impl: str = "auto"
-    block_q: int = BlockSizes.q
-    block_kv: int = BlockSizes.kv
-    block_heads: int = BlockSizes.heads
+    block_q: int = CHOSEN
+    block_kv: int = CHOSEN
+    block_heads: int = CHOSEN
 
     def __post_init__(self):
         require_field(
@@ -118,12 +118,18 @@ class AttentionConfig:
                 raise ConfigError(f"attention.{error}") from error
         for name in ("block_q", "block_kv", "block_heads"):
             value = getattr(self, name)
-            require_field(value > 0, f"attention.{name}", value, "must be positive", "leave it out to take the default")
+            need, remedy = "must be positive, or -1", "leave it out to have it chosen"
+            require_field(value > 0 or value == CHOSEN, f"attention.{name}", value, need, remedy)
 
     def make_strategy(self) -> Strategy:
         """Return the strategy with its options."""
         options = {name: getattr(self, name) for name in STRATEGY_OPTIONS if getattr(self, name)}
         return find_strategy(self.strategy, options)
+
+    @property
+    def block_sizes(self) -> BlockSizes:
+        """The tiles, with what is to be chosen left open."""
+        return BlockSizes(q=self.block_q, kv=self.block_kv, heads=self.block_heads)
 
     @property
     def in_words(self) -> str:

@@ -8,7 +8,6 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.models.layers import Attend
 from ring_attention.models.transformer import model_builder, parameter_specs
@@ -26,7 +25,6 @@ Batch = dict[str, jax.Array]
 
 def attention_of(config: AttentionConfig, ring_size: int) -> Attend:
     """Return the attention that a model's layers call on the slices of one of `ring_size` devices."""
-    blocks = BlockSizes(q=config.block_q, kv=config.block_kv, heads=config.block_heads)
     return functools.partial(
         context_attention_shard,
         strategy=config.make_strategy(),
@@ -35,7 +33,7 @@ def attention_of(config: AttentionConfig, ring_size: int) -> Attend:
         window=config.window or None,
         softcap=config.softcap or None,
         impl=config.impl,
-        block_sizes=blocks,
+        block_sizes=config.block_sizes,
     )
 
 

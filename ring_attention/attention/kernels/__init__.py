@@ -1,14 +1,10 @@
 """The kernels that compute a pair of query and key blocks, by name; `contract` says what each of them promises."""
 
-import logging
-
 from ring_attention.attention.kernels import tiling, xla
 from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.attention.kernels.cudnn import CUDNN
 from ring_attention.attention.kernels.splash import SPLASH
 from ring_attention.checks import require, require_choice
-
-_log = logging.getLogger(__name__)
 
 KERNELS = {
     "xla": Kernel("xla", xla.forward, xla.backward, halve=tiling.halve, float32_out=True),
@@ -18,12 +14,12 @@ KERNELS = {
 
 
 def find_kernel(impl: str) -> Kernel:
-    """The kernel called `impl`; "auto" takes the best that runs here and logs which."""
+    """The kernel called `impl`; for "auto" that which can do everything everywhere.
+
+    What "auto" takes where attention is computed, `choose.choose_kernel` says: this kernel, or a faster one.
+    """
     require_choice("impl", impl, ["auto", *KERNELS])
-    if impl == "auto":
-        impl = "xla"
-        _log.info("attention kernel: %s", impl)
-    return KERNELS[impl]
+    return KERNELS["xla" if impl == "auto" else impl]
 
 
 def require_platform(kernel: Kernel, platform: str | None) -> None:

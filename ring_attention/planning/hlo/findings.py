@@ -44,8 +44,8 @@ def kept_masks(program: Program, share: Share) -> list[str]:
     is kept for each hop does, and two more of t, T or a tile. A size that is also one of the model's widths or numbers
     of heads tells nothing and is not looked for; nor are two sides of t where a tile is as large as a shard.
     """
-    attention = share.config.attention
-    known, tiles = _model_sizes(share), {attention.block_q, attention.block_kv}
+    blocks = share.attention.blocks
+    known, tiles = _model_sizes(share), {blocks.q, blocks.kv}
     tokens = {share.tokens, share.config.seq_len} - known
     hops = {share.ring, share.ring - 1, share.ring - 2} - known - {0, 1}
     found: dict[Array, str] = {}
