@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from jax.sharding import Mesh
 
+from ring_attention.attention.device_kind import kind_of_mesh
+from ring_attention.attention.kernels.choose import self_tests
 from ring_attention.training.batches import Corpus, Feed, HeldOut, digests
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
@@ -24,6 +26,7 @@ from ring_attention.training.step import make_train_step
 from ring_attention.training.trained_model import TrainedModel
 from ring_attention.training.validate import check_vocabulary, require_memory, validate_config
 
+_SAME_MACHINES = "give all processes the same chips, drivers and libraries, or name a kernel with attention.impl"
 _ALIKE = "start all processes with the same flags, config, versions and settings"
 
 
@@ -80,6 +83,8 @@ def open_run(config: TrainConfig, process_flags: ProcessFlags) -> Iterator[Run]:
         require_agreement("program", program_fields(config), _ALIKE)
         mesh = open_mesh(config.mesh, num_processes)
         compile_anew_where_needed(mesh)
+        if config.attention.impl == "auto":
+            require_agreement("attention kernel", self_tests(kind_of_mesh(mesh)), _SAME_MACHINES)
         if mesh.devices.flat[0].platform != "cpu":
             return_freed_memory()
         first = is_first()

@@ -71,6 +71,17 @@ def choose(
     return Choice("xla", fused, failure) if failure else Choice(fused)
 
 
+def self_tests(kind: DeviceKind) -> dict[str, str]:
+    """Test the fused kernel of these devices, if there is one: {"self-test of NAME": "passed" or "failed"}.
+
+    Processes that compute together must find the same, or they would trace different programs.
+    """
+    fused = FUSED.get(kind.platform or "")
+    if fused is None or kind.is_amd:
+        return {}
+    return {f"self-test of {fused}": "failed" if self_test.failure_of(KERNELS[fused], kind) else "passed"}
+
+
 @functools.cache
 def log_once(choice: Choice, kind: DeviceKind) -> None:
     """Log a choice the first time that it is made: INFO, and WARNING where a faster kernel was left."""
