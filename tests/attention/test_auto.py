@@ -1,0 +1,299 @@
+"""What `impl="auto"` takes, by platform and by what is asked; and whether its self-test sees a kernel that is wrong."""
+
+import dataclasses
+import functools
+import json
+import logging
+import types
+
+import jax
+import numpy as np
+import pytest
+from ring_helpers import PLAIN, ring_mesh
+
+import ring_attention as ra
+from ring_attention.attention import kernels
+from ring_attention.attention.blocks import as_blocks
+from ring_attention.attention.device_kind import DeviceKind
+from ring_attention.attention.kernels import choose, self_test, splash, tile_sizes, verdicts
+from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.hardware.chips import CHIPS
+from ring_attention.parallel.kernel_choice import choose_context
+from ring_attention.parallel.strategies import STRATEGIES
+from ring_attention.testing import random_qkv
+
+V5E, H100 = DeviceKind("tpu", "TPU v5 lite"), DeviceKind("gpu", "NVIDIA H100 80GB HBM3")
+AMD, CPU, UNKNOWN = DeviceKind("gpu", "AMD Instinct MI300X"), DeviceKind("cpu", "cpu"), DeviceKind(None, None)
+ALIBI = dict(alibi_slopes=np.ones(4, np.float32))
+DROPOUT = dict(dropout_rate=0.1, dropout_key=jax.random.key(0))
+SHAPE = (2, 512, 4, 128)
+
+CHOICES = [  # devices, strategy, layout, shape of a shard, dtype, mask, kernel, words of the reason
+    (V5E, "ring", "zigzag", SHAPE, "bfloat16", {}, "splash", ""),
+    (V5E, "ring", "zigzag", SHAPE, "float32", dict(softcap=5.0, window=100), "splash", ""),
+    (V5E, "ring", "zigzag", SHAPE, "bfloat16", ALIBI, "xla", "has no alibi_slopes"),
+    (V5E, "ring", "striped", SHAPE, "bfloat16", DROPOUT, "xla", "has no dropout_rate"),
+    (V5E, "ring", "zigzag", (2, 500, 4, 128), "bfloat16", {}, "xla", "a shard has 500"),
+    (V5E, "sparse", "contiguous", SHAPE, "bfloat16", {}, "xla", "how keys are spaced"),
+    (H100, "ring", "zigzag", SHAPE, "bfloat16", {}, "cudnn", ""),
+    (H100, "ring", "striped", SHAPE, "float16", dict(window=100), "cudnn", ""),
+    (H100, "ring", "zigzag", SHAPE, "float32", {}, "xla", "takes bfloat16 or float16, got float32"),
+    (H100, "ring", "zigzag", SHAPE, "bfloat16", dict(softcap=5.0), "xla", "has no softcap"),
+    (H100, "ring", "zigzag", (2, 512, 4, 100), "bfloat16", {}, "xla", "multiples of 8"),
+    (AMD, "ring", "zigzag", SHAPE, "bfloat16", {}, "xla", "for GPUs of NVIDIA"),
+    (CPU, "ring", "zigzag", SHAPE, "bfloat16", {}, "xla", ""),
+    (UNKNOWN, "ring", "zigzag", SHAPE, "bfloat16", {}, "xla", ""),
+]
+
+
+def _chosen(kind, strategy, layout, shape, dtype, mask, failure=None, impl="auto", block_sizes=None):
+    """(context, choice) of a ring of 4."""
+    made = []
+
+    def choose_and_tell(impl, kind, accepts):
+        made.append(choose.choose(kind, accepts, lambda kernel, kind: failure) if impl == "auto" else None)
+        return kernels.find_kernel(made[0].impl if made[0] else impl)
+
+    context = choose_context(
+        STRATEGIES[strategy],
+        impl,
+        block_sizes,
+        axis_name="sp",
+        layout=ra.SequenceLayout(layout, 4),
+        kind=kind,
+        shape=shape,
+        dtype=dtype,
+        kv_heads=shape[2] // 2,
+        make_mask=lambda: splash.MaskSpec(
+            scale=1.0,
+            window=mask.get("window"),
+            softcap=mask.get("softcap"),
+            slopes=mask.get("alibi_slopes"),
+            dropout=mask.get("dropout_key"),
+        ),
+        choose=choose_and_tell,
+    )
+    return context, made[0]
+
+
+@pytest.mark.parametrize("case", CHOICES, ids=lambda case: f"{case[0]}-{case[6]}-{case[7]}")
+def test_auto_takes_the_fastest_kernel_that_can_do_it_and_says_why_not(case):
+    *asked, impl, reason = case
+    context, choice = _chosen(*asked)
+    assert (context.kernel.name, choice.impl) == (impl, impl)
+    assert reason in choice.reason
+    assert bool(choice.missed) == bool(choice.reason) == bool(reason)
+
+
+def test_auto_leaves_a_kernel_that_failed_its_self_test():
+    context, choice = _chosen(*CHOICES[0][:6], failure="dq is wrong")
+    assert context.kernel.name == "xla"
+    assert choice == choose.Choice("xla", "splash", "dq is wrong")
+
+
+@pytest.mark.parametrize("kind", [DeviceKind(chip.platform, chip.kinds[0]) for chip in CHIPS.values()] + [AMD], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_no_accelerator_gets_the_tiles_of_a_cpu(kind, head_dim):
+    for kernel in ("xla", choose.FUSED[kind.platform]):
+        tiles = tile_sizes.tiles_of(kernel, kind, head_dim, group=4)
+        assert tiles.q * tiles.kv > 256 * 256
+        assert kernel == "splash" or 4 * tiles.heads <= tile_sizes.MOST_HEADS
+    assert tile_sizes.tiles_of("xla", CPU, head_dim, 4) == tile_sizes.tiles_of("xla", UNKNOWN, head_dim, 4)
+    assert tile_sizes.tiles_of("xla", CPU, head_dim, 4) == ra.BlockSizes()
+
+
+def test_sizes_that_are_given_stay_and_those_left_open_are_chosen():
+    context, _ = _chosen(*CHOICES[0][:6], block_sizes=ra.BlockSizes(q=128, kv=-1, heads=-1))
+    chosen = tile_sizes.tiles_of("splash", V5E, 128, 2)
+    assert context.blocks == dataclasses.replace(chosen, q=128)
+    assert as_blocks(None, chosen) == chosen
+    assert as_blocks(ra.BlockSizes(), chosen) == ra.BlockSizes()
+
+
+def _calls_pallas(**settings):
+    """Whether a ring over TPU chips that are not there calls a kernel of Pallas."""
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((2,), ("sp",), axis_types=auto, abstract_device=device)
+    q = jax.ShapeDtypeStruct((1, 512, 2, 64), "bfloat16")
+    attend = functools.partial(ra.ring_attention, mesh=mesh, **settings)
+    return "pallas_call" in str(jax.make_jaxpr(attend)(q, q, q))
+
+
+def test_auto_goes_by_the_devices_of_the_mesh(caplog):
+    choose.log_once.cache_clear()
+    caplog.set_level(logging.INFO, choose.__name__)
+    assert _calls_pallas()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert not _calls_pallas(alibi_slopes=np.ones(2))
+    assert not _calls_pallas(alibi_slopes=np.ones(2), window=100)
+    assert not _calls_pallas(impl="xla")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1, "the same reason is logged once"
+    assert "xla on TPU v5 lite, where splash would be faster: " in warnings[0]
+    assert "has no alibi_slopes" in warnings[0]
+    with pytest.raises(ValueError, match="has no alibi_slopes"):
+        _calls_pallas(impl="splash", alibi_slopes=np.ones(2))
+
+
+def _shifted(pair):
+    """The block pair as if each query stood one place later: it sees one key too many."""
+    queries = dataclasses.replace(pair.queries, positions=pair.queries.positions + 1)
+    return dataclasses.replace(pair, queries=queries)
+
+
+def _lse_shifted(*args):
+    state = PLAIN.forward(*args)
+    return SoftmaxState(state.acc * 1.05, state.max, state.sum * 1.05)
+
+
+def _transposed(*args):
+    dq, dk, dv = PLAIN.backward(*args)
+    return dq, dv, dk
+
+
+def _raise(*args):
+    raise RuntimeError("the compiler said no")
+
+
+FAULTS = {
+    "scale": dict(forward=lambda q, *args: PLAIN.forward(1.1 * q, *args)),
+    "dk and dv for each other": dict(backward=_transposed),
+    "mask forward": dict(forward=lambda q, k, v, pair, *args: PLAIN.forward(q, k, v, _shifted(pair), *args)),
+    "mask backward": dict(
+        backward=lambda q, k, v, stats, pair, *args: PLAIN.backward(q, k, v, stats, _shifted(pair), *args)
+    ),
+    "lse": dict(forward=_lse_shifted),
+    "dk of one shard": dict(
+        backward=lambda q, k, v, stats, pair, *args: tuple(
+            x * (1 if pair.diagonal or i != 1 else 0) for i, x in enumerate(PLAIN.backward(q, k, v, stats, pair, *args))
+        )
+    ),
+    "it raises": dict(forward=_raise),
+}
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """An empty cache folder, and no verdict in this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(self_test.SWITCH, raising=False)
+    self_test._failure_of.cache_clear()
+    yield tmp_path / "ring_attention"
+    self_test._failure_of.cache_clear()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_self_test_sees_a_kernel_that_is_wrong(fault, own_cache):
+    wrong = PLAIN._replace(name="wrong", **FAULTS[fault])
+    failure = self_test.failure_of(wrong, CPU)
+    assert (
+        "its self-test raised RuntimeError: the compiler said no" in failure or "of the XLA tiles, at most" in failure
+    )
+    assert 'name impl="wrong" to take it anyway' in failure
+    assert (fault == "it raises") == (not list(own_cache.glob("*.json"))), "what was raised may be gone the next time"
+
+
+def test_self_test_passes_the_kernel_for_tpu_in_the_interpreter():
+    forward, backward = (
+        functools.partial(fn, interpret=True) for fn in (splash.SPLASH.forward, splash.SPLASH.backward)
+    )
+    kernel = splash.SPLASH._replace(forward=forward, backward=backward)
+    assert self_test.difference(kernel, jax.devices()[0]) == ""
+
+
+def _tested(monkeypatch, found=""):
+    """Have the test find this; a list that grows whenever it is done."""
+    done = []
+    monkeypatch.setattr(self_test, "difference", lambda kernel, device: done.append(kernel.name) or found)
+    return done
+
+
+def _in_new_process(kernel=PLAIN):
+    self_test._failure_of.cache_clear()
+    return self_test.failure_of(kernel, CPU)
+
+
+@pytest.mark.parametrize("found", ["", "dq 0.5 of its size from that of the XLA tiles"])
+def test_verdict_is_kept_until_a_version_changes(found, own_cache, monkeypatch):
+    done = _tested(monkeypatch, found)
+    first = _in_new_process()
+    assert bool(first) == bool(found)
+    assert _in_new_process() == first
+    assert len(done) == 1
+    monkeypatch.setattr(verdicts, "_version", lambda package: "another")
+    _in_new_process()
+    assert len(done) == 2
+    assert _in_new_process(PLAIN._replace(name="another")) is None or found
+    assert len(done) == 3
+    for file in own_cache.iterdir():
+        file.write_text("half a verd")
+    _in_new_process()
+    assert len(done) == 4
+    kept = [json.loads(file.read_text()) for file in own_cache.iterdir() if "half" not in file.read_text()]
+    assert [x["difference"] for x in kept] == [found]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_folder_that_nobody_can_write_is_no_failure(monkeypatch, tmp_path):
+    tmp_path.joinpath("file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    done = _tested(monkeypatch)
+    assert _in_new_process() is None
+    assert _in_new_process() is None
+    assert len(done) == 2
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_test_is_left_out_where_it_is_switched_off_or_there_is_no_device(monkeypatch):
+    done = _tested(monkeypatch, "all wrong")
+    assert self_test.failure_of(PLAIN, V5E) is None
+    monkeypatch.setenv(self_test.SWITCH, "off")
+    assert self_test.failure_of(PLAIN, CPU) is None
+    assert done == []
+    monkeypatch.setenv(self_test.SWITCH, "no")
+    with pytest.raises(ValueError, match="RING_ATTENTION_SELF_TEST='no'"):
+        self_test.failure_of(PLAIN, CPU)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_ring_that_is_traced_has_its_kernel_tested_and_leaves_a_wrong_one(monkeypatch, caplog):
+    """On a platform whose fused kernel is a stand-in: the test runs on a device while jit and shard_map are traced."""
+    monkeypatch.setitem(choose.FUSED, "cpu", "fused")
+    q, k, v, *_ = random_qkv(0, 1, 64, 2, 1, 8)
+    taken = []
+
+    def warnings_of(**functions):
+        def forward(*args):
+            taken.append(args[0].shape[2])
+            return functions.get("forward", PLAIN.forward)(*args)
+
+        monkeypatch.setitem(kernels.KERNELS, "fused", PLAIN._replace(name="fused", forward=forward))
+        choose.log_once.cache_clear()
+        self_test._failure_of.cache_clear()
+        verdicts.path_of(verdicts.key_of("fused", jax.devices()[0])).unlink(missing_ok=True)
+        caplog.clear()
+        taken.clear()
+        jax.make_jaxpr(jax.jit(functools.partial(ra.ring_attention, mesh=ring_mesh(2), layout="zigzag")))(q, k, v)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings_of() == []
+    assert set(taken) == {self_test.t, 32}, "tested, then taken"
+    (warning,) = warnings_of(**FAULTS["lse"])
+    assert "its self-test found lse 0." in warning
+    assert set(taken) == {self_test.t}, "tested, and left"
+
+
+def test_processes_tell_each_other_what_their_self_tests_found(monkeypatch):
+    monkeypatch.setattr(self_test, "failure_of", lambda kernel, kind: "wrong" if kind == H100 else None)
+    assert choose.self_tests(H100) == {"self-test of cudnn": "failed"}
+    assert choose.self_tests(V5E) == {"self-test of splash": "passed"}
+    assert choose.self_tests(CPU) == choose.self_tests(AMD) == choose.self_tests(UNKNOWN) == {}
+
+
+def test_a_verdict_is_of_the_device_and_its_driver():
+    keys = [
+        verdicts.key_of("splash", types.SimpleNamespace(device_kind=kind, client=types.SimpleNamespace(**client)))
+        for kind, client in (("a", {}), ("b", {}), ("a", dict(platform_version="2")))
+    ]
+    assert len({verdicts.path_of(key) for key in keys}) == 3
