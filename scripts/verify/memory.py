@@ -57,7 +57,7 @@ class Row:
 def compile_row(pod: str, shard: int) -> Row:
     """Compile the step for one pod."""
     devices, start = pod_devices(pod), time.monotonic()
-    attention = AttentionConfig(layout="zigzag", impl="splash")
+    attention = AttentionConfig(layout="zigzag", impl="splash", block_q=256, block_kv=256)
     tokens = len(devices) * shard
     config = TrainConfig(name="7B", model=LLAMA_7B, attention=attention, seq_len=tokens, num_steps=10_000)
     memory = compile_step(config, devices).memory_analysis()

@@ -15,6 +15,7 @@ import time
 
 from rich.table import Table
 
+from ring_attention.attention.blocks import BlockSizes
 from ring_attention.hardware.pods import pod_devices
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.mesh import make_mesh
@@ -26,6 +27,7 @@ from scripts.verify.each_pod import compile_for_each
 
 PODS = ("v5e:16x16", "v4:8x8x8", "v5p:8x8x16", "v6e:16x16", "h100:4x8")
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 8, 128, 4
+TILES = BlockSizes(q=256, kv=256, heads=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def small_step(devices: int, shard: int, kernel: str) -> TrainConfig:
         ffn_dim=4 * HEADS * HEAD_DIM,
         compute_dtype="bfloat16",
     )
-    attention = AttentionConfig(impl=kernel)
+    attention = AttentionConfig(impl=kernel, block_q=TILES.q, block_kv=TILES.kv, block_heads=TILES.heads)
     return TrainConfig(name="small", model=model, attention=attention, seq_len=devices * shard, num_steps=1000)
 
 
@@ -80,7 +82,7 @@ def check(pod: str, shard: int):
     kernel = "cudnn" if devices[0].platform == "gpu" else "splash"
     sizes = dict(shard=shard, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     programs = {
-        "ring": lambda: compile_ring(devices, **sizes, layout="zigzag", impl=kernel),
+        "ring": lambda: compile_ring(devices, **sizes, layout="zigzag", impl=kernel, block_sizes=TILES),
         "step": lambda: compile_step(small_step(len(devices), shard, kernel), devices),
     }
     for name, compile_program in programs.items():

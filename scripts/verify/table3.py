@@ -130,6 +130,7 @@ def config_of(name: str, times: int) -> TrainConfig:
             impl=cell.impl or ("cudnn" if gpu else "splash"),
             block_q=cell.block_q,
             block_kv=cell.block_kv,
+            block_heads=BlockSizes.heads,
         ),
     )
 
