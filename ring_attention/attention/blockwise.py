@@ -108,20 +108,22 @@ def blockwise_attention(
     _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
     kind, checked = kind_here(q), checked_mask_args(arguments, H)
     make_mask = functools.partial(make_mask_spec, q, **checked)
-    pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
 
     def accepts(kernel: Kernel) -> None:
-        kernel.check(jax.eval_shape(make_mask), jax.ShapeDtypeStruct((B, H, T, D), q.dtype))
+        mask = jax.eval_shape(make_mask)
+        kernel.check(mask, jax.ShapeDtypeStruct((B, H, T, D), q.dtype))
         require(
             kernel.differentiates_lse or not return_lse,
             f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
         )
-        kernel.check_pair(pair)
+        queries, keys = (Tokens(None, runs=_runs(*x)) for x in ((q_positions, T), (kv_positions, S)))
+        kernel.check_pair(BlockPair(queries, keys, mask))
 
     kernel = choose_kernel(impl, kind, accepts)
     accepts(kernel)
     tiles = tiles_of(kernel.name, kind, D, H // k.shape[2])
     static = _Static(kernel=kernel, blocks=as_blocks(block_sizes, tiles))
+    pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
     sinks = as_sinks(checked["sinks"])
     shards = shards_of(q, k, (v, pair, sinks))
     q, k, v, pair, sinks = vary_together(q, k, v, pair, sinks)
@@ -179,9 +181,14 @@ def _check_tokens(side: str, positions, segments, batch: int, length: int) -> No
         require_integers(f"segment ids of {side}", segments, (batch, length), "BT")
 
 
+def _runs(positions, length: int) -> Runs | None:
+    """All tokens in one run where nobody gave their positions."""
+    return Runs((length,), 1, ((0,),)) if positions is None else None
+
+
 def _tokens(positions, segments, length: int) -> Tokens:
     """Positions as [1 or B, length] and segments as [B, length], both int32."""
-    runs = Runs((length,), 1, ((0,),)) if positions is None else None
+    runs = _runs(positions, length)
     positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
     positions = positions[None] if positions.ndim == 1 else positions
     segments = None if segments is None else segments.astype(jnp.int32)

@@ -22,7 +22,7 @@ def _share(strategy: str = "ring", t: int = 4096, **model) -> Share:
     config = TrainConfig(
         name="test",
         model=ModelConfig(**(sizes | model), compute_dtype="bfloat16"),
-        attention=AttentionConfig(strategy=strategy, impl="splash"),
+        attention=AttentionConfig(strategy=strategy, impl="splash", block_q=256, block_kv=256),
         mesh=MeshConfig(sp=8),
         seq_len=8 * t,
         num_steps=1000,
