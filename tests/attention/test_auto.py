@@ -14,7 +14,7 @@ from ring_helpers import PLAIN, ring_mesh
 import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.attention.blocks import as_blocks
-from ring_attention.attention.device_kind import DeviceKind
+from ring_attention.attention.device_kind import DeviceKind, kind_here
 from ring_attention.attention.kernels import choose, self_test, splash, tile_sizes, verdicts
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.hardware.chips import CHIPS
@@ -134,6 +134,23 @@ def test_auto_goes_by_the_devices_of_the_mesh(caplog):
     assert "has no alibi_slopes" in warnings[0]
     with pytest.raises(ValueError, match="has no alibi_slopes"):
         _calls_pallas(impl="splash", alibi_slopes=np.ones(2))
+
+
+def test_the_kind_of_device_is_that_of_the_surroundings():
+    device = jax.sharding.AbstractDevice(V5E.name, 1, V5E.platform)
+    seen = []
+
+    def on_shard(x):
+        seen.append(kind_here(x))
+        return x
+
+    for known in (device, None):
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.sharding.AbstractMesh((2,), ("sp",), axis_types=auto, abstract_device=known)
+        sharded = jax.shard_map(on_shard, mesh=mesh, in_specs=jax.P("sp"), out_specs=jax.P("sp"))
+        jax.eval_shape(sharded, jax.ShapeDtypeStruct((4,), "float32"))
+    assert seen == [V5E, UNKNOWN]
+    assert kind_here() == kind_here(jax.device_put(np.zeros(1))) == CPU
 
 
 def _shifted(pair):

@@ -211,3 +211,16 @@ def test_planning_names_no_strategy():
     for path in Path(planning.__file__).parent.rglob("*.py"):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not words & set(STRATEGIES), f"{path.name} names a strategy; ask it for its facts"
+
+
+def test_a_plan_has_the_kernel_and_the_tiles_that_auto_takes_on_the_pod():
+    tpu = make_plan(load_config(TPU), find_topology("v5e:16x16")).share
+    assert (tpu.attention.kernel.name, tpu.kernel_reason) == ("splash", "")
+    assert (tpu.attention.blocks.q, tpu.attention.blocks.kv) == (512, 1024)
+    config = load_config(GPU)
+    gpu = make_plan(config, find_topology("h100:1x8")).share
+    assert (gpu.attention.kernel.name, gpu.attention.blocks.heads) == ("cudnn", 8)
+    capped = dataclasses.replace(config, attention=dataclasses.replace(config.attention, softcap=30.0))
+    gpu = make_plan(capped, find_topology("h100:1x8")).share
+    assert gpu.attention.kernel.name == "xla"
+    assert "has no softcap" in gpu.kernel_reason
