@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ring_attention.attention.blockwise import blockwise_attention
+from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.kernels import KERNELS
+from ring_attention.attention.kernels.tile_sizes import tiles_of
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.doctor.single_rank import SingleRank
 from ring_attention.doctor.timing import System, rounds_within, seconds_in_turn
@@ -47,7 +49,8 @@ class Case:
 def hops_of(case: Case, impl: str, compare: bool = True) -> dict[str, System]:
     """Return the hops of one device, "forward" and "backward"; unless told otherwise compare them with XLA's tiles."""
     P, mask = case.devices, MaskSpec(scale=case.head_dim**-0.5)
-    device = SingleRank(kernel=KERNELS[impl], layout=SequenceLayout("zigzag", P))
+    tiles = tiles_of(impl, kind_here(), case.head_dim, case.heads // case.kv_heads)
+    device = SingleRank(kernel=KERNELS[impl], layout=SequenceLayout("zigzag", P), blocks=tiles)
     q, dout = (case.array(seed, case.shard, case.heads) for seed in (0, 1))
     k, v = (case.array(seed, case.shard, case.kv_heads, P) for seed in (2, 3))
     place = jnp.int32(case.place)
