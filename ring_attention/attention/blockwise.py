@@ -108,6 +108,7 @@ def blockwise_attention(
     _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
     kind, checked = kind_here(q), checked_mask_args(arguments, H)
     make_mask = functools.partial(make_mask_spec, q, **checked)
+    all_runs = _runs(q_positions, T), _runs(kv_positions, S)
 
     def accepts(kernel: Kernel) -> None:
         mask = jax.eval_shape(make_mask)
@@ -116,20 +117,18 @@ def blockwise_attention(
             kernel.differentiates_lse or not return_lse,
             f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
         )
-        queries, keys = (Tokens(None, runs=_runs(*x)) for x in ((q_positions, T), (kv_positions, S)))
-        kernel.check_pair(BlockPair(queries, keys, mask))
+        kernel.check_pair(BlockPair(*(Tokens(None, runs=runs) for runs in all_runs), mask))
 
     kernel = choose_kernel(impl, kind, accepts)
     accepts(kernel)
-    tiles = tiles_of(kernel.name, kind, D, H // k.shape[2])
-    static = _Static(kernel=kernel, blocks=as_blocks(block_sizes, tiles))
+    blocks = as_blocks(block_sizes, tiles_of(kernel.name, kind, D, H // k.shape[2]))
     pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
     sinks = as_sinks(checked["sinks"])
-    shards = shards_of(q, k, (v, pair, sinks))
+    static = _Static(kernel=kernel, blocks=blocks), shards_of(q, k, (v, pair, sinks))
     q, k, v, pair, sinks = vary_together(q, k, v, pair, sinks)
     args = (*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), pair, sinks)
     with only_reverse_mode():
-        out, lse = with_auto_axes(_attend_shards, (static, shards), args, type_of(args[0], args[1:]))
+        out, lse = with_auto_axes(_attend_shards, static, args, type_of(args[0], args[1:]))
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     return (out, lse) if return_lse else out
 
