@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ring_helpers import Bound, assert_exact, quickly, results, ring_mesh, sharded
+from ring_helpers import Bound, quickly, results, ring_mesh, sharded
 
 import ring_attention as ra
 from ring_attention.attention.mask_spec import MaskSpec
@@ -20,6 +22,7 @@ from ring_attention.testing import NAMES, random_qkv, random_segments
 P, B, T, H, K, D = 4, 2, 96, 8, 4, 6
 STRIDE = 4
 FOR_SPEEDS = ra.SequenceLayout.for_speeds([1.0, 0.5, 1.0, 2.0], chunks_per_shard=3)
+FOR_TWO_SPEEDS = ra.SequenceLayout.for_speeds([1.0, 0.5], chunks_per_shard=3)
 EVERYTHING = dict(
     window=37,
     segment_ids=random_segments(1, B, T),
@@ -29,10 +32,14 @@ EVERYTHING = dict(
     dropout_key=jax.random.key(5),
     sinks=np.linspace(-1, 1, H, dtype=np.float32),
 )
-MASKS = {"causal": {}, "bidirectional": dict(causal=False), "everything": EVERYTHING}
-OF_MUTANTS = MASKS | {"slopes": dict(alibi_slopes=EVERYTHING["alibi_slopes"])}
+MASKS = {
+    "causal": {},
+    "bidirectional": dict(causal=False),
+    "everything": EVERYTHING,
+    "slopes": dict(alibi_slopes=EVERYTHING["alibi_slopes"]),
+}
 MANY = [name for name in ra.STRATEGIES if name != "single_device"]
-LAYOUTS = {"contiguous": "contiguous", "zigzag": "zigzag", "striped": "striped", "dealt": FOR_SPEEDS}
+LAYOUTS = ("dealt", "striped", "contiguous", "zigzag")
 CANNOT = {("sliding_window", "striped"), ("sparse", "striped"), ("usp", "dealt")}
 
 
@@ -48,48 +55,88 @@ def _own_mask(strategy, mask):
 
 
 @functools.cache
-def _inputs():
-    return random_qkv(3, B, T, H, K, D)
+def _inputs(T=T, kv_heads=K, dtype="float32"):
+    return random_qkv(3, B, T, H, kv_heads, D, dtype=dtype)
 
 
 @functools.cache
-def _bound(strategy, mask):
-    return Bound(_inputs(), **_own_mask(strategy, OF_MUTANTS[mask])[1])
+def _bound_of(strategy, mask, *inputs):
+    return Bound(_inputs(*inputs), **_own_mask(strategy, MASKS[mask])[1])
 
 
-def _results(strategy, mask, layout, mesh=None, qkv=None, impl="plain", **options):
+def _bound(strategy, mask, *inputs):
+    """The bound for a strategy, of the ring where it computes the same mask."""
+    has_own = strategy == "sparse" or (strategy == "sliding_window" and "window" not in MASKS[mask])
+    return _bound_of(strategy if has_own else "ring", mask, *inputs)
+
+
+def _results(strategy, mask, layout, mesh=None, inputs=(), impl="plain", **options):
     """What the strategy makes of a mask, in natural order."""
-    more, arguments = _own_mask(strategy, mask)
+    more, arguments = _own_mask(strategy, MASKS[mask])
     arguments = {name: value for name, value in arguments.items() if name != "stride"}
     mesh = ring_mesh(1 if strategy == "single_device" else P) if mesh is None else mesh
+    if layout == "dealt":
+        layout = FOR_SPEEDS if mesh.shape["sp"] == P else FOR_TWO_SPEEDS
     attend = sharded(mesh, layout, strategy=strategy, impl=impl, **more | options)
-    return results(attend, _inputs() if qkv is None else qkv, **arguments)
+    return results(attend, _inputs(*inputs), **arguments)
 
 
 # --- Exact ------------------------------------------------------------------------------------------------------------
 
 
-PAIRS = [
-    (strategy, layout, list(MASKS)[(i + j) % 3])
-    for (i, strategy), (j, layout) in itertools.product(enumerate(MANY), enumerate(LAYOUTS))
-]
-"""Each strategy with each layout, each strategy with each mask, and each layout with each mask."""
+class Situation(NamedTuple):
+    """What a strategy may meet.
+
+    Attributes:
+      mask: a name in MASKS.
+      T: tokens, which devices need not divide; the sparse strategy needs 90 where they do not: padded, its stride fits.
+      dtype: of queries, keys and values.
+      one_head: strategies that get one key/value head, which they repeat.
+      mesh: sizes of the axes.
+    """
+
+    mask: str
+    T: int = T
+    dtype: str = "float32"
+    one_head: tuple = ()
+    mesh: tuple = (("sp", P),)
+
+
+SITUATIONS = {
+    "half": Situation("causal", dtype="bfloat16", one_head=("ulysses", "usp", "sparse")),
+    "padded": Situation("bidirectional", T=75),
+    "everything": Situation("everything", one_head=("all_gather", "ulysses", "usp")),
+    "beside": Situation("everything", mesh=(("dp", 2), ("sp", 2), ("tp", 2))),
+}
+"""Half precision: gradients of repeated heads must not be summed in bfloat16. Padding: what a query that sees all
+must not see. All arguments, on a ring and beside other axes: dropout counts global sequences and heads, and slopes and
+sinks are those of a device's heads."""
+
+
+def _cases():
+    for i, strategy in enumerate(MANY):
+        layouts = [layout for layout in LAYOUTS if (strategy, layout) not in CANNOT]
+        for j, situation in enumerate(SITUATIONS):
+            yield strategy, layouts[(i + j) % len(layouts)], situation
+
+
+CASES = list(_cases())
+"""Each strategy in each situation and with each layout, and each layout in each situation."""
 
 
 def test_cases_cover_every_pair_of_choices():
-    choices = [MANY, LAYOUTS, MASKS]
+    choices = [MANY, LAYOUTS, SITUATIONS]
     for i, j in itertools.combinations(range(3), 2):
-        assert {(case[i], case[j]) for case in PAIRS} == set(itertools.product(choices[i], choices[j]))
+        assert {(case[i], case[j]) for case in CASES} == set(itertools.product(choices[i], choices[j])) - CANNOT
 
 
-@pytest.mark.parametrize(("strategy", "layout", "mask"), PAIRS)
-def test_strategies_are_as_exact_as_dense_attention(strategy, layout, mask):
-    if (strategy, layout) in CANNOT:
-        with pytest.raises(ValueError, match="striped|cannot be merged"):
-            _results(strategy, MASKS[mask], LAYOUTS[layout])
-        return
-    bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", mask)
-    assert bound.too_large(_results(strategy, MASKS[mask], LAYOUTS[layout])) == {}
+@pytest.mark.parametrize(("strategy", "layout", "situation"), CASES)
+def test_strategies_are_as_exact_as_dense_attention(strategy, layout, situation):
+    mask, tokens, dtype, one_head, mesh = SITUATIONS[situation]
+    mesh = ra.make_mesh(**dict(mesh), devices=jax.devices()[: math.prod(size for _, size in mesh)])
+    inputs = 90 if strategy == "sparse" and tokens == 75 else tokens, 1 if strategy in one_head else K, dtype
+    got = _results(strategy, mask, layout, mesh, inputs)
+    assert _bound(strategy, mask, *inputs).too_large(got) == {}
 
 
 @pytest.mark.parametrize(
@@ -98,18 +145,8 @@ def test_strategies_are_as_exact_as_dense_attention(strategy, layout, mask):
 )
 def test_strategies_are_exact_with_tiles(strategy):
     blocks = ra.BlockSizes(q=8, kv=16)
-    bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", "everything")
-    assert bound.too_large(_results(strategy, EVERYTHING, "zigzag", impl="xla", block_sizes=blocks)) == {}
-
-
-@pytest.mark.parametrize(
-    ("strategy", "kv_heads"),
-    [("all_gather", 4), ("ulysses", 1), ("usp", 1), ("usp", 4), ("ring_self_attention", 4), ("sparse", 1)],
-)
-def test_strategies_are_exact_in_bfloat16(strategy, kv_heads):
-    """With few key/value heads Ulysses repeats them, and must not sum their gradients in bfloat16."""
-    qkv = random_qkv(4, B, T, H, kv_heads, D, dtype="bfloat16")
-    assert_exact(_results(strategy, {}, "zigzag", qkv=qkv), qkv, **_own_mask(strategy, {})[1])
+    got = _results(strategy, "everything", "zigzag", impl="xla", block_sizes=blocks)
+    assert _bound(strategy, "everything").too_large(got) == {}
 
 
 def test_repeat_heads_sums_gradients_in_float32():
@@ -119,46 +156,26 @@ def test_repeat_heads_sums_gradients_in_float32():
     assert grad.item() == 258  # 256 + 0.75 + 0.75 in bfloat16, one after the other, is 256
 
 
-@pytest.mark.parametrize("strategy", MANY)
-def test_strategies_are_exact_beside_data_and_tensor_axes(strategy):
-    """Dropout counts global sequences and heads; slopes and sinks are those of a device's heads."""
-    mesh = ra.make_mesh(dp=2, sp=2, tp=2)
-    bound = _bound(strategy if strategy in ("sparse", "sliding_window") else "ring", "everything")
-    assert bound.too_large(_results(strategy, EVERYTHING, "contiguous", mesh=mesh)) == {}
-
-
 @pytest.mark.parametrize(
     ("strategy", "options", "kv_heads"),
     [
         pytest.param("all_gather", dict(head_groups=1), 4, marks=pytest.mark.slow),
         ("all_gather", dict(head_groups=2), 4),
-        ("all_gather", {}, 1),
         pytest.param("usp", dict(ulysses_size=1), 4, marks=pytest.mark.slow),
         pytest.param("usp", dict(ulysses_size=4), 4, marks=pytest.mark.slow),
         ("usp", dict(ulysses_size=4), 2),  # key/value heads are repeated
-        ("usp", {}, 1),
-        ("ulysses", {}, 1),
     ],
 )
-def test_strategies_are_exact_with_options_and_few_kv_heads(strategy, options, kv_heads):
-    qkv = random_qkv(6, B, T, H, kv_heads, D)
-    got = _results(strategy, EVERYTHING, "zigzag", qkv=qkv, **options)
-    assert_exact(got, qkv, **EVERYTHING)
-
-
-def test_strategies_pad_a_length_that_devices_do_not_divide():
-    qkv = random_qkv(7, 1, 75, 4, 4, D)
-    for strategy in ("all_gather", "ulysses", "usp", "ring_self_attention"):
-        assert_exact(_results(strategy, dict(causal=False), "zigzag", qkv=qkv), qkv, causal=False)
-    qkv = random_qkv(7, 1, 90, 4, 4, D)  # padded to 96, which the stride divides
-    assert_exact(_results("sparse", {}, "zigzag", qkv=qkv), qkv, stride=STRIDE)
+def test_strategies_are_exact_with_options(strategy, options, kv_heads):
+    got = _results(strategy, "everything", "zigzag", inputs=(T, kv_heads), **options)
+    assert _bound(strategy, "everything", T, kv_heads).too_large(got) == {}
 
 
 @pytest.mark.parametrize("strategy", [name for name in MANY if name != "sliding_window"])
 def test_strategies_run_on_one_device(strategy):
     options = dict(ulysses_size=1) if strategy == "usp" else {}
-    bound = _bound(strategy if strategy == "sparse" else "ring", "everything")
-    assert bound.too_large(_results(strategy, EVERYTHING, "zigzag", mesh=ring_mesh(1), **options)) == {}
+    got = _results(strategy, "causal", "zigzag", mesh=ring_mesh(1), **options)
+    assert _bound(strategy, "causal").too_large(got) == {}
 
 
 @pytest.mark.slow
@@ -260,9 +277,9 @@ def test_strategies_mutants_are_seen(name, monkeypatch):
     mutate(monkeypatch)
     context._sharded.cache_clear()
     mask = "slopes" if name.startswith("slopes") else "causal"
-    bound = _bound(strategy if strategy == "sparse" else "ring", mask)
+    bound = _bound(strategy, mask)
     try:
-        assert set(bound.too_large(_results(strategy, OF_MUTANTS[mask], "zigzag"))) == set(wrong)
+        assert set(bound.too_large(_results(strategy, mask, "zigzag"))) == set(wrong)
     finally:
         context._sharded.cache_clear()
 
