@@ -3,6 +3,7 @@
 The quick ones compile as quickly as XLA can, those that are asked for by a marker as users do.
 """
 
+import gc
 import os
 
 import jax
@@ -13,6 +14,8 @@ from ring_helpers import PLAIN
 from ring_attention.attention import kernels
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+gc.set_threshold(100_000, 20, 20)  # to look for garbage as often as by default takes 6% of the time
 
 
 def pytest_configure(config):

@@ -32,16 +32,46 @@ def results(attend, qkv, sinks=None, jit=quickly, **arguments):
 
     `qkv` are q, k, v and the cotangent of out. dsinks are [n,H], for n cotangents.
     """
-    *operands, dout = qkv
 
     @jit
     def run(operands, dout):
-        def fn(q, k, v, sinks=None):
-            return attend(q, k, v, **arguments, **({} if sinks is None else dict(sinks=sinks)))
+        return _with_gradients(attend, operands, dout, arguments)
 
-        out, vjp = jax.vjp(fn, *operands)
-        return out, *vjp(dout)
+    return _of_cotangents(run, qkv, sinks)
 
+
+_TRACED = (
+    *("window", "stride", "alibi_slopes", "dropout_key"),
+    *("segment_ids", "kv_segment_ids", "q_positions", "kv_positions"),
+)
+"""Arguments that may be traced. Softcap and scale may, too, but the compiler rounds constants differently."""
+
+
+def dense_results(qkv, sinks=None, **arguments):
+    """What `results` finds of dense attention; masks of the same kinds and shapes share a program."""
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    masks = {name: arguments.pop(name) for name in _TRACED if name in arguments}
+    program = _dense_program(tuple(sorted(arguments.items())))
+    return _of_cotangents(functools.partial(program, masks), qkv, sinks)
+
+
+@functools.cache
+def _dense_program(constants):
+    return quickly(
+        lambda masks, operands, dout: _with_gradients(dense_attention, operands, dout, {**dict(constants), **masks})
+    )
+
+
+def _with_gradients(attend, operands, dout, arguments):
+    def fn(q, k, v, sinks=None):
+        return attend(q, k, v, **arguments, **({} if sinks is None else dict(sinks=sinks)))
+
+    out, vjp = jax.vjp(fn, *operands)
+    return out, *vjp(dout)
+
+
+def _of_cotangents(run, qkv, sinks):
+    *operands, dout = qkv
     if sinks is None:
         return run(operands, dout)
     operands.append(jnp.asarray(sinks, jnp.float32))
@@ -74,7 +104,7 @@ class Bound:
 
     def __init__(self, qkv, **arguments):
         self.want = expected(qkv, **arguments)
-        self.limits = [2 * error for error in self._errors(results(dense_attention, qkv, **arguments))]
+        self.limits = [2 * error for error in self._errors(dense_results(qkv, **arguments))]
 
     def _errors(self, got):
         differences = (np.asarray(g).astype(np.float64) - w for g, w in zip(got, self.want, strict=False))

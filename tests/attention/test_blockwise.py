@@ -33,13 +33,11 @@ CASES = {
     "documents of others, scale": (CROSS | dict(scale=-0.6), S, dict(q=17, kv=13)),
     "window, sinks": (dict(window=9, sinks=SINKS), T, dict(q=7, kv=5)),
     "window both ways": (dict(window=13, causal=False), S, dict(q=16, kv=16, cut=4)),
-    "alibi": (dict(alibi_slopes=SLOPES), T, dict(q=16, kv=24, cut=4)),
     "alibi, softcap both ways": (dict(alibi_slopes=SLOPES, softcap=0.7, causal=False), S, dict(q=13, kv=60)),
-    "dropout": (DROPOUT, T, dict(q=24, kv=16, heads=2)),
     "everything": (dict(**RICH, segment_ids=random_segments(4, 2, T, count=2)), T, dict(q=24, kv=16, heads=2)),
     "everything, of others": (RICH | CROSS | dict(causal=False), S, dict(q=10, kv=24, cut=1)),
 }
-HALF = [("documents, softcap", "bfloat16"), ("everything", "bfloat16"), ("everything, of others", "float16")]
+HALF = [("everything", "bfloat16"), ("everything, of others", "float16")]
 TOGETHER = [("segment_ids", "kv_segment_ids"), ("dropout_rate", "dropout_key"), ("q_positions", "kv_positions")]
 
 
@@ -95,13 +93,7 @@ def test_blockwise_attention_matches_oracle_with_any_lengths(
         np.testing.assert_allclose(np.asarray(g), w, atol=3e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("causal", "sizes"),
-    [
-        (True, [dict(q=512, kv=512), dict(q=16, kv=8, heads=2)]),
-        (False, [dict(q=7, kv=5, cut=1), dict(q=8, kv=16, cut=4)]),
-    ],
-)
+@pytest.mark.parametrize(("causal", "sizes"), [(True, dict(q=16, kv=8, heads=2)), (False, dict(q=7, kv=5, cut=1))])
 def test_blockwise_attention_drops_the_same_with_any_tiles(causal, sizes):
     length = 33
     q, k, _, _ = random_qkv(1, 2, length, 4, 2, length)
@@ -109,11 +101,10 @@ def test_blockwise_attention_drops_the_same_with_any_tiles(causal, sizes):
     want = ra.reference_attention(q, k, v, causal=causal, **DROPOUT)
     seen = ra.reference_attention(q, k, v, causal=causal) > 0
     assert 0.25 < 1 - (want > 0).sum() / seen.sum() < 0.35  # of those seen, about the rate is dropped
-    for blocks in (ra.BlockSizes(**size) for size in sizes):
-        attend = functools.partial(ra.blockwise_attention, causal=causal, block_sizes=blocks, **DROPOUT)
-        got = quickly(attend)(q, k, v)
-        np.testing.assert_array_equal(np.asarray(got) > 0, want > 0)
-        np.testing.assert_allclose(got, want, atol=1e-6)
+    blocks = ra.BlockSizes(**sizes)
+    got = quickly(functools.partial(ra.blockwise_attention, causal=causal, block_sizes=blocks, **DROPOUT))(q, k, v)
+    np.testing.assert_array_equal(np.asarray(got) > 0, want > 0)
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_blockwise_attention_takes_slopes_as_constants():
@@ -122,9 +113,10 @@ def test_blockwise_attention_takes_slopes_as_constants():
     def loss(slopes):
         return jnp.vdot(dout, ra.blockwise_attention(q, k, v, alibi_slopes=slopes))
 
-    value, slope = quickly(jax.value_and_grad(loss))(jnp.array([0.5, 0.1]))
+    run = quickly(jax.value_and_grad(loss))
+    (value, slope), (other, _) = (run(jnp.array([first, 0.1])) for first in (0.5, 0.6))
     np.testing.assert_array_equal(slope, 0)
-    assert abs(value - quickly(loss)(jnp.array([0.6, 0.1]))) > 1e-3  # the control: they do count
+    assert abs(value - other) > 1e-3  # the control: they do count
 
 
 # --- Rows that see nothing --------------------------------------------------------------------------------------------

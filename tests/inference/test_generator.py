@@ -78,10 +78,13 @@ def prompts(lengths=LENGTHS):
     return [rng.integers(0, MODEL.vocab_size, length) for length in lengths]
 
 
-def generated(model, attention, shape, new=NEW, lengths=LENGTHS, stop=(), seeds=0, capacity=CAPACITY, **settings):
+def generated(model, attention, shape, capacity=CAPACITY, sampling=None, vocab_size=None, **arguments):
     """Tokens of each row; None where it has ended."""
-    settings = dict(mesh=open_mesh(shape), capacity=capacity, attention=attention) | settings
-    writer = Generator(model, parameters(model), **settings)
+    settings = dict(mesh=open_mesh(shape), capacity=capacity, sampling=sampling, vocab_size=vocab_size)
+    return _written(Generator(model, parameters(model), attention=attention, **settings), **arguments)
+
+
+def _written(writer, new=NEW, lengths=LENGTHS, stop=(), seeds=0):
     steps = list(writer.generate(prompts(lengths), max_new_tokens=new, stop=stop, seeds=seeds))
     return [list(row) for row in zip(*steps, strict=True)]
 
@@ -111,8 +114,13 @@ def wrong(model, attention, rows):
 
 
 @functools.cache
+def _writer_on_one_device():
+    return Generator(MODEL, parameters(MODEL), mesh=open_mesh(MESHES["1"]), capacity=CAPACITY, attention=ATTENTION)
+
+
+@functools.cache
 def on_one_device():
-    return generated(MODEL, ATTENTION, MESHES["1"])
+    return _written(_writer_on_one_device())
 
 
 # --- Exact ------------------------------------------------------------------------------------------------------------
@@ -186,9 +194,9 @@ def test_generate_ends_a_row_at_a_stop_token_alone():
     first = [row.index(stop) if stop in row else NEW - 1 for row in rows]
     steps = max(first) + 1
     want = [row[: end + 1] + [None] * (steps - end - 1) for row, end in zip(rows, first, strict=True)]
-    assert generated(MODEL, ATTENTION, MESHES["1"], stop=[stop]) == want
+    assert _written(_writer_on_one_device(), stop=[stop]) == want
     assert len(set(first)) > 1
-    assert generated(MODEL, ATTENTION, MESHES["1"], stop=range(40)) == [row[:1] for row in rows]
+    assert _written(_writer_on_one_device(), stop=range(40)) == [row[:1] for row in rows]
 
 
 def test_generate_pads_prompts_to_few_lengths():

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from ring_helpers import quickly
 
 import ring_attention as ra
 from ring_attention.attention import cached, online_softmax, sinks
@@ -38,7 +39,7 @@ EXTRAS = {
 
 def _draw(seed, dtype="float32", B=B, T=T, H=H, K=K, S=S):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in [(B, T, H, D), (B, S, K, D), (B, S, K, D)]]
+    return [rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in [(B, T, H, D), (B, S, K, D), (B, S, K, D)]]
 
 
 def _mesh(P, **shape):
@@ -51,6 +52,16 @@ def _decode(q, k, v, lengths, *, mesh, layout="striped", axis_name="sp", **setti
     k, v = (order.permute(x, 1) for x in (k, v))
     settings = dict(block_sizes=TILES) | settings
     return ra.decode_attention(q, k, v, mesh=mesh, axis_name=axis_name, lengths=lengths, layout=layout, **settings)
+
+
+@functools.cache
+def _dense(names):
+    """Dense attention with the arguments of EXTRAS["all"], and others, that are named, as one program."""
+
+    def attend(q, k, v, positions, **extras):
+        return dense_attention(q, k, v, q_positions=positions, **extras)
+
+    return quickly(attend, static_argnames=[name for name in names if name in ("softcap", "scale")])
 
 
 def _shares(lengths_of=LENGTHS, dtype="float32", sizes=None, **settings):
@@ -66,8 +77,13 @@ def _shares(lengths_of=LENGTHS, dtype="float32", sizes=None, **settings):
         got = _decode(q, k, v, lengths, **settings)
         assert got.dtype == q.dtype
         ours += np.sum((np.asarray(got, np.float64) - want) ** 2)
-        dense += np.sum((np.asarray(dense_attention(q, k, v, q_positions=positions, **extras), np.float64) - want) ** 2)
+        dense += np.sum((np.asarray(_dense(tuple(extras))(q, k, v, positions, **extras), np.float64) - want) ** 2)
     return (ours / dense) ** 0.5
+
+
+@functools.cache
+def _unchanged(extras, layout="striped"):
+    return _shares(mesh=_mesh(4), layout=layout, **EXTRAS[extras])
 
 
 # --- Exact ------------------------------------------------------------------------------------------------------------
@@ -78,11 +94,10 @@ ALONE = [("striped", name) for name in EXTRAS if name not in ("plain", "all")]
 
 @pytest.mark.parametrize(("layout", "extras"), [*itertools.product(LAYOUT_KINDS, ("plain", "all")), *ALONE])
 def test_decode_attention_is_as_exact_as_dense_attention(layout, extras):
-    assert _shares(mesh=_mesh(4), layout=layout, **EXTRAS[extras]) <= 2
+    assert _unchanged(extras, layout) <= 2
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("P", [1, 8])
+@pytest.mark.parametrize(("P", "dtype"), [(1, "float16"), (8, "bfloat16")])
 def test_decode_attention_is_exact_in_half_precision(P, dtype):
     assert _shares(mesh=_mesh(P), dtype=dtype, **EXTRAS["all"]) <= 2
 
@@ -112,7 +127,7 @@ def test_decode_attention_reads_one_layer_where_it_lies():
     q, k, v = _draw(0)
     attend = functools.partial(ra.decode_attention_shard, lengths=np.array([80, 7, 41], np.int32), block_sizes=TILES)
 
-    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(quickly, static_argnums=2)
     def run(k, v, layer=None):
         def on_shard(k, v):
             return attend(q, k, v, layer=None if layer is None else jnp.int32(layer))
@@ -120,23 +135,24 @@ def test_decode_attention_reads_one_layer_where_it_lies():
         spec = Spec(*([None] * (k.ndim - 3)), "sp")
         return jax.shard_map(on_shard, mesh=_mesh(2), in_specs=spec, out_specs=Spec())(k, v)
 
-    one, layers = run(k, v), [jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in (k, v)]
+    one, layers = run(k, v), [np.stack([np.full_like(x, np.nan), x]) for x in (k, v)]
     assert np.isfinite(one).all()
     assert np.array_equal(one, run(*layers, 1))
     assert np.isnan(run(*layers, 0)).all()
 
 
 def test_decode_attention_takes_heads_first_and_bits():
+    mesh, settings = _mesh(2, dp=2, tp=2), dict(lengths=np.array([80, 33], np.int32), block_sizes=TILES)
+    q, k, v = _draw(0, B=2)
+    want = ra.decode_attention(q, k, v, mesh=mesh, **settings)
+    k, v = (np.swapaxes(x, 1, 2) for x in (k, v))
+    assert np.array_equal(want, ra.decode_attention(q, k, v, mesh=mesh, heads_first=True, **settings))
+    attend = functools.partial(ra.decode_attention_shard, heads_first=True, **settings)
+    specs = dict(in_specs=(Spec(), *2 * (Spec(None, None, "sp"),)), out_specs=Spec())
+    run = quickly(jax.shard_map(attend, mesh=_mesh(2), **specs))
     for dtype in ("float32", "bfloat16"):
-        q, k, v = _draw(0, dtype, B=2)
-        mesh, settings = _mesh(2, dp=2, tp=2), dict(lengths=np.array([80, 33], np.int32), block_sizes=TILES)
-        want = ra.decode_attention(q, k, v, mesh=mesh, **settings)
-        k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
-        assert np.array_equal(want, ra.decode_attention(q, k, v, mesh=mesh, heads_first=True, **settings))
-        attend = functools.partial(ra.decode_attention_shard, heads_first=True, **settings)
-        specs = dict(in_specs=(Spec(), *2 * (Spec(None, None, "sp"),)), out_specs=Spec())
-        run = jax.jit(jax.shard_map(attend, mesh=_mesh(2), **specs))
-        assert np.array_equal(run(q, k, v), run(q, cached.as_bits(k), cached.as_bits(v)))
+        q, k, v = (x.astype(jnp.dtype(dtype)) for x in (q, k, v))
+        assert np.array_equal(run(q, k, v), run(q, cached.as_bits(jnp.asarray(k)), cached.as_bits(jnp.asarray(v))))
 
 
 def test_decode_attention_is_zero_where_a_row_sees_nothing():
@@ -147,10 +163,10 @@ def test_decode_attention_is_zero_where_a_row_sees_nothing():
     assert not out[1, 0].any(), "the row's newest token but one was never there"
     assert out[1, 1].any()
     unused = (np.arange(S) >= lengths[:, None])[..., None, None]
-    changed = _decode(q, *(jnp.where(unused, 1e4, x) for x in (k, v)), lengths, mesh=_mesh(4))
+    changed = _decode(q, *(np.where(unused, np.float32(1e4), x) for x in (k, v)), lengths, mesh=_mesh(4))
     assert np.array_equal(out, changed)
     within = (np.arange(S) == lengths[:, None] - 1)[..., None, None]
-    control = _decode(q, *(jnp.where(within, 1e4, x) for x in (k, v)), lengths, mesh=_mesh(4))
+    control = _decode(q, *(np.where(within, np.float32(1e4), x) for x in (k, v)), lengths, mesh=_mesh(4))
     assert not np.array_equal(out[1:], control[1:])
 
 
@@ -159,7 +175,7 @@ def test_striped_cache_begins_with_what_was_prefilled():
     lengths = np.array([80, 7, 41], np.int32)
     layout = ra.SequenceLayout("striped", 4)
     k, v = (layout.permute(x, 1).reshape(B, 4, -1, K, D) for x in (k, v))
-    larger = (jnp.pad(x, ((0, 0), (0, 0), (0, 13), (0, 0), (0, 0))).reshape(B, -1, K, D) for x in (k, v))
+    larger = (np.pad(x, ((0, 0), (0, 0), (0, 13), (0, 0), (0, 0))).reshape(B, -1, K, D) for x in (k, v))
     small, large = (
         ra.decode_attention(q, *caches, mesh=_mesh(4), lengths=lengths)
         for caches in ((x.reshape(B, -1, K, D) for x in (k, v)), larger)
@@ -241,11 +257,6 @@ MUTANTS = {
 }
 
 
-@functools.cache
-def _unchanged(extras):
-    return _shares(mesh=_mesh(4), **EXTRAS[extras])
-
-
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_decode_attention_mutants_are_seen(mutant, monkeypatch):
     mutate, extras = MUTANTS[mutant]
@@ -261,8 +272,9 @@ def test_decode_attention_mutants_are_seen(mutant, monkeypatch):
 SLOTS = 384  # of a device; neither it nor a tile of it is the size of anything else
 
 
-def _compiled(P, shape=None, rows=2, new=1, window=None):
-    mesh = _mesh(P, **(shape or {}))
+@functools.cache
+def _compiled(P, rows=2, new=1, window=None, **shape):
+    mesh = _mesh(P, **shape)
     by_slot, whole = NamedSharding(mesh, Spec(("dp", "fsdp"), "sp", "tp")), NamedSharding(mesh, Spec(None, None, "tp"))
     k = jax.ShapeDtypeStruct((rows, P * SLOTS, K, D), "float32", sharding=by_slot)
     q = jax.ShapeDtypeStruct((rows, new, H, D), "float32", sharding=whole)
@@ -279,11 +291,12 @@ def _gather(P, rows, new, heads):
 @pytest.mark.parametrize("P", [2, 8])
 def test_decode_attention_sends_one_small_gather(P):
     assert compiled.totals(_compiled(P).as_text()) == _gather(P, 2, 1, H)
-    assert compiled.totals(_compiled(P, new=3, window=50).as_text()) == _gather(P, 2, 3, H)
+    if P == 2:
+        assert compiled.totals(_compiled(P, new=3, window=50).as_text()) == _gather(P, 2, 3, H)
 
 
 def test_decode_attention_sends_nothing_on_one_device():
-    program = _compiled(2, dict(dp=2, tp=2), rows=4).as_text()
+    program = _compiled(2, rows=4, dp=2, tp=2).as_text()
     assert compiled.totals(program) == _gather(2, 2, 1, H // 2)
     assert compiled.sent(program) > 0
     assert compiled.sent(_compiled(1).as_text()) == 0
@@ -305,7 +318,7 @@ def _gathering(P):
 
 def test_decode_attention_memory_does_not_grow_with_the_ring():
     cache = 2 * 2 * SLOTS * K * D * 4  # bytes of a device's
-    temporary = {P: _compiled(P).memory_analysis().temp_size_in_bytes for P in (2, 4, 8)}
+    temporary = {P: _compiled(P).memory_analysis().temp_size_in_bytes for P in (2, 8)}
     parts = 2 * H * (D + 1) * 4  # bytes of what one device makes of its slots
     assert temporary[8] - temporary[2] < 4 * 6 * parts, "a few copies of what was gathered"
     assert temporary[8] < cache / 4

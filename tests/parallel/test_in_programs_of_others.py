@@ -14,32 +14,37 @@ import ring_attention as ra
 from ring_attention.testing import random_qkv, relative_error
 
 B, T, H, K, D = 2, 24, 4, 2, 8
+SINKS = [0.0, 1.0, 0.5, 0.0]
+DROPOUT = dict(dropout_rate=0.1, dropout_key=jax.random.key(0))
 MASKS = {
-    "sinks": dict(sinks=[0.0, 1.0, 0.5, 0.0]),
-    "slopes": dict(alibi_slopes=[1.0, 0.5, 0.25, 0.1]),
-    "dropout": dict(dropout_rate=0.1, dropout_key=jax.random.key(0)),
+    "weights": dict(sinks=SINKS, alibi_slopes=[1.0, 0.5, 0.25, 0.1], **DROPOUT),
     "segments": dict(segment_ids=np.arange(T)[None] // 7 + np.zeros((B, 1), int), causal=False, window=5),
 }
 STRATEGIES = ("ring", "all_gather", "usp", "sparse", "ring_self_attention")
 
 
-def _entries():
-    mesh, lengths = ra.make_mesh(sp=2, devices=jax.devices()[:2]), jnp.array([9, 3], jnp.int32)
-    for mask, arguments in MASKS.items():
-        for strategy in STRATEGIES:
-            options = dict(stride=4) if strategy == "sparse" else {}
-            attend = functools.partial(ra.context_attention, mesh=mesh, strategy=strategy, **options, **arguments)
-            yield f"{strategy} {mask}", attend
-        yield (
-            f"blockwise {mask}",
-            functools.partial(ra.blockwise_attention, block_sizes=ra.BlockSizes(q=10, kv=10), **arguments),
-        )
-        if mask in ("sinks", "slopes"):
-            decode = functools.partial(ra.decode_attention, mesh=mesh, lengths=lengths, **arguments)
-            yield f"decode {mask}", lambda q, k, v, decode=decode: decode(q[:, :2], k, v)
+def _mesh():
+    return ra.make_mesh(sp=2, devices=jax.devices()[:2])
 
 
-ENTRIES = dict(_entries())
+def _by(strategy, **arguments):
+    options = dict(stride=4) if strategy == "sparse" else {}
+    return functools.partial(ra.context_attention, mesh=_mesh(), strategy=strategy, **options, **arguments)
+
+
+def _blockwise(**arguments):
+    return functools.partial(ra.blockwise_attention, block_sizes=ra.BlockSizes(q=10, kv=10), **arguments)
+
+
+def _decode(q, k, v):
+    arguments = {name: MASKS["weights"][name] for name in ("sinks", "alibi_slopes")}
+    return ra.decode_attention(q[:, :2], k, v, mesh=_mesh(), lengths=jnp.array([9, 3], jnp.int32), **arguments)
+
+
+ENTRIES = {"decode": _decode}
+for mask, arguments in MASKS.items():
+    ENTRIES |= {f"{strategy} {mask}": _by(strategy, **arguments) for strategy in STRATEGIES}
+    ENTRIES[f"blockwise {mask}"] = _blockwise(**arguments)
 
 
 def _equations(jaxpr):
@@ -71,7 +76,7 @@ def test_attention_stays_in_32_bits_with_x64(name):
 
 def test_ring_attention_gives_the_same_with_x64():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
-    attend = quickly(lambda q, k, v: ENTRIES["ring dropout"](q, k, v))
+    attend = quickly(lambda q, k, v: _by("ring", **DROPOUT)(q, k, v))
     want = np.asarray(attend(q, k, v))
     with jax.enable_x64(True):
         got = attend(q, k, v)
@@ -93,15 +98,17 @@ def test_attention_outside_jit_is_right_with_x64():
     np.testing.assert_allclose(fed, np.tanh(q), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["blockwise sinks", "ring_self_attention sinks"])
-def test_attention_gradients_let_tangents_through(name):
+@pytest.mark.parametrize(
+    "attend", [_blockwise, functools.partial(_by, "ring_self_attention")], ids=["blockwise", "ring"]
+)
+def test_attention_gradients_let_tangents_through(attend):
     """As they do for a Hessian: forward rules must not call what has no tangent."""
     q, k, v, dq = random_qkv(0, 1, T, H, K, D)
 
     def slope(fn):
         return quickly(lambda q: jax.jvp(jax.grad(lambda q: (fn(q, k, v) ** 2).sum()), (q,), (dq,))[1])(q)
 
-    assert relative_error(slope(ENTRIES[name]), slope(functools.partial(_dense, lengths=None))) < 1e-5
+    assert relative_error(slope(attend(sinks=SINKS)), slope(functools.partial(_dense, lengths=None))) < 1e-5
 
 
 def test_decode_attention_lets_gradients_through():
@@ -110,10 +117,10 @@ def test_decode_attention_lets_gradients_through():
     def gradients(fn):
         return quickly(jax.grad(lambda q, k, v: (fn(q[:, :2], k, v) ** 2).sum(), (0, 1, 2)))(*operands)
 
-    mesh, lengths = ra.make_mesh(sp=2, devices=jax.devices()[:2]), jnp.array([9, 1], jnp.int32)
+    mesh, lengths = _mesh(), jnp.array([9, 1], jnp.int32)
     blocks = ra.BlockSizes(kv=5)
     decode = functools.partial(
-        ra.decode_attention, mesh=mesh, lengths=lengths, layout="contiguous", block_sizes=blocks, **MASKS["sinks"]
+        ra.decode_attention, mesh=mesh, lengths=lengths, layout="contiguous", block_sizes=blocks, sinks=SINKS
     )
     for got, want in zip(gradients(decode), gradients(functools.partial(_dense, lengths=lengths)), strict=True):
         assert relative_error(got, want) < 1e-5
@@ -126,7 +133,7 @@ def _dense(q, k, v, lengths):
     positions = lengths[:, None] - q.shape[1] + jnp.arange(q.shape[1])
     seen = positions[:, None, :, None] >= jnp.arange(k.shape[1])
     e = jnp.exp(jnp.where(seen, scores, -jnp.inf))
-    sinks = jnp.exp(jnp.array(MASKS["sinks"]["sinks"]))[None, :, None, None]
+    sinks = jnp.exp(jnp.array(SINKS))[None, :, None, None]
     return jnp.einsum("bhts,bshd->bthd", e / (e.sum(-1, keepdims=True) + sinks), v)
 
 
@@ -139,24 +146,27 @@ def test_segment_ids_may_be_any_int32():
     assert relative_error(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("bound", [2**31 - 1, 2**31, 2**63, np.int64(2**40)])
-def test_window_beyond_all_positions_is_none(bound):
+def test_window_beyond_all_positions_is_none():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
-    mesh, ids = ra.make_mesh(sp=2, devices=jax.devices()[:2]), np.zeros((B, T), np.int32)
-    ring = functools.partial(ra.ring_attention, mesh=mesh, segment_ids=ids)
-    decode = functools.partial(ra.decode_attention, mesh=mesh, lengths=jnp.array([9, 3], jnp.int32))
+    ring = functools.partial(ra.ring_attention, mesh=_mesh(), segment_ids=np.zeros((B, T), np.int32))
+
+    bounds = (2**31 - 1, 2**31, 2**63, np.int64(2**40))
+
+    def program(attend, **bound):
+        return str(jax.make_jaxpr(functools.partial(attend, **bound))(q, k, v))
+
     for attend, name in ((ra.blockwise_attention, "window"), (ring, "window"), (ring, "max_segment_len")):
-        programs = [
-            str(jax.make_jaxpr(lambda *a, kw=kw, attend=attend: attend(*a, **kw))(q, k, v))
-            for kw in ({}, {name: bound})
-        ]
-        assert programs[0] == programs[1]
-    assert jax.eval_shape(lambda q, k, v: decode(q[:, :1], k, v, window=bound), q, k, v).shape == (B, 1, H, D)
+        without = program(attend)
+        for bound in bounds:
+            assert program(attend, **{name: bound}) == without, (name, bound)
+    decode = functools.partial(ra.decode_attention, mesh=_mesh(), lengths=jnp.array([9, 3], jnp.int32))
+    for bound in bounds:
+        assert jax.eval_shape(functools.partial(decode, window=bound), q[:, :1], k, v).shape == (B, 1, H, D)
 
 
 def test_saved_names_keep_a_ring_from_running_twice():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
-    ring = functools.partial(ra.ring_attention, mesh=ra.make_mesh(sp=2, devices=jax.devices()[:2]))
+    ring = functools.partial(ra.ring_attention, mesh=_mesh())
 
     def permutes(fn):
         jaxpr = jax.make_jaxpr(jax.grad(lambda q, k, v: fn(q, k, v).sum(), (0, 1, 2)))(q, k, v)
@@ -167,7 +177,7 @@ def test_saved_names_keep_a_ring_from_running_twice():
 
 
 def test_ring_attention_gives_the_same_when_exported():
-    mesh = ra.make_mesh(sp=2, devices=jax.devices()[:2])
+    mesh = _mesh()
     sharding = jax.NamedSharding(mesh, jax.P(None, "sp"))
     operands = jax.device_put(random_qkv(0, B, T, H, K, D)[:3], sharding)
     ring = jax.jit(functools.partial(ra.ring_attention, mesh=mesh))
@@ -179,7 +189,7 @@ def test_ring_attention_gives_the_same_when_exported():
 
 def test_context_attention_suggests_the_argument_that_was_meant():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
-    mesh = ra.make_mesh(sp=2, devices=jax.devices()[:2])
+    mesh = _mesh()
     with pytest.raises(TypeError, match=r"its options are duplex, unroll; did you mean window=\?"):
         ra.context_attention(q, k, v, mesh=mesh, windw=3)
     with pytest.raises(TypeError, match="the arguments of context_attention are mesh, strategy, "):

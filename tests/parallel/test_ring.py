@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from ring_helpers import assert_exact, expected, quickly, results, ring_mesh, sharded, simulate
+from ring_helpers import assert_exact, dense_results, expected, quickly, results, ring_mesh, sharded, simulate
 
 import ring_attention as ra
 from ring_attention.parallel import ring_pass
 from ring_attention.parallel.layouts import LAYOUT_KINDS
-from ring_attention.testing import dense_attention, errors, random_qkv, random_segments
+from ring_attention.testing import errors, random_qkv, random_segments
 
 # Every size is another, so that swapped axes cannot pass.
 B, T, H, D = 3, 96, 4, 8
@@ -86,12 +86,11 @@ OTHERS = [pair for pair in itertools.product(LAYOUT_KINDS, (1, 2, 4, 8)) if pair
 @pytest.mark.parametrize(("layout", "P"), [*SHARP, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)])
 def test_ring_attention_is_exact_with_sharp_logits(layout, P):
     run = quickly(lambda q, k, v, dout: _and_gradients(sharded(ring_mesh(P), layout), q, k, v, dout))
-    dense = quickly(lambda q, k, v, dout: _and_gradients(dense_attention, q, k, v, dout))
     for deviation in (1, 10, 50):
         q, k, v, dout = random_qkv(0, 1, 256, 4, 2, 32)
         qkv = q, k * deviation, v, dout
         want = expected(qkv)
-        bound = 2 * np.array(errors(dense(*qkv), want))
+        bound = 2 * np.array(errors(dense_results(qkv), want))
         np.testing.assert_array_less(errors(run(*qkv), want), bound, err_msg=f"deviation {deviation}")
 
 
@@ -180,9 +179,8 @@ def test_ring_attention_shard_takes_replicated_keys():
     assert_exact(results(lambda q, k, v: attend(q, k - 1, v + 1) / 2, qkv), qkv)
 
 
-@pytest.mark.parametrize("blocks", [dict(q=7, kv=3, heads=2), dict(q=3, kv=16, heads=3, cut=3)], ids=str)
-def test_ring_attention_takes_block_sizes_that_do_not_divide(blocks):
-    blocks = ra.BlockSizes(**blocks)
+def test_ring_attention_takes_block_sizes_that_do_not_divide():
+    blocks = ra.BlockSizes(q=7, kv=16, heads=3, cut=3)
     qkv, mask = random_qkv(10, 2, 75, 8, 4, 8), dict(segment_ids=random_segments(11, 2, 75))
     assert_exact(results(sharded(ring_mesh(2), "striped", block_sizes=blocks), qkv, **mask), qkv, **mask)
 
@@ -192,7 +190,7 @@ def test_ring_attention_takes_block_sizes_that_do_not_divide(blocks):
 
 def test_ring_attention_gives_a_lone_token_its_own_value():
     q, k, v, dout = random_qkv(13, 2, 36, 4, 2, 8)
-    attend = sharded(ring_mesh(3), "zigzag")
+    attend = sharded(ring_mesh(3), "zigzag", impl="plain")
 
     @quickly
     def run(segment_ids):
@@ -226,17 +224,17 @@ def _seen_by(token, segment_ids=None, window=None, causal=True):
 
 
 @pytest.mark.parametrize(
-    ("layout", "mask"),
+    ("layout", "mask", "impl"),
     [
-        ("contiguous", "documents"),
-        ("striped", "documents"),
-        ("contiguous", "window both ways"),
-        ("zigzag", "window"),
+        ("contiguous", "documents", "plain"),
+        ("striped", "documents", "xla"),
+        ("contiguous", "window both ways", "plain"),
+        ("zigzag", "window", "xla"),
     ],
 )
-def test_ring_attention_takes_a_token_to_those_that_see_it(layout, mask):
+def test_ring_attention_takes_a_token_to_those_that_see_it(layout, mask, impl):
     q, k, v, dout = random_qkv(14, 1, LENGTH, 4, 2, 8)
-    attend, mask = sharded(ring_mesh(3), layout), WHO_SEES[mask]
+    attend, mask = sharded(ring_mesh(3), layout, impl=impl), WHO_SEES[mask]
 
     @quickly
     def run(q, k, v, dout):

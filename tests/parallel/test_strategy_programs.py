@@ -104,25 +104,32 @@ def test_sent_bytes_count_segment_ids(part, strategy):
     assert sent == find_strategy(strategy, options).sent_bytes(work, backward=part == "backward")
 
 
+TOKENS = 1024
+
+
+@functools.cache
+def _temporary(strategy, **settings):
+    return _Program("forward", strategy, tokens=TOKENS, **settings).temporary
+
+
 @pytest.mark.parametrize(
     ("strategy", "window"),
     [*((name, 20 if name == "sliding_window" else None) for name in MANY), ("ring", 20)],
 )
 def test_memory_bytes_are_about_those_of_the_program(strategy, window):
     """The largest arrays of the program, but not its scratch: the CPU's takes up to four times as much."""
-    options, tokens = OPTIONS.get(strategy, {}), 1024
-    work = Workload(seq_len=tokens, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, window=window)
-    temporary = _Program("forward", strategy, tokens=tokens, window=window, **options).temporary
+    options = OPTIONS.get(strategy, {})
+    work = Workload(seq_len=TOKENS, devices=P, heads=H, kv_heads=K, head_dim=D, batch=B, itemsize=4, window=window)
+    temporary = _temporary(strategy, window=window, **options)
     stated = find_strategy(strategy, options).memory_bytes(work)
     assert stated <= 1.2 * temporary
     assert temporary < 4 * stated
 
 
 def test_all_gather_by_heads_bounds_memory():
-    whole, by_heads = (
-        _Program("forward", "all_gather", tokens=1024, head_groups=groups).temporary for groups in (1, K)
-    )
-    gathered = 2 * B * 1024 * K * D * 4
+    assert find_strategy("all_gather", {}).head_groups is None  # a group for each key/value head
+    whole, by_heads = _temporary("all_gather", window=None, head_groups=1), _temporary("all_gather", window=None)
+    gathered = 2 * B * TOKENS * K * D * 4
     assert whole > gathered
     assert by_heads < whole - gathered / 4
 

@@ -98,10 +98,11 @@ def test_backward_sends_keys_values_and_gradients_as_often(P):
     assert _totals("backward", P) == _permutes(2 * number, 2 * size)
 
 
+@pytest.mark.usefixtures("quick")
 def test_forward_sends_segment_ids_with_the_keys():
-    kv, segments = 2 * 3 * t * TOKEN, 3 * t * SEGMENT
-    assert _totals("forward", 4, packed=True) == _permutes(9, kv + segments)
-    assert _totals("backward", 4, packed=True) == _permutes(15, 2 * kv + segments)
+    kv, segments, settings = 2 * 3 * t * TOKEN, 3 * t * SEGMENT, dict(packed=True, impl="quick")
+    assert _totals("forward", 4, **settings) == _permutes(9, kv + segments)
+    assert _totals("backward", 4, **settings) == _permutes(15, 2 * kv + segments)
 
 
 @pytest.mark.slow
@@ -131,8 +132,10 @@ def test_ring_sends_no_sinks_slopes_softcap_or_dropout():
     assert _totals("backward", 4, extras=("alibi_slopes",), softcap=5.0, dropout_rate=0.1) == _totals("backward", 4)
 
 
+@pytest.mark.usefixtures("quick")
 def test_sinks_gradient_is_the_only_sum_over_devices():
-    assert _totals("backward", 4, extras=("sinks",)) == _totals("backward", 4) | {"all-reduce": (1, H * 4)}
+    summed = _totals("backward", 4, extras=("sinks",), impl="quick")
+    assert summed == _totals("backward", 4) | {"all-reduce": (1, H * 4)}
 
 
 def _asked(jaxpr):
@@ -263,21 +266,22 @@ def test_max_segment_len_leaves_the_fewest_transfers(layout):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("layout", LAYOUT_KINDS)
-def test_window_and_longest_segment_send_what_was_asked_for(layout):
+@pytest.mark.parametrize(
+    ("layout", "bound"), [("contiguous", "max_segment_len"), ("zigzag", "window"), ("striped", "max_segment_len")]
+)
+def test_window_and_longest_segment_send_what_was_asked_for(layout, bound):
     """The compiler adds nothing to what is asked for, and finds nothing in it to leave out."""
-    for bound in (dict(window=100), dict(max_segment_len=100)):
-        settings = dict(layout=layout, packed=True, impl="quick") | bound
-        for part in ("forward", "backward"):
-            asked = _asked_by(part, 4, **settings).values()
-            assert _totals(part, 4, **settings) == _permutes(*map(sum, zip(*asked, strict=True)))
+    settings = dict(layout=layout, packed=True, impl="quick") | {bound: 100}
+    for part in ("forward", "backward"):
+        asked = _asked_by(part, 4, **settings).values()
+        assert _totals(part, 4, **settings) == _permutes(*map(sum, zip(*asked, strict=True)))
 
 
 @pytest.mark.parametrize(("layout", "number"), [pytest.param("contiguous", 1, marks=pytest.mark.slow), ("zigzag", 2)])
 def test_window_sends_nothing_else_with_tiles(layout, number):
     sent = number * 32 * TOKEN
     assert _totals("forward", 8, layout=layout, window=33) == _permutes(2 * number, 2 * sent)
-    assert _totals("backward", 8, layout=layout, window=33) == _permutes(4 * number, 4 * sent)
+    assert _asked_by("backward", 8, layout=layout, window=33) == {"float32": (4 * number, 4 * sent)}
 
 
 def _bytes_by_direction(text):
@@ -294,8 +298,7 @@ def _bytes_by_direction(text):
     return sizes[1], sizes[7]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize(("layout", "part"), [("contiguous", "forward"), ("zigzag", "backward")])
 @pytest.mark.usefixtures("quick")
 def test_duplex_ring_sends_half_the_bytes_each_way(part, layout):
     settings = dict(layout=layout, impl="quick")
@@ -315,6 +318,7 @@ def test_duplex_ring_sends_nothing_else_with_tiles():
 # --- What is held -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _gathering_program(P):
     """The control: dense attention of a shard's queries to all keys."""
 
@@ -326,7 +330,8 @@ def _gathering_program(P):
     attend = jax.shard_map(attend, mesh=_mesh(P), in_specs=(spec,) * 3, out_specs=spec)
     sharding = NamedSharding(_mesh(P), spec)
     q, k = (jax.ShapeDtypeStruct((B, P * t, heads, D), "float32", sharding=sharding) for heads in (H, K))
-    return jax.jit(attend).lower(q, k, k).compile().as_text()
+    executable = jax.jit(attend).lower(q, k, k).compile()
+    return Program(executable.as_text(), executable.memory_analysis().temp_size_in_bytes)
 
 
 @pytest.mark.slow
@@ -338,15 +343,14 @@ def test_program_holds_no_array_of_queries_times_all_keys():
     for part in ("forward", "backward"):
         assert widest(_program(part, 8).text) < scores / 8
         assert widest(_program(part, 8, **EVERYTHING).text) < scores / 8
-    control = _gathering_program(8)
+    control = _gathering_program(8).text
     assert widest(control) >= scores
     assert "all-gather" in compiled.totals(control)
 
 
 def test_ring_with_every_mask_sends_no_mask():
     number, tokens = _fewest("zigzag", 8, EVERYTHING["window"])
-    size = tokens * SEGMENT + 2 * tokens * TOKEN
-    assert _totals("forward", 8, **EVERYTHING) == _permutes(3 * number, size)
+    assert _asked_by("forward", 8, **EVERYTHING) == _transfers(number, tokens, segments=number)
 
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
@@ -354,8 +358,7 @@ def test_memory_depends_on_the_shard_alone(part):
     two, four, eight = (_program(part, P).temporary for P in (2, 4, 8))
     assert four == pytest.approx(eight, rel=0.1)
     assert two < 1.1 * four  # two devices need no loop, and less memory
-    control = _program(part, 8, unroll=True).temporary  # a program that starts all transfers at once
-    assert control > 1.3 * eight
+    assert _gathering_program(8).temporary > 1.3 * eight  # the control: a program that holds the keys of all devices
 
 
 @pytest.mark.slow

@@ -57,22 +57,23 @@ def generate(checkpoint, capsys):
     return run
 
 
-def test_generate_continues_a_prompt_on_any_mesh(generate):
-    alone = generate("--prompt=def main(", "--max_new_tokens=20")
-    assert alone[0] == 0
-    found = FIGURES.search(alone[2])
-    assert (found["length"], found["new"]) == ("10", "20")
-    spread = generate("--prompt=def main(", "--max_new_tokens=20", "--sp=4", "--tp=2")
-    assert spread[:2] == alone[:2]
-    other = generate("--prompt=def x", "--max_new_tokens=20")
-    assert other[1] != alone[1], "the control"
-
-
-def test_generate_reads_a_file_without_its_last_line_break(generate, tmp_path):
+def test_generate_continues_a_prompt_on_any_mesh_and_ends_before_a_stop(generate, tmp_path):
+    """And reads a file without its last line break."""
+    flags = ["--prompt=Grüße", "--max_new_tokens=20"]
+    status, out, err = generate(*flags)
+    assert status == 0
+    found = FIGURES.search(err)
+    assert (found["length"], found["new"]) == (str(1 + len("Grüße".encode())), "20")
     (tmp_path / "prompt.txt").write_text("Grüße\n")
-    by_file = generate(f"--prompt_file={tmp_path}/prompt.txt", "--max_new_tokens=9")
-    assert by_file[:2] == generate("--prompt=Grüße", "--max_new_tokens=9")[:2]
-    assert FIGURES.search(by_file[2])["length"] == str(1 + len("Grüße".encode()))
+    spread = generate(f"--prompt_file={tmp_path}/prompt.txt", "--max_new_tokens=20", "--sp=4", "--tp=2")
+    assert spread[:2] == (status, out)
+    assert FIGURES.search(spread[2])["length"] == found["length"]
+    other = generate("--prompt=Gruße", "--max_new_tokens=20")
+    assert other[1] != out, "the control"
+    stop = out[5:8]
+    _, cut, err = generate(*flags, f"--stop={stop}")
+    assert cut == out[: out.index(stop)] + "\n"
+    assert int(FIGURES.search(err)["new"]) < 20
 
 
 @pytest.mark.slow
@@ -149,14 +150,6 @@ def test_generate_feeds_what_the_model_was_trained_on(fed, chat, checkpoint, cap
     assert "prompt begins with the token that is put before it, too; --no_document" in capsys.readouterr().err
 
 
-def test_generate_ends_before_a_stop(generate):
-    _, out, _ = generate("--prompt=def main(", "--max_new_tokens=40")
-    stop = out[5:8]
-    _, cut, err = generate("--prompt=def main(", "--max_new_tokens=40", f"--stop={stop}")
-    assert cut == out[: out.index(stop)] + "\n"
-    assert int(FIGURES.search(err)["new"]) < 40
-
-
 def test_generate_ends_where_hugging_face_files_say(tmp_path, capsys):
     write_folder(tmp_path / "hf", QWEN3 | dict(vocab_size=264))
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
@@ -174,7 +167,8 @@ def test_generate_ends_where_hugging_face_files_say(tmp_path, capsys):
     assert "eos_token_id='</s>': need ids of tokens" in capsys.readouterr().err
 
 
-def test_generate_notes_a_cache_longer_than_the_run(generate):
+def test_generate_notes_a_cache_longer_than_the_run(generate, monkeypatch):
+    monkeypatch.setattr(command, "continue_prompts", lambda *_, **__: None)
     _, _, err = generate("--prompt=abc", "--max_new_tokens=4", "--capacity=65")
     assert err.startswith("Note: up to 65 tokens, but the model was trained on sequences of 64.")
     _, _, err = generate("--prompt=abc", "--max_new_tokens=4", "--capacity=64")
