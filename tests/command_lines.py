@@ -1,11 +1,14 @@
 """How tests run the commands: in a process of their own, or in this one, which does not load JAX again."""
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from ring_attention.commands import program
+from ring_attention.commands import console, program
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -34,3 +37,19 @@ def call_command(name, main, *flags):
         return error.code or 0
     finally:
         sys.argv = argv
+
+
+def run_here(name, *flags):
+    """What `run_command` returns, of a command that runs in this process; names are those of `words_of`."""
+    if name.endswith(".py"):
+        command = console.COMMANDS[name.removesuffix(".py")]
+    else:
+        folder, short = name.split()
+        name, command = (
+            f"python -m scripts.{name}",
+            importlib.import_module(f"scripts.{folder}.__main__").COMMANDS[short],
+        )
+    main = importlib.import_module(command.module).main
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = call_command(name, main, *flags)
+    return subprocess.CompletedProcess([name, *flags], status, out.getvalue(), err.getvalue())

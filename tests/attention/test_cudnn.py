@@ -125,7 +125,7 @@ def test_cudnn_attends_on_one_device_in_a_single_call():
 def test_cudnn_primitives_are_traced_and_lowered_for_cuda(monkeypatch, mask):
     monkeypatch.undo()
     monkeypatch.setitem(kernels.KERNELS, "cudnn", cudnn.CUDNN._replace(platform=None))
-    attend = functools.partial(ra.ring_attention, mesh=ring_mesh(P), layout="zigzag", impl="cudnn", **MASKS[mask])
+    attend = functools.partial(ra.ring_attention, mesh=ring_mesh(2), layout="zigzag", impl="cudnn", **MASKS[mask])
 
     def run(q, k, v, dout):
         out, vjp = jax.vjp(attend, q, k, v)
@@ -158,7 +158,7 @@ def test_cudnn_mistakes_exceed_the_bound(monkeypatch, wrong):
         replaced = functools.partial(StaticTile._replace, kind=FULL)
         monkeypatch.setattr(cudnn, "plan", lambda pair: ([[*map(replaced, x)] for x in plan(pair)[0]], plan(pair)[1]))
         want = {"out", "dq", "dk", "dv"}
-    assert set(Bound(qkv).too_large(_run(qkv, "zigzag", {}))) == want
+    assert set(Bound(qkv).too_large(_run(qkv, "zigzag", {}, devices=2))) == want
 
 
 def test_cudnn_refuses_what_it_cannot_do(monkeypatch):

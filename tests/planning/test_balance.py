@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_lines import run_command
+from command_lines import run_here
 
 import ring_attention as ra
 from ring_attention.parallel.layouts import LAYOUT_KINDS
@@ -131,7 +131,7 @@ def test_work_by_hop_and_balance_of_refuse_in_words():
 
 
 def _show_balance(*flags):
-    return run_command("figures balance", *flags)
+    return run_here("figures balance", *flags)
 
 
 def test_show_balance_prints_a_row_for_each_layout_and_draws_them(tmp_path):

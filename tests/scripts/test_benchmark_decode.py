@@ -1,4 +1,4 @@
-from command_lines import run_command
+from command_lines import run_command, run_here
 
 
 def _run(*flags):
@@ -14,12 +14,12 @@ def test_every_way_is_timed_at_every_filling():
 
 def test_sizes_that_mean_nothing_are_refused():
     assert (
-        _run("--slots=0")
+        run_here("benchmarks decode", "--slots=0")
         .stderr.splitlines()[-1]
         .endswith("--slots must be positive; give at least 1; see python -m scripts.benchmarks decode --help")
     )
     assert (
-        _run("--kv_heads=5")
+        run_here("benchmarks decode", "--kv_heads=5")
         .stderr.splitlines()[-1]
         .endswith("--kv_heads=5 must divide --heads=32; choose others; see python -m scripts.benchmarks decode --help")
     )

@@ -1,4 +1,4 @@
-from command_lines import run_command
+from command_lines import run_command, run_here
 
 
 def _run(*flags):
@@ -14,12 +14,12 @@ def test_every_way_is_timed():
 
 def test_sizes_that_mean_nothing_are_refused():
     assert (
-        _run("--chunk=0")
+        run_here("benchmarks loss", "--chunk=0")
         .stderr.splitlines()[-1]
         .endswith("--chunk must be positive; give at least 1; see python -m scripts.benchmarks loss --help")
     )
     assert (
-        _run("--sp=3")
+        run_here("benchmarks loss", "--sp=3")
         .stderr.splitlines()[-1]
         .endswith("--sp=3 must divide --seq_len=8192; choose others; see python -m scripts.benchmarks loss --help")
     )

@@ -5,7 +5,7 @@ import json
 import shlex
 
 import pytest
-from command_lines import REPOSITORY, run_command
+from command_lines import REPOSITORY, run_here
 
 from ring_attention.hardware.topology import find_topology
 from ring_attention.planning.plan import make_plan
@@ -13,7 +13,7 @@ from ring_attention.training.flags import override, parse_config
 
 
 def _plan(*flags):
-    return run_command("plan.py", *flags)
+    return run_here("plan.py", *flags)
 
 
 def test_plan_has_tables_a_recommendation_and_pictures(tmp_path):

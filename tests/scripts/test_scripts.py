@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_lines import run_command
+from command_lines import run_command, run_here
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def test_programs_compares_a_loop_with_an_unrolled_ring(tmp_path):
 
 
 def test_programs_says_what_is_wrong_with_a_topology():
-    done = run_command("verify programs", "--topology", "v5e:nowhere")
+    done = run_here("verify programs", "--topology", "v5e:nowhere")
     assert done.returncode == 2
     assert "v5e:nowhere" in done.stderr.splitlines()[-1]
 
@@ -77,6 +77,6 @@ def test_accuracy_has_every_mask_at_once(tmp_path):
 
 
 def test_ring_writes_a_picture(tmp_path):
-    done = run_command("figures ring", tmp_path / "ring.png")
+    done = run_here("figures ring", tmp_path / "ring.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ring.png").read_bytes().startswith(b"\x89PNG")

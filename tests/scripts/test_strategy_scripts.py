@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from command_lines import run_command
+from command_lines import run_command, run_here
 
 from scripts.benchmarks import approaches as compare
 
@@ -75,17 +75,17 @@ def test_stragglers_measures_beside_the_prediction(tmp_path):
 
 def test_simulate_ring_draws_unequal_devices(tmp_path):
     out = tmp_path / "timeline.png"
-    done = run_command("figures simulate_ring", "--speeds", "1 0.5 1 1", "--seq_len", 4096, "--out", out)
+    done = run_here("figures simulate_ring", "--speeds", "1 0.5 1 1", "--seq_len", 4096, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "for_speeds" in done.stdout
     assert out.stat().st_size > 20_000
-    wrong = run_command("figures simulate_ring", "--speeds", "1 fast")
+    wrong = run_here("figures simulate_ring", "--speeds", "1 fast")
     assert wrong.returncode == 2
     assert "speeds='1 fast' must be positive numbers" in wrong.stderr
 
 
 def test_worked_example_prints_what_the_document_says():
-    done = run_command("figures worked_example")
+    done = run_here("figures worked_example")
     assert done.returncode == 0, done.stderr
     assert "64 GiB, 0.32 s at 200 GiB/s" in done.stdout
     assert "ring                                │      14.00 GiB" in done.stdout
