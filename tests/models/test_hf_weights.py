@@ -91,7 +91,11 @@ def _by_hand(values, tensors):
 
 
 @pytest.mark.parametrize(
-    ("family", "mesh"), [*((family, "fsdp2-sp2-tp2") for family in FAMILIES), *(("qwen2", mesh) for mesh in MESHES)]
+    ("family", "mesh"),
+    [
+        *((family, "fsdp2-sp2-tp2") for family in FAMILIES),
+        *(("qwen2", mesh) for mesh in MESHES if mesh != "fsdp2-sp2-tp2"),
+    ],
 )
 def test_every_number_lands_where_the_model_wants_it_on_any_mesh(tmp_path, family, mesh):
     values = FAMILIES[family]
