@@ -108,7 +108,7 @@ def blockwise_attention(
     _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
     kind, checked = kind_here(q), checked_mask_args(arguments, H)
     make_mask = functools.partial(make_mask_spec, q, **checked)
-    all_runs = _runs(q_positions, T), _runs(kv_positions, S)
+    queries, keys = (Tokens(None, runs=_runs(x, length)) for x, length in ((q_positions, T), (kv_positions, S)))
 
     def accepts(kernel: Kernel) -> None:
         mask = jax.eval_shape(make_mask)
@@ -117,7 +117,7 @@ def blockwise_attention(
             kernel.differentiates_lse or not return_lse,
             f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
         )
-        kernel.check_pair(BlockPair(*(Tokens(None, runs=runs) for runs in all_runs), mask))
+        kernel.check_pair(BlockPair(queries, keys, mask))
 
     kernel = choose_kernel(impl, kind, accepts)
     accepts(kernel)
