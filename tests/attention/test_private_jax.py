@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ring_attention.attention.kernels import cudnn, splash
+from ring_attention.attention.kernels import cudnn, splash, splash_calls
 from ring_attention.attention.kernels.contract import require_signature
 from ring_attention.attention.mask_spec import MaskSpec
 
@@ -15,6 +15,8 @@ Q = {
     "splash": jax.ShapeDtypeStruct((1, 4, 256, 64), "float32"),
 }
 ADAPTERS = {"cudnn": cudnn, "splash": splash}
+LIBRARIES = {"cudnn": cudnn._library(), "splash": splash_calls.library()}
+LOOKS = [cudnn._require_bindings, splash_calls.require_bindings]
 BOUND = {
     "cudnn": ["_dot_product_attention_fwd_cuda_lowering", "_dot_product_attention_bwd_cuda_lowering"],
     "splash": ["_splash_attention_forward", "_splash_attention_bwd_dq", "_splash_attention_bwd_dkv", "SegmentIds"],
@@ -24,11 +26,11 @@ EACH = [(kernel, name) for kernel, names in BOUND.items() for name in names]
 
 @pytest.fixture(autouse=True)
 def _look_again():
-    for adapter in ADAPTERS.values():
-        adapter._require_bindings.cache_clear()
+    for look in LOOKS:
+        look.cache_clear()
     yield
-    for adapter in ADAPTERS.values():
-        adapter._require_bindings.cache_clear()
+    for look in LOOKS:
+        look.cache_clear()
 
 
 @pytest.mark.parametrize("kernel", ADAPTERS)
@@ -39,14 +41,14 @@ def test_kernels_fit_the_installed_jax_whatever_its_number(kernel, monkeypatch):
 
 @pytest.mark.parametrize(("kernel", "name"), EACH)
 def test_kernels_refuse_a_function_that_needs_another_argument(kernel, name, monkeypatch):
-    monkeypatch.setattr(ADAPTERS[kernel]._library(), name, lambda *, brand_new: None)
+    monkeypatch.setattr(LIBRARIES[kernel], name, lambda *, brand_new: None)
     with pytest.raises(ValueError, match=f'impl="{kernel}" does not fit jax .* needs brand_new .*use impl="xla", or'):
         ADAPTERS[kernel].check(MaskSpec(scale=1.0), Q[kernel])
 
 
 @pytest.mark.parametrize(("kernel", "name"), EACH)
 def test_kernels_refuse_a_function_that_is_gone(kernel, name, monkeypatch):
-    monkeypatch.delattr(ADAPTERS[kernel]._library(), name)
+    monkeypatch.delattr(LIBRARIES[kernel], name)
     with pytest.raises(ValueError, match=f'impl="{kernel}" does not fit jax .*{name}.*; use impl="xla"'):
         ADAPTERS[kernel].check(MaskSpec(scale=1.0), Q[kernel])
 

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ring_helpers import Bound, ring_mesh
+from ring_helpers import Bound, results, ring_mesh
 
 import ring_attention as ra
 from ring_attention.attention import kernels
-from ring_attention.attention.kernels import splash
+from ring_attention.attention.kernels import splash, splash_calls, splash_memory
 from ring_attention.testing import NAMES, random_qkv, random_segments
 
 B, H, K, D, P = 2, 4, 2, 64, 2
-T = 2 * P * splash.LANES  # a chunk of a zigzag shard is a tile
+T = 2 * P * splash_memory.LANES  # a chunk of a zigzag shard is a tile
 BLOCKS = ra.BlockSizes(q=128, kv=128)
 EVERYTHING = dict(
     window=200,
@@ -85,15 +85,52 @@ def test_splash_serves_other_strategies_too(strategy):
     assert Bound(qkv).too_large(_results(qkv, "zigzag", {}, strategy)) == {}
 
 
+# --- One device -------------------------------------------------------------------------------------------------------
+
+
+def _attend(blocks=BLOCKS, **mask):
+    return functools.partial(ra.blockwise_attention, impl="interpreted", block_sizes=blocks, **mask)
+
+
+def _hard_mask(tokens):
+    """Everything that the kernel knows, with a window that ends within a tile and documents of another length each."""
+    return dict(window=200, segment_ids=random_segments(1, B, tokens), softcap=5.0)
+
+
+@pytest.mark.parametrize("one_kernel", [True, False], ids=["fused", "two kernels"])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        pytest.param(D, dtype, marks=[] if (D, dtype) == (96, "bfloat16") else pytest.mark.slow)
+        for D in (64, 96, 128, 256)
+        for dtype in ("bfloat16", "float32")
+    ],
+)
+def test_splash_backward_is_exact_for_every_head_dim(one_kernel, head_dim, dtype, monkeypatch):
+    monkeypatch.setattr(splash, "fuses", lambda *_: one_kernel)
+    qkv, mask = random_qkv(0, B, 300, H, K, head_dim, dtype=dtype), _hard_mask(300)  # three tiles, the last not whole
+    assert Bound(qkv, **mask).too_large(results(_attend(**mask), qkv)) == {}
+
+
+@pytest.mark.parametrize("mask", [{}, dict(causal=False)], ids=["causal", "bidirectional"])
+def test_splash_computes_sequences_of_one_mask_in_one_launch(mask):
+    qkv = random_qkv(0, 3, 200, H, K, D, dtype="bfloat16")
+    attend = _attend(**mask)
+    traced = jax.make_jaxpr(lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0]))(*qkv[:3])
+    assert [eqn.params["grid_mapping"].grid[:2] for eqn in _kernels(traced)][0] == (3 * H, 2)
+    assert not any(eqn.primitive.name == "scan" for eqn in traced.eqns)
+    assert Bound(qkv, **mask).too_large(results(attend, qkv)) == {}
+
+
 def test_splash_tiles_left_out_exceed_the_bound(monkeypatch):
     qkv = random_qkv(0, 1, T, 2, 1, D)
-    seen = splash.tile_kinds
+    seen = splash_calls.tile_kinds
 
     def mutant(pair):
         kinds = seen(pair)
-        return kinds.at[..., -1].set(splash.EMPTY)
+        return kinds.at[..., -1].set(splash_calls.EMPTY)
 
-    monkeypatch.setattr(splash, "tile_kinds", mutant)
+    monkeypatch.setattr(splash_calls, "tile_kinds", mutant)
     assert set(Bound(qkv).too_large(_results(qkv, "contiguous", {}))) == set(NAMES)
 
 
@@ -107,14 +144,17 @@ def _kernels(jaxpr):
                 yield from _kernels(inner) if hasattr(inner, "eqns") else ()
 
 
-def test_splash_tells_the_compiler_what_each_kernel_costs():
+@pytest.mark.parametrize("one_kernel", [True, False])
+def test_splash_tells_the_compiler_what_each_kernel_costs(one_kernel, monkeypatch):
+    monkeypatch.setattr(splash, "fuses", lambda *_: one_kernel)
     q = jax.ShapeDtypeStruct((1, T, H, D), "bfloat16")
     attend = functools.partial(ra.ring_attention, mesh=ring_mesh(P), layout="zigzag", impl="interpreted")
     traced = jax.make_jaxpr(lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0]))(q, q, q)
     costs = [eqn.params["cost_estimate"] for eqn in _kernels(traced)]
     t, chunk = T // P, T // P // 2
-    forward, dq, dkv = (2 * products * D * H * t * chunk // 2 for products in (2, 3, 4))
-    assert sorted(cost.flops for cost in costs) == sorted(4 * [forward] + 4 * [dq] + 4 * [dkv])
+    forward, fused, dq, dkv = (2 * products * D * H * t * chunk // 2 for products in (2, 5, 3, 4))
+    backward = [fused] if one_kernel else [dq, dkv]
+    assert sorted(cost.flops for cost in costs) == sorted(4 * [forward, *backward])
 
 
 def test_splash_refuses_what_it_cannot_do():
@@ -127,13 +167,53 @@ def test_splash_refuses_what_it_cannot_do():
         attend(impl="interpreted", alibi_slopes=jnp.ones(4))
     with pytest.raises(ValueError, match='impl="splash" has no dropout_rate'):
         attend(impl="interpreted", dropout_rate=0.1, dropout_key=jax.random.key(0))
-    with pytest.raises(ValueError, match="works on tiles of 128 tokens, but a shard has 100; pad the sequence"):
-        ra.ring_attention(q[:, :200], q[:, :200], q[:, :200], mesh=mesh, impl="interpreted")
     with pytest.raises(ValueError, match="needs to know how keys are spaced"):
         ra.context_attention(q, q, q, mesh=mesh, strategy="sparse", stride=16, impl="interpreted")
 
 
 def test_splash_loads_for_each_tile_the_next_that_is_seen():
     seen = jnp.array([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]])
-    assert splash._next_seen(seen, axis=1).tolist() == [[1, 1, 3, 3, 0], [0, 0, 0, 0, 0]]
-    assert splash._next_seen(seen, axis=0).tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+    assert splash_calls._next_seen(seen, axis=1).tolist() == [[1, 1, 3, 3, 0], [0, 0, 0, 0, 0]]
+    assert splash_calls._next_seen(seen, axis=0).tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+
+
+# --- Sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted", "size", "number"),
+    [
+        (8192, 1024, 1024, 8),
+        (6400, 512, 512, 13),  # 256 tokens of padding, where tiles without any would be of 256
+        (6400, 1024, 1024, 7),
+        (1152, 1024, 640, 2),
+        (300, 1024, 384, 1),
+        (100, 1024, 128, 1),
+        (128, 64, 128, 1),
+        (2000, 1000, 768, 3),
+    ],
+)
+def test_tiles_that_divide_badly_are_padded_where_that_costs_less(tokens, wanted, size, number):
+    assert (splash_calls.tile_size(tokens, wanted), -(-tokens // size)) == (size, number)
+
+
+def _queries(H=8, t=8192, D=128, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct((H, t, D), dtype)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "queries", "fused"),
+    [
+        ((512, 1024, 16, 8), _queries(), True),  # 8 times 16 MiB
+        ((512, 1024, 16, 8), _queries(H=32), True),  # 512 MiB
+        ((512, 1024, 16, 8), _queries(H=32, dtype="float32"), False),  # 1 GiB
+        ((512, 1024, 16, 16), _queries(H=32), False),
+        ((512, 256, 16, 4), _queries(), False),  # more time for dq than it saves
+        ((512, 256, 16, 1), _queries(), True),
+        ((512, 1024, 16, 1), _queries(H=512), False),
+        ((1024, 2048, 8, 4), _queries(), False),  # its tiles do not fit, those of two kernels do
+    ],
+)
+def test_splash_fuses_the_backward_pass_where_its_buffer_pays(tiles, queries, fused, monkeypatch):
+    monkeypatch.setattr(splash_memory, "_device_kind", lambda: "TPU v5 lite")
+    assert splash_memory.fuses(splash_memory.Tiles(*tiles), queries) == fused
