@@ -229,7 +229,6 @@ CALLS = [
     Row("a layout of another ring", ring(layout=ra.SequenceLayout("striped", 8)), "size=8", "axis has 4", "use Seq"),
     Row("an unknown kernel", ring(impl="magic"), "impl='magic'", "is not known", "choose one of 'auto'"),
     Row("a kernel for TPU on CPU", ring(impl="splash"), "impl='splash'", "runs on tpu devices", 'use impl="auto"'),
-    Row("a kernel for whole tiles", block(impl="splash"), 'impl="splash"', "tiles of 128 tokens,", "pad the sequence"),
     Row(
         "a kernel without dropout",
         block(impl="splash", dropout_rate=0.1, dropout_key=KEY),

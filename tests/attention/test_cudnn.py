@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from ring_helpers import Bound, results, ring_mesh, sharded
 
 import ring_attention as ra
 from ring_attention.attention import kernels
-from ring_attention.attention.kernels import cudnn
+from ring_attention.attention.kernels import cudnn, cudnn_device
 from ring_attention.attention.kernels.static_tiles import CAUSAL, FULL, OTHER, StaticTile, plan
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens, visible
@@ -172,7 +173,7 @@ def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
         attend(dropout_rate=0.1, dropout_key=jax.random.key(0))
     with pytest.raises(ValueError, match="takes bfloat16 or float16, got float32"):
         ra.blockwise_attention(*[q.astype("float32")] * 3, impl="cudnn")
-    with pytest.raises(ValueError, match="head dims that are multiples of 8, at most 128, got 12"):
+    with pytest.raises(ValueError, match="head dims that are multiples of 8, at most 256, got 12"):
         ra.blockwise_attention(*[q[..., :12]] * 3, impl="cudnn")
     with pytest.raises(ValueError, match="needs queries and keys that are evenly spaced in a few runs"):
         ra.blockwise_attention(q, q, q, impl="cudnn", q_positions=jnp.arange(64))
@@ -180,6 +181,68 @@ def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="impl='cudnn' runs on gpu devices, but these are cpu"):
             attend()
+
+
+# --- Versions and devices ---------------------------------------------------------------------------------------------
+
+H100 = cudnn_device.Gpu("PJRT C API\ncuda 12080", (9, 0), 91200)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "head_dim", "window", "refused"),
+    [
+        (H100, 256, 100, None),
+        (H100, 264, None, "at most 256, got 264"),
+        (None, 256, 100, None),
+        (None, 252, None, "multiples of 8, at most 256, got 252"),
+        (H100._replace(capability=(8, 0)), 128, None, None),
+        (H100._replace(capability=(8, 6)), 192, None, "at most 128 before Hopper, .* capability 8.6, got 192"),
+        (H100._replace(capability=(7, 5)), 64, None, "needs compute capability 8.0, but this GPU has 7.5"),
+        (H100._replace(stack="rocm 60300", capability=None, cudnn=None), 64, None, "needs CUDA, .* 'rocm 60300'"),
+        (H100._replace(cudnn=None), 64, None, "needs cuDNN, and JAX finds none; install another"),
+        (H100._replace(capability=(10, 3)), 64, None, None),
+        (H100._replace(capability=(10, 3), cudnn=91002), 64, None, "10.3 needs cuDNN 9.11, but this is 9.10.2"),
+        (H100._replace(cudnn=91400), 64, None, None),
+        (H100._replace(cudnn=91400), 64, 100, "another cuDNN than 9.14.0"),
+    ],
+)
+def test_cudnn_refuses_what_a_gpu_or_a_version_cannot_do(gpu, head_dim, window, refused, monkeypatch):
+    monkeypatch.setattr(cudnn, "gpu_here", lambda library: gpu)
+    mask, q = MaskSpec(scale=1.0, window=window), jax.ShapeDtypeStruct((1, 4, 64, head_dim), "bfloat16")
+    if refused is None:
+        cudnn.check(mask, q)
+        return
+    with pytest.raises(ValueError, match=f'impl="cudnn" .*{refused}.*use impl="xla"'):
+        cudnn.check(mask, q)
+
+
+@pytest.mark.parametrize(("version", "refused"), [(90900, False), (91000, True), (91001, True), (91002, False)])
+def test_cudnn_refuses_gradients_of_versions_without(version, refused, monkeypatch):
+    monkeypatch.setattr(cudnn, "gpu_here", lambda library: H100._replace(cudnn=version))
+    q = jnp.zeros((1, 64, 4, 16), jnp.bfloat16)
+    attend = functools.partial(ra.blockwise_attention, impl="cudnn")
+    jax.eval_shape(attend, q, q, q)
+    gradients = functools.partial(jax.eval_shape, lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0]), q, q, q)
+    if not refused:
+        gradients()
+        return
+    words = f"no gradients with cuDNN 9.10.0 and 9.10.1, .* and this is 9.10.{version % 100}; install another"
+    with pytest.raises(ValueError, match=words):
+        gradients()
+
+
+@pytest.mark.parametrize(
+    ("capability", "stack", "found"),
+    [("9.0", "cuda 12080", (9, 0)), ("12.0", "cuda 12080", (12, 0)), ("gfx942", "rocm 60300", None)],
+)
+def test_gpu_here_reads_what_jax_says_of_the_device(capability, stack, found, monkeypatch):
+    client = types.SimpleNamespace(platform_version=stack)
+    device = types.SimpleNamespace(platform="gpu", compute_capability=capability, client=client)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    library = types.SimpleNamespace(check_cudnn_version=lambda: 91200)
+    assert cudnn_device.gpu_here(library) == cudnn_device.Gpu(stack, found, 91200)
+    device.platform = "cpu"
+    assert cudnn_device.gpu_here(library) is None
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import xla
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel, refuse_binding, require_signature
+from ring_attention.attention.kernels.cudnn_device import gpu_here, require_gpu, require_gradients
 from ring_attention.attention.kernels.static_tiles import CAUSAL, OTHER, StaticTile, plan, plans_of
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair
@@ -65,12 +66,9 @@ def check(mask: MaskSpec, q) -> None:
         "extra_mask": mask.extra,
     }.items():
         require(value is None, f'impl="cudnn" has no {name}; leave it out, or use impl="xla"')
-    dtype, D = jnp.dtype(q.dtype).name, q.shape[-1]
+    dtype = jnp.dtype(q.dtype).name
     require(dtype in ("bfloat16", "float16"), f'impl="cudnn" takes bfloat16 or float16, got {dtype}; use impl="xla"')
-    require(
-        D % 8 == 0 and D <= 128,
-        f'impl="cudnn" takes head dims that are multiples of 8, at most 128, got {D}; use impl="xla"',
-    )
+    require_gpu(gpu_here(_library()), q.shape[-1], mask.window)
 
 
 def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes) -> SoftmaxState:
@@ -114,6 +112,7 @@ def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes) 
 
 def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSizes):
     """Gradients of one block pair, given the softmax statistics of all keys; see `contract`."""
+    require_gradients(gpu_here(_library()))
     q, k, v, pair, stats, dq = vary_together(q, k, v, pair, stats, dq)
     unseeing = stats.lse == -jnp.inf
     if pair.mask.seq_len is not None:  # the lse of padding is that of sinks, where there are any
