@@ -1,17 +1,20 @@
 """The TPU kernel in JAX's interpreter, as the kernel of a ring, against the oracle."""
 
 import functools
+import importlib.util
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from ring_helpers import Bound, results, ring_mesh
 
 import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.attention.kernels import splash, splash_calls, splash_memory
+from ring_attention.hardware.pods import pod_devices
 from ring_attention.testing import NAMES, random_qkv, random_segments
 
 B, H, K, D, P = 2, 4, 2, 64, 2
@@ -211,9 +214,65 @@ def _queries(H=8, t=8192, D=128, dtype="bfloat16"):
         ((512, 256, 16, 4), _queries(), False),  # more time for dq than it saves
         ((512, 256, 16, 1), _queries(), True),
         ((512, 1024, 16, 1), _queries(H=512), False),
-        ((1024, 2048, 8, 4), _queries(), False),  # its tiles do not fit, those of two kernels do
+        ((1024, 2048, 8, 4), _queries(), False),  # its tiles do not fit
+        ((1024, 1024, 8, 8), _queries(D=256), False),  # nor these, by 0.4 MiB; those of two kernels do
+        ((512, 2048, 16, 4), _queries(), True),
     ],
 )
 def test_splash_fuses_the_backward_pass_where_its_buffer_pays(tiles, queries, fused, monkeypatch):
     monkeypatch.setattr(splash_memory, "_device_kind", lambda: "TPU v5 lite")
     assert splash_memory.fuses(splash_memory.Tiles(*tiles), queries) == fused
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tiles", "queries", "softcap", "refused"),
+    [
+        ("forward", (1024, 1024, 8, 8), _queries(), False, None),
+        ("dkv", (1024, 1024, 8, 8), _queries(D=256), False, None),
+        (
+            "forward",
+            (2048, 2048, 4, 4),
+            _queries(),
+            False,
+            "25.[0-9] MiB .* have 16 MiB; .* BlockSizes[(]q=1024, kv=1024[)]",
+        ),
+        ("dkv", (1024, 2048, 8, 4), _queries(), False, "BlockSizes[(]q=1024, kv=1024[)]"),
+        ("dkv", (1024, 1024, 8, 8), _queries(D=256, dtype="float32"), True, "its dkv kernel"),
+        ("forward", (256, 256, 512, 512), _queries(t=131072), False, "512 x 512 tiles, 2.0 MiB, in SMEM"),
+    ],
+)
+def test_splash_refuses_tiles_that_do_not_fit_before_anything_compiles(
+    kernel, tiles, queries, softcap, refused, monkeypatch
+):
+    monkeypatch.setattr(splash_memory, "_device_kind", lambda: "TPU v5 lite")
+    require = functools.partial(splash_memory.require_memory, kernel, splash_memory.Tiles(*tiles), queries, softcap)
+    if refused is None:
+        require()
+        return
+    with pytest.raises(ValueError, match=refused):
+        require()
+
+
+def test_splash_takes_the_limit_that_the_compiler_is_told(monkeypatch):
+    monkeypatch.setattr(splash_memory, "_device_kind", lambda: "TPU v5 lite")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_a=1 --xla_tpu_scoped_vmem_limit_kib=65536")
+    splash_memory.require_memory("forward", splash_memory.Tiles(2048, 2048, 4, 4), _queries())
+
+
+@pytest.mark.pod
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra compile-tpu")
+@pytest.mark.parametrize(("kernel", "q", "kv", "limit"), [("forward", 1024, 1024, 6000), ("fused", 512, 1024, 5000)])
+def test_splash_estimates_the_vmem_that_the_compiler_takes(kernel, q, kv, limit):
+    """The compiler tells a size only where it is too large: the limit is between that and what comes and goes alone."""
+    mesh = ra.make_mesh(sp=4, devices=pod_devices("v5e:2x2"))
+    sharded = NamedSharding(mesh, jax.P(None, "sp"))
+    qkv = [jax.ShapeDtypeStruct((1, 4 * 8192, heads, 128), "bfloat16", sharding=sharded) for heads in (32, 16, 16)]
+    attend = functools.partial(
+        ra.ring_attention, mesh=mesh, layout="zigzag", impl="splash", block_sizes=ra.BlockSizes(q=q, kv=kv)
+    )
+    run = attend if kernel == "forward" else lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0])
+    traced = jax.jit(run).lower(*qkv)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Scoped allocation with size") as error:
+        traced.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": str(limit)})
+    taken = re.search(r"Scoped allocation with size ([\d.]+)M", str(error.value))
+    assert splash_memory.vmem_bytes(kernel, q, kv, qkv[0]) == pytest.approx(float(taken[1]) * 2**20, rel=0.1)

@@ -39,14 +39,13 @@ def gpu_here(library) -> Gpu | None:
     device = jax.local_devices()[0]
     if device.platform != "gpu":
         return None
-    capability = getattr(device, "compute_capability", None)  # of ROCm it is a name
-    known = capability is not None and capability.replace(".", "").isdigit()
+    parts = str(getattr(device, "compute_capability", "")).split(".")  # of ROCm it is a name
+    capability = (int(parts[0]), int(parts[1])) if len(parts) == 2 and "".join(parts).isdigit() else None
     try:
         cudnn = library.check_cudnn_version()
     except (AttributeError, RuntimeError):  # JAX's for another stack, or no cuDNN
         cudnn = None
-    parts = [int(x) for x in capability.split(".")] if known else []
-    return Gpu(device.client.platform_version, (parts[0], parts[1]) if len(parts) == 2 else None, cudnn)
+    return Gpu(device.client.platform_version, capability, cudnn)
 
 
 def require_gpu(gpu: Gpu | None, head_dim: int, window: int | None) -> None:
