@@ -262,13 +262,17 @@ def test_splash_takes_the_limit_that_the_compiler_is_told(monkeypatch):
 @pytest.mark.pod
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra compile-tpu")
 @pytest.mark.parametrize(("kernel", "q", "kv", "limit"), [("forward", 1024, 1024, 6000), ("fused", 512, 1024, 5000)])
-def test_splash_estimates_the_vmem_that_the_compiler_takes(kernel, q, kv, limit):
-    """The compiler tells a size only where it is too large: the limit is between that and what comes and goes alone."""
+def test_splash_estimates_the_vmem_that_the_compiler_takes(kernel, q, kv, limit, monkeypatch):
+    """The compiler tells a size only where it is too large: the limit is between that and what comes and goes alone.
+
+    Of arrays of a few MiB it keeps some in VMEM as a whole, outside of what it counts for the kernel.
+    """
+    monkeypatch.setattr(splash_memory, "FUSED_BYTES", 2**40)
     mesh = ra.make_mesh(sp=4, devices=pod_devices("v5e:2x2"))
     sharded = NamedSharding(mesh, jax.P(None, "sp"))
-    qkv = [jax.ShapeDtypeStruct((1, 4 * 8192, heads, 128), "bfloat16", sharding=sharded) for heads in (32, 16, 16)]
+    qkv = [jax.ShapeDtypeStruct((1, 4 * 16384, heads, 128), "bfloat16", sharding=sharded) for heads in (32, 16, 16)]
     attend = functools.partial(
-        ra.ring_attention, mesh=mesh, layout="zigzag", impl="splash", block_sizes=ra.BlockSizes(q=q, kv=kv)
+        ra.ring_attention, mesh=mesh, layout="contiguous", impl="splash", block_sizes=ra.BlockSizes(q=q, kv=kv)
     )
     run = attend if kernel == "forward" else lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0])
     traced = jax.jit(run).lower(*qkv)
