@@ -100,7 +100,7 @@ def _hard_mask(tokens):
     return dict(window=200, segment_ids=random_segments(1, B, tokens), softcap=5.0)
 
 
-@pytest.mark.parametrize("one_kernel", [True, False], ids=["fused", "two kernels"])
+@pytest.mark.parametrize("groups", [1, K, 0], ids=["fused", "fused, heads in turn", "two kernels"])
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [
@@ -109,8 +109,8 @@ def _hard_mask(tokens):
         for dtype in ("bfloat16", "float32")
     ],
 )
-def test_splash_backward_is_exact_for_every_head_dim(one_kernel, head_dim, dtype, monkeypatch):
-    monkeypatch.setattr(splash, "fuses", lambda *_: one_kernel)
+def test_splash_backward_is_exact_for_every_head_dim(groups, head_dim, dtype, monkeypatch):
+    monkeypatch.setattr(splash, "fused_groups", lambda _, q, kv_heads, softcap: groups)
     qkv, mask = random_qkv(0, B, 300, H, K, head_dim, dtype=dtype), _hard_mask(300)  # three tiles, the last not whole
     assert Bound(qkv, **mask).too_large(results(_attend(**mask), qkv)) == {}
 
@@ -149,7 +149,7 @@ def _kernels(jaxpr):
 
 @pytest.mark.parametrize("one_kernel", [True, False])
 def test_splash_tells_the_compiler_what_each_kernel_costs(one_kernel, monkeypatch):
-    monkeypatch.setattr(splash, "fuses", lambda *_: one_kernel)
+    monkeypatch.setattr(splash, "fused_groups", lambda *_: int(one_kernel))
     q = jax.ShapeDtypeStruct((1, T, H, D), "bfloat16")
     attend = functools.partial(ra.ring_attention, mesh=ring_mesh(P), layout="zigzag", impl="interpreted")
     traced = jax.make_jaxpr(lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0]))(q, q, q)
@@ -205,23 +205,23 @@ def _queries(H=8, t=8192, D=128, dtype="bfloat16"):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "queries", "fused"),
+    ("tiles", "queries", "groups"),
     [
-        ((512, 1024, 16, 8), _queries(), True),  # 8 times 16 MiB
-        ((512, 1024, 16, 8), _queries(H=32), True),  # 512 MiB
-        ((512, 1024, 16, 8), _queries(H=32, dtype="float32"), False),  # 1 GiB
-        ((512, 1024, 16, 16), _queries(H=32), False),
-        ((512, 256, 16, 4), _queries(), False),  # more time for dq than it saves
-        ((512, 256, 16, 1), _queries(), True),
-        ((512, 1024, 16, 1), _queries(H=512), False),
-        ((1024, 2048, 8, 4), _queries(), False),  # its tiles do not fit
-        ((1024, 1024, 8, 8), _queries(D=256), False),  # nor these, by 0.4 MiB; those of two kernels do
-        ((512, 2048, 16, 4), _queries(), True),
+        ((512, 2048, 16, 4), _queries(), 1),  # 4 times 16 MiB
+        ((512, 1024, 16, 8), _queries(), 2),
+        ((512, 1024, 16, 8), _queries(H=32), 8),  # 512 MiB, of 8 key/value heads
+        ((512, 1024, 16, 8), _queries(H=32, dtype="float32"), 0),
+        ((512, 1024, 16, 16), _queries(H=32), 0),
+        ((512, 256, 16, 4), _queries(), 0),  # more time for dq than it saves
+        ((512, 256, 16, 1), _queries(), 1),
+        ((512, 1024, 16, 1), _queries(H=512), 0),
+        ((1024, 2048, 8, 4), _queries(), 0),  # its tiles do not fit
+        ((1024, 1024, 8, 8), _queries(D=256), 0),  # nor these, by 0.4 MiB; those of two kernels do
     ],
 )
-def test_splash_fuses_the_backward_pass_where_its_buffer_pays(tiles, queries, fused, monkeypatch):
+def test_splash_fuses_the_backward_pass_where_its_buffer_pays(tiles, queries, groups, monkeypatch):
     monkeypatch.setattr(splash_memory, "_device_kind", lambda: "TPU v5 lite")
-    assert splash_memory.fuses(splash_memory.Tiles(*tiles), queries) == fused
+    assert splash_memory.fused_groups(splash_memory.Tiles(*tiles), queries, 8) == groups
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from ring_attention.attention.kernels.splash_calls import (
     library,
     require_bindings,
 )
-from ring_attention.attention.kernels.splash_memory import fuses, require_memory
+from ring_attention.attention.kernels.splash_memory import fused_groups, require_memory
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair
 from ring_attention.attention.online_softmax import SoftmaxState
@@ -126,10 +126,10 @@ def _gradients(call: Call, arrays: dict, interpret: bool):
         mask_function=within,
     )
     run = functools.partial(library()._splash_attention_bwd_dkv, bkv_compute=call.tile_kv, **settings)
-    if fuses(call.tiles, arrays["q"], call.capped):
+    if groups := fused_groups(call.tiles, arrays["q"], arrays["k"].shape[0], call.capped):
         require_memory("fused", call.tiles, arrays["q"], call.capped)
         fused = functools.partial(run, use_fused_bwd_kernel=True)
-        return launch(fused, arrays | dict(mask_info=by_keys), call, products=5)
+        return _in_groups(groups, lambda some: launch(fused, some | dict(mask_info=by_keys), call, products=5), arrays)
     require_memory("dq", call.tiles, arrays["q"], call.capped)
     require_memory("dkv", call.tiles, arrays["q"], call.capped)
     by_queries, _ = call.mask_info(by_keys=False)
@@ -138,6 +138,16 @@ def _gradients(call: Call, arrays: dict, interpret: bool):
     dq = launch(run_dq, arrays | dict(mask_info=by_queries), call, products=3)
     _, dk, dv = launch(run_dkv, arrays | dict(mask_info=by_keys), call, products=4)
     return dq, dk, dv
+
+
+def _in_groups(groups: int, fn: Callable, arrays: dict):
+    """`fn(arrays)`, whose results have heads first, for one group of heads after another."""
+    if groups == 1:
+        return fn(arrays)
+    shared = {name: arrays[name] for name in ("segment_ids", "sinks")}
+    of_heads = {name: x.reshape(groups, -1, *x.shape[1:]) for name, x in arrays.items() if name not in shared}
+    results = jax.lax.map(lambda some: fn(some | shared), of_heads)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
 def _scaled(q, mask: MaskSpec):

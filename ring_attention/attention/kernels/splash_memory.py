@@ -25,8 +25,9 @@ VMEM = {"v4": 16 * MiB, "v5e": 16 * MiB, "v5p": 16 * MiB, "v6e": 32 * MiB}
 SMEM = MiB - 2048
 """What a kernel's table of tiles may take of it: the compiler keeps 1.1 KiB for itself."""
 
-FUSED_BYTES = 512 * MiB
-"""What the buffer of the fused backward kernel may take: 1/32 of the memory of the chip that has least of it, v5e."""
+FUSED_BYTES = 64 * MiB
+"""What the buffer of the fused backward kernel may take at a time. A training step on 16 v5e chips with 512 MiB of it
+took 1.3 GiB more than with two kernels (docs/experiments.md)."""
 
 FUSED_TILE = 512
 """Keys of a tile from which on the fused backward kernel pays. For each of them it saves 4 D operations a query, and
@@ -88,18 +89,21 @@ def vmem_bytes(kernel: str, q: int, kv: int, like, softcap: bool = False, chip: 
     return moving + staying + products + int(4 * (scores + of.softcap * softcap) * q * kv)
 
 
-def fuses(tiles: Tiles, q, softcap: bool = False) -> bool:
-    """Whether the backward pass of a call with queries [H,t,D] takes the kernel that gives all three gradients.
+def fused_groups(tiles: Tiles, q, kv_heads: int, softcap: bool = False) -> int:
+    """In how many groups of heads a call with queries [H,t,D] takes the kernel that gives all three gradients.
 
     It makes 5 products for each pair of tiles, where a kernel for dq and one for dk and dv make 7 between them. But it
-    leaves dq as one array for each tile of keys, to be summed.
+    leaves dq as one array for each tile of keys, to be summed; so heads take turns where that is large. Returns 0 where
+    the two kernels are better.
     """
-    if tiles.columns > 1 and tiles.kv < FUSED_TILE:
-        return False
-    buffer = tiles.columns * q.size * q.dtype.itemsize
     limit, chip, _ = _vmem()
     room = 0.9 * limit  # where the estimate is near the limit, two kernels do that need less
-    return buffer <= FUSED_BYTES and vmem_bytes("fused", tiles.q, tiles.kv, q, softcap, chip) <= room
+    small = tiles.columns > 1 and tiles.kv < FUSED_TILE
+    if small or vmem_bytes("fused", tiles.q, tiles.kv, q, softcap, chip) > room:
+        return 0
+    buffer = tiles.columns * q.size * q.dtype.itemsize
+    groups = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and buffer <= n * FUSED_BYTES)
+    return next(groups, 0)
 
 
 def require_memory(kernel: str, tiles: Tiles, q, softcap: bool = False) -> None:
