@@ -31,6 +31,7 @@ SHAPE = (2, 512, 4, 128)
 CHOICES = [  # devices, strategy, layout, shape of a shard, dtype, mask, kernel, words of the reason
     (V5E, "ring", "zigzag", SHAPE, "bfloat16", {}, "splash", ""),
     (V5E, "ring", "zigzag", SHAPE, "float32", dict(softcap=5.0, window=100), "splash", ""),
+    (V5E, "ring", "zigzag", SHAPE, "float16", {}, "xla", "takes bfloat16 or float32, got float16"),
     (V5E, "ring", "zigzag", SHAPE, "bfloat16", ALIBI, "xla", "has no alibi_slopes"),
     (V5E, "ring", "striped", SHAPE, "bfloat16", DROPOUT, "xla", "has no dropout_rate"),
     (V5E, "ring", "zigzag", (2, 500, 4, 128), "bfloat16", {}, "splash", ""),

@@ -32,8 +32,10 @@ from ring_attention.checks import require
 
 
 def check(mask: MaskSpec, q) -> None:
-    """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D]."""
+    """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D] and dtype."""
     require_bindings()
+    dtype = jnp.dtype(q.dtype).name
+    require(dtype in ("bfloat16", "float32"), f'impl="splash" takes bfloat16 or float32, got {dtype}; use impl="xla"')
     for name, value in {"alibi_slopes": mask.slopes, "dropout_rate": mask.dropout, "extra_mask": mask.extra}.items():
         require(value is None, f'impl="splash" has no {name}; leave it out, or use impl="xla"')
 
