@@ -44,7 +44,7 @@ EXTRAS = {
         "hypothesis>=6.150",
         "chex>=0.1.92",
         "ruff>=0.15",
-        "setuptools>=77.0.1",
+        "setuptools>=77.0.3",
     ],
     # The other side of tests/interop and `scripts.benchmarks training`; torch as it was tried.
     "interop": [*TRAIN, "torch==2.13.0", "transformers>=5.0"],
