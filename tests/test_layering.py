@@ -24,6 +24,7 @@ ROOMS = (
     "attention",
     "hardware",
     "tables",
+    "json_files",
     "checks",
 )
 """Top to bottom, as DESIGN.md orders them: a room imports those to its right."""

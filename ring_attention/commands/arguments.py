@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +20,6 @@ def as_mistakes(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise ConfigError(str(error)) from error
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value for people and programs to read in one move, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 class Parser(argparse.ArgumentParser):

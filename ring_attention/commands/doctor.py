@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ring_attention.checks import ConfigError, local_path, require
-from ring_attention.commands.arguments import Parser, as_mistakes, write_json
+from ring_attention.commands.arguments import Parser, as_mistakes
 from ring_attention.doctor.advice import advise
 from ring_attention.doctor.checkup import PARTS, Checkup, NothingToMeasureError, failure, measured_rates
 from ring_attention.doctor.report import rows_of, table_of
+from ring_attention.json_files import write_json
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.planning.measured import SCHEMA
 from ring_attention.tables import show

@@ -23,10 +23,11 @@ import jax
 from rich.console import Console
 
 from ring_attention.checks import ConfigError, local_path, printable
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
 from ring_attention.commands.program import invocation
 from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
 from ring_attention.hardware.topology import find_topology
+from ring_attention.json_files import write_json
 from ring_attention.planning import compile_report, report
 from ring_attention.planning.compile_report import CompileReport, longest_compiled, make_report
 from ring_attention.planning.measured import with_measured

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, get_abstract_mesh
 
-from ring_attention.attention.device_kind import kind_of_mesh
 from ring_attention.checks import is_whole, require, shown
 from ring_attention.parallel.wires import arrange
 
@@ -76,11 +75,6 @@ def find_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abstra
 
 def _large_axes(mesh: Mesh | AbstractMesh) -> list[tuple[str, int]]:
     return [(name, size) for name, size in mesh.shape.items() if size > 1]
-
-
-def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
-    """The platform of its devices, as `jax.Device.platform` has it; None for an abstract mesh that does not say."""
-    return kind_of_mesh(mesh).platform
 
 
 def compiler_options(mesh: Mesh) -> dict[str, int]:

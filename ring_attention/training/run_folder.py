@@ -11,6 +11,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ring_attention.checks import ConfigError, require_field
+from ring_attention.json_files import write_json
 from ring_attention.models.hf.files import read_json
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
@@ -126,7 +127,7 @@ def open_run_folder(config: TrainConfig, *, say: Callable[[str], None] = print) 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:
     """Write the config.json of a folder, in one move."""
-    _write(folder.config, {"version": VERSION} | config_to_dict(config))
+    write_json(folder.config, {"version": VERSION} | config_to_dict(config))
 
 
 def read_config(folder: RunFolder) -> TrainConfig:
@@ -201,14 +202,7 @@ def require_same_contents(folder: RunFolder, now: dict[str, str], *, has_begun: 
                 f"the new ones by removing {path}"
             )
     if is_first():
-        _write(path, now)
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    """Write a file of JSON in one move."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+        write_json(path, now)
 
 
 def _read(path: Path) -> dict[str, str]:

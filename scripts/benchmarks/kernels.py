@@ -19,8 +19,9 @@ from rich.table import Table
 from ring_attention.attention.kernels import KERNELS, require_platform
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import require
-from ring_attention.commands.arguments import Parser, as_mistakes, write_json
+from ring_attention.commands.arguments import Parser, as_mistakes
 from ring_attention.doctor.rates import PRODUCTS, Case, measure
+from ring_attention.json_files import write_json
 from ring_attention.tables import show
 
 FLASH_ATTENTION_3 = {"forward": 648, "backward": 561}

@@ -26,7 +26,8 @@ from jax.experimental import multihost_utils
 from rich.table import Table
 
 import ring_attention as ra
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
+from ring_attention.json_files import write_json
 from ring_attention.parallel.workload import Workload
 from ring_attention.planning.simulator import Machine, simulate
 from ring_attention.tables import show

@@ -23,8 +23,9 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention import testing
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
 from ring_attention.doctor.timing import seconds_in_turn
+from ring_attention.json_files import write_json
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.planning.hlo import compiled

@@ -28,7 +28,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from ring_attention.checks import ConfigError, local_path
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
+from ring_attention.json_files import write_json
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
 from ring_attention.tables import show

@@ -7,7 +7,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
+from ring_attention.json_files import write_json
 from ring_attention.tables import show
 
 

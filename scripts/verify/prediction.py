@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.topology import find_topology
+from ring_attention.json_files import write_json
 from ring_attention.planning.compile_report import compile_for
 from ring_attention.planning.hlo.compiled import memory_of as memory_of_program
 from ring_attention.planning.memory import memory_of

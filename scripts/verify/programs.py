@@ -24,8 +24,9 @@ from rich.table import Table
 
 import ring_attention as ra
 from ring_attention.checks import require_field
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
 from ring_attention.hardware.pods import pod_devices
+from ring_attention.json_files import write_json
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.mesh import compiler_options
 from ring_attention.parallel.simulate import simulate_devices

@@ -25,9 +25,10 @@ from rich.table import Table
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
 from ring_attention.hardware.chips import CHIPS, GiB
 from ring_attention.hardware.pods import pod_devices
+from ring_attention.json_files import write_json
 from ring_attention.planning.compile_report import needed_bytes, versions
 from ring_attention.planning.programs import compile_step
 from ring_attention.tables import show

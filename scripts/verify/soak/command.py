@@ -20,7 +20,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ring_attention.checks import local_path
-from ring_attention.commands.arguments import Parser, write_json
+from ring_attention.commands.arguments import Parser
+from ring_attention.json_files import write_json
 from ring_attention.tables import show
 from scripts.verify.soak.faults import FAULTS
 from scripts.verify.soak.run import REPOSITORY, Trainer
