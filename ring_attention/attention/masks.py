@@ -86,13 +86,14 @@ class BlockPair:
       queries: tokens of the resident shard.
       keys: tokens of the visiting shard.
       mask: how a query and a key make a weight.
-      diagonal: whether queries and keys are of the same shard, so that the block lies on the diagonal of all scores.
+      diagonal: whether queries and keys are of the same shard, so that the block lies on the diagonal of all scores;
+        None where that is not known as the program is traced.
     """
 
     queries: Tokens
     keys: Tokens
     mask: MaskSpec
-    diagonal: bool = dataclasses.field(default=False, metadata={"static": True})
+    diagonal: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def visible(mask: MaskSpec, queries: Tokens, keys: Tokens) -> jax.Array | None:

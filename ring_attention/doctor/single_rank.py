@@ -96,4 +96,4 @@ class SingleRank:
         """Return the device whose block comes `number` hops, and its block pair."""
         length, source = q.shape[2], (place - number) % self.layout.ring_size
         tokens = [self._tokens(i, segments, length, 0, length) for i in (place, source)]
-        return source, BlockPair(*tokens, mask)
+        return source, BlockPair(*tokens, mask, diagonal=False)

@@ -29,7 +29,7 @@ def check_pairs(context: Context, mask: MaskSpec, shard_len: int, *, duplex: boo
     context.kernel.check_pair(BlockPair(shard, shard, mask, diagonal=True))
     for start, stop in {(route.start, route.stop) for route in routes if route.hops}:
         part = Tokens(None, runs=context.layout.runs(shard_len, start, stop))
-        context.kernel.check_pair(BlockPair(shard, part, mask))
+        context.kernel.check_pair(BlockPair(shard, part, mask, diagonal=False))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ class RingPass:
         source = lax.rem(self._place() - route.direction * step + layout.ring_size, np.int32(layout.ring_size))
         keys = layout.shard_positions(source, self.length)[None, route.start : route.stop]
         runs = layout.runs(self.length, route.start, route.stop)
-        return BlockPair(self._queries(), Tokens(keys, segments, runs), self.mask)
+        return BlockPair(self._queries(), Tokens(keys, segments, runs), self.mask, diagonal=False)
 
     def local_pair(self, start: int, stop: int) -> BlockPair:
         """The pair of local queries and the local keys from `start` to `stop`."""

@@ -12,8 +12,8 @@ from ring_helpers import Bound, results, ring_mesh, sharded
 
 import ring_attention as ra
 from ring_attention.attention import kernels
-from ring_attention.attention.kernels import cudnn, cudnn_device
-from ring_attention.attention.kernels.static_tiles import CAUSAL, FULL, OTHER, StaticTile, plan
+from ring_attention.attention.kernels import cudnn, cudnn_device, static_calls
+from ring_attention.attention.kernels.static_tiles import CAUSAL, FULL, OTHER, StaticTile, plan, same_tiles
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens, visible
 from ring_attention.parallel import context
@@ -47,14 +47,14 @@ def _weights(q, k, lse, scale, part):
     return jnp.exp(scores - lse[..., None]), lse, k
 
 
-def _attention(q, k, v, scale, part):
-    weights, lse, _ = _weights(q, k, None, scale, part)
+def _attention(q, k, v, part, pair):
+    weights, lse, _ = _weights(q, k, None, pair.mask.scale, part)
     v = jnp.repeat(v, q.shape[1] // v.shape[1], 1)
     return jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v), lse
 
 
-def _gradients(q, out, lse, dout, k, v, scale, part):
-    K, dtype = k.shape[1], q.dtype
+def _gradients(q, out, lse, dout, k, v, part, pair):
+    K, dtype, scale = k.shape[1], q.dtype, pair.mask.scale
     p, _, k = _weights(q, k, lse, scale, part)
     v, dout = jnp.repeat(v, q.shape[1] // K, 1).astype(jnp.float32), dout.astype(jnp.float32)
     delta = jnp.sum(dout * out.astype(jnp.float32), -1, keepdims=True)
@@ -144,20 +144,22 @@ def test_cudnn_mistakes_exceed_the_bound(monkeypatch, wrong):
     qkv = random_qkv(0, 1, T, H, K, D, dtype="bfloat16")
     attention, gradients = cudnn._attention, cudnn._gradients
     if wrong == "a plan of another device":
-        monkeypatch.setattr(cudnn, "plan", lambda pair: (plan(pair)[0], jnp.int32(0)))
+        monkeypatch.setattr(static_calls, "plan", lambda pair: (plan(pair)[0], jnp.int32(0)))
         want = {"out", "dq", "dk", "dv"}
     elif wrong == "the lse of the hop":
 
-        def local(q, out, lse, dout, k, v, scale, part):
-            out, lse = attention(q, k, v, scale, part)
-            return gradients(q, out, lse, dout, k, v, scale, part)
+        def local(q, out, lse, dout, k, v, *tile):
+            out, lse = attention(q, k, v, *tile)
+            return gradients(q, out, lse, dout, k, v, *tile)
 
         monkeypatch.setattr(cudnn, "_gradients", local)
         want = {"dq", "dk", "dv"}
     else:
         monkeypatch.setattr(cudnn, "CAUSAL", "unknown")
         replaced = functools.partial(StaticTile._replace, kind=FULL)
-        monkeypatch.setattr(cudnn, "plan", lambda pair: ([[*map(replaced, x)] for x in plan(pair)[0]], plan(pair)[1]))
+        monkeypatch.setattr(
+            static_calls, "plan", lambda pair: ([[*map(replaced, x)] for x in plan(pair)[0]], plan(pair)[1])
+        )
         want = {"out", "dq", "dk", "dv"}
     assert set(Bound(qkv).too_large(_run(qkv, "zigzag", {}, devices=2))) == want
 
@@ -266,8 +268,8 @@ def test_static_tiles_cover_what_is_seen_and_no_more(layout, mask):
             seen = visible(mask, Tokens(q[:, None]), Tokens(k[None]))
             seen = np.broadcast_to(True if seen is None else seen, (t, t))
             for part in plans[0 if number is None else int(number)]:
-                here = np.s_[part.q : part.q_end, part.kv : part.kv_end]
-                behind = np.arange(part.q_end - part.q)[:, None] - np.arange(part.kv_end - part.kv)
+                here = np.s_[part.q : part.q + part.rows, part.kv : part.kv + part.columns]
+                behind = np.arange(part.rows)[:, None] - np.arange(part.columns)
                 window = t if part.window is None else part.window
                 shown = {FULL: behind < t, CAUSAL: (behind >= 0) & (behind < window), OTHER: seen[here]}[part.kind]
                 covered[here] += shown
@@ -284,17 +286,25 @@ def test_plan_refuses_too_many_kinds_of_pairs():
         plan(BlockPair(queries, keys, MaskSpec(scale=1.0)))
 
 
-def test_plan_of_zigzag_has_three_calls_of_striped_two():
+def test_plan_of_remote_pairs_has_two_kinds():
     t, mask = 16, MaskSpec(scale=1.0)
+    half = t // 2
     for P in (2, 8, 64):
         local, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 0, t, mask))
         assert local == [[StaticTile(0, t, 0, t, CAUSAL)]]
         plans, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 1, t, mask))
-        half = t // 2
-        assert sorted(plans) == [
-            [StaticTile(0, t, 0, half, FULL)],
-            [StaticTile(0, t, 0, t, CAUSAL)],
-            [StaticTile(half, t, 0, t, FULL)],
-        ]
+        assert sorted(plans) == [[StaticTile(0, t, 0, half, FULL)], [StaticTile(half, half, 0, t, FULL)]]
         plans, _ = plan(_pair(ra.SequenceLayout("striped", P), 0, 1, t, mask))
-        assert sorted(plans) == [[StaticTile(0, t, 0, t, CAUSAL)], [StaticTile(1, t, 0, t - 1, CAUSAL)]]
+        assert sorted(plans) == [[StaticTile(0, t, 0, t, CAUSAL)], [StaticTile(1, t - 1, 0, t - 1, CAUSAL)]]
+
+
+def test_hops_of_zigzag_are_two_tiles_whose_places_are_picked():
+    t, layout, mask = 16, ra.SequenceLayout("zigzag", 4), MaskSpec(scale=1.0)
+    size = dict(rows=t // 2, columns=t // 2, kind=FULL)
+    for source, other in {0: 0, 3: t // 2}.items():
+        plans, number = plan(_pair(layout, 1, source, t, mask))
+        assert same_tiles(plans, number) == [StaticTile(q=t // 2, kv=0, **size), StaticTile(q=other, kv=other, **size)]
+    for layout in ("striped", "contiguous"):
+        assert same_tiles(*plan(_pair(ra.SequenceLayout(layout, 4), 1, 2, t, mask))) is None
+    plans = [[StaticTile(0, 4096, 0, 4095, FULL)], [StaticTile(1, 4095, 0, 4096, FULL)]]
+    assert same_tiles(plans, jnp.int32(0)) is None  # 16 million tiles of one score

@@ -1,16 +1,19 @@
 """A block pair as a few tiles whose places are known when the program is traced, for kernels that know few masks.
 
 Which queries see which keys depends on the devices that their shards belong to, and so on numbers that only the running
-program knows. But there are few kinds of pairs: in a zigzag ring three, whatever its size. Each is planned while the
-program is traced, and the device picks the plan that holds when it runs.
+program knows. But there are few kinds of pairs: in a zigzag ring two beside the local one, whatever its size. Each is
+planned while the program is traced, and the device picks the plan that holds when it runs. Where plans differ only in
+the places of as many equal tiles, it picks these instead: at a branch, a GPU's host waits for all that was launched.
 """
 
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Runs
@@ -23,43 +26,53 @@ FULL, CAUSAL, OTHER = "full", "causal", "other"
 MOST_TILES = 256
 """Each is a call in the program; more are refused rather than compiled."""
 
+MOST_SAME = 2
+"""Tiles of a plan whose places are picked as the program runs."""
+
 
 class StaticTile(NamedTuple):
-    """Queries from `q` to `q_end` and keys from `kv` to `kv_end` of a block pair, counted in the order of its arrays.
+    """`rows` queries from number `q` on and `columns` keys from `kv` on, counted in the order of the pair's arrays.
 
-    Not a `tiling.Tile`: these numbers are Python's, for static slices, and cover all sequences and heads of a call.
+    Not a `tiling.Tile`: sizes are Python's numbers, and a tile covers all sequences and heads of a call. So are places
+    in a plan; those that `same_tiles` gives may be int32 of the running program.
     """
 
-    q: int
-    q_end: int
-    kv: int
-    kv_end: int
+    q: int | jax.Array
+    rows: int
+    kv: int | jax.Array
+    columns: int
     kind: str
     window: int | None = None
 
     def shares_queries(self, other: "StaticTile") -> bool:
-        """Whether some queries are in both."""
-        return self.q < other.q_end and other.q < self.q_end
+        """Whether some queries are in both, of two tiles of a plan."""
+        return self.q < other.q + other.rows and other.q < self.q + self.rows
 
-    def of_queries(self, x):
+    def of_queries(self, x, axis: int = 2):
         """The tile's queries of an array [B,H,t,...]."""
-        return x[:, :, self.q : self.q_end]
+        return _piece(x, self.q, self.rows, axis)
 
-    def of_keys(self, x):
+    def of_keys(self, x, axis: int = 2):
         """The tile's keys of an array [B,K,s,...]."""
-        return x[:, :, self.kv : self.kv_end]
+        return _piece(x, self.kv, self.columns, axis)
 
     def into_queries(self, x, new):
-        """The array with these queries replaced."""
-        return x.at[:, :, self.q : self.q_end].set(new)
+        """The array [B,H,t,...] with these queries replaced."""
+        return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), self.q, 2)
 
     def added_to_queries(self, x, more):
-        """The array with something added to these queries."""
-        return x.at[:, :, self.q : self.q_end].add(more.astype(x.dtype))
+        """The array [B,H,t,...] with something added to these queries."""
+        return self.into_queries(x, self.of_queries(x) + more.astype(x.dtype))
 
     def added_to_keys(self, x, more):
-        """The array with something added to these keys."""
-        return x.at[:, :, self.kv : self.kv_end].add(more.astype(x.dtype))
+        """The array [B,K,s,...] with something added to these keys."""
+        return lax.dynamic_update_slice_in_dim(x, self.of_keys(x) + more.astype(x.dtype), self.kv, 2)
+
+
+def _piece(x, start, size: int, axis: int):
+    if isinstance(start, int):
+        return lax.slice_in_dim(x, start, start + size, axis=axis)
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 class _Spans(NamedTuple):
@@ -93,6 +106,35 @@ def plan(pair: BlockPair) -> tuple[list[list[StaticTile]], jax.Array | None]:
     return plans, jnp.argmax((bands == here).all((1, 2, 3)))
 
 
+def same_tiles(plans: list[list[StaticTile]], number: jax.Array) -> list[StaticTile] | None:
+    """The tiles of plan `number`, where all plans can be cut into as many full tiles of one size; None where not.
+
+    In a zigzag ring, whose hops show half of the keys to all queries or all keys to half of the queries, both are two
+    tiles of a quarter, of which one is the same. At most MOST_SAME tiles, or their calls would be too small.
+    """
+    parts = list(itertools.chain(*plans))
+    if not parts or any(part.kind != FULL for part in parts):
+        return None
+    rows = math.gcd(*(number for part in parts for number in (part.q, part.rows)))
+    columns = math.gcd(*(number for part in parts for number in (part.kv, part.columns)))
+    sizes = {sum(part.rows * part.columns for part in static_tiles) for static_tiles in plans}
+    if len(sizes) != 1 or sizes.pop() > MOST_SAME * rows * columns:
+        return None
+    places = [
+        {
+            (part.q + i, part.kv + j)
+            for part in static_tiles
+            for i in range(0, part.rows, rows)
+            for j in range(0, part.columns, columns)
+        }
+        for static_tiles in plans
+    ]
+    same = set.intersection(*places)
+    fixed = [StaticTile(q, rows, kv, columns, FULL) for q, kv in sorted(same)]
+    others = [jnp.array(x, jnp.int32)[number] for x in zip(*(sorted(x - same) for x in places), strict=True)]
+    return fixed + [StaticTile(q, rows, kv, columns, FULL) for q, kv in others]
+
+
 def plans_of(pair: BlockPair) -> tuple[list[list[StaticTile]], np.ndarray]:
     """(plans, bands of each, see `_bands`): all ways in which queries and keys may meet, by their runs and the mask.
 
@@ -111,7 +153,8 @@ def plans_of(pair: BlockPair) -> tuple[list[list[StaticTile]], np.ndarray]:
     assert kv_runs is not None
     q, kv, step = _Spans.of(q_runs), _Spans.of(kv_runs), q_runs.step
     i, j = np.indices((len(q.starts), len(kv.starts))).reshape(2, -1)
-    i, j = (x[i == j] if pair.diagonal else x for x in (i, j))
+    if pair.diagonal is not None:
+        i, j = (x[(i == j) == pair.diagonal] for x in (i, j))
     bands = np.unique(_bands(mask, q.starts[i], kv.starts[j], q, kv, step), axis=0)
     plans = [_tiles(mask, block, q, kv) for block in bands]
     number = sum(map(len, plans))
@@ -162,8 +205,8 @@ def _tiles(mask: MaskSpec, bands: np.ndarray, q: _Spans, kv: _Spans) -> list[Sta
         for is_full, columns in itertools.groupby(range(len(row)), key=row.__getitem__):
             columns = list(columns)
             if is_full:
-                last = columns[-1]
-                found.append(StaticTile(top, bottom, kv.offsets[columns[0]], kv.offsets[last] + kv.lengths[last], FULL))
+                left, right = kv.offsets[columns[0]], kv.offsets[columns[-1]] + kv.lengths[columns[-1]]
+                found.append(StaticTile(top, bottom - top, left, right - left, FULL))
     for i, j in zip(*np.nonzero(~full & ~hidden), strict=True):
         least, most = bands[i, j].tolist()
         found += _cut(least, most, q.offsets[i], q.lengths[i], kv.offsets[j], kv.lengths[j])
@@ -176,6 +219,6 @@ def _cut(least: int, most: int, q: int, length: int, kv: int, others: int) -> li
     first, last, window = q + least, q + least + size, most - least + 1  # queries before the first see nothing
     after = q + length - last  # queries that would see all keys, were there no window
     if least < 0 or (after and most < length - 1):
-        return [StaticTile(q, q + length, kv, kv + others, OTHER)]
-    causal = StaticTile(first, last, kv, kv + size, CAUSAL, window if window < size else None)
-    return [causal, StaticTile(last, q + length, kv, kv + others, FULL)] if after else [causal]
+        return [StaticTile(q, length, kv, others, OTHER)]
+    causal = StaticTile(first, size, kv, size, CAUSAL, window if window < size else None)
+    return [causal, StaticTile(last, after, kv, others, FULL)] if after else [causal]

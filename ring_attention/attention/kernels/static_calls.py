@@ -1,0 +1,176 @@
+"""A block pair by calls of a fused kernel for each of its static tiles, for a kernel that attends to one array of keys.
+
+Such a kernel gives (out, lse) of a tile, in the dtype of q, which are merged in float32. Its backward pass is given the
+statistics of all keys, and gives the tile's share of the gradients. What it cannot mask inside of a tile is computed by
+the smaller tiles of `xla`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ring_attention.attention import online_softmax
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels import xla
+from ring_attention.attention.kernels.contract import GlobalStats
+from ring_attention.attention.kernels.static_tiles import OTHER, StaticTile, plan, same_tiles
+from ring_attention.attention.masks import BlockPair
+from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.attention.varying import vary_together
+
+_log = logging.getLogger(__name__)
+
+UNSEEING = 1e30
+"""As lse of a query that sees nothing: every weight is then exp(score - lse) = 0."""
+
+
+class Calls(NamedTuple):
+    """A kernel's calls for one static tile, whose arrays are those of its queries and keys, heads first.
+
+    Attributes:
+      name: of the kernel, for the log.
+      attention: (q, k, v, part, pair) -> (out [B,H,t,D] in the dtype of q, lse float32 [B,H,t]); `part` is the tile and
+        `pair` the tokens in it.
+      gradients: (q, out, lse, dout, k, v, part, pair) -> (dq, dk, dv) in the dtype of q, given out and lse of all keys.
+    """
+
+    name: str
+    attention: Callable
+    gradients: Callable
+
+
+def forward(calls: Calls, q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes) -> SoftmaxState:
+    """Take the keys of one block pair into the softmax state; see `contract`."""
+    q, k, v, pair, state = vary_together(q, k, v, pair, state)
+
+    def fused(part: StaticTile):
+        return calls.attention(part.of_queries(q), part.of_keys(k), part.of_keys(v), part, _pair_of(part, pair))
+
+    def tiled(part: StaticTile):
+        here = part.of_queries(q)
+        empty = vary_together(SoftmaxState.empty(here.shape), q)[0]
+        statistics = xla.forward(here, part.of_keys(k), part.of_keys(v), _pair_of(part, pair), empty, blocks)
+        out, lse = online_softmax.finalize(statistics)
+        return out.astype(q.dtype), lse
+
+    def none(part: StaticTile):
+        rows = part.of_queries(q)
+        return jnp.zeros_like(rows), jnp.full_like(rows[..., 0], -jnp.inf, jnp.float32)
+
+    def attend(part: StaticTile):
+        out, lse = _choose(calls, part, pair, fused, tiled, none)
+        if pair.mask.seq_len is not None:  # padding sees nothing
+            lse = jnp.where(part.of_queries(pair.queries.positions, 1)[:, None] < pair.mask.seq_len, lse, -jnp.inf)
+        return out, lse
+
+    def merge(state: SoftmaxState, static_tiles) -> SoftmaxState:
+        for part in static_tiles:
+            out, lse = attend(part)
+            here = online_softmax.merge(jax.tree.map(part.of_queries, state), out.astype(jnp.float32), lse)
+            state = jax.tree.map(part.into_queries, state, here)
+        return state
+
+    def alone(static_tiles):
+        nothing = vary_together(none(StaticTile(0, q.shape[2], 0, 0, OTHER)), q)[0]
+        if any(x.shares_queries(y) for x, y in itertools.combinations(static_tiles, 2)):
+            out, lse = online_softmax.finalize(merge(vary_together(SoftmaxState.empty(q.shape), q)[0], static_tiles))
+            return out.astype(q.dtype), lse
+        for part in static_tiles:
+            nothing = tuple(map(part.into_queries, nothing, attend(part)))
+        return nothing
+
+    plans, static_tiles = _tiles_here(pair)
+    if static_tiles is not None:
+        return merge(state, static_tiles)
+    out, lse = _branch(plans, alone)
+    return online_softmax.merge(state, out.astype(jnp.float32), lse)
+
+
+def backward(calls: Calls, q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSizes):
+    """Gradients of one block pair, given the softmax statistics of all keys; see `contract`."""
+    q, k, v, pair, stats, dq = vary_together(q, k, v, pair, stats, dq)
+    unseeing = stats.lse == -jnp.inf
+    if pair.mask.seq_len is not None:  # the lse of padding is that of sinks, where there are any
+        unseeing |= pair.queries.positions[:, None] >= pair.mask.seq_len
+    lse = jnp.where(unseeing, UNSEEING, stats.lse)
+
+    def fused(part: StaticTile):
+        of_queries = map(part.of_queries, (q, stats.out, lse, stats.dout))
+        return calls.gradients(*of_queries, part.of_keys(k), part.of_keys(v), part, _pair_of(part, pair))
+
+    def tiled(part: StaticTile):
+        here, q_here = jax.tree.map(part.of_queries, stats), part.of_queries(q)
+        nothing = vary_together(jnp.zeros(q_here.shape, jnp.float32), q)[0]
+        arrays = (q_here, part.of_keys(k), part.of_keys(v), here, _pair_of(part, pair), nothing)
+        return tuple(x.astype(q.dtype) for x in xla.backward(*arrays, blocks))
+
+    def none(part: StaticTile):
+        return tuple(map(jnp.zeros_like, (part.of_queries(q), part.of_keys(k), part.of_keys(v))))
+
+    def add(dq, dk, dv, static_tiles):
+        for part in static_tiles:
+            of_queries, *of_keys = _choose(calls, part, pair, fused, tiled, none)
+            dq, dk, dv = part.added_to_queries(dq, of_queries), *map(part.added_to_keys, (dk, dv), of_keys)
+        return dq, dk, dv
+
+    def zeros(*arrays):
+        return tuple(jnp.zeros_like(x, jnp.float32) for x in arrays)
+
+    plans, static_tiles = _tiles_here(pair)
+    if static_tiles is not None:
+        return add(dq, *zeros(k, v), static_tiles)
+    alone = _branch(plans, lambda tiles: tuple(x.astype(q.dtype) for x in add(*zeros(q, k, v), tiles)))
+    here, dk, dv = (x.astype(jnp.float32) for x in alone)
+    return dq + here, dk, dv
+
+
+def _tiles_here(pair: BlockPair):
+    """((plans, number), tiles): the tiles that cover what the queries see of the keys, None where it takes a branch."""
+    plans, number = plan(pair)
+    return (plans, number), plans[0] if number is None else same_tiles(plans, number)
+
+
+def _branch(plans, follow: Callable):
+    """`follow(tiles)` of the plan that holds."""
+    results = jax.lax.switch(plans[1], [functools.partial(follow, static_tiles) for static_tiles in plans[0]])
+    # XLA would move what follows into the branches, and with it the wait for a transfer that they could hide.
+    return jax.lax.optimization_barrier(results)
+
+
+def _choose(calls: Calls, part: StaticTile, pair: BlockPair, fused: Callable, tiled: Callable, none: Callable):
+    """What a tile gives: the kernel's result, that of `xla` where it has no such mask, or nothing."""
+    if part.kind == OTHER:
+        _say_once(
+            f"{calls.name} has no mask for the end of a window or for padding: where one crosses a hop, xla computes"
+        )
+        return tiled(part)
+    if pair.queries.segments is None:
+        return fused(part)
+    _say_once(f"{calls.name} has no mask for segments: where a border crosses a part of a hop, xla computes that part")
+    block = _pair_of(part, pair)
+    queries, keys = block.queries.segments, block.keys.segments
+    assert queries is not None
+    assert keys is not None
+    apart = (queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))
+    one = (queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))
+    which = jnp.where(apart.all(), 0, jnp.where(one.all(), 1, 2))
+    return jax.lax.switch(which, [functools.partial(fn, part) for fn in (none, fused, tiled)])
+
+
+@functools.cache
+def _say_once(words: str) -> None:
+    _log.info("attention kernel: %s", words)
+
+
+def _pair_of(part: StaticTile, pair: BlockPair) -> BlockPair:
+    """The block pair of one tile alone."""
+    queries = jax.tree.map(lambda x: part.of_queries(x, 1), pair.queries)
+    keys = jax.tree.map(lambda x: part.of_keys(x, 1), pair.keys)
+    # Runs are those of all tokens, and say nothing of where a part of them stands.
+    return BlockPair(dataclasses.replace(queries, runs=None), dataclasses.replace(keys, runs=None), pair.mask)
