@@ -46,7 +46,7 @@ class StaticTile(NamedTuple):
 
     def shares_queries(self, other: "StaticTile") -> bool:
         """Whether some queries are in both, of two tiles of a plan."""
-        return self.q < other.q + other.rows and other.q < self.q + self.rows
+        return bool(self.q < other.q + other.rows and other.q < self.q + self.rows)
 
     def of_queries(self, x, axis: int = 2):
         """The tile's queries of an array [B,H,t,...]."""
