@@ -113,20 +113,20 @@ def backward(calls: Calls, q, k, v, stats: GlobalStats, pair: BlockPair, dq, blo
     def none(part: StaticTile):
         return tuple(map(jnp.zeros_like, (part.of_queries(q), part.of_keys(k), part.of_keys(v))))
 
-    def add(dq, dk, dv, static_tiles):
+    def add(dq, static_tiles):
+        dk, dv = (jnp.zeros_like(x, jnp.float32) for x in (k, v))
         for part in static_tiles:
             of_queries, *of_keys = _choose(calls, part, pair, fused, tiled, none)
             dq, dk, dv = part.added_to_queries(dq, of_queries), *map(part.added_to_keys, (dk, dv), of_keys)
         return dq, dk, dv
 
-    def zeros(*arrays):
-        return tuple(jnp.zeros_like(x, jnp.float32) for x in arrays)
+    def alone(static_tiles):
+        return tuple(x.astype(q.dtype) for x in add(jnp.zeros_like(q, jnp.float32), static_tiles))
 
     plans, static_tiles = _tiles_here(pair)
     if static_tiles is not None:
-        return add(dq, *zeros(k, v), static_tiles)
-    alone = _branch(plans, lambda tiles: tuple(x.astype(q.dtype) for x in add(*zeros(q, k, v), tiles)))
-    here, dk, dv = (x.astype(jnp.float32) for x in alone)
+        return add(dq, static_tiles)
+    here, dk, dv = (x.astype(jnp.float32) for x in _branch(plans, alone))
     return dq + here, dk, dv
 
 
