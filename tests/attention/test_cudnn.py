@@ -35,7 +35,7 @@ LAYOUTS = {
 }
 
 
-def _weights(q, k, lse, scale, part):
+def _weights(q, k, lse, scale, part, lengths):
     """float32 [B,H,t,s] of one tile, and k with its heads repeated for those of q."""
     k = jnp.repeat(k, q.shape[1] // k.shape[1], 1).astype(jnp.float32)
     scores = jnp.einsum("bhtd,bhsd->bhts", q.astype(jnp.float32), k) * scale
@@ -43,25 +43,36 @@ def _weights(q, k, lse, scale, part):
         behind = jnp.arange(q.shape[2])[:, None] - jnp.arange(k.shape[2])
         seen = (behind >= 0) & (behind < (part.window or q.shape[2]))
         scores = jnp.where(seen, scores, -jnp.inf)
+    if lengths is not None:
+        scores = jnp.where(jnp.arange(k.shape[2]) < lengths[1], scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, -1) if lse is None else lse
     return jnp.exp(scores - lse[..., None]), lse, k
 
 
-def _attention(q, k, v, part, pair):
-    weights, lse, _ = _weights(q, k, None, pair.mask.scale, part)
+def _hide(x, length):
+    """Rows beyond a length hold anything."""
+    return jnp.where(jnp.arange(x.shape[2])[:, None] < length, x, jnp.nan).astype(x.dtype)
+
+
+def _attention(q, k, v, part, pair, lengths=None):
+    weights, lse, _ = _weights(q, k, None, pair.mask.scale, part, lengths)
     v = jnp.repeat(v, q.shape[1] // v.shape[1], 1)
-    return jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v), lse
+    out = jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v)
+    return (out, lse) if lengths is None else (_hide(out, lengths[0]), _hide(lse[..., None], lengths[0])[..., 0])
 
 
-def _gradients(q, out, lse, dout, k, v, part, pair):
+def _gradients(q, out, lse, dout, k, v, part, pair, lengths=None):
     K, dtype, scale = k.shape[1], q.dtype, pair.mask.scale
-    p, _, k = _weights(q, k, lse, scale, part)
+    p, _, k = _weights(q, k, lse, scale, part, lengths)
+    if lengths is not None:
+        p = jnp.where(jnp.arange(q.shape[2])[:, None] < lengths[0], p, 0.0)
     v, dout = jnp.repeat(v, q.shape[1] // K, 1).astype(jnp.float32), dout.astype(jnp.float32)
     delta = jnp.sum(dout * out.astype(jnp.float32), -1, keepdims=True)
     ds = p * (jnp.einsum("bhtd,bhsd->bhts", dout, v) - delta) * scale
     of_keys = [jnp.einsum("bhts,bhtd->bhsd", x, y) for x, y in ((ds, q.astype(jnp.float32)), (p, dout))]
     dk, dv = (x.reshape(x.shape[0], K, -1, *x.shape[2:]).sum(2).astype(dtype) for x in of_keys)
-    return jnp.einsum("bhts,bhsd->bhtd", ds, k).astype(dtype), dk, dv
+    found = jnp.einsum("bhts,bhsd->bhtd", ds, k).astype(dtype), dk, dv
+    return found if lengths is None else tuple(map(_hide, found, (lengths[0], lengths[1], lengths[1])))
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +147,7 @@ def test_cudnn_primitives_are_traced_and_lowered_for_cuda(monkeypatch, mask):
     text = jax.jit(run).trace(q, k, k, q).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text
     assert "__cudnn$fmhaSoftmaxBackward" in text
-    assert ("PADDING" in text, "BiasSoftmax" in text) == (False, False)
+    assert ("PADDING" in text, "BiasSoftmax" in text) == (mask == "causal", False)  # PADDING: of hops, by two lengths
 
 
 @pytest.mark.parametrize("wrong", ["a plan of another device", "the lse of the hop", "masks left out"])

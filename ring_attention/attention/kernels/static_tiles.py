@@ -106,6 +106,18 @@ def plan(pair: BlockPair) -> tuple[list[list[StaticTile]], jax.Array | None]:
     return plans, jnp.argmax((bands == here).all((1, 2, 3)))
 
 
+def lengths_of(plans: list[list[StaticTile]], number: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    """(queries, keys) of plan `number`, int32, where all plans are a full tile of the first of both; None where not.
+
+    That is a zigzag ring whose queries stand with the later chunk first (see `contract.Kernel`): each hop shows half of
+    the keys to all queries, or all keys to half of the queries.
+    """
+    if any([(part.q, part.kv, part.kind) for part in static_tiles] != [(0, 0, FULL)] for static_tiles in plans):
+        return None
+    rows, columns = (jnp.array([getattr(x[0], name) for x in plans], jnp.int32) for name in ("rows", "columns"))
+    return rows[number], columns[number]
+
+
 def same_tiles(plans: list[list[StaticTile]], number: jax.Array) -> list[StaticTile] | None:
     """The tiles of plan `number`, where all plans can be cut into as many full tiles of one size; None where not.
 
