@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from ring_attention.training.run_folder import RunFolder, folder_of, open_run_fo
 from ring_attention.training.state import TrainState, sharded_abstract_state
 from ring_attention.training.step import make_train_step
 from ring_attention.training.trained_model import TrainedModel
-from ring_attention.training.validate import check_vocabulary, require_memory, validate_config
+from ring_attention.training.validate import check_attention, check_vocabulary, require_memory, validate_config
 
 _SAME_MACHINES = "give all processes the same chips, drivers and libraries, or name a kernel with attention.impl"
 _ALIKE = "start all processes with the same flags, config, versions and settings"
@@ -83,13 +84,16 @@ def open_run(config: TrainConfig, process_flags: ProcessFlags) -> Iterator[Run]:
         require_agreement("program", program_fields(config), _ALIKE)
         mesh = open_mesh(config.mesh, num_processes)
         compile_anew_where_needed(mesh)
+        shape, platform = dict(mesh.shape), mesh.devices.flat[0].platform
+        validate_config(config, shape, platform)
         if config.attention.impl == "auto":
-            require_agreement("attention kernel", self_tests(kind_of_mesh(mesh)), _SAME_MACHINES)
-        if mesh.devices.flat[0].platform != "cpu":
+            accepts = functools.partial(check_attention, config, shape, config.attention.make_strategy())
+            found = self_tests(kind_of_mesh(mesh), lambda kernel: accepts(kernel=kernel))
+            require_agreement("attention kernel", found, _SAME_MACHINES)
+        if platform != "cpu":
             return_freed_memory()
         first = is_first()
         say = print if first else lambda line: None
-        validate_config(config, dict(mesh.shape), mesh.devices.flat[0].platform)
         require_memory(config, mesh)
         corpus = Corpus.open(config.data, folder_of(config).documents)
         check_vocabulary(config, corpus.tokenizer)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel, require_platform
+from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.tokenizers import Tokenizer
@@ -77,15 +78,19 @@ def _check_sizes(config: TrainConfig) -> None:
         )
 
 
-def check_attention(config: TrainConfig, mesh_shape: dict[str, int], strategy: Strategy) -> None:
-    """Raise ValueError unless the strategy, and the config's kernel under it, can do what is asked on each device.
+def check_attention(
+    config: TrainConfig, mesh_shape: dict[str, int], strategy: Strategy, kernel: Kernel | None = None
+) -> None:
+    """Raise ValueError unless the strategy, and a kernel under it, can do what is asked on each device.
 
-    Nothing is traced: that what passes here can be traced is held by a test.
+    It is the config's kernel where none is given. Nothing is traced: that what passes here can be traced is held by a
+    test.
     """
     attention, model = config.attention, config.model
     layout, head_parts = attention.make_layout(mesh_shape[SEQUENCE]), mesh_shape[TENSOR] * model.head_groups
     shard = (1, config.seq_len // layout.ring_size, model.num_heads // head_parts, model.head_dim)
-    context = Context(axis_name=SEQUENCE, layout=layout, kernel=find_kernel(attention.impl), blocks=BlockSizes())
+    kernel = kernel or find_kernel(attention.impl)
+    context = Context(axis_name=SEQUENCE, layout=layout, kernel=kernel, blocks=BlockSizes())
     mask = MaskSpec(scale=1.0, window=attention.window or None, softcap=attention.softcap or None)
     queries = (shard[0], shard[2], shard[1], shard[3])
     context.kernel.check(mask, jax.ShapeDtypeStruct(queries, model.compute_dtype))

@@ -12,7 +12,7 @@ import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.attention.blocks import as_blocks
 from ring_attention.attention.device_kind import DeviceKind, kind_here
-from ring_attention.attention.kernels import choose, splash, tile_sizes
+from ring_attention.attention.kernels import choose, splash, tile_sizes, tokamax
 from ring_attention.hardware.chips import CHIPS
 from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.strategies import STRATEGIES
@@ -34,7 +34,8 @@ CHOICES = [  # devices, strategy, layout, shape of a shard, dtype, mask, kernel,
     (H100, "ring", "zigzag", SHAPE, "bfloat16", {}, "cudnn", ""),
     (H100, "ring", "striped", SHAPE, "float16", dict(window=100), "cudnn", ""),
     (H100, "ring", "zigzag", SHAPE, "float32", {}, "xla", "takes bfloat16 or float16, got float32"),
-    (H100, "ring", "zigzag", SHAPE, "bfloat16", dict(softcap=5.0), "xla", "has no softcap"),
+    (H100, "ring", "zigzag", SHAPE, "bfloat16", dict(softcap=5.0), "tokamax", ""),
+    (H100, "ring", "zigzag", SHAPE, "bfloat16", ALIBI, "xla", 'tokamax: impl="tokamax" has no alibi_slopes'),
     (H100, "ring", "zigzag", (2, 512, 4, 100), "bfloat16", {}, "xla", "multiples of 8"),
     (AMD, "ring", "zigzag", SHAPE, "bfloat16", {}, "xla", "for GPUs of NVIDIA"),
     (CPU, "ring", "zigzag", SHAPE, "bfloat16", {}, "xla", ""),
@@ -73,8 +74,9 @@ def _chosen(kind, strategy, layout, shape, dtype, mask, failure=None, impl="auto
 
 
 @pytest.mark.parametrize("case", CHOICES, ids=lambda case: f"{case[0]}-{case[6]}-{case[7]}")
-def test_auto_takes_the_fastest_kernel_that_can_do_it_and_says_why_not(case):
+def test_auto_takes_the_fastest_kernel_that_can_do_it_and_says_why_not(case, monkeypatch):
     *asked, impl, reason = case
+    monkeypatch.setattr(tokamax, "_require_bindings", lambda generation: None)  # it is there, as it were
     context, choice = _chosen(*asked)
     assert (context.kernel.name, choice.impl) == (impl, impl)
     assert reason in choice.reason
@@ -87,10 +89,25 @@ def test_auto_leaves_a_kernel_that_failed_its_self_test():
     assert choice == choose.Choice("xla", "splash", "dq is wrong")
 
 
+def test_auto_says_why_it_left_each_of_several_kernels(monkeypatch):
+    def find(generation):
+        raise ModuleNotFoundError("No module named 'tokamax'")
+
+    monkeypatch.setattr(tokamax, "_library", find)
+    monkeypatch.setattr(tokamax, "_require_bindings", tokamax._require_bindings.__wrapped__)
+    _, choice = _chosen(H100, "ring", "zigzag", SHAPE, "bfloat16", dict(softcap=5.0))
+    assert (choice.impl, choice.missed) == ("xla", "cudnn or tokamax")
+    assert 'cudnn: impl="cudnn" has no softcap; leave it out, or use impl="xla"; tokamax: impl=' in choice.reason
+    assert (
+        "needs the package tokamax, and No module named 'tokamax'; pip install \"ring_attention[tokamax]\""
+        in choice.reason
+    )
+
+
 @pytest.mark.parametrize("kind", [DeviceKind(chip.platform, chip.kinds[0]) for chip in CHIPS.values()] + [AMD], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_no_accelerator_gets_the_tiles_of_a_cpu(kind, head_dim):
-    for kernel in ("xla", choose.FUSED[kind.platform]):
+    for kernel in ("xla", *choose.FUSED[kind.platform]):
         tiles = tile_sizes.tiles_of(kernel, kind, head_dim, group=4)
         assert tiles.q * tiles.kv > 256 * 256
         assert kernel == "splash" or 4 * tiles.heads <= tile_sizes.MOST_HEADS

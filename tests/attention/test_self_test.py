@@ -143,7 +143,7 @@ def test_the_test_is_left_out_where_it_is_switched_off_or_there_is_no_device(mon
 @pytest.mark.usefixtures("own_cache")
 def test_a_ring_that_is_traced_has_its_kernel_tested_and_leaves_a_wrong_one(monkeypatch, caplog):
     """On a platform whose fused kernel is a stand-in: the test runs on a device while jit and shard_map are traced."""
-    monkeypatch.setitem(choose.FUSED, "cpu", "fused")
+    monkeypatch.setitem(choose.FUSED, "cpu", ("fused",))
     q, k, v, *_ = random_qkv(0, 1, 64, 2, 1, 8)
     taken = []
 
@@ -170,9 +170,18 @@ def test_a_ring_that_is_traced_has_its_kernel_tested_and_leaves_a_wrong_one(monk
 
 def test_processes_tell_each_other_what_their_self_tests_found(monkeypatch):
     monkeypatch.setattr(self_test, "failure_of", lambda kernel, kind: "wrong" if kind == H100 else None)
-    assert choose.self_tests(H100) == {"self-test of cudnn": "failed"}
+    assert choose.self_tests(H100) == {"self-test of cudnn": "failed", "self-test of tokamax": "failed"}
     assert choose.self_tests(V5E) == {"self-test of splash": "passed"}
     assert choose.self_tests(CPU) == choose.self_tests(AMD) == choose.self_tests(UNKNOWN) == {}
+    monkeypatch.setattr(self_test, "failure_of", lambda kernel, kind: None)
+    assert choose.self_tests(H100) == {"self-test of cudnn": "passed"}, "the next one would not be taken"
+
+    def only_tokamax(kernel):
+        if kernel.name == "cudnn":
+            raise ValueError("no softcap")
+
+    asked = {"self-test of cudnn": "not asked", "self-test of tokamax": "passed"}
+    assert choose.self_tests(H100, only_tokamax) == asked
 
 
 def test_a_verdict_is_of_the_device_and_its_driver():

@@ -4,12 +4,14 @@ from ring_attention.attention.kernels import tiling, xla
 from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.attention.kernels.cudnn import CUDNN
 from ring_attention.attention.kernels.splash import SPLASH
+from ring_attention.attention.kernels.tokamax import TOKAMAX
 from ring_attention.checks import require, require_choice
 
 KERNELS = {
     "xla": Kernel("xla", xla.forward, xla.backward, halve=tiling.halve, float32_out=True),
     "splash": SPLASH,
     "cudnn": CUDNN,
+    "tokamax": TOKAMAX,
 }
 
 

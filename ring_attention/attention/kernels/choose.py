@@ -11,8 +11,8 @@ from ring_attention.attention.kernels.contract import Kernel
 
 _log = logging.getLogger(__name__)
 
-FUSED = {"tpu": "splash", "gpu": "cudnn"}
-"""Platform -> the name of its fused kernel. On other platforms "xla" is the fastest there is."""
+FUSED = {"tpu": ("splash",), "gpu": ("cudnn", "tokamax")}
+"""Platform -> the names of its fused kernels, the fastest first. On other platforms "xla" is the fastest there is."""
 
 
 class Choice(NamedTuple):
@@ -20,8 +20,8 @@ class Choice(NamedTuple):
 
     Attributes:
       impl: name of the kernel.
-      missed: name of a faster one that runs on this platform, "" if there is none.
-      reason: why it is not that one, in the words of the check that it failed; "" if there is none.
+      missed: names of faster ones that run on this platform, "" if there is none or the kernel is one of them.
+      reason: why it is none of these, in the words of the checks that they failed; "" if nothing is missed.
     """
 
     impl: str
@@ -58,28 +58,46 @@ def choose(
     `failure_of` says what a kernel gets wrong on these devices, None if nothing or nothing that is known. It is asked
     for kernels that would be taken, and for no others.
     """
-    fused = FUSED.get(kind.platform or "")
-    if fused is None:
-        return Choice("xla")
+    left = {}
+    for name in FUSED.get(kind.platform or "", ()):
+        left[name] = _why_not(KERNELS[name], kind, accepts, failure_of)
+        if left[name] is None:
+            return Choice(name)
+    words = [f"{name}: {why}" for name, why in left.items()] if len(left) > 1 else list(left.values())
+    return Choice("xla", " or ".join(left), "; ".join(words))
+
+
+def _why_not(kernel: Kernel, kind: DeviceKind, accepts: Callable, failure_of: Callable) -> str | None:
+    """Why a fused kernel of these devices cannot be taken; None if it can."""
     if kind.is_amd:
-        return Choice("xla", fused, f'impl="{fused}" is for GPUs of NVIDIA')
+        return f'impl="{kernel.name}" is for GPUs of NVIDIA'
     try:
-        accepts(KERNELS[fused])
+        accepts(kernel)
     except ValueError as error:
-        return Choice("xla", fused, str(error))
-    failure = failure_of(KERNELS[fused], kind)
-    return Choice("xla", fused, failure) if failure else Choice(fused)
+        return str(error)
+    return failure_of(kernel, kind)
 
 
-def self_tests(kind: DeviceKind) -> dict[str, str]:
-    """Test the fused kernel of these devices, if there is one: {"self-test of NAME": "passed" or "failed"}.
+def self_tests(kind: DeviceKind, accepts: Callable[[Kernel], None] = lambda kernel: None) -> dict[str, str]:
+    """Test the fused kernels of these devices until one passes: {"self-test of NAME": how it went}.
 
-    Processes that compute together must find the same, or they would trace different programs.
+    That is "passed", "failed", or "not asked" of a kernel that `accepts` refuses, as in `choose_kernel`. Processes that
+    compute together must find the same, or they would trace different programs.
     """
-    fused = FUSED.get(kind.platform or "")
-    if fused is None or kind.is_amd:
-        return {}
-    return {f"self-test of {fused}": "failed" if self_test.failure_of(KERNELS[fused], kind) else "passed"}
+    found: dict[str, str] = {}
+
+    def failure_of(kernel: Kernel, kind: DeviceKind) -> str | None:
+        failure = self_test.failure_of(kernel, kind)
+        found[kernel.name] = "failed" if failure else "passed"
+        return failure
+
+    def asked(kernel: Kernel) -> None:
+        found[kernel.name] = "not asked"
+        accepts(kernel)
+
+    if not kind.is_amd:
+        choose(kind, asked, failure_of)
+    return {f"self-test of {name}": how for name, how in found.items()}
 
 
 @functools.cache

@@ -40,29 +40,34 @@ class Calls(NamedTuple):
       gradients: (q, out, lse, dout, k, v, part, pair) -> (dq, dk, dv) in the dtype of q, given out and lse of all keys.
       takes_lengths: whether both take `lengths` as well, int32 numbers of queries and keys at the beginning of a full
         tile, the others being hidden. What they give for the others does not matter.
+      mask: for a kernel that masks within a tile by itself, (part, pair, ascending) -> (mask, holds), where `ascending`
+        says that the keys of all tiles stand in the order of their positions. The mask is a further argument of both
+        calls; where `holds`, True or a bool of the running program, is not so, `xla` computes the tile. None for a
+        kernel that knows whole and causal tiles alone.
     """
 
     name: str
     attention: Callable
     gradients: Callable
     takes_lengths: bool = False
+    mask: Callable | None = None
 
 
 def forward(calls: Calls, q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes) -> SoftmaxState:
     """Take the keys of one block pair into the softmax state; see `contract`."""
     q, k, v, pair, state = vary_together(q, k, v, pair, state)
 
-    def fused(part: StaticTile):
-        return calls.attention(part.of_queries(q), part.of_keys(k), part.of_keys(v), part, _pair_of(part, pair))
+    def fused(part: StaticTile, *mask):
+        return calls.attention(part.of_queries(q), part.of_keys(k), part.of_keys(v), part, _pair_of(part, pair), *mask)
 
-    def tiled(part: StaticTile):
+    def tiled(part: StaticTile, *_):
         here = part.of_queries(q)
         empty = vary_together(SoftmaxState.empty(here.shape), q)[0]
         statistics = xla.forward(here, part.of_keys(k), part.of_keys(v), _pair_of(part, pair), empty, blocks)
         out, lse = online_softmax.finalize(statistics)
         return out.astype(q.dtype), lse
 
-    def none(part: StaticTile):
+    def none(part: StaticTile, *_):
         rows = part.of_queries(q)
         return jnp.zeros_like(rows), jnp.full_like(rows[..., 0], -jnp.inf, jnp.float32)
 
@@ -106,17 +111,17 @@ def backward(calls: Calls, q, k, v, stats: GlobalStats, pair: BlockPair, dq, blo
         unseeing |= pair.queries.positions[:, None] >= pair.mask.seq_len
     lse = jnp.where(unseeing, UNSEEING, stats.lse)
 
-    def fused(part: StaticTile):
+    def fused(part: StaticTile, *mask):
         of_queries = map(part.of_queries, (q, stats.out, lse, stats.dout))
-        return calls.gradients(*of_queries, part.of_keys(k), part.of_keys(v), part, _pair_of(part, pair))
+        return calls.gradients(*of_queries, part.of_keys(k), part.of_keys(v), part, _pair_of(part, pair), *mask)
 
-    def tiled(part: StaticTile):
+    def tiled(part: StaticTile, *_):
         here, q_here = jax.tree.map(part.of_queries, stats), part.of_queries(q)
         nothing = vary_together(jnp.zeros(q_here.shape, jnp.float32), q)[0]
         arrays = (q_here, part.of_keys(k), part.of_keys(v), here, _pair_of(part, pair), nothing)
         return tuple(x.astype(q.dtype) for x in xla.backward(*arrays, blocks))
 
-    def none(part: StaticTile):
+    def none(part: StaticTile, *_):
         return tuple(map(jnp.zeros_like, (part.of_queries(q), part.of_keys(k), part.of_keys(v))))
 
     def add(dq, static_tiles):
@@ -181,22 +186,44 @@ def _branch(plans, follow: Callable):
 
 def _choose(calls: Calls, part: StaticTile, pair: BlockPair, fused: Callable, tiled: Callable, none: Callable):
     """What a tile gives: the kernel's result, that of `xla` where it has no such mask, or nothing."""
-    if part.kind == OTHER:
-        _say_once(
-            f"{calls.name} has no mask for the end of a window or for padding: where one crosses a hop, xla computes"
-        )
+    segmented = pair.queries.segments is not None
+    mask, holds = (), part.kind != OTHER and not segmented
+    if calls.mask is not None:
+        mask, holds = calls.mask(part, _pair_of(part, pair), _ascending(pair))
+        mask = (mask,)
+    if holds is True:
+        return fused(part, *mask)
+    _say_once(
+        f"{calls.name} has no mask for {_unknown_to(calls, part)}: where one crosses a part of a hop, xla computes"
+    )
+    if holds is False and part.kind == OTHER:
         return tiled(part)
-    if pair.queries.segments is None:
-        return fused(part)
-    _say_once(f"{calls.name} has no mask for segments: where a border crosses a part of a hop, xla computes that part")
-    block = _pair_of(part, pair)
+    block, apart = _pair_of(part, pair), jnp.bool_(False)
     queries, keys = block.queries.segments, block.keys.segments
-    assert queries is not None
-    assert keys is not None
-    apart = (queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))
-    one = (queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))
-    which = jnp.where(apart.all(), 0, jnp.where(one.all(), 1, 2))
-    return jax.lax.switch(which, [functools.partial(fn, part) for fn in (none, fused, tiled)])
+    if queries is not None and keys is not None:
+        apart = ((queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))).all()
+        if holds is False:
+            holds = ((queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))).all()
+    which = jnp.where(apart, 0, jnp.where(holds, 1, 2))
+    return jax.lax.switch(which, [functools.partial(fn, part) for fn in (none, fused, tiled)], *mask)
+
+
+def _unknown_to(calls: Calls, part: StaticTile) -> str:
+    """What a kernel has no mask for, for the log."""
+    if calls.mask is not None:
+        return "keys that do not follow each other, as in a segment that comes back"
+    return "the end of a window or for padding" if part.kind == OTHER else "a segment's border"
+
+
+def _ascending(pair: BlockPair) -> bool:
+    """Whether the keys stand in the order of their positions, on each device that may hold them."""
+    runs = pair.keys.runs
+    assert runs is not None  # others were refused
+    return all(
+        first + runs.step * (length - 1) < following
+        for starts in runs.starts
+        for first, length, following in zip(starts, runs.lengths, starts[1:], strict=False)
+    )
 
 
 @functools.cache

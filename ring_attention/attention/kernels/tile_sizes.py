@@ -58,7 +58,8 @@ ROWS = (
     Row(kernel="xla", platform="tpu", head_dim=256, q=512, kv=1024, source=_TILED.format("tpu_v5e_256_7b.py")),
     Row(kernel="xla", platform="gpu", head_dim=256, q=1024, kv=1024, source=_TILED.format("gpu_8xh100_7b.py")),
 )
-"""The first row that holds counts. "cudnn" has tiles of its own; those of "xla" are for what it leaves to that."""
+"""The first row that holds counts. "cudnn" and "tokamax" have tiles of their own; those of "xla" are for what they
+leave to that."""
 
 
 def tiles_of(kernel: str, kind: DeviceKind, head_dim: int, group: int) -> BlockSizes:
@@ -71,7 +72,7 @@ def tiles_of(kernel: str, kind: DeviceKind, head_dim: int, group: int) -> BlockS
       group: query heads for each key/value head.
     """
     chip = chip_of(kind.name) if kind.name else None
-    name = "xla" if kernel == "cudnn" else kernel
+    name = "xla" if kernel in ("cudnn", "tokamax") else kernel
     rows = [
         row
         for row in ROWS

@@ -16,7 +16,7 @@ import jax
 
 _log = logging.getLogger(__name__)
 
-_PACKAGES = ("jax", "jaxlib", "libtpu", *(f"jax-cuda{n}-{x}" for n in (12, 13) for x in ("plugin", "pjrt")))
+_PACKAGES = ("jax", "jaxlib", "libtpu", "tokamax", *(f"jax-cuda{n}-{x}" for n in (12, 13) for x in ("plugin", "pjrt")))
 _CUDNN = tuple(f"nvidia-cudnn-cu{n}" for n in (12, 13))
 
 
