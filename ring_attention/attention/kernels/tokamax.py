@@ -179,7 +179,7 @@ def _differentiate(*arrays, setting: Setting):
 
 
 CALLS = static_calls.Calls(
-    "tokamax", lambda *args: _attention(*args), lambda *args: _gradients(*args), lambda *args: _mask(*args)
+    "tokamax", lambda *args: _attention(*args), lambda *args: _gradients(*args), mask=lambda *args: _mask(*args)
 )
 
 
