@@ -52,6 +52,9 @@ EXTRAS = {
     # the installed JAX names as its own.
     "compile-tpu": [*TRAIN, "jax[tpu]>=0.10.2"],
     "compile-gpu": [*TRAIN, "jax[cuda12-local]>=0.10.2"],
+    # impl="tokamax", which impl="auto" takes on Hopper and Blackwell where cuDNN cannot do what is asked; it needs
+    # jax 0.11.1, and so Python 3.12.
+    "tokamax": [*TRAIN, 'tokamax>=0.0.17; python_version >= "3.12"'],
     # In CI only; node comes from the package index, too. Pinned, because each version finds something new.
     "types": [*TRAIN, "pyright[nodejs]==1.1.414"],
     # The paper's own code, for `scripts.benchmarks attention` to measure ours against.
