@@ -318,8 +318,10 @@ def test_tokamax_is_refused_where_it_is_not_there_or_takes_other_arguments(libra
 
 
 @NEEDS_TOKAMAX
-@pytest.mark.parametrize("generation", [9, 10])
-@pytest.mark.parametrize("mask", ["causal", "documents"])
+@pytest.mark.parametrize(
+    ("mask", "generation"),
+    [("causal", 9), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("causal", 10), ("documents", 9)])],
+)
 def test_tokamax_kernels_are_traced_and_lowered_for_cuda(mask, generation, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(kernels.KERNELS, "tokamax", tokamax.TOKAMAX._replace(platform=None))
