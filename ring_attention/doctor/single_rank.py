@@ -17,7 +17,6 @@ from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.query_order import QueryOrder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,17 +40,18 @@ class SingleRank:
           segments: int32 [P,B,t] or None.
           mask: how a query and a key make a weight.
         """
-        order = self._order(q, segments, mask)
-        arranged = order.arrange(q)
+
+        def take(state, pair, k, v):
+            return self.kernel.forward(q, k, v, pair, state, self.blocks)
 
         def step(state, number):
             source, pair = self._remote(place, number, segments, q, mask)
-            return self.kernel.forward(arranged, k[source], v[source], pair, state, self.blocks), None
+            return take(state, pair, k[source], v[source]), None
 
-        local = self._local(place, segments, q, mask, 0, q.shape[2], QueryOrder())
-        state = self.kernel.forward(q, k[place], v[place], local, SoftmaxState.empty(q.shape), self.blocks)
-        state, _ = lax.scan(step, order.arrange(state), jnp.arange(1, self.layout.ring_size))
-        out, lse = online_softmax.finalize(order.arrange(state))
+        local = self._local(place, segments, q, mask, 0, q.shape[2])
+        state = take(SoftmaxState.empty(q.shape), local, k[place], v[place])
+        state, _ = lax.scan(step, state, jnp.arange(1, self.layout.ring_size))
+        out, lse = online_softmax.finalize(state)
         return out.astype(q.dtype), lse
 
     def backward(self, place, q, k, v, segments, mask: MaskSpec, out, lse, dout):
@@ -60,8 +60,7 @@ class SingleRank:
         These are in the order of the hops: number n is of the device n places before. They are not put into one array,
         which would be copied at every hop.
         """
-        order, length = self._order(q, segments, mask), q.shape[2]
-        q, stats = order.arrange((q, GlobalStats.of(out, lse, dout)))
+        stats, length = GlobalStats.of(out, lse, dout), q.shape[2]
 
         def take(dq, pair, k, v):
             dq, *dkv = self.kernel.backward(q, k, v, stats, pair, dq, self.blocks)
@@ -69,7 +68,7 @@ class SingleRank:
 
         def local(dq, start, stop):
             here = slice(start, stop)
-            pair = self._local(place, segments, q, mask, start, stop, order)
+            pair = self._local(place, segments, q, mask, start, stop)
             return take(dq, pair, k[place][:, :, here], v[place][:, :, here])
 
         remote, cut = [], self.kernel.halve(length, self.blocks)
@@ -81,25 +80,21 @@ class SingleRank:
             remote.append(dkv)
         dq, earlier = local(dq, 0, cut)
         here = [jnp.concatenate(halves, 2) for halves in zip(earlier, later, strict=True)]
-        return order.arrange(dq), [here, *remote]
-
-    def _order(self, q, segments, mask: MaskSpec) -> QueryOrder:
-        return QueryOrder.of(self.kernel, self.layout, q.shape[2], mask, segments is not None)
+        return dq, [here, *remote]
 
     def _tokens(self, place, segments, length: int, start: int, stop: int) -> Tokens:
         positions = self.layout.shard_positions(place, length)[None, start:stop]
         segments = None if segments is None else segments[place][:, start:stop]
         return Tokens(positions, segments, self.layout.runs(length, start, stop))
 
-    def _local(self, place, segments, q, mask: MaskSpec, start: int, stop: int, order: QueryOrder) -> BlockPair:
-        """Return the queries, in an order, and some keys of the same shard."""
+    def _local(self, place, segments, q, mask: MaskSpec, start: int, stop: int) -> BlockPair:
+        """Return the queries and some keys of the same shard."""
         length = q.shape[2]
-        queries = order.tokens(self._tokens(place, segments, length, 0, length))
+        queries = self._tokens(place, segments, length, 0, length)
         return BlockPair(queries, self._tokens(place, segments, length, start, stop), mask, diagonal=True)
 
     def _remote(self, place, number, segments, q, mask: MaskSpec):
         """Return the device whose block comes `number` hops, and its block pair."""
         length, source = q.shape[2], (place - number) % self.layout.ring_size
-        queries, keys = (self._tokens(i, segments, length, 0, length) for i in (place, source))
-        order = self._order(q, segments, mask)
-        return source, BlockPair(order.tokens(queries), keys, mask, diagonal=False)
+        tokens = [self._tokens(i, segments, length, 0, length) for i in (place, source)]
+        return source, BlockPair(*tokens, mask, diagonal=False)

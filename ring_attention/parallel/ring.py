@@ -16,7 +16,6 @@ from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
 from ring_attention.parallel.layouts import SequenceLayout
-from ring_attention.parallel.query_order import QueryOrder
 from ring_attention.parallel.ring_pass import RingPass
 from ring_attention.parallel.routes import Route, plan_routes, token_hops
 from ring_attention.parallel.strategy import Context, Strategy
@@ -59,9 +58,7 @@ class Ring(Strategy):
         """The softmax state of this device's queries over all keys that they see, as the blocks come by."""
         ring = self._ring_pass(context, me, q, segments, mask)
 
-        arranged = ring.order.arrange(q)
-
-        def take(state, q, block, pair: BlockPair):
+        def take(state, block, pair: BlockPair):
             return context.kernel.forward(q, *block[:2], pair, state, context.blocks)
 
         def advance(carry, step, active, going_on):
@@ -69,15 +66,15 @@ class Ring(Strategy):
             following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
             state, following = ring.after(state, following)
             for i in active:
-                state = take(state, arranged, blocks[i], ring.remote_pair(i, blocks[i][2], step))
+                state = take(state, blocks[i], ring.remote_pair(i, blocks[i][2], step))
             return state, following
 
         arriving = {i: ring.pass_on(i, ring.part(i, k, v)) for i in range(len(ring.routes))}
-        pair = ring.local_pair(0, ring.length, QueryOrder())
+        pair = ring.local_pair(0, ring.length)
         state, arriving = ring.after(vary_over(SoftmaxState.empty(q.shape), axes_of(q)), arriving)
-        state = ring.order.arrange(take(state, q, (k, v), pair))
+        state = take(state, (k, v), pair)
         state, _ = ring.run(advance, (state, arriving), first=1)
-        return ring.order.arrange(state)
+        return state
 
     def backward(self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
         """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent back.
@@ -87,7 +84,6 @@ class Ring(Strategy):
         itself a compiler may put them beside a transfer that has a hop already, so what follows is made to wait.
         """
         ring, kernel = self._ring_pass(context, me, q, segments, mask), context.kernel
-        q, stats = ring.order.arrange((q, stats))
 
         def gradients(dq, block, pair: BlockPair):
             dq, *dblock = kernel.backward(q, *block[:2], stats, pair, dq, context.blocks)
@@ -113,7 +109,7 @@ class Ring(Strategy):
         dq = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
         if not ring.routes:
             dq, (dk, dv) = local(dq, (k, v), 0, ring.length)
-            return ring.order.arrange(dq), dk, dv
+            return dq, dk, dv
         cut = kernel.halve(ring.length, context.blocks)
         arriving = {i: ring.pass_on(i, ring.part(i, k, v)) for i in range(len(ring.routes))}
         dq, arriving = ring.after(dq, arriving)
@@ -129,23 +125,13 @@ class Ring(Strategy):
         for i, (dk_part, dv_part) in returned.items():
             here = slice(ring.routes[i].start, ring.routes[i].stop)
             dk, dv = dk.at[:, :, here].add(dk_part), dv.at[:, :, here].add(dv_part)
-        return ring.order.arrange(dq), dk, dv
+        return dq, dk, dv
 
     def _ring_pass(self, context: Context, me, q, segments, mask: MaskSpec) -> RingPass:
         length = q.shape[2]
         routes = plan_routes(context.layout, length, causal=mask.causal, window=mask.window, duplex=self.duplex)
-        order = QueryOrder()
-        if [(route.start, route.stop) for route in routes] == [(0, length)]:
-            order = QueryOrder.of(context.kernel, context.layout, length, mask, segments is not None)
         return RingPass(
-            context=context,
-            me=me,
-            mask=mask,
-            segments=segments,
-            length=length,
-            routes=routes,
-            unroll=self.unroll,
-            order=order,
+            context=context, me=me, mask=mask, segments=segments, length=length, routes=routes, unroll=self.unroll
         )
 
     def memory_bytes(self, work: Workload) -> int:

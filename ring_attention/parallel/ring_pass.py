@@ -15,7 +15,6 @@ from jax import lax
 
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens
-from ring_attention.parallel.query_order import QueryOrder
 from ring_attention.parallel.routes import Route
 from ring_attention.parallel.strategy import Context
 
@@ -32,7 +31,6 @@ class RingPass:
       length: t, tokens of a shard.
       routes: which part of each shard goes how far, and which way.
       unroll: write the steps out rather than loop over them.
-      order: in which the queries stand in pairs, but for those that are asked for as they are.
     """
 
     context: Context
@@ -42,7 +40,6 @@ class RingPass:
     length: int
     routes: tuple[Route, ...]
     unroll: bool
-    order: QueryOrder = QueryOrder()
 
     def after(self, results, arriving):
         """Both; the results of hops so far not before what is on its way is there, if the kernel asks for that."""
@@ -64,17 +61,15 @@ class RingPass:
         source = lax.rem(self._place() - route.direction * step + layout.ring_size, np.int32(layout.ring_size))
         keys = layout.shard_positions(source, self.length)[None, route.start : route.stop]
         runs = layout.runs(self.length, route.start, route.stop)
-        queries = self.order.tokens(self._tokens())
-        return BlockPair(queries, Tokens(keys, segments, runs), self.mask, diagonal=False)
+        return BlockPair(self._queries(), Tokens(keys, segments, runs), self.mask, diagonal=False)
 
-    def local_pair(self, start: int, stop: int, order: QueryOrder | None = None) -> BlockPair:
-        """The pair of local queries, in their order or another, and the local keys from `start` to `stop`."""
-        tokens, runs = self._tokens(), self.context.layout.runs(self.length, start, stop)
-        positions, segments = (None if x is None else x[:, start:stop] for x in (tokens.positions, self.segments))
-        queries = (self.order if order is None else order).tokens(tokens)
+    def local_pair(self, start: int, stop: int) -> BlockPair:
+        """The pair of local queries and the local keys from `start` to `stop`."""
+        queries, runs = self._queries(), self.context.layout.runs(self.length, start, stop)
+        positions, segments = (None if x is None else x[:, start:stop] for x in (queries.positions, self.segments))
         return BlockPair(queries, Tokens(positions, segments, runs), self.mask, diagonal=True)
 
-    def _tokens(self) -> Tokens:
+    def _queries(self) -> Tokens:
         positions = self.context.layout.shard_positions(self._place(), self.length)[None]
         return Tokens(positions, self.segments, self.context.layout.runs(self.length))
 

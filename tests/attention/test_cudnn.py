@@ -13,7 +13,7 @@ from ring_helpers import Bound, results, ring_mesh, sharded
 import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.attention.kernels import cudnn, cudnn_device, static_calls
-from ring_attention.attention.kernels.static_tiles import CAUSAL, FULL, OTHER, StaticTile, plan, same_tiles
+from ring_attention.attention.kernels.static_tiles import CAUSAL, FULL, OTHER, StaticTile, plan
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens, visible
 from ring_attention.parallel import context
@@ -35,7 +35,7 @@ LAYOUTS = {
 }
 
 
-def _weights(q, k, lse, scale, part, lengths):
+def _weights(q, k, lse, scale, part):
     """float32 [B,H,t,s] of one tile, and k with its heads repeated for those of q."""
     k = jnp.repeat(k, q.shape[1] // k.shape[1], 1).astype(jnp.float32)
     scores = jnp.einsum("bhtd,bhsd->bhts", q.astype(jnp.float32), k) * scale
@@ -43,36 +43,25 @@ def _weights(q, k, lse, scale, part, lengths):
         behind = jnp.arange(q.shape[2])[:, None] - jnp.arange(k.shape[2])
         seen = (behind >= 0) & (behind < (part.window or q.shape[2]))
         scores = jnp.where(seen, scores, -jnp.inf)
-    if lengths is not None:
-        scores = jnp.where(jnp.arange(k.shape[2]) < lengths[1], scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, -1) if lse is None else lse
     return jnp.exp(scores - lse[..., None]), lse, k
 
 
-def _hide(x, length):
-    """Rows beyond a length hold anything."""
-    return jnp.where(jnp.arange(x.shape[2])[:, None] < length, x, jnp.nan).astype(x.dtype)
-
-
-def _attention(q, k, v, part, pair, lengths=None):
-    weights, lse, _ = _weights(q, k, None, pair.mask.scale, part, lengths)
+def _attention(q, k, v, part, pair):
+    weights, lse, _ = _weights(q, k, None, pair.mask.scale, part)
     v = jnp.repeat(v, q.shape[1] // v.shape[1], 1)
-    out = jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v)
-    return (out, lse) if lengths is None else (_hide(out, lengths[0]), _hide(lse[..., None], lengths[0])[..., 0])
+    return jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v), lse
 
 
-def _gradients(q, out, lse, dout, k, v, part, pair, lengths=None):
+def _gradients(q, out, lse, dout, k, v, part, pair):
     K, dtype, scale = k.shape[1], q.dtype, pair.mask.scale
-    p, _, k = _weights(q, k, lse, scale, part, lengths)
-    if lengths is not None:
-        p = jnp.where(jnp.arange(q.shape[2])[:, None] < lengths[0], p, 0.0)
+    p, _, k = _weights(q, k, lse, scale, part)
     v, dout = jnp.repeat(v, q.shape[1] // K, 1).astype(jnp.float32), dout.astype(jnp.float32)
     delta = jnp.sum(dout * out.astype(jnp.float32), -1, keepdims=True)
     ds = p * (jnp.einsum("bhtd,bhsd->bhts", dout, v) - delta) * scale
     of_keys = [jnp.einsum("bhts,bhtd->bhsd", x, y) for x, y in ((ds, q.astype(jnp.float32)), (p, dout))]
     dk, dv = (x.reshape(x.shape[0], K, -1, *x.shape[2:]).sum(2).astype(dtype) for x in of_keys)
-    found = jnp.einsum("bhts,bhsd->bhtd", ds, k).astype(dtype), dk, dv
-    return found if lengths is None else tuple(map(_hide, found, (lengths[0], lengths[1], lengths[1])))
+    return jnp.einsum("bhts,bhsd->bhtd", ds, k).astype(dtype), dk, dv
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +136,7 @@ def test_cudnn_primitives_are_traced_and_lowered_for_cuda(monkeypatch, mask):
     text = jax.jit(run).trace(q, k, k, q).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text
     assert "__cudnn$fmhaSoftmaxBackward" in text
-    assert ("PADDING" in text, "BiasSoftmax" in text) == (mask == "causal", False)  # PADDING: of hops, by two lengths
+    assert ("PADDING" in text, "BiasSoftmax" in text) == (False, False)
 
 
 @pytest.mark.parametrize("wrong", ["a plan of another device", "the lse of the hop", "masks left out"])
@@ -307,15 +296,3 @@ def test_plan_of_remote_pairs_has_two_kinds():
         assert sorted(plans) == [[StaticTile(0, t, 0, half, FULL)], [StaticTile(half, half, 0, t, FULL)]]
         plans, _ = plan(_pair(ra.SequenceLayout("striped", P), 0, 1, t, mask))
         assert sorted(plans) == [[StaticTile(0, t, 0, t, CAUSAL)], [StaticTile(1, t - 1, 0, t - 1, CAUSAL)]]
-
-
-def test_hops_of_zigzag_are_two_tiles_whose_places_are_picked():
-    t, layout, mask = 16, ra.SequenceLayout("zigzag", 4), MaskSpec(scale=1.0)
-    size = dict(rows=t // 2, columns=t // 2, kind=FULL)
-    for source, other in {0: 0, 3: t // 2}.items():
-        plans, number = plan(_pair(layout, 1, source, t, mask))
-        assert same_tiles(plans, number) == [StaticTile(q=t // 2, kv=0, **size), StaticTile(q=other, kv=other, **size)]
-    for layout in ("striped", "contiguous"):
-        assert same_tiles(*plan(_pair(ra.SequenceLayout(layout, 4), 1, 2, t, mask))) is None
-    plans = [[StaticTile(0, 4096, 0, 4095, FULL)], [StaticTile(1, 4095, 0, 4096, FULL)]]
-    assert same_tiles(plans, jnp.int32(0)) is None  # 16 million tiles of one score

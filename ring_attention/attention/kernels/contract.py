@@ -73,8 +73,6 @@ class Kernel(NamedTuple):
       halve: where a ring's backward pass cuts the local keys in two, for a kernel whose forward pass must compute the
         scores of both parts just as they are there.
       differentiates_lse: whether its backward uses `GlobalStats.delta`, which holds the cotangent of lse, and not out.
-      later_first: whether a causal ring in zigzag gives it the later chunk of the queries first, but for the local keys
-        forward: a kernel that is told lengths as it runs then computes every hop in one call.
       float32_out: whether what its forward adds to the state is float32, and not rounded to the dtype of q; the
         backward pass then gets what is lost where the whole is rounded, too (see `rounding`).
     """
@@ -88,7 +86,6 @@ class Kernel(NamedTuple):
     merge_waits: bool = False
     halve: Callable = halve
     differentiates_lse: bool = True
-    later_first: bool = False
     float32_out: bool = False
 
 

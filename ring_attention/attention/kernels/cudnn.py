@@ -66,57 +66,41 @@ def _backward(*args):
     return static_calls.backward(CALLS, *args)
 
 
-CUDNN = Kernel(
-    "cudnn",
-    _forward,
-    _backward,
-    check=check,
-    check_pair=plans_of,
-    platform="gpu",
-    differentiates_lse=False,
-    later_first=True,
-)
+CUDNN = Kernel("cudnn", _forward, _backward, check=check, check_pair=plans_of, platform="gpu", differentiates_lse=False)
 
 
-def _attention(q, k, v, part: StaticTile, pair: BlockPair, lengths=None):
+def _attention(q, k, v, part: StaticTile, pair: BlockPair):
     """(out [B,H,t,D] in the dtype of q, lse float32 [B,H,t]) of cuDNN."""
-    settings = _settings(pair.mask.scale, part, lengths is not None)
-    bind = _library()._dot_product_attention_fwd_p.bind
-    return tuple(bind(q, k, v, *_others(q, lengths), is_training=True, **settings))
+    library, settings = _library(), _settings(pair.mask.scale, part)
+    return tuple(library._dot_product_attention_fwd_p.bind(q, k, v, *_unused(q, 7), is_training=True, **settings))
 
 
-def _gradients(q, out, lse, dout, k, v, part: StaticTile, pair: BlockPair, lengths=None):
+def _gradients(q, out, lse, dout, k, v, part: StaticTile, pair: BlockPair):
     """(dq, dk, dv) of cuDNN in the dtype of q, given out and lse of all keys."""
-    settings = _settings(pair.mask.scale, part, lengths is not None)
-    bind = _library()._dot_product_attention_bwd_p.bind
-    return tuple(bind(q, k, v, *_others(q, lengths), lse, out, dout, **settings))
+    library, settings = _library(), _settings(pair.mask.scale, part)
+    return tuple(library._dot_product_attention_bwd_p.bind(q, k, v, *_unused(q, 7), lse, out, dout, **settings))
 
 
-CALLS = static_calls.Calls(
-    "cuDNN", lambda *args: _attention(*args), lambda *args: _gradients(*args), takes_lengths=True
-)
+CALLS = static_calls.Calls("cuDNN", lambda *args: _attention(*args), lambda *args: _gradients(*args))
 
 
-def _settings(scale: float, part: StaticTile, has_lengths: bool = False) -> dict:
+def _settings(scale: float, part: StaticTile) -> dict:
     """What both primitives want to know."""
     library = _library()
-    masks = library.MaskType
     return _new_settings() | dict(
         scale=scale,
         seed=0,
         dropout_rate=0.0,
         variadic_args=(False, False),  # has a bias, wants its gradient
-        mask_type=masks.CAUSAL if part.kind == CAUSAL else masks.PADDING if has_lengths else masks.NO_MASK,
+        mask_type=library.MaskType.CAUSAL if part.kind == CAUSAL else library.MaskType.NO_MASK,
         layout=library.AttentionLayout.BNTH.value,
         sliding_window_length=part.window,
     )
 
 
-def _others(q, lengths):
-    """Operands beside q, k and v: lengths of queries and keys, if any; no bias, offsets or page tables."""
-    unused = jnp.zeros(0, q.dtype)
-    each = [unused] * 2 if lengths is None else [jnp.broadcast_to(x, q.shape[:1]) for x in lengths]
-    return [unused, *each, *[unused] * 4]
+def _unused(q, number: int):
+    """Operands that are not given: a bias, lengths, offsets and page tables."""
+    return [jnp.zeros(0, q.dtype)] * number
 
 
 def _new_settings() -> dict:

@@ -19,7 +19,7 @@ from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import xla
 from ring_attention.attention.kernels.contract import GlobalStats
-from ring_attention.attention.kernels.static_tiles import FULL, OTHER, StaticTile, lengths_of, plan, same_tiles
+from ring_attention.attention.kernels.static_tiles import OTHER, StaticTile, plan
 from ring_attention.attention.masks import BlockPair
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import vary_together
@@ -38,8 +38,6 @@ class Calls(NamedTuple):
       attention: (q, k, v, part, pair) -> (out [B,H,t,D] in the dtype of q, lse float32 [B,H,t]); `part` is the tile and
         `pair` the tokens in it.
       gradients: (q, out, lse, dout, k, v, part, pair) -> (dq, dk, dv) in the dtype of q, given out and lse of all keys.
-      takes_lengths: whether both take `lengths` as well, int32 numbers of queries and keys at the beginning of a full
-        tile, the others being hidden. What they give for the others does not matter.
       mask: for a kernel that masks within a tile by itself, (part, pair, ascending) -> (mask, holds), where `ascending`
         says that the keys of all tiles stand in the order of their positions. The mask is a further argument of both
         calls; where `holds`, True or a bool of the running program, is not so, `xla` computes the tile. None for a
@@ -49,7 +47,6 @@ class Calls(NamedTuple):
     name: str
     attention: Callable
     gradients: Callable
-    takes_lengths: bool = False
     mask: Callable | None = None
 
 
@@ -93,13 +90,10 @@ def forward(calls: Calls, q, k, v, pair: BlockPair, state: SoftmaxState, blocks:
             nothing = tuple(map(part.into_queries, nothing, attend(part)))
         return nothing
 
-    plans, static_tiles = _tiles_here(pair)
-    lengths = _lengths_here(calls, plans, pair)
-    if lengths is not None:
-        return online_softmax.merge(state, *_corner(calls, q, k, v, pair, lengths))
-    if static_tiles is not None:
-        return merge(state, static_tiles)
-    out, lse = _branch(plans, alone)
+    plans, number = plan(pair)
+    if number is None:
+        return merge(state, plans[0])
+    out, lse = _branch(plans, number, alone)
     return online_softmax.merge(state, out.astype(jnp.float32), lse)
 
 
@@ -134,52 +128,16 @@ def backward(calls: Calls, q, k, v, stats: GlobalStats, pair: BlockPair, dq, blo
     def alone(static_tiles):
         return tuple(x.astype(q.dtype) for x in add(jnp.zeros_like(q, jnp.float32), static_tiles))
 
-    plans, static_tiles = _tiles_here(pair)
-    lengths = _lengths_here(calls, plans, pair)
-    if lengths is not None:
-        here, dk, dv = _corner_gradients(calls, (q, stats.out, lse, stats.dout, k, v), pair, lengths)
-        return dq + here, dk, dv
-    if static_tiles is not None:
-        return add(dq, static_tiles)
-    here, dk, dv = (x.astype(jnp.float32) for x in _branch(plans, alone))
+    plans, number = plan(pair)
+    if number is None:
+        return add(dq, plans[0])
+    here, dk, dv = (x.astype(jnp.float32) for x in _branch(plans, number, alone))
     return dq + here, dk, dv
 
 
-def _tiles_here(pair: BlockPair):
-    """((plans, number), tiles): the tiles that cover what the queries see of the keys, None where it takes a branch."""
-    plans, number = plan(pair)
-    return (plans, number), plans[0] if number is None else same_tiles(plans, number)
-
-
-def _lengths_here(calls: Calls, plans, pair: BlockPair):
-    """(queries, keys) that meet here, if that is all there is to say and the kernel can be told."""
-    known = calls.takes_lengths and plans[1] is not None and pair.queries.segments is None
-    return lengths_of(*plans) if known else None
-
-
-def _corner(calls: Calls, q, k, v, pair: BlockPair, lengths):
-    """(out, lse), float32, of the first queries and keys; of the other queries that of none."""
-    out, lse = calls.attention(q, k, v, StaticTile(0, q.shape[2], 0, k.shape[2], FULL), pair, lengths)
-    seeing = jnp.arange(q.shape[2]) < lengths[0]
-    if pair.mask.seq_len is not None:  # padding sees nothing
-        seeing &= pair.queries.positions[:, None] < pair.mask.seq_len
-    return jnp.where(seeing[..., None], out.astype(jnp.float32), 0.0), jnp.where(seeing, lse, -jnp.inf)
-
-
-def _corner_gradients(calls: Calls, arrays, pair: BlockPair, lengths):
-    """float32 (dq, dk, dv) of the first queries and keys, 0 for the others; `arrays` are those of `Calls.gradients`."""
-    q, k = arrays[0], arrays[4]
-    found = calls.gradients(*arrays, StaticTile(0, q.shape[2], 0, k.shape[2], FULL), pair, lengths)
-    rows, columns = lengths
-    return tuple(
-        jnp.where(jnp.arange(x.shape[2])[:, None] < length, x.astype(jnp.float32), 0.0)
-        for x, length in zip(found, (rows, columns, columns), strict=True)
-    )
-
-
-def _branch(plans, follow: Callable):
+def _branch(plans, number, follow: Callable):
     """`follow(tiles)` of the plan that holds."""
-    results = jax.lax.switch(plans[1], [functools.partial(follow, static_tiles) for static_tiles in plans[0]])
+    results = jax.lax.switch(number, [functools.partial(follow, static_tiles) for static_tiles in plans])
     # XLA would move what follows into the branches, and with it the wait for a transfer that they could hide.
     return jax.lax.optimization_barrier(results)
 

@@ -2,12 +2,10 @@
 
 Which queries see which keys depends on the devices that their shards belong to, and so on numbers that only the running
 program knows. But there are few kinds of pairs: in a zigzag ring two beside the local one, whatever its size. Each is
-planned while the program is traced, and the device picks the plan that holds when it runs. Where plans differ only in
-the places of as many equal tiles, it picks these instead: at a branch, a GPU's host waits for all that was launched.
+planned while the program is traced, and the device picks the plan that holds when it runs.
 """
 
 import itertools
-import math
 from typing import NamedTuple
 
 import jax
@@ -26,53 +24,43 @@ FULL, CAUSAL, OTHER = "full", "causal", "other"
 MOST_TILES = 256
 """Each is a call in the program; more are refused rather than compiled."""
 
-MOST_SAME = 2
-"""Tiles of a plan whose places are picked as the program runs."""
-
 
 class StaticTile(NamedTuple):
     """`rows` queries from number `q` on and `columns` keys from `kv` on, counted in the order of the pair's arrays.
 
-    Not a `tiling.Tile`: sizes are Python's numbers, and a tile covers all sequences and heads of a call. So are places
-    in a plan; those that `same_tiles` gives may be int32 of the running program.
+    Not a `tiling.Tile`: these numbers are Python's, for static slices, and cover all sequences and heads of a call.
     """
 
-    q: int | jax.Array
+    q: int
     rows: int
-    kv: int | jax.Array
+    kv: int
     columns: int
     kind: str
     window: int | None = None
 
     def shares_queries(self, other: "StaticTile") -> bool:
-        """Whether some queries are in both, of two tiles of a plan."""
-        return bool(self.q < other.q + other.rows and other.q < self.q + self.rows)
+        """Whether some queries are in both."""
+        return self.q < other.q + other.rows and other.q < self.q + self.rows
 
     def of_queries(self, x, axis: int = 2):
         """The tile's queries of an array [B,H,t,...]."""
-        return _piece(x, self.q, self.rows, axis)
+        return lax.slice_in_dim(x, self.q, self.q + self.rows, axis=axis)
 
     def of_keys(self, x, axis: int = 2):
         """The tile's keys of an array [B,K,s,...]."""
-        return _piece(x, self.kv, self.columns, axis)
+        return lax.slice_in_dim(x, self.kv, self.kv + self.columns, axis=axis)
 
     def into_queries(self, x, new):
         """The array [B,H,t,...] with these queries replaced."""
-        return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), self.q, 2)
+        return x.at[:, :, self.q : self.q + self.rows].set(new)
 
     def added_to_queries(self, x, more):
         """The array [B,H,t,...] with something added to these queries."""
-        return self.into_queries(x, self.of_queries(x) + more.astype(x.dtype))
+        return x.at[:, :, self.q : self.q + self.rows].add(more.astype(x.dtype))
 
     def added_to_keys(self, x, more):
         """The array [B,K,s,...] with something added to these keys."""
-        return lax.dynamic_update_slice_in_dim(x, self.of_keys(x) + more.astype(x.dtype), self.kv, 2)
-
-
-def _piece(x, start, size: int, axis: int):
-    if isinstance(start, int):
-        return lax.slice_in_dim(x, start, start + size, axis=axis)
-    return lax.dynamic_slice_in_dim(x, start, size, axis)
+        return x.at[:, :, self.kv : self.kv + self.columns].add(more.astype(x.dtype))
 
 
 class _Spans(NamedTuple):
@@ -104,47 +92,6 @@ def plan(pair: BlockPair) -> tuple[list[list[StaticTile]], jax.Array | None]:
     q_starts, kv_starts = (x.positions[0, np.array(y.offsets)] for x, y in ((pair.queries, q), (pair.keys, kv)))
     here = _bands(pair.mask, q_starts, kv_starts, q, kv, q_runs.step)
     return plans, jnp.argmax((bands == here).all((1, 2, 3)))
-
-
-def lengths_of(plans: list[list[StaticTile]], number: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    """(queries, keys) of plan `number`, int32, where all plans are a full tile of the first of both; None where not.
-
-    That is a zigzag ring whose queries stand with the later chunk first (see `contract.Kernel`): each hop shows half of
-    the keys to all queries, or all keys to half of the queries.
-    """
-    if any([(part.q, part.kv, part.kind) for part in static_tiles] != [(0, 0, FULL)] for static_tiles in plans):
-        return None
-    rows, columns = (jnp.array([getattr(x[0], name) for x in plans], jnp.int32) for name in ("rows", "columns"))
-    return rows[number], columns[number]
-
-
-def same_tiles(plans: list[list[StaticTile]], number: jax.Array) -> list[StaticTile] | None:
-    """The tiles of plan `number`, where all plans can be cut into as many full tiles of one size; None where not.
-
-    In a zigzag ring, whose hops show half of the keys to all queries or all keys to half of the queries, both are two
-    tiles of a quarter, of which one is the same. At most MOST_SAME tiles, or their calls would be too small.
-    """
-    parts = list(itertools.chain(*plans))
-    if not parts or any(part.kind != FULL for part in parts):
-        return None
-    rows = math.gcd(*(number for part in parts for number in (part.q, part.rows)))
-    columns = math.gcd(*(number for part in parts for number in (part.kv, part.columns)))
-    sizes = {sum(part.rows * part.columns for part in static_tiles) for static_tiles in plans}
-    if len(sizes) != 1 or sizes.pop() > MOST_SAME * rows * columns:
-        return None
-    places = [
-        {
-            (part.q + i, part.kv + j)
-            for part in static_tiles
-            for i in range(0, part.rows, rows)
-            for j in range(0, part.columns, columns)
-        }
-        for static_tiles in plans
-    ]
-    same = set.intersection(*places)
-    fixed = [StaticTile(q, rows, kv, columns, FULL) for q, kv in sorted(same)]
-    others = [jnp.array(x, jnp.int32)[number] for x in zip(*(sorted(x - same) for x in places), strict=True)]
-    return fixed + [StaticTile(q, rows, kv, columns, FULL) for q, kv in others]
 
 
 def plans_of(pair: BlockPair) -> tuple[list[list[StaticTile]], np.ndarray]:
