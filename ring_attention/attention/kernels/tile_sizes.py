@@ -1,6 +1,6 @@
 """Sizes of tiles for a kernel and a kind of device, where nobody gives any.
 
-None of them was measured by us: no accelerator was at hand. Each row says where it comes from.
+None of them was measured by us. Each row says where it comes from.
 """
 
 import dataclasses
