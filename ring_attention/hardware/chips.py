@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from collections.abc import Mapping
 
 GB, GiB = 1e9, 2**30
 
@@ -12,7 +13,7 @@ GPU_MEMORY_FRACTION = 0.92
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One JAX device: a TPU chip (of v3, a core: half a chip) or a GPU.
+    """One JAX device: a TPU chip (of v3 and tpu7x, a core: half a chip) or a GPU.
 
     Attributes:
       name: as a topology begins, such as "v5e".
@@ -43,7 +44,7 @@ class Chip:
     @property
     def platform(self) -> str:
         """The platform as JAX names it: "tpu" or "gpu"."""
-        return "tpu" if self.name.startswith("v") else "gpu"
+        return "tpu" if self.name.startswith(("v", "tpu")) else "gpu"
 
 
 _BOOK = "jax-ml.github.io/scaling-book/tpus: one way, one link"
@@ -51,17 +52,25 @@ _BOOK_HOST = "jax-ml.github.io/scaling-book/tpus: PCIe of a chip"
 _BOOK_NETWORK = "jax-ml.github.io/scaling-book/tpus: data-centre network of a chip"
 
 
-def _tpu(name: str, page: str, **fields) -> Chip:
+_TPU7X = "cloud.google.com/tpu/docs/tpu7x"
+_SOURCES_OF_TPU7X = {
+    "link": f"{_TPU7X}, a sixth of what it states for a chip, half of it one way",
+    "network": _TPU7X,
+    "host_link": "assumed to be that of the TPUs before it",
+}
+
+
+def _tpu(name: str, page: str, sources: Mapping[str, str] = types.MappingProxyType({}), **fields) -> Chip:
     docs = f"cloud.google.com/tpu/docs/{page}"
-    sources = dict.fromkeys(("flops", "memory_bandwidth", "links"), docs)
-    sources |= {
+    found = dict.fromkeys(("flops", "memory_bandwidth", "links"), docs)
+    found |= {
         "memory": "what the compiler of libtpu 0.0.42 lets a program have",
         "link": _BOOK,
         "network": _BOOK_NETWORK,
         "host_link": _BOOK_HOST,
         "host_memory": f"{docs}, a machine's memory over its chips",
     }
-    return Chip(name=name, sources=sources, **fields)
+    return Chip(name=name, sources=found | dict(sources), **fields)
 
 
 def _gpu(name: str, sheet: str, machine: str, **fields) -> Chip:
@@ -146,6 +155,20 @@ CHIPS = types.MappingProxyType(
                 network=12.5 * GB,
                 host_memory=192 * GiB,
                 host_link=16 * GB,
+            ),
+            _tpu(
+                "tpu7x",
+                "tpu7x",  # 2,307 TFLOP/s, 192 GiB, 7,380 GB/s, six links a chip, of which a device is one of two cores
+                kinds=("TPU7x",),
+                flops=1153.5e12,
+                memory=94.75 * GiB,
+                memory_bandwidth=3690 * GB,
+                link=100 * GB,
+                links=6,
+                network=6.25 * GB,
+                host_memory=120 * GB,
+                host_link=16 * GB,
+                sources=_SOURCES_OF_TPU7X,
             ),
             _gpu(
                 "a100",

@@ -8,7 +8,8 @@ from ring_attention.checks import ConfigError, require_field
 from ring_attention.hardware.chips import CHIPS, EFFICIENCY, Chip, Efficiency
 
 _SHAPE = re.compile(r"\d+(x\d+)*")
-_SIDES = {"v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+_SIDES = {"v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+_TWO_CORES = ("v3", "tpu7x")  # on a chip, each a device
 _EXAMPLES = {2: "16x16", 3: "8x8x8"}
 
 
@@ -19,7 +20,8 @@ class Topology:
     Attributes:
       name: "v5e:16x16", or "h100:4x8" for 4 hosts with 8 GPUs each.
       chip: what its devices are.
-      sides: of the grid of TPU devices (the last of v3: the two cores of a chip); of GPUs, hosts and how many each has.
+      sides: of the grid of TPU devices (the last of v3 and tpu7x: the two cores of a chip); of GPUs, hosts and how many
+        each has.
       measured: the fractions of the chip's peak that were measured on it; None where none were.
     """
 
@@ -73,7 +75,7 @@ def find_topology(name: str) -> Topology:
     numbers = tuple(int(side) for side in shape.split("x")) if _SHAPE.fullmatch(shape) else ()
     if len(numbers) != sides or 0 in numbers:
         raise ConfigError(f"topology={name!r}: needs {sides} positive sides; write it like {example}")
-    return Topology(name=name, chip=CHIPS[word], sides=(*numbers, 2) if word == "v3" else numbers)
+    return Topology(name=name, chip=CHIPS[word], sides=(*numbers, 2) if word in _TWO_CORES else numbers)
 
 
 def _divisions(sides: tuple[int, ...], devices: int):

@@ -21,6 +21,7 @@ def test_chip_figures_are_positive_and_have_sources(name):
         ("TPU v5", "v5p"),
         ("TPU v5p", "v5p"),
         ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA H100 80GB HBM3", "h100"),
     ],

@@ -92,8 +92,11 @@ print([device.device_kind for device in pod_devices({topology!r})])"""
 
 @pytest.mark.pod
 @needs_tpu_compiler
-@pytest.mark.parametrize(("topology", "devices", "kind"), [("v3:16x16", 512, "TPU v3"), ("v4:8x8x8", 512, "TPU v4")])
-def test_pod_devices_of_v3_are_cores_and_of_v4_chips(topology, devices, kind):
+@pytest.mark.parametrize(
+    ("topology", "devices", "kind"),
+    [("v3:16x16", 512, "TPU v3"), ("v4:8x8x8", 512, "TPU v4"), ("tpu7x:4x4x4", 128, "TPU7x")],
+)
+def test_pod_devices_of_v3_and_tpu7x_are_cores_and_of_v4_chips(topology, devices, kind):
     found = pod_devices(topology)
     assert len(found) == devices
     assert found[0].device_kind == kind

@@ -6,7 +6,13 @@ from ring_attention.hardware.topology import find_topology
 
 @pytest.mark.parametrize(
     ("name", "chip", "devices"),
-    [("v5e:16x16", "v5e", 256), ("v4:8x8x8", "v4", 512), ("v3:16x16", "v3", 512), ("h100:4x8", "h100", 32)],
+    [
+        ("v5e:16x16", "v5e", 256),
+        ("v4:8x8x8", "v4", 512),
+        ("v3:16x16", "v3", 512),
+        ("tpu7x:4x4x4", "tpu7x", 128),
+        ("h100:4x8", "h100", 32),
+    ],
 )
 def test_find_topology_tells_chip_and_number_of_devices(name, chip, devices):
     topology = find_topology(name)

@@ -19,7 +19,7 @@ LANES = 128
 
 MiB = 2**20
 
-VMEM = {"v4": 16 * MiB, "v5e": 16 * MiB, "v5p": 16 * MiB, "v6e": 32 * MiB}
+VMEM = {"v4": 16 * MiB, "v5e": 16 * MiB, "v5p": 16 * MiB, "v6e": 32 * MiB, "tpu7x": 32 * MiB}
 """What the compiler of libtpu 0.0.42 lets a kernel have of VMEM unless it is told otherwise, by chip."""
 
 SMEM = MiB - 2048

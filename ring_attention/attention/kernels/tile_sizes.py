@@ -48,7 +48,7 @@ ROWS = (
     Row(
         kernel="splash",
         platform="tpu",
-        chips=("v4", "v5e", "v5p", "v6e"),
+        chips=("v4", "v5e", "v5p", "v6e", "tpu7x"),
         head_dim=128,
         q=512,
         kv=1024,
