@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from ring_attention.checks import ConfigError
 from ring_attention.hardware.chips import chip_of
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.simulate import simulate_devices
-from ring_attention.training.config import MeshConfig
+from ring_attention.training.config import MeshConfig, TrainConfig
 
 SIMULATED_DEVICES = 8
 
@@ -58,6 +59,18 @@ def _set(options: dict[int, int]) -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     return mallopt is not None and all([mallopt(option, value) == 1 for option, value in options.items()])
+
+
+def warn_of_order(config: TrainConfig, platform: str) -> list[str]:
+    """What a person should know of gradients that differ from run to run on such devices, as lines to print."""
+    flag = "--xla_gpu_exclude_nondeterministic_ops=true"
+    fused = config.attention.impl in ("auto", "cudnn") and config.model.compute_dtype != "float32"
+    if platform != "gpu" or not fused or flag in os.environ.get("XLA_FLAGS", ""):
+        return []
+    return [
+        "cuDNN adds up gradients in no fixed order on some GPUs: a resumed run has the same losses bit by bit only with "
+        f"XLA_FLAGS={flag}, which takes more memory (docs/reliability.md)."
+    ]
 
 
 def machine_peak_flops(devices: Sequence[jax.Device]) -> tuple[float | None, str]:

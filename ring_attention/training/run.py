@@ -14,7 +14,7 @@ from ring_attention.attention.kernels.choose import self_tests
 from ring_attention.training.batches import Corpus, Feed, HeldOut, digests
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.devices import keep_freed_memory, open_mesh, return_freed_memory
+from ring_attention.training.devices import keep_freed_memory, open_mesh, return_freed_memory, warn_of_order
 from ring_attention.training.fault_tolerance.nonfinite import NonFiniteGuard
 from ring_attention.training.fault_tolerance.peers import Peers, program_fields, require_agreement
 from ring_attention.training.fault_tolerance.preemption import Preemption
@@ -201,6 +201,7 @@ def _describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, initial: TrainedM
         *corpus.report.lines(),
         *corpus.describe_tokens(config.data),
         *(describe_initial(config, initial) if initial else ()),
+        *warn_of_order(config, devices[0].platform),
         "The first step compiles; give it a minute.",
     ]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """What a run takes of its machine: memory that is kept, and the peak speed that its own is compared with."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from ring_attention.training.devices import machine_peak_flops
+from ring_attention.configs import tiny
+from ring_attention.training.devices import machine_peak_flops, warn_of_order
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = 16384
@@ -78,3 +80,22 @@ def test_machine_peak_is_shared_by_simulated_devices():
     assert eight == machine_peak_flops(jax.devices()[:1])[0]
     assert 1e9 < eight < 1e14
     assert "measured" in source
+
+
+@pytest.mark.parametrize(
+    ("platform", "impl", "dtype", "flags", "warns"),
+    [
+        ("gpu", "auto", "bfloat16", "", True),
+        ("gpu", "cudnn", "bfloat16", "--xla_gpu_exclude_nondeterministic_ops=true", False),
+        ("gpu", "xla", "bfloat16", "", False),
+        ("gpu", "auto", "float32", "", False),
+        ("tpu", "auto", "bfloat16", "", False),
+    ],
+)
+def test_gradients_in_no_fixed_order_are_told_of(platform, impl, dtype, flags, warns, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    config = tiny.get_config()
+    attention = dataclasses.replace(config.attention, impl=impl)
+    model = dataclasses.replace(config.model, compute_dtype=dtype)
+    lines = warn_of_order(dataclasses.replace(config, attention=attention, model=model), platform)
+    assert ["bit by bit only with XLA_FLAGS=--xla_gpu_exclude" in line for line in lines] == [True] * warns
