@@ -68,8 +68,8 @@ def warn_of_order(config: TrainConfig, platform: str) -> list[str]:
     if platform != "gpu" or not fused or flag in os.environ.get("XLA_FLAGS", ""):
         return []
     return [
-        "cuDNN adds up gradients in no fixed order on some GPUs: a resumed run has the same losses bit by bit only with "
-        f"XLA_FLAGS={flag}, which takes more memory (docs/reliability.md)."
+        "cuDNN adds up gradients in no fixed order on some GPUs: a resumed run has the same losses bit by bit only "
+        f"with XLA_FLAGS={flag}, which takes more memory (docs/reliability.md)."
     ]
 
 
