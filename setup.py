@@ -49,9 +49,9 @@ EXTRAS = {
     # The other side of tests/interop and `scripts.benchmarks training`; torch as it was tried.
     "interop": [*TRAIN, "torch==2.13.0", "transformers>=5.0"],
     # Compilers for hardware that is not there, for scripts/plan.py --compile and `scripts.verify`: those that
-    # the installed JAX names as its own.
+    # the installed JAX names as its own. XLA for GPU calls ptxas, which is in nvidia-cuda-nvcc, with nvidia-nvvm.
     "compile-tpu": [*TRAIN, "jax[tpu]>=0.10.2"],
-    "compile-gpu": [*TRAIN, "jax[cuda12-local]>=0.10.2"],
+    "compile-gpu": [*TRAIN, "jax[cuda13-local]>=0.10.2", "nvidia-cuda-nvcc>=13.0.48", "nvidia-nvvm"],
     # impl="tokamax", which impl="auto" takes on Hopper and Blackwell where cuDNN cannot do what is asked; it needs
     # jax 0.11.1, and so Python 3.12.
     "tokamax": [*TRAIN, 'tokamax>=0.0.17; python_version >= "3.12"'],

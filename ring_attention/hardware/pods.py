@@ -1,5 +1,7 @@
 """Devices of pods that are not there, to compile for from a laptop."""
 
+import contextlib
+import importlib
 import os
 
 import jax
@@ -45,6 +47,8 @@ The programming guide gives compute capability 8.0 a cache of 192 KiB a multipro
 memory, 163 KiB of one block. device_memory_size is what the driver leaves of 80 GiB.
 """
 
+_GPU_COMPILERS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
 
 def pod_devices(topology: str) -> list[jax.Device]:
     """Make the devices of a pod to compile for; nothing can run on them.
@@ -83,9 +87,17 @@ def _gpus(pod: Topology) -> list[jax.Device]:
     if pod.chip.name not in _GPU_TARGETS:
         known = ", ".join(_GPU_TARGETS)
         raise ConfigError(f"topology={pod.name!r}: {pod.chip.name} cannot be compiled for here; choose one of {known}")
-    import jax_plugins.xla_cuda12  # noqa: F401  registers the compiler; opens no GPU
-
+    _load_gpu_compiler()
     hosts, gpus = pod.sides
     return topologies.get_topology_desc(
         platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=_GPU_TARGETS[pod.chip.name]
     ).devices
+
+
+def _load_gpu_compiler() -> None:
+    """Import the newest of JAX's plugins for CUDA, which registers a compiler and opens no GPU."""
+    for name in _GPU_COMPILERS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+            return
+    raise ImportError(f"none of {', '.join(_GPU_COMPILERS)} is installed")

@@ -32,6 +32,15 @@ def check_pairs(context: Context, mask: MaskSpec, shard_len: int, *, duplex: boo
         context.kernel.check_pair(BlockPair(shard, part, mask, diagonal=False))
 
 
+def _with_part(route: Route, whole, part):
+    """An array [B,K,t,D] of a shard's tokens, with what came back for those of a route added.
+
+    Not by `at`: of all tokens it passes an empty index, at which jaxlib 0.11.2 ends in a segmentation fault.
+    """
+    here = lax.slice_in_dim(whole, route.start, route.stop, axis=2)
+    return lax.dynamic_update_slice_in_dim(whole, here + part, route.start, 2)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ring(Strategy):
     """Keys and values go around the ring, queries stay.
@@ -122,9 +131,8 @@ class Ring(Strategy):
         dq, returned = ring.after(dq, returned)
         dq, earlier = local(dq, kv, 0, cut)
         dk, dv = (jnp.concatenate(halves, 2) for halves in zip(earlier, later, strict=True))
-        for i, (dk_part, dv_part) in returned.items():
-            here = slice(ring.routes[i].start, ring.routes[i].stop)
-            dk, dv = dk.at[:, :, here].add(dk_part), dv.at[:, :, here].add(dv_part)
+        for i, parts in returned.items():
+            dk, dv = (_with_part(ring.routes[i], x, part) for x, part in zip((dk, dv), parts, strict=True))
         return dq, dk, dv
 
     def _ring_pass(self, context: Context, me, q, segments, mask: MaskSpec) -> RingPass:

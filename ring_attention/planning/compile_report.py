@@ -30,7 +30,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SMALL = {"vmem": "VMEM", "smem": "SMEM", "shared memory": "shared memory"}
 _OF_SMALL = re.compile(rf"\b({'|'.join(_SMALL)})\b", re.IGNORECASE)
 _OF_HBM = re.compile(r"\bhbm\b", re.IGNORECASE)
-_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt")
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 
 
 class DoesNotFitError(ConfigError):

@@ -137,9 +137,9 @@ def config_of(name: str, times: int) -> TrainConfig:
 
 
 def versions_of(name: str) -> dict[str, str]:
-    """Versions of what compiles a cell; "" for what is not installed."""
-    packages = ("jax", "jaxlib", "libtpu" if "/v" in name else "jax-cuda12-plugin")
-    return dict.fromkeys(packages, "") | versions(packages)
+    """Versions of what compiles a cell, as far as it is installed."""
+    compilers = ["libtpu"] if "/v" in name else ["jax-cuda13-plugin", "jax-cuda12-plugin"]
+    return versions(["jax", "jaxlib", *compilers])
 
 
 def key_of(name: str, times: int, settings: dict, versions: dict) -> str:

@@ -12,8 +12,17 @@ from ring_attention.hardware.pods import pod_devices
 
 needs_tpu_compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra compile-tpu")
 needs_gpu_compiler = pytest.mark.skipif(
-    not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs the extra compile-gpu"
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="needs the extra compile-gpu",
 )
+
+
+def _install(monkeypatch, *versions):
+    """JAX's plugins for these versions of CUDA, and no other, can be imported."""
+    monkeypatch.setitem(sys.modules, "jax_plugins", types.ModuleType("jax_plugins"))
+    for version in (12, 13):
+        name = f"jax_plugins.xla_cuda{version}"
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name) if version in versions else None)
 
 
 def _refusal(topology):
@@ -72,12 +81,28 @@ def test_pod_devices_says_how_to_compile_without_a_gpu(monkeypatch):
     def none_found(**_):
         raise NotImplementedError("topology not implemented for cuda")
 
-    monkeypatch.setitem(sys.modules, "jax_plugins", types.ModuleType("jax_plugins"))
-    monkeypatch.setitem(sys.modules, "jax_plugins.xla_cuda12", types.ModuleType("xla_cuda12"))
+    _install(monkeypatch, 12)
     monkeypatch.setattr(topologies, "get_topology_desc", none_found)
     message = _refusal("h100:1x8")
     assert "JAX_PLATFORMS=cpu" in message
     assert "install" not in message
+
+
+@pytest.mark.parametrize(("installed", "loaded"), [((12,), 12), ((13,), 13), ((12, 13), 13)])
+def test_pod_devices_loads_the_newest_compiler_for_cuda_that_is_installed(monkeypatch, installed, loaded):
+    _install(monkeypatch, *installed)
+    load, found = importlib.import_module, []
+    monkeypatch.setattr(importlib, "import_module", lambda name: found.append(load(name)))
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **_: types.SimpleNamespace(devices=[]))
+    assert pod_devices("h100:1x8") == []
+    assert [module.__name__ for module in found] == [f"jax_plugins.xla_cuda{loaded}"]
+
+
+def test_pod_devices_names_the_extra_where_no_compiler_for_cuda_is_installed(monkeypatch):
+    _install(monkeypatch)
+    message = _refusal("h100:1x8")
+    assert "xla_cuda13" in message
+    assert "pip install -e '.[compile-gpu]'" in message
 
 
 @needs_gpu_compiler
