@@ -6,6 +6,11 @@ import jax
 import pytest
 from command_lines import run_command
 
+from ring_attention.attention.kernels import splash, splash_calls
+from ring_attention.hardware.pods import pod_devices
+from ring_attention.planning.hlo.transfers import overlap_of
+from ring_attention.planning.programs import compile_ring
+
 pytestmark = pytest.mark.pod
 
 
@@ -46,3 +51,17 @@ def test_plan_agrees_with_the_compiler_of_the_pod(tmp_path):
     waiting = sum(transfer["exposed_seconds"] * transfer["runs"] for transfer in transfers)
     own = next(row for row in plan["strategies"] if row["strategy"] == "ring")
     assert waiting < 0.01 * own["step_seconds"]
+
+
+@pytest.mark.parametrize(("waits", "beside_hops"), [(True, range(12, 15)), (False, range(4))])
+def test_rings_of_few_heads_compute_hops_beside_their_transfers(waits, beside_hops, monkeypatch):
+    """Where a hop takes 0.15 ms and its transfers 0.05, picking lse out of what the kernel gave could take their time."""
+    if not waits:
+        for module in (splash, splash_calls):
+            monkeypatch.setattr(module, "wait", lambda results, after: results)
+    sizes = dict(shard=8192, heads=16, kv_heads=2, head_dim=128)
+    ring = compile_ring(pod_devices("v6e:4x4"), **sizes, causal=True, layout="zigzag", impl="splash")
+    overlap = overlap_of(ring.as_text())
+    assert overlap.synchronous == 0
+    assert overlap.hidden in beside_hops
+    assert (overlap.exposed == 0) == waits

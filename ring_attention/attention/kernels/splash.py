@@ -23,6 +23,7 @@ from ring_attention.attention.kernels.splash_calls import (
     launch,
     library,
     require_bindings,
+    wait,
 )
 from ring_attention.attention.kernels.splash_memory import fused_groups, require_memory
 from ring_attention.attention.mask_spec import MaskSpec
@@ -40,23 +41,23 @@ def check(mask: MaskSpec, q) -> None:
         require(value is None, f'impl="splash" has no {name}; leave it out, or use impl="xla"')
 
 
-def _each_mask(fn: Callable, pair: BlockPair, *arrays):
-    """`fn(pair, *arrays)` of arrays [B,H,...], in one call where all sequences have the same mask.
+def _each_mask(fn: Callable, pair: BlockPair, after, *arrays):
+    """`fn(pair, after, *arrays)` of arrays [B,H,...], in one call where all sequences have the same mask.
 
     The heads of all of them are then those of one sequence, since the kernels find a query head's keys by division.
     Otherwise sequence after sequence, as a kernel takes one mask.
     """
     B = arrays[0].shape[0]
     if all(x.shape[0] == 1 for x in jax.tree.leaves((pair.queries, pair.keys))):
-        results = fn(pair, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
+        results = fn(pair, after, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
         return jax.tree.map(lambda x: x.reshape(B, -1, *x.shape[1:]), results)
 
     def one(row):
         queries, keys, arrays = row
         queries, keys = jax.tree.map(lambda x: x[None], (queries, keys))
-        return fn(BlockPair(queries, keys, pair.mask), *arrays)
+        return fn(BlockPair(queries, keys, pair.mask), None, *arrays)
 
-    return jax.lax.map(one, (pair.queries.of_batch(B), pair.keys.of_batch(B), arrays))
+    return wait(jax.lax.map(one, (pair.queries.of_batch(B), pair.keys.of_batch(B), arrays)), after)
 
 
 def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, interpret: bool = False):
@@ -71,7 +72,7 @@ def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, 
         interpret=interpret,
     )
 
-    def one(pair: BlockPair, q, k, v):
+    def one(pair: BlockPair, after, q, k, v):
         found = []
         for call in calls_for(pair, blocks):
             require_memory("forward", call.tiles, q, call.capped)
@@ -82,13 +83,13 @@ def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, 
             run = functools.partial(
                 library()._splash_attention_forward, block_sizes=sizes, mask_function=within, **settings
             )
-            out, (lse,) = launch(run, arrays, call, products=2)
+            out, (lse,) = launch(run, arrays, call, products=2, after=after)
             out, lse = (x[:, : q.shape[1]] for x in (out, lse))
             empty = ~(lse > HIDDEN / 2)  # nothing seen, in a tile that was visited, or in none
             found.append((jnp.where(empty[..., None], 0, out).astype(jnp.float32), jnp.where(empty, -jnp.inf, lse)))
         return found
 
-    for out, lse in _each_mask(one, pair, _scaled(q, pair.mask), k, v):
+    for out, lse in _each_mask(one, pair, state.max[0, 0, 0], _scaled(q, pair.mask), k, v):
         state = online_softmax.merge(state, out, lse)
     return state
 
@@ -96,13 +97,13 @@ def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, 
 def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSizes, interpret: bool = False):
     """Gradients of one block pair, given the softmax statistics of all keys; see `contract`."""
 
-    def one(pair: BlockPair, q, k, v, lse, dout, delta):
+    def one(pair: BlockPair, after, q, k, v, lse, dout, delta):
         of_queries, of_keys = [], []
         for call in calls_for(pair, blocks):
             arrays = dict(k=call.of_keys(k), v=call.of_keys(v), segment_ids=call.segments(), sinks=None)
             rows = dict(q=q, logsumexp=lse, do=dout, di=delta)
             arrays |= {name: call.of_queries(x) for name, x in rows.items()}
-            here, *gradients = _gradients(call, arrays, interpret)
+            here, *gradients = _gradients(call, arrays, after, interpret)
             of_queries.append(here[:, : q.shape[1]].astype(jnp.float32))
             of_keys.append([x[:, : call.length].astype(jnp.float32) for x in gradients])
         dk, dv = (jnp.concatenate(parts, 1) for parts in zip(*of_keys, strict=True))
@@ -110,11 +111,11 @@ def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSiz
 
     # A row that sees nothing has lse -inf; its scores are all hidden, so any finite number will do.
     arrays = (_scaled(q, pair.mask), k, v, online_softmax.finite(stats.lse), stats.dout, stats.delta)
-    here, dk, dv = _each_mask(one, pair, *arrays)
+    here, dk, dv = _each_mask(one, pair, dq[0, 0, 0, 0], *arrays)
     return dq + here, dk, dv
 
 
-def _gradients(call: Call, arrays: dict, interpret: bool):
+def _gradients(call: Call, arrays: dict, after, interpret: bool):
     """(dq, dk, dv) of one call, in the dtype of q: by one kernel where that is worth its memory, or by two."""
     by_keys, within = call.mask_info(by_keys=True)
     settings = dict(
@@ -131,24 +132,28 @@ def _gradients(call: Call, arrays: dict, interpret: bool):
     if groups := fused_groups(call.tiles, arrays["q"], arrays["k"].shape[0], call.capped):
         require_memory("fused", call.tiles, arrays["q"], call.capped)
         fused = functools.partial(run, use_fused_bwd_kernel=True)
-        return _in_groups(groups, lambda some: launch(fused, some | dict(mask_info=by_keys), call, products=5), arrays)
+
+        def in_one(some: dict, after):
+            return launch(fused, some | dict(mask_info=by_keys), call, products=5, after=after)
+
+        return _in_groups(groups, in_one, arrays, after)
     require_memory("dq", call.tiles, arrays["q"], call.capped)
     require_memory("dkv", call.tiles, arrays["q"], call.capped)
     by_queries, _ = call.mask_info(by_keys=False)
     run_dq = functools.partial(library()._splash_attention_bwd_dq, **settings)
     run_dkv = functools.partial(run, use_fused_bwd_kernel=False)
-    dq = launch(run_dq, arrays | dict(mask_info=by_queries), call, products=3)
-    _, dk, dv = launch(run_dkv, arrays | dict(mask_info=by_keys), call, products=4)
+    dq = launch(run_dq, arrays | dict(mask_info=by_queries), call, products=3, after=after)
+    _, dk, dv = launch(run_dkv, arrays | dict(mask_info=by_keys), call, products=4, after=after)
     return dq, dk, dv
 
 
-def _in_groups(groups: int, fn: Callable, arrays: dict):
-    """`fn(arrays)`, whose results have heads first, for one group of heads after another."""
+def _in_groups(groups: int, fn: Callable, arrays: dict, after):
+    """`fn(arrays, after)`, whose results have heads first, for one group of heads after another."""
     if groups == 1:
-        return fn(arrays)
+        return fn(arrays, after)
     shared = {name: arrays[name] for name in ("segment_ids", "sinks")}
     of_heads = {name: x.reshape(groups, -1, *x.shape[1:]) for name, x in arrays.items() if name not in shared}
-    results = jax.lax.map(lambda some: fn(some | shared), of_heads)
+    results = wait(jax.lax.map(lambda some: fn(some | shared, None), of_heads), after)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 

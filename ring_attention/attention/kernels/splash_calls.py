@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
+from jax.extend.core import DropVar
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import refuse_binding, require_signature
@@ -183,12 +184,24 @@ def _pad(x, axis: int, size: int, mode: str = "constant"):
     return jnp.pad(x, widths, mode=mode)
 
 
-def launch(kernel: Callable, arrays: dict, call: Call, products: int):
+def wait(results, after):
+    """The results, to be used when `after`, a number that a ring has let wait for its transfers, is there, too.
+
+    None is for results that are made in a loop: the whole loop would wait, and hide nothing.
+    """
+    if after is None:
+        return results
+    *leaves, _ = jax.lax.optimization_barrier(vary_together(*jax.tree.leaves(results), after))
+    return jax.tree.unflatten(jax.tree.structure(results), leaves)
+
+
+def launch(kernel: Callable, arrays: dict, call: Call, products: int, after=None):
     """The results of a library's kernel of `arrays`, by name of argument; `products` for each pair of tokens.
 
     They are typed as varying like its arrays, which the library's own types leave open. And the compiler is told what
     the kernel costs, which the library leaves open too: with nothing to go by, it starts transfers after kernels that
-    would have hidden them.
+    would have hidden them. For the same reason what the library does after its kernel, to pick lse out of an array or
+    to add up parts of dq, waits with `after` (see `wait`).
     """
     from jax._src.config import _check_vma
     from jax.experimental.pallas import CostEstimate
@@ -203,8 +216,16 @@ def launch(kernel: Callable, arrays: dict, call: Call, products: int):
             transcendentals=_pairs(arrays["q"], call),
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, shapes))),
         )
-        jaxpr_with_prices = jaxpr.jaxpr.replace(eqns=[*map(priced, jaxpr.eqns)])
-        results = eval_jaxpr(jaxpr_with_prices, jaxpr.consts, *jax.tree.leaves(arrays))
+        eqns = [*map(priced, jaxpr.eqns)]
+        cut = 1 + next(i for i, eqn in enumerate(eqns) if "cost_estimate" in eqn.params)
+        of_kernel = [x for x in eqns[cut - 1].outvars if not isinstance(x, DropVar)]
+        before = [x for eqn in eqns[: cut - 1] for x in eqn.outvars if not isinstance(x, DropVar)]
+        kernel_alone = jaxpr.jaxpr.replace(eqns=eqns[:cut], outvars=[*before, *of_kernel])
+        given = [jaxpr.consts, *jax.tree.leaves(arrays)]
+        made = eval_jaxpr(kernel_alone, *given)
+    made[len(before) :] = wait(vary_together(made[len(before) :], arrays)[0], after)
+    rest = jaxpr.jaxpr.replace(eqns=eqns[cut:], invars=[*jaxpr.jaxpr.invars, *before, *of_kernel])
+    results = eval_jaxpr(rest, *given, *made)
     return vary_together(jax.tree.unflatten(jax.tree.structure(shapes), results), arrays)[0]
 
 
