@@ -424,3 +424,10 @@ def test_remat_attention_runs_no_ring_twice_full_does():
     assert permutes["attention"] == LAYERS * (2 * (P - 1) + 4 * (P - 1))
     # the first hop of the forward ring that runs again stands in no loop: the compiler lets it serve the backward too
     assert permutes["full"] == permutes["attention"] + LAYERS * 2 * (P - 2)
+
+
+@pytest.mark.parametrize("window", [None, 3 * t // 2])
+def test_gradients_return_to_their_tokens_without_a_scatter(window):
+    """A scatter to all tokens passes an empty index, at which jaxlib 0.11.2 ends in a segmentation fault."""
+    assert "scatter" not in str(_trace("backward", 4, window=window, impl="plain").jaxpr)
+    assert "scatter" in str(jax.make_jaxpr(lambda x: x.at[:, :t].add(x))(jnp.ones((1, t))))

@@ -55,7 +55,7 @@ def test_plan_agrees_with_the_compiler_of_the_pod(tmp_path):
 
 @pytest.mark.parametrize(("waits", "beside_hops"), [(True, range(12, 15)), (False, range(4))])
 def test_rings_of_few_heads_compute_hops_beside_their_transfers(waits, beside_hops, monkeypatch):
-    """Where a hop takes 0.15 ms and its transfers 0.05, picking lse out of what the kernel gave could take their time."""
+    """A hop takes 0.15 ms, its transfers 0.05, which picking lse out of what the kernel gave could hide alone."""
     if not waits:
         for module in (splash, splash_calls):
             monkeypatch.setattr(module, "wait", lambda results, after: results)
