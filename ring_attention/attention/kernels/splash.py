@@ -31,6 +31,9 @@ from ring_attention.attention.masks import BlockPair
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.checks import require
 
+LONG_HOPS = 8
+"""Query heads to a key/value head from which on what follows the kernels waits for transfers (docs/experiments.md)."""
+
 
 def check(mask: MaskSpec, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D] and dtype."""
@@ -89,7 +92,8 @@ def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, 
             found.append((jnp.where(empty[..., None], 0, out).astype(jnp.float32), jnp.where(empty, -jnp.inf, lse)))
         return found
 
-    for out, lse in _each_mask(one, pair, state.max[0, 0, 0], _scaled(q, pair.mask), k, v):
+    after = state.max[0, 0, 0] if _outlasts_transfers(q, k) else None
+    for out, lse in _each_mask(one, pair, after, _scaled(q, pair.mask), k, v):
         state = online_softmax.merge(state, out, lse)
     return state
 
@@ -111,7 +115,8 @@ def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSiz
 
     # A row that sees nothing has lse -inf; its scores are all hidden, so any finite number will do.
     arrays = (_scaled(q, pair.mask), k, v, online_softmax.finite(stats.lse), stats.dout, stats.delta)
-    here, dk, dv = _each_mask(one, pair, dq[0, 0, 0, 0], *arrays)
+    after = dq[0, 0, 0, 0] if _outlasts_transfers(q, k) else None
+    here, dk, dv = _each_mask(one, pair, after, *arrays)
     return dq + here, dk, dv
 
 
@@ -157,9 +162,19 @@ def _in_groups(groups: int, fn: Callable, arrays: dict, after):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
+def _outlasts_transfers(q, k) -> bool:
+    """Whether hops are long beside their transfers, by the queries that a key/value head serves; see `wait`."""
+    return q.shape[1] >= LONG_HOPS * k.shape[1]
+
+
 def _scaled(q, mask: MaskSpec):
     """The kernels do not scale."""
     return (q.astype(jnp.float32) * mask.scale).astype(q.dtype)
 
 
-SPLASH = Kernel("splash", _forward, _backward, check=check, check_pair=check_pair, platform="tpu", merge_waits=True)
+def _always(backward: bool, packed: bool) -> bool:
+    del backward, packed
+    return True
+
+
+SPLASH = Kernel("splash", _forward, _backward, check=check, check_pair=check_pair, platform="tpu", merge_waits=_always)

@@ -187,7 +187,8 @@ def _pad(x, axis: int, size: int, mode: str = "constant"):
 def wait(results, after):
     """The results, to be used when `after`, a number that a ring has let wait for its transfers, is there, too.
 
-    None is for results that are made in a loop: the whole loop would wait, and hide nothing.
+    None is for results that are made in a loop, where the whole loop would wait and hide nothing; and for hops that are
+    as short as their transfers: there the compiler for v4 would end a transfer before the kernels that are to hide it.
     """
     if after is None:
         return results
