@@ -73,15 +73,14 @@ class Ring(Strategy):
         def advance(carry, step, active, going_on):
             state, blocks = carry
             following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
-            state, following = ring.after(state, following, backward=False)
+            state, following = ring.after(state, following)
             for i in active:
                 state = take(state, blocks[i], ring.remote_pair(i, blocks[i][2], step))
             return state, following
 
         arriving = {i: ring.pass_on(i, ring.part(i, k, v)) for i in range(len(ring.routes))}
         pair = ring.local_pair(0, ring.length)
-        state = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
-        state, arriving = ring.after(state, arriving, backward=False)
+        state, arriving = ring.after(vary_over(SoftmaxState.empty(q.shape), axes_of(q)), arriving)
         state = take(state, (k, v), pair)
         state, _ = ring.run(advance, (state, arriving), first=1)
         return state
@@ -107,7 +106,7 @@ class Ring(Strategy):
         def advance(carry, step, active, going_on):
             dq, blocks, dblocks, returned = carry
             following = {i: ring.pass_on(i, blocks[i]) for i in going_on}
-            dq, following = ring.after(dq, following, backward=True)
+            dq, following = ring.after(dq, following)
             arriving = {i: lax.optimization_barrier(ring.pass_on(i, dblocks[i])) for i in active if i in dblocks}
             gathered = {}
             for i in active:
@@ -122,14 +121,14 @@ class Ring(Strategy):
             return dq, dk, dv
         cut = kernel.halve(ring.length, context.blocks)
         arriving = {i: ring.pass_on(i, ring.part(i, k, v)) for i in range(len(ring.routes))}
-        dq, arriving = ring.after(dq, arriving, backward=True)
+        dq, arriving = ring.after(dq, arriving)
         dq, later = local(dq, (k, v), cut, ring.length)  # in most layouts the half that fewer queries see
         dq, later, arriving = lax.optimization_barrier((dq, later, arriving))
         carry = (dq, arriving, {}, {})  # nothing has been gathered yet that could be on its way
         carry = advance(carry, 1, range(len(ring.routes)), ring.longer_routes)
         dq, _, _, returned = ring.run(advance, carry, first=2)
         dq, kv = lax.optimization_barrier((dq, (k, v)))
-        dq, returned = ring.after(dq, returned, backward=True)
+        dq, returned = ring.after(dq, returned)
         dq, earlier = local(dq, kv, 0, cut)
         dk, dv = (jnp.concatenate(halves, 2) for halves in zip(earlier, later, strict=True))
         for i, parts in returned.items():

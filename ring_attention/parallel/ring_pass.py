@@ -41,10 +41,9 @@ class RingPass:
     routes: tuple[Route, ...]
     unroll: bool
 
-    def after(self, results, arriving, *, backward: bool):
+    def after(self, results, arriving):
         """Both; the results of hops so far not before what is on its way is there, if the kernel asks for that."""
-        waits = self.context.kernel.merge_waits(backward, self.segments is not None)
-        return lax.optimization_barrier((results, arriving)) if waits else (results, arriving)
+        return lax.optimization_barrier((results, arriving)) if self.context.kernel.merge_waits else (results, arriving)
 
     def send(self, tree, shift: int):
         """Pass every array on to the device `shift` places further, all of them as one.

@@ -57,12 +57,6 @@ def refuse_binding(kernel: str, difference: str) -> NoReturn:
     raise ValueError(f'impl="{kernel}" does not fit jax {jax.__version__}, whose {difference}; {remedy}')
 
 
-def never(backward: bool, packed: bool) -> bool:
-    """No merge waits for a transfer; see `Kernel.merge_waits`."""
-    del backward, packed
-    return False
-
-
 class Kernel(NamedTuple):
     """One way to compute a pair of query and key blocks.
 
@@ -73,9 +67,9 @@ class Kernel(NamedTuple):
       check_pair: (pair), of which it reads the mask and the runs of queries and keys, so that it costs no tracing;
         raises ValueError where the kernel cannot compute such a pair.
       platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
-      merge_waits: (backward, packed), whether a ring lets `state`, or backward dq, wait for what is on its way, of
-        sequences with or without segments. For a kernel that computes a pair by itself and only then takes these in:
-        with merging to put beside it, XLA starts a transfer after the pair that was to hide it.
+      merge_waits: whether a ring lets `state` and dq wait for what is on its way. For a kernel that computes a pair by
+        itself and only then takes these in, on TPU: with merging to put beside it, that compiler starts a transfer
+        after the pair that was to hide it.
       halve: where a ring's backward pass cuts the local keys in two, for a kernel whose forward pass must compute the
         scores of both parts just as they are there.
       differentiates_lse: whether its backward uses `GlobalStats.delta`, which holds the cotangent of lse, and not out.
@@ -89,7 +83,7 @@ class Kernel(NamedTuple):
     check: Callable = no_check
     check_pair: Callable = no_pair_check
     platform: str | None = None
-    merge_waits: Callable[[bool, bool], bool] = never
+    merge_waits: bool = False
     halve: Callable = halve
     differentiates_lse: bool = True
     float32_out: bool = False

@@ -66,24 +66,7 @@ def _backward(*args):
     return static_calls.backward(CALLS, *args)
 
 
-def _merge_waits(backward: bool, packed: bool) -> bool:
-    """A hop of packed documents is a conditional, after which XLA starts transfers if there is merging; a call is not.
-
-    Backward it would make a transfer synchronous (docs/experiments.md).
-    """
-    return packed and not backward
-
-
-CUDNN = Kernel(
-    "cudnn",
-    _forward,
-    _backward,
-    check=check,
-    check_pair=plans_of,
-    platform="gpu",
-    differentiates_lse=False,
-    merge_waits=_merge_waits,
-)
+CUDNN = Kernel("cudnn", _forward, _backward, check=check, check_pair=plans_of, platform="gpu", differentiates_lse=False)
 
 
 def _attention(q, k, v, part: StaticTile, pair: BlockPair):

@@ -172,9 +172,4 @@ def _scaled(q, mask: MaskSpec):
     return (q.astype(jnp.float32) * mask.scale).astype(q.dtype)
 
 
-def _always(backward: bool, packed: bool) -> bool:
-    del backward, packed
-    return True
-
-
-SPLASH = Kernel("splash", _forward, _backward, check=check, check_pair=check_pair, platform="tpu", merge_waits=_always)
+SPLASH = Kernel("splash", _forward, _backward, check=check, check_pair=check_pair, platform="tpu", merge_waits=True)

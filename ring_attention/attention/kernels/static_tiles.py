@@ -50,17 +50,18 @@ class StaticTile(NamedTuple):
         """The tile's keys of an array [B,K,s,...]."""
         return lax.slice_in_dim(x, self.kv, self.kv + self.columns, axis=axis)
 
+    # Not by `at`: of a whole shard it passes an empty index, at which jaxlib 0.11.2 ends in a segmentation fault.
     def into_queries(self, x, new):
         """The array [B,H,t,...] with these queries replaced."""
-        return x.at[:, :, self.q : self.q + self.rows].set(new)
+        return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), self.q, 2)
 
     def added_to_queries(self, x, more):
         """The array [B,H,t,...] with something added to these queries."""
-        return x.at[:, :, self.q : self.q + self.rows].add(more.astype(x.dtype))
+        return self.into_queries(x, self.of_queries(x) + more.astype(x.dtype))
 
     def added_to_keys(self, x, more):
         """The array [B,K,s,...] with something added to these keys."""
-        return x.at[:, :, self.kv : self.kv + self.columns].add(more.astype(x.dtype))
+        return lax.dynamic_update_slice_in_dim(x, self.of_keys(x) + more.astype(x.dtype), self.kv, 2)
 
 
 class _Spans(NamedTuple):
