@@ -57,7 +57,7 @@ _LONG |= {name: f"attention.{name}" for name in ("impl", "strategy", "ulysses_si
 _SMALL = "num_layers=12 model_dim=1024 ffn_dim=4096 num_heads=8 num_kv_heads=8 vocab_size=131072"
 
 CASES = [
-    Case(pod=pod, config=TPU if pod.startswith("v") else GPU, fields=fields)
+    Case(pod=pod, config=TPU if find_topology(pod).tpu else GPU, fields=fields)
     for pod, fields in (
         ("v5e:16x16", ""),
         ("v5e:4x4", "num_layers=8 sp=16 seq_len=131072"),

@@ -119,13 +119,7 @@ def launch_forward(library, generation: int, is_here: bool, arrays, setting: Set
             q,
             k,
             v,
-            bias=None,
-            mask=None,
-            k_start=first,
-            k_end=last,
-            is_causal=setting.causal,
-            logits_soft_cap=setting.softcap,
-            logits_scale=setting.scale,
+            **_masks(first, last, setting),
             out_dtype=q.dtype,
             normalize_output=True,
             return_residuals=True,
@@ -150,18 +144,18 @@ def launch_backward(library, generation: int, arrays, setting: Setting):
             residuals=statistics,
             out=out,
             dout=dout,
-            bias=None,
-            mask=None,
-            k_start=first,
-            k_end=last,
-            logits_scale=setting.scale,
-            logits_soft_cap=setting.softcap,
-            is_causal=setting.causal,
+            **_masks(first, last, setting),
             ds_dtype=None,
             config=backward_config(library, generation, q.shape[-1]),
         )[:3]
 
     return _untyped(kernel, q, k, v, statistics, out, dout, first, last)
+
+
+def _masks(first, last, setting: Setting) -> dict:
+    """What both kernels are told of the scores, and of those that are hidden."""
+    ranges = dict(bias=None, mask=None, k_start=first, k_end=last, is_causal=setting.causal)
+    return ranges | dict(logits_scale=setting.scale, logits_soft_cap=setting.softcap)
 
 
 def _untyped(kernel: Callable, *arrays):
