@@ -1,14 +1,14 @@
 """cuDNN as the kernel of a ring: on a GPU itself, elsewhere its two primitives in plain JAX, against the oracle."""
 
 import functools
-import itertools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ring_helpers import Bound, results, ring_mesh, sharded
+from fused_rings import LAYOUTS, B, D, H, K, P, T, each_padded, each_ring, each_strategy, run, too_large
+from ring_helpers import Bound, results, ring_mesh
 
 import ring_attention as ra
 from ring_attention.attention import kernels
@@ -19,19 +19,12 @@ from ring_attention.attention.masks import BlockPair, Tokens, visible
 from ring_attention.parallel import context
 from ring_attention.testing import random_qkv
 
-B, T, H, K, D, P = 2, 256, 4, 2, 64, 4
 ONE_DOCUMENT_ENDS = np.where(np.arange(T) < 150, 1, 2)[None].repeat(B, 0)
 MASKS = {
     "causal": {},
     "bidirectional": dict(causal=False),
     "window": dict(window=100),
     "documents": dict(segment_ids=ONE_DOCUMENT_ENDS, sinks=np.linspace(-1, 1, H, dtype=np.float32)),
-}
-LAYOUTS = {
-    "contiguous": ra.SequenceLayout("contiguous", P),
-    "zigzag": ra.SequenceLayout("zigzag", P),
-    "striped": ra.SequenceLayout("striped", P),
-    "dealt": ra.SequenceLayout.for_speeds([1, 1, 0.5, 1], chunks_per_shard=2),
 }
 
 
@@ -75,43 +68,21 @@ def _primitives(monkeypatch):
     monkeypatch.setitem(kernels.KERNELS, "cudnn", cudnn.CUDNN._replace(platform=None))
 
 
-def _run(qkv, layout, arguments, strategy="ring", devices=P):
-    arguments = dict(arguments)
-    attend = sharded(ring_mesh(devices), LAYOUTS[layout] if devices == P else layout, strategy=strategy, impl="cudnn")
-    return results(attend, qkv, arguments.pop("sinks", None), **arguments)
-
-
-QUICK = [("contiguous", "window"), ("zigzag", "causal")]
-ALL = itertools.product(LAYOUTS, MASKS)
-
-
-def _marks(layout, mask):
-    if (layout, mask) in QUICK:
-        return []
-    many = layout == "dealt" or mask == "documents" and layout != "zigzag"
-    return [pytest.mark.slow, pytest.mark.nightly] if many else pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("layout", "mask"), [pytest.param(*case, marks=_marks(*case), id="-".join(case)) for case in ALL]
-)
+@each_ring(MASKS)
 def test_cudnn_ring_is_as_exact_as_dense_attention(layout, mask):
-    qkv = random_qkv(0, B, T, H, K, D, dtype="bfloat16")
-    assert Bound(qkv, **MASKS[mask]).too_large(_run(qkv, layout, MASKS[mask])) == {}
+    assert too_large("cudnn", layout, MASKS[mask]) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["all_gather", "ulysses", "usp"])
+@each_strategy
 def test_cudnn_serves_other_strategies_too(strategy):
-    qkv = random_qkv(0, B, T, H, 4, D, dtype="float16")
-    assert Bound(qkv).too_large(_run(qkv, "zigzag", {}, strategy)) == {}
+    assert too_large("cudnn", "zigzag", {}, kv_heads=4, dtype="float16", strategy=strategy) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [{}, dict(causal=False), dict(sinks=np.full(H, -200, np.float32))], ids=str)
+@each_padded
 def test_cudnn_pads_lengths_that_do_not_divide(arguments):
-    qkv = random_qkv(0, 1, T - 19, H, K, D, dtype="bfloat16")
-    assert Bound(qkv, **arguments).too_large(_run(qkv, "zigzag", arguments)) == {}
+    assert too_large("cudnn", "zigzag", arguments, tokens=T - 19, rows=1) == {}
 
 
 def test_cudnn_attends_on_one_device_in_a_single_call():
@@ -161,7 +132,7 @@ def test_cudnn_mistakes_exceed_the_bound(monkeypatch, wrong):
             static_calls, "plan", lambda pair: ([[*map(replaced, x)] for x in plan(pair)[0]], plan(pair)[1])
         )
         want = {"out", "dq", "dk", "dv"}
-    assert set(Bound(qkv).too_large(_run(qkv, "zigzag", {}, devices=2))) == want
+    assert set(Bound(qkv).too_large(run("cudnn", qkv, "zigzag", {}, devices=2))) == want
 
 
 def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
@@ -289,10 +260,10 @@ def test_plan_refuses_too_many_kinds_of_pairs():
 def test_plan_of_remote_pairs_has_two_kinds():
     t, mask = 16, MaskSpec(scale=1.0)
     half = t // 2
-    for P in (2, 8, 64):
-        local, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 0, t, mask))
+    for devices in (2, 8, 64):
+        local, _ = plan(_pair(ra.SequenceLayout("zigzag", devices), 0, 0, t, mask))
         assert local == [[StaticTile(0, t, 0, t, CAUSAL)]]
-        plans, _ = plan(_pair(ra.SequenceLayout("zigzag", P), 0, 1, t, mask))
+        plans, _ = plan(_pair(ra.SequenceLayout("zigzag", devices), 0, 1, t, mask))
         assert sorted(plans) == [[StaticTile(0, t, 0, half, FULL)], [StaticTile(half, half, 0, t, FULL)]]
-        plans, _ = plan(_pair(ra.SequenceLayout("striped", P), 0, 1, t, mask))
+        plans, _ = plan(_pair(ra.SequenceLayout("striped", devices), 0, 1, t, mask))
         assert sorted(plans) == [[StaticTile(0, t, 0, t, CAUSAL)], [StaticTile(1, t - 1, 0, t - 1, CAUSAL)]]

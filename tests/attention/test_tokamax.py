@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import itertools
 import re
 import types
 
@@ -10,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ring_helpers import Bound, results, ring_mesh, sharded
+from fused_rings import B, D, H, K, T, each_padded, each_ring, each_strategy, too_large
+from ring_helpers import Bound, results, ring_mesh
 
 import ring_attention as ra
 from ring_attention.attention import kernels
@@ -20,7 +20,6 @@ from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel import context
 from ring_attention.testing import random_qkv
 
-B, T, H, K, D, P = 2, 256, 4, 2, 64, 4
 DOCUMENT = np.where(np.arange(T) < 150, 1, 2)[None].repeat(B, 0)
 OTHER_DOCUMENTS = np.where(np.arange(T) < np.array([[150], [70]]), 1, 2)
 COMES_BACK = np.where(np.arange(T) // 20 % 2, 1, 2)[None].repeat(B, 0)
@@ -30,12 +29,6 @@ MASKS = {
     "window": dict(window=100, softcap=3.0),
     "two-sided window": dict(window=50, causal=False),
     "documents": dict(segment_ids=OTHER_DOCUMENTS, sinks=np.linspace(-1, 1, H, dtype=np.float32)),
-}
-LAYOUTS = {
-    "contiguous": ra.SequenceLayout("contiguous", P),
-    "zigzag": ra.SequenceLayout("zigzag", P),
-    "striped": ra.SequenceLayout("striped", P),
-    "dealt": ra.SequenceLayout.for_speeds([1, 1, 0.5, 1], chunks_per_shard=2),
 }
 NEEDS_TOKAMAX = pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
 
@@ -93,44 +86,21 @@ def _kernels(monkeypatch):
     monkeypatch.setitem(kernels.KERNELS, "tokamax", tokamax.TOKAMAX._replace(platform=None))
 
 
-def _run(qkv, layout, arguments, strategy="ring", devices=P):
-    arguments = dict(arguments)
-    layout = LAYOUTS[layout] if devices == P else layout
-    attend = sharded(ring_mesh(devices), layout, strategy=strategy, impl="tokamax")
-    return results(attend, qkv, arguments.pop("sinks", None), **arguments)
-
-
-QUICK = [("contiguous", "window"), ("zigzag", "causal")]
-
-
-def _marks(layout, mask):
-    if (layout, mask) in QUICK:
-        return []
-    many = layout == "dealt" or mask == "documents" and layout != "zigzag"
-    return [pytest.mark.slow, pytest.mark.nightly] if many else pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("layout", "mask"),
-    [pytest.param(*case, marks=_marks(*case), id="-".join(case)) for case in itertools.product(LAYOUTS, MASKS)],
-)
+@each_ring(MASKS)
 def test_tokamax_ring_is_as_exact_as_dense_attention(layout, mask):
-    qkv = random_qkv(0, B, T, H, K, D, dtype="bfloat16")
-    assert Bound(qkv, **MASKS[mask]).too_large(_run(qkv, layout, MASKS[mask])) == {}
+    assert too_large("tokamax", layout, MASKS[mask]) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["all_gather", "ulysses", "usp"])
+@each_strategy
 def test_tokamax_serves_other_strategies_too(strategy):
-    qkv = random_qkv(0, B, T, H, 4, D, dtype="float16")
-    assert Bound(qkv).too_large(_run(qkv, "zigzag", {}, strategy)) == {}
+    assert too_large("tokamax", "zigzag", {}, kv_heads=4, dtype="float16", strategy=strategy) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [{}, dict(causal=False), dict(sinks=np.full(H, -200, np.float32))], ids=str)
+@each_padded
 def test_tokamax_pads_lengths_that_do_not_divide(arguments):
-    qkv = random_qkv(0, 1, T - 19, H, K, D, dtype="bfloat16")
-    assert Bound(qkv, **arguments).too_large(_run(qkv, "zigzag", arguments)) == {}
+    assert too_large("tokamax", "zigzag", arguments, tokens=T - 19, rows=1) == {}
 
 
 def _tiles_taken(monkeypatch):
