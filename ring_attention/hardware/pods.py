@@ -10,41 +10,38 @@ from jax.experimental import topologies
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.topology import Topology, find_topology
 
-_H100_SXM = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+_TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 threads_per_core_limit: 2048
+  shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin} core_count: {cores} fpus_per_core: {units}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
+  cuda_compute_capability {{ {capability} }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
   driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{kind}"
 """
+_AMPERE = dict(shared=167936, optin=166912, units=64, l2=41943040, clock=1.41, capability="major: 8", cores=108)
+_HOPPER = dict(shared=233472, optin=232448, units=128, l2=52428800, clock=1.98, capability="major: 9", cores=132)
+_BLACKWELL = dict(shared=233472, optin=232448, units=128, l2=132644864, clock=1.965, capability="major: 10", cores=148)
 
-_A100_SXM = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 167936
-  threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 2039000000000 l2_cache_size: 41943040
-  clock_rate_ghz: 1.41 device_memory_size: 84987740160 shared_memory_per_block_optin: 166912
-  cuda_compute_capability { major: 8 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+_GPU_TARGETS = {
+    "a100": _AMPERE | dict(memory=84987740160),
+    "a100-40": _AMPERE | dict(memory=42298834944),
+    "h100": _HOPPER | dict(memory=84942979072),
+    "h200": _HOPPER | dict(memory=150001731993),
+    "b200": _BLACKWELL | dict(memory=191514411008),
+    "gb200": _BLACKWELL | dict(memory=197897748480, cores=152, l2=135528448, clock=2.062),
+    "b300": _BLACKWELL | dict(memory=287655434649, capability="major: 10 minor: 3"),
 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA A100-SXM4-80GB"
-"""
-
-_GPU_TARGETS = {"h100": _H100_SXM, "a100": _A100_SXM}
 """Published figures of one SXM GPU (NVIDIA's datasheets and CUDA programming guide), as XLA's compiler reads them.
 
-The programming guide gives compute capability 8.0 a cache of 192 KiB a multiprocessor, of which 164 KiB can be shared
-memory, 163 KiB of one block. device_memory_size is what the driver leaves of 80 GiB.
+Of shared memory, 64 KiB to 228 KiB a multiprocessor by compute capability, a block can have all but 1 KiB. `memory` is
+what the driver leaves. Multiprocessors, caches and clocks of B200 and GB200 are as OpenXLA's own targets have them;
+B300's are assumed to be those of B200.
 """
 
 _GPU_COMPILERS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
@@ -89,8 +86,9 @@ def _gpus(pod: Topology) -> list[jax.Device]:
         raise ConfigError(f"topology={pod.name!r}: {pod.chip.name} cannot be compiled for here; choose one of {known}")
     _load_gpu_compiler()
     hosts, gpus = pod.sides
+    target = _TARGET.format(kind=pod.chip.kinds[0], bandwidth=pod.chip.memory_bandwidth, **_GPU_TARGETS[pod.chip.name])
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=_GPU_TARGETS[pod.chip.name]
+        platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=target
     ).devices
 
 

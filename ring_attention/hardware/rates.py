@@ -31,9 +31,10 @@ def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
     TPU: a ring runs along a cycle of single links. An all-gather uses the links of all sides of the group's box, both
     ways where a side closes to a circle. In an all-to-all the middle of the longest side is the narrowest place.
 
-    GPU: all of a host are one switch apart. Across hosts a ring of consecutive devices waits for the one that sends to
-    the next host over its own adapter; an all-gather and an all-to-all use all adapters of the host, each device for
-    the part that it shares out inside.
+    GPU: all of a host are one switch apart, or each has a link of its own to each other; then a hop has one link, and
+    an all-gather and an all-to-all have as many as there are others. Across hosts a ring of consecutive devices waits
+    for the one that sends to the next host over its own adapter; an all-gather and an all-to-all use all adapters of
+    the host, each device for the part that it shares out inside.
     """
     chip = topology.chip
     if topology.tpu:
@@ -47,16 +48,24 @@ def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
             swap=chip.link / max(narrow, 0.5),
             kind="ICI",
         )
+    direct = chip.links > 1  # from each to each, with no switch between
     if not topology.crosses_hosts(group * stride):
-        return Wires(hop=chip.link, hop_both=chip.link, gather=chip.link, swap=chip.link, kind="NVLink")
+        ways = max(min(group - 1, chip.links), 1)
+        return Wires(
+            hop=chip.link,
+            hop_both=min(ways, 2) * chip.link,
+            gather=ways * chip.link,
+            swap=ways * chip.link,
+            kind="Infinity Fabric" if direct else "NVLink",
+        )
     inside = max(topology.sides[-1] // stride, 1)  # members of the group on one host
+    local = min(inside - 1, chip.links) * chip.link if inside > 1 else math.inf
     hosts = math.ceil(group / inside)
     outside = (hosts - 1) / hosts  # part of all bytes that comes from other hosts
-    shared = min(chip.link, inside * chip.network / outside)
     return Wires(
         hop=chip.network,
         hop_both=chip.network,
-        gather=shared,
-        swap=min(chip.link, chip.network / outside),
-        kind="InfiniBand",
+        gather=min(local, inside * chip.network / outside),
+        swap=min(local, chip.network / outside),
+        kind="network" if direct else "InfiniBand",
     )

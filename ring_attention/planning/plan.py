@@ -157,7 +157,7 @@ def candidates_of(share: Share, strategies: list[Strategy] | None = None) -> lis
 def strategies_of(share: Share) -> list[Strategy]:
     """List every exact strategy that this mesh, shape and kernel can run; see `validate.check_attention`."""
     work = share.work()
-    both_ways = share.topology.tpu  # a GPU's one link carries no more if it sends both ways
+    both_ways = share.topology.chip.links > 1  # one link, into a switch, carries no more if it sends both ways
     known = [STRATEGIES[name] for name in scheduled(work)] if share.ring > 1 else [SingleDevice()]
     strategies = [x for known in known if known.exact and known.full for x in known.variants(work, both_ways)]
     return [strategy for strategy in strategies if _can_run(share, strategy)]

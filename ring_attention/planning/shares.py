@@ -7,7 +7,7 @@ from ring_attention.attention.device_kind import DeviceKind
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.choose import Choice, choose
 from ring_attention.attention.mask_spec import MaskSpec
-from ring_attention.checks import ConfigError
+from ring_attention.checks import ConfigError, require_field
 from ring_attention.hardware.topology import Topology
 from ring_attention.models.config import ModelConfig
 from ring_attention.parallel.kernel_choice import choose_context
@@ -35,8 +35,16 @@ class Share:
     @staticmethod
     def of(config: TrainConfig, topology: Topology) -> "Share":
         """Work out a device's part of this config on this pod; raises ConfigError if the pod cannot run it."""
-        mesh = resolve_config_mesh(config, topology)
+        mesh, impl = resolve_config_mesh(config, topology), config.attention.impl
         validate_config(config, mesh, topology.chip.platform)
+        kind = _kind_of(topology)
+        require_field(
+            impl in ("auto", "xla") or not kind.is_amd,
+            "attention.impl",
+            impl,
+            f"{kind.name} is driven by ROCm, for which there is no such kernel",
+            'use impl="auto"',
+        )
         return Share(config=config, topology=topology, mesh=mesh)
 
     @property
@@ -61,7 +69,7 @@ class Share:
 
     @functools.cached_property
     def _attention(self) -> tuple[Context, str]:
-        attention, model, chip, reasons = self.config.attention, self.model, self.topology.chip, [""]
+        attention, model, reasons = self.config.attention, self.model, [""]
 
         def choose_untested(impl, kind, accepts):
             choice = Choice(impl) if impl != "auto" else choose(kind, accepts, lambda kernel, kind: None)
@@ -74,7 +82,7 @@ class Share:
             attention.block_sizes,
             axis_name=SEQUENCE,
             layout=attention.make_layout(self.ring),
-            kind=DeviceKind(chip.platform, chip.kinds[0]),
+            kind=_kind_of(self.topology),
             shape=(self.batch, self.tokens, self.heads // model.head_groups, model.head_dim),
             dtype=model.compute_dtype,
             kv_heads=self.kv_heads // model.head_groups,
@@ -166,6 +174,10 @@ class Share:
             segments=True,
         )
         return Workload(**(fields | changes))
+
+
+def _kind_of(topology: Topology) -> DeviceKind:
+    return DeviceKind(topology.chip.platform, topology.chip.kinds[0])
 
 
 def resolve_config_mesh(config: TrainConfig, topology: Topology) -> dict[str, int]:

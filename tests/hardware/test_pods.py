@@ -58,7 +58,7 @@ def test_pod_devices_names_the_extra_of_a_missing_compiler(monkeypatch, topology
         ("v6e:0x4", "write it like v6e:16x16"),
         ("a100:8", "write it like a100:4x8"),
         ("h100:1x8x2", "write it like h100:4x8"),
-        ("h200:1x8", "choose one of h100, a100"),
+        ("mi300x:1x8", "choose one of a100, a100-40, h100, h200, b200, gb200, b300"),
     ],
 )
 def test_pod_devices_says_how_to_write_a_topology(topology, remedy):
@@ -106,7 +106,7 @@ def test_pod_devices_names_the_extra_where_no_compiler_for_cuda_is_installed(mon
 
 
 @needs_gpu_compiler
-@pytest.mark.parametrize(("topology", "kind"), [("a100:4x8", "A100-SXM4-80GB"), ("h100:4x8", "H100 80GB HBM3")])
+@pytest.mark.parametrize(("topology", "kind"), [("a100:4x8", "A100-SXM4-80GB"), ("b300:4x8", "B300 SXM6 AC")])
 def test_pod_devices_gives_gpus_of_the_chip(topology, kind):
     code = f"""from ring_attention.hardware.pods import pod_devices
 print([device.device_kind for device in pod_devices({topology!r})])"""

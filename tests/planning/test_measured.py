@@ -62,7 +62,7 @@ def test_plan_says_where_its_rates_are_from(tmp_path, capsys):
     [
         (
             dict(device_kind="TPU v5 lite"),
-            "was measured on 'TPU v5 lite', but h100:1x8 has h100 (H100 80GB HBM3); plan",
+            "was measured on 'TPU v5 lite', but h100:1x8 has h100 (NVIDIA H100 80GB HBM3); plan",
         ),
         (dict(device_kind="cpu"), "was measured on 'cpu', but h100:1x8 has h100"),
         (dict(device_kind=None), "was measured on None"),

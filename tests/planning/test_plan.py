@@ -224,3 +224,11 @@ def test_a_plan_has_the_kernel_and_the_tiles_that_auto_takes_on_the_pod():
     gpu = make_plan(capped, find_topology("h100:1x8")).share
     assert gpu.attention.kernel.name == "xla"
     assert "has no softcap" in gpu.kernel_reason
+
+
+def test_a_kernel_of_nvidias_is_refused_on_amds_gpus():
+    config = load_config(GPU)
+    attention = dataclasses.replace(config.attention, impl="cudnn")
+    with pytest.raises(ConfigError, match="'cudnn': AMD Instinct MI300X is driven by ROCm.*; use impl=\"auto\""):
+        Share.of(dataclasses.replace(config, attention=attention), find_topology("mi300x:1x8"))
+    assert Share.of(config, find_topology("mi300x:1x8")).attention.kernel.name == "xla"

@@ -68,7 +68,7 @@ def test_machine_peak_of_accelerators_is_the_published_one(kind, teraflops):
     assert f"4 x {kind}" in source
 
 
-@pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "NVIDIA B200", "TPU v99"])
+@pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "NVIDIA B900", "TPU v99"])
 def test_machine_peak_of_an_unknown_device_is_a_reason(kind):
     peak, reason = machine_peak_flops(devices(kind, 1, platform="gpu"))
     assert peak is None
