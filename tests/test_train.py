@@ -118,7 +118,7 @@ def test_train_refuses_texts_and_tokenizers_that_changed(tmp_path, capsys):
 
 IMPOSSIBLE = {
     "--config.seq_len=250": "seq_len=250 is not divisible by 2*sp (zigzag)=4; pad to 252",
-    "--config.model.model_dim=30": "model.model_dim=30 is not divisible by fsdp*sp=4; use 32 or fewer devices",
+    "--config.model.ffn_dim=63": "model.ffn_dim=63 is not divisible by tp=2; use 64 or fewer devices",
     "--config.model.num_kv_heads=1": "model.num_kv_heads=1 is not divisible by tp=2; use 2 or fewer devices",
     "--config.model.head_groups=3": "is not divisible by mesh.tp * model.head_groups=6; use fewer groups",
     "--config.batch_size=3": "eval_sequences=4: is not divisible by the 3 sequences that run at once; use",

@@ -17,7 +17,7 @@ from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, cache_byte
 from ring_attention.inference.programs import ROWS, Plan, Rows, make_prefill, make_step
 from ring_attention.inference.sampling import Sampling
 from ring_attention.models.config import ModelConfig
-from ring_attention.models.transformer import abstract_parameters, parameter_specs
+from ring_attention.models.transformer import abstract_parameters, parameter_specs, resized_parameters
 from ring_attention.parallel.layouts import MOST_TOKENS, SequenceLayout
 from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import check_fits
@@ -234,7 +234,6 @@ def _check(plan: Plan, mesh: Mesh) -> None:
     require(fits, f"{capacity} must be a whole number of tokens, 1 to {MOST_TOKENS}; give prompt and continuation room")
     fits = is_whole(plan.vocab_size, 1) and plan.vocab_size <= model.vocab_size
     require(fits, f"vocab_size={shown(plan.vocab_size)} must be 1 to model.vocab_size={model.vocab_size}; leave it out")
-    check_fits("model.model_dim", model.model_dim, "model", shape)
     check_fits("model.num_heads", model.num_heads, "heads", shape)
     check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", shape)
     check_fits("model.ffn_dim", model.ffn_dim, "ffn", shape)
@@ -255,8 +254,15 @@ def _check(plan: Plan, mesh: Mesh) -> None:
 
 def _placed(params: Any, model: ModelConfig, mesh: Mesh) -> Any:
     """Put the parameters where the programs want them; ValueError unless they are this model's."""
-    want = abstract_parameters(model)
-    same = jax.tree.structure(params) == jax.tree.structure(want)
-    same = same and all(x.shape == y.shape for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True))
-    require(same, "params are those of another model: names or shapes differ; load them with TrainedModel.load")
+
+    def same(want):
+        shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]  # noqa: E731
+        return jax.tree.structure(params) == jax.tree.structure(want) and shapes(params) == shapes(want)
+
+    stored = same(abstract_parameters(model, mesh.shape))
+    require(
+        stored or same(abstract_parameters(model)),
+        "params are those of another model: names or shapes differ; load them with TrainedModel.load",
+    )
+    params = params if stored else resized_parameters(params, model, mesh.shape)
     return jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(model)))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache
 from ring_attention.inference.sampling import Sampling, sample
 from ring_attention.models.config import ModelConfig
-from ring_attention.models.products import GATHERED, STATIONARY
+from ring_attention.models.products import GATHERED, Stationary
 from ring_attention.models.transformer import Transformer, model_builder, parameter_specs
 from ring_attention.parallel.decode import decode_attention_shard
 from ring_attention.parallel.layouts import SequenceLayout
@@ -131,7 +131,7 @@ def make_step(plan: Plan, mesh: Mesh):
             length=plan.capacity,
             cache=cache,
             attend=attend,
-            products=STATIONARY,
+            products=Stationary(plan.model.model_dim),
         )
         positions = rows.positions + 1
         tokens = _next_tokens(plan, model, hidden_b1M[:, 0], rows.seeds, positions)
@@ -144,7 +144,7 @@ def make_step(plan: Plan, mesh: Mesh):
 
 def _next_tokens(plan: Plan, model: Transformer, hidden_bM, seeds_b, positions_b) -> jax.Array:
     """Choose the token at each position, int32 [b], by the scores that these hidden states make."""
-    logits_bv = model.logits_of(hidden_bM[:, None], STATIONARY)[:, 0]
+    logits_bv = model.logits_of(hidden_bM[:, None], Stationary(plan.model.model_dim))[:, 0]
     logits_bV = lax.all_gather(logits_bv, TENSOR, axis=1, tiled=True, to="invarying")
     known = jnp.arange(logits_bV.shape[1]) < plan.vocab_size
     return sample(plan.sampling, jnp.where(known, logits_bV, -jnp.inf), seeds_b, positions_b)

@@ -24,7 +24,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, config: ModelConfig, size: int | None = None):
         self.epsilon = config.norm_epsilon
-        self.scale = Weight(jnp.ones(size or config.model_dim, jnp.float32), axes=("norm",))
+        self.scale = Weight(jnp.ones(size or config.model_dim, jnp.float32), axes=("norm",), width=None)
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:

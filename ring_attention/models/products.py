@@ -1,10 +1,11 @@
 """Two ways for weights that are sharded over devices to meet activations.
 
 Training has many tokens: weights travel, each gathered where it is used, and tokens stay (`GATHERED`). Generating has
-few: weights stay where they are and the activations of those few tokens travel (`STATIONARY`), so that a device reads,
+few: weights stay where they are and the activations of those few tokens travel (`Stationary`), so that a device reads,
 and holds, its own share of the weights alone.
 """
 
+import dataclasses
 from typing import Protocol
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 
 from ring_attention.models.weight import Weight
 from ring_attention.parallel.mesh import TENSOR
-from ring_attention.parallel.sharding import RULES
+from ring_attention.parallel.sharding import RULES, resized
 
 _MODEL = RULES["model"]
 
@@ -68,14 +69,21 @@ class _Gathered:
         return x
 
 
-class _Stationary:
+@dataclasses.dataclass(frozen=True)
+class Stationary:
+    """Products with weights that stay where they are, of a model `width` wide; see `Products`."""
+
+    width: int
+
     def ready(self, weight, dtype):
+        """The share of the weight that this device has."""
         return weight[...].astype(dtype)
 
     def contract(self, equation, x, *weights, dtype=None):
         """One sum over devices for all the weights: their parts travel side by side, in float32."""
-        share = x.shape[-1] // lax.axis_size(_MODEL)
-        mine = lax.dynamic_slice_in_dim(x, lax.axis_index(_MODEL) * share, share, axis=-1)
+        share = weights[0].shape[0]  # of all weights here the first axis is M
+        padded = resized(x, (*x.shape[:-1], share * lax.axis_size(_MODEL)))
+        mine = lax.dynamic_slice_in_dim(padded, lax.axis_index(_MODEL) * share, share, axis=-1)
         parts = [jnp.einsum(equation, mine, weight, preferred_element_type=jnp.float32) for weight in weights]
         packed = lax.psum(jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1), _MODEL)
         ends = [sum(part[0, 0].size for part in parts[: i + 1]) for i in range(len(parts) - 1)]
@@ -83,11 +91,12 @@ class _Stationary:
         return [y.reshape(part.shape).astype(dtype or x.dtype) for y, part in zip(whole, parts, strict=True)]
 
     def produce(self, equation, x, weight):
+        """Each device's part of M, put together."""
         return self.spread(lax.psum(jnp.einsum(equation, x, weight), TENSOR))
 
     def spread(self, x):
-        return lax.all_gather(x, _MODEL, axis=x.ndim - 1, tiled=True, to="invarying")
+        """The parts of M that devices have, put together."""
+        return lax.all_gather(x, _MODEL, axis=x.ndim - 1, tiled=True, to="invarying")[..., : self.width]
 
 
 GATHERED: Products = _Gathered()
-STATIONARY: Products = _Stationary()

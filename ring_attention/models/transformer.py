@@ -1,6 +1,6 @@
 """A decoder-only Transformer in Flax NNX, written for one device of the mesh (see `parallel.sharding`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from ring_attention.models.remat import name_input, rematerialised
 from ring_attention.models.rope import rotary_tables
 from ring_attention.models.weight import normal_weight
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
-from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
+from ring_attention.parallel.sharding import TOKEN_AXES, resized, spec_of, stored_shape
 
 
 class Transformer(nnx.Module):
@@ -133,7 +133,7 @@ class Transformer(nnx.Module):
           length: of the whole sequence, for rotary scaling "dynamic".
           cache: pytree of arrays, of all layers. The loop over layers carries it, so that it is written in place.
           attend: attend(q, k, v, cache, layer) -> (out, cache); `layer` is its number, int32.
-          products: `GATHERED` where tokens are sharded over the mesh as in training, `STATIONARY` where all devices of
+          products: `GATHERED` where tokens are sharded over the mesh as in training, `Stationary` where all devices of
             a ring have the same few.
         """
         x_btM = vary_over(self._embed(tokens, products), frozenset(TOKEN_AXES))  # as norms and biases do
@@ -178,9 +178,18 @@ def parameter_specs(config: ModelConfig):
     return nnx.to_pure_dict(nnx.map_state(spec, state))
 
 
-def abstract_parameters(config: ModelConfig):
-    """Shapes and dtypes of the parameters, shaped as `parameter_specs`."""
-    return nnx.to_pure_dict(nnx.state(_abstract_model(config), nnx.Param))
+def abstract_parameters(config: ModelConfig, mesh_shape: Mapping[str, int] | None = None):
+    """Shapes and dtypes of the parameters, shaped as `parameter_specs`; with a mesh's, as they are stored there."""
+    params = nnx.to_pure_dict(nnx.state(_abstract_model(config), nnx.Param))
+    if mesh_shape is None:
+        return params
+    stored = lambda x, spec: jax.ShapeDtypeStruct(stored_shape(x.shape, spec, mesh_shape), x.dtype)  # noqa: E731
+    return jax.tree.map(stored, params, parameter_specs(config))
+
+
+def resized_parameters(params: Any, config: ModelConfig, mesh_shape: Mapping[str, int] | None = None) -> Any:
+    """The parameters padded as they are stored on a mesh of this shape, or without padding, whichever they had."""
+    return jax.tree.map(lambda x, to: resized(x, to.shape), params, abstract_parameters(config, mesh_shape))
 
 
 def model_builder(config: ModelConfig) -> Callable[[Any], Transformer]:

@@ -6,6 +6,8 @@ gradients) or as a sum over the tensor axis where a row-parallel product ends.
 """
 
 import functools
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +58,29 @@ def check_fits(name: str, size: int, axis: str, mesh_shape: dict[str, int]) -> N
     require_divisible(name, size, "*".join(names), shards, f"use {need} or fewer devices on these axes of the mesh")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_weight(w: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
+def stored_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape in which an array of `shape` is kept on a mesh: zeros pad each axis to equal parts for those who share it.
+
+    Args:
+      shape: of the array itself.
+      spec: of `spec_of`.
+      mesh_shape: sizes of the mesh axes.
+    """
+    names = [(entry,) if isinstance(entry, str) else entry or () for entry in (*spec, *[None] * len(shape))]
+    parts = [math.prod(mesh_shape[name] for name in entry) for entry in names]
+    return tuple(-(-size // part) * part for size, part in zip(shape, parts, strict=False))
+
+
+def resized(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Cut each axis of `x` at its end, or pad it there with zeros, to a `shape` of as many axes."""
+    if x.shape == shape:
+        return x
+    x = x[tuple(slice(size) for size in shape)]
+    return jnp.pad(x, [(0, size - has) for size, has in zip(shape, x.shape, strict=True)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_weight(w: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype, width: int | None = None) -> jax.Array:
     """A weight as its user needs it: whole along "model", still sharded over tp, in `dtype`, free to meet any token.
 
     Call it outside loops over tokens, so that their gradients are summed on each device first. It is cast before it
@@ -67,29 +90,34 @@ def gather_weight(w: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.
       w: this device's shard of a parameter.
       axes: its logical axes.
       dtype: of the result.
+      width: of the result along "model", where `stored_shape` may have padded it; None: as wide as all shards are.
     """
-    return _gathered(w, axes, dtype)
+    return _gathered(w, axes, dtype, width)
 
 
 @jax.named_scope("weights")
-def _gathered(w, axes, dtype):
+def _gathered(w, axes, dtype, width):
     # Undecorated: what a forward rule computes must let tangents through, for Hessians.
     w = w.astype(dtype)
     if "model" in axes:
-        w = lax.all_gather(w, RULES["model"], axis=axes.index("model"), tiled=True)
+        axis = axes.index("model")
+        w = lax.all_gather(w, RULES["model"], axis=axis, tiled=True)
+        w = resized(w, (*w.shape[:axis], width or w.shape[axis], *w.shape[axis + 1 :]))
     return vary_over(w, frozenset(TOKEN_AXES))
 
 
-def _gather_forward(w, axes, dtype):
-    return _gathered(w, axes, dtype), jnp.zeros((0,), w.dtype)
+def _gather_forward(w, axes, dtype, width):
+    return _gathered(w, axes, dtype, width), jnp.zeros((0,), w.dtype)
 
 
 @jax.named_scope("weights")
-def _gather_backward(axes, dtype, like, grad):
-    del dtype
+def _gather_backward(axes, dtype, width, like, grad):
+    del dtype, width
     grad = grad.astype(jnp.float32)
     if "model" in axes:
-        grad = lax.psum_scatter(grad, RULES["model"], scatter_dimension=axes.index("model"), tiled=True)
+        axis, owners = axes.index("model"), lax.axis_size(RULES["model"])
+        shape = tuple(-(-size // owners) * owners if axis == number else size for number, size in enumerate(grad.shape))
+        grad = lax.psum_scatter(resized(grad, shape), RULES["model"], scatter_dimension=axis, tiled=True)
         summed = RULES["model"]
     else:
         summed = ()

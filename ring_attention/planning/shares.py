@@ -156,7 +156,8 @@ class Share:
         """Parameters that this device keeps: its share of the matrices, and all norms."""
         layers = self.model.num_layers
         matrices = layers * (self.attention_weights + self.ffn_weights) + self.model.vocab_tables * self.vocab_weights
-        return matrices // self.owners + (2 * layers + 1) * self.model.model_dim
+        width = -(-self.model.model_dim // self.owners)  # of a matrix along M, the last one's padded
+        return matrices // self.model.model_dim * width + (2 * layers + 1) * self.model.model_dim
 
     def work(self, **changes) -> Workload:
         """Describe one layer's attention, for the strategies' own figures."""

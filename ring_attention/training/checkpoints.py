@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ring_attention.checks import ConfigError, one_line, require
@@ -28,6 +27,7 @@ from ring_attention.training.fault_tolerance.integrity import (
     write_manifest,
 )
 from ring_attention.training.processes import is_first
+from ring_attention.training.stored_arrays import require_fit
 
 KEEP = 3
 """Checkpoints that stay; each holds parameters and two moments, 12 bytes a parameter."""
@@ -72,14 +72,18 @@ class Checkpoints:
     its fingerprint.
     """
 
-    def __init__(self, path: Path):
-        """Open `path`, a folder, made if there is none; the KEEP newest checkpoints stay in it."""
+    def __init__(self, path: Path, whole: Any = None):
+        """Open `path`, a folder, made if there is none; the KEEP newest checkpoints stay in it.
+
+        `whole` is a pytree as the states, of shapes as they are without padding (`sharding.stored_shape`), by which a
+        state that one mesh padded comes back on another; None: states have no padding.
+        """
         silence_threads()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(KEEP),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._list_files),
         )
-        self._path = Path(path).absolute()
+        self._path, self._whole = Path(path).absolute(), whole
         self._remove_unfinished()
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self._manager = _Manager(self._path, options=options, item_handlers=handlers)
@@ -100,7 +104,7 @@ class Checkpoints:
         problem = f"step={step} is not newer than the latest checkpoint, {latest}; save each step once"
         require(latest is None or step > latest, problem)
         require_there(self._path)  # orbax would make it anew, in a folder that has lost the rest of the run
-        contents = sign({"data": data, "fingerprints": fingerprints(state), "files": MANIFEST})
+        contents = sign({"data": data, "fingerprints": fingerprints(state, self._whole), "files": MANIFEST})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(contents))
         self._writing(lambda: self._manager.save(step, args=args))
 
@@ -182,8 +186,9 @@ class Checkpoints:
         try:
             contents = read_contents(path)
             require_written(path, contents, jax.process_index(), jax.process_count())
-            self._require_fit(step, abstract_state)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            stored = self._manager.item_metadata(step)["state"].tree
+            same = require_fit(path, stored, abstract_state, self._whole)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state, strict=same))
             state = self._manager.restore(step, args=args)["state"]
         except (ConfigError, DamagedError, jax.errors.JaxRuntimeError, MemoryError):
             raise
@@ -192,25 +197,12 @@ class Checkpoints:
                 raise RunError(f"{path} cannot be read: {_shorten(one_line(error))}; start the run again") from error
             raise DamagedError(f"{path} is damaged: {_shorten(one_line(error))}") from error
         kinds = jax.tree.map(lambda x, need: (x.dtype, x.shape) == (need.dtype, need.shape), state, abstract_state)
-        found = fingerprints(state) if jax.tree.all(kinds) else {}
+        found = fingerprints(state, self._whole) if jax.tree.all(kinds) else {}
         wrong = [name for name, word in contents["fingerprints"].items() if found.get(name) != word]
         if wrong:
             rest = f" and {len(wrong) - 1} more arrays" if wrong[1:] else ""
             raise DamagedError(f"{path} is damaged: {wrong[0]}{rest} changed since it was written")
         return Restored(step, state, contents["data"])
-
-    def _require_fit(self, step: int, abstract_state: Any) -> None:
-        """Raise ConfigError unless the checkpoint holds just the arrays of `abstract_state`.
-
-        Orbax would cast another dtype silently, and tell of another shape in pages.
-        """
-        stored = _describe(self._manager.item_metadata(step)["state"].tree)
-        wanted = _describe(abstract_state)
-        for name in sorted(stored.keys() | wanted.keys()):
-            got, need = stored.get(name, "absent"), wanted.get(name, "absent")
-            if got != need:
-                remedy = "go on with the model and optimizer that wrote it, or start another run"
-                raise ConfigError(f"{self._path / str(step)}: {name} is {got}, this run needs {need}; {remedy}")
 
     def _set_aside(self, step: int) -> Path:
         """Move a checkpoint out of the way, once for all processes, and return where it lies now."""
@@ -287,13 +279,3 @@ def written_steps(path: Path) -> list[int]:
 
 def _shorten(text: str, length: int = 200) -> str:
     return text if len(text) <= length else text[:length].rstrip() + "..."
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """Return dtype and shape of every array, by dotted name; random keys count as the integers they are made of."""
-    words = {}
-    for path, leaf in ocp.tree.to_flat_dict(tree).items():
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        words[".".join(path)] = f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-    return words

@@ -20,6 +20,7 @@ from ring_attention.models.hf.loading import Progress, load_parameters
 from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Manifest, write_manifest
 from ring_attention.models.hf.names import tensors_of
 from ring_attention.models.hf.source import Source
+from ring_attention.models.transformer import abstract_parameters, resized_parameters
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
@@ -95,7 +96,8 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Mani
         manifest = write_manifest(source, partial / FOLDER)
         params = load_parameters(source, mesh, progress=progress)
         folder = RunFolder(partial)
-        with Checkpoints(folder.checkpoints) as checkpoints:
+        whole = {"params": abstract_parameters(source.config.model)}
+        with Checkpoints(folder.checkpoints, whole) as checkpoints:
             checkpoints.save(0, {"params": params}, {})
         config = config_of(source.path, source.config)
         data = dataclasses.replace(config.data, tokenizer=str(out.absolute() / FOLDER / FILES / TOKENIZER))
@@ -162,7 +164,7 @@ def export_hf(trained: TrainedModel, out: Path, mesh: Mesh, progress: Progress, 
     if dtype is not None:
         require_choice("--dtype", dtype, DTYPE_NAMES)
     with new_folder(out, exported_bytes(trained, dtype) + _ROOM, "--out") as partial:
-        params = trained.load(mesh)
+        params = resized_parameters(trained.load(mesh), trained.model)
         if manifest:
             write_again(manifest, params, config, partial, progress)
         else:

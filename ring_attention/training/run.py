@@ -22,7 +22,7 @@ from ring_attention.training.init_from import describe_initial, find_initial, ha
 from ring_attention.training.metrics import TrainLog
 from ring_attention.training.processes import ProcessFlags, compile_anew_where_needed, is_first, join_processes
 from ring_attention.training.run_folder import RunFolder, folder_of, open_run_folder, require_same_contents
-from ring_attention.training.state import TrainState, sharded_abstract_state
+from ring_attention.training.state import TrainState, abstract_state, sharded_abstract_state
 from ring_attention.training.step import make_train_step
 from ring_attention.training.trained_model import TrainedModel
 from ring_attention.training.validate import check_attention, check_vocabulary, require_memory, validate_config
@@ -130,7 +130,7 @@ def train(run: Run) -> Result:
       Preempted: after SIGTERM or Ctrl-C, when a checkpoint of the last step is on disk.
     """
     config, mesh, folder, feed, held_out = run.config, run.mesh, run.folder, run.feed, run.held_out
-    with Preemption() as preemption, Checkpoints(folder.checkpoints) as checkpoints:
+    with Preemption() as preemption, Checkpoints(folder.checkpoints, abstract_state(config)) as checkpoints:
         state, evaluated = _start_or_resume(run, checkpoints)
         start = int(state.step)
         train_step = make_train_step(config, mesh)

@@ -1,6 +1,7 @@
 """What a training step changes: parameters, the optimizer's moments and two counters, and where each lies."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ring_attention.models.transformer import Transformer, parameter_specs
+from ring_attention.models.transformer import Transformer, parameter_specs, resized_parameters
 from ring_attention.training.config import TrainConfig
 
 
@@ -31,7 +32,9 @@ class TrainState(NamedTuple):
 
 def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Make the initial state where it will live: no device ever holds more than its shards."""
-    return jax.jit(functools.partial(_initial_state, config), out_shardings=state_shardings(config, mesh))()
+    return jax.jit(
+        functools.partial(_initial_state, config, dict(mesh.shape)), out_shardings=state_shardings(config, mesh)
+    )()
 
 
 def state_with(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
@@ -57,16 +60,16 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
     return TrainState(replicated, params, opt_state, replicated)
 
 
-def abstract_state(config: TrainConfig) -> TrainState:
-    """Return shapes and dtypes of the state, as jax.ShapeDtypeStructs."""
-    return jax.eval_shape(functools.partial(_initial_state, config))
+def abstract_state(config: TrainConfig, mesh_shape: Mapping[str, int] | None = None) -> TrainState:
+    """Return shapes and dtypes of the state, as jax.ShapeDtypeStructs; with a mesh's, as they are stored there."""
+    return jax.eval_shape(functools.partial(_initial_state, config, mesh_shape))
 
 
 def sharded_abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Return shapes, dtypes and shardings of the state, as jax.ShapeDtypeStructs."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract_state(config),
+        abstract_state(config, mesh.shape),
         state_shardings(config, mesh),
     )
 
@@ -100,9 +103,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def _initial_state(config: TrainConfig) -> TrainState:
+def _initial_state(config: TrainConfig, mesh_shape: Mapping[str, int] | None) -> TrainState:
     model = Transformer(config.model, nnx.Rngs(config.seed))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    if mesh_shape is not None:
+        params = resized_parameters(params, config.model, mesh_shape)
     return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), jnp.int32(0))
 
 

@@ -66,10 +66,10 @@ class TrainedModel:
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(self.config.model))
         wanted = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract_parameters(self.config.model),
+            abstract_parameters(self.config.model, mesh.shape),
             shardings,
         )
-        params = _read(self.checkpoint, wanted)
+        params = _read(self.checkpoint, wanted, abstract_parameters(self.config.model))
         if jnp.dtype(dtype) == jnp.float32:
             return params
         cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), out_shardings=shardings)
@@ -133,14 +133,17 @@ def _with_tokenizer(config: TrainConfig, run: RunFolder) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(copy)))
 
 
-def _read(checkpoint: Path, wanted: Any) -> Any:
-    """Read the parameters of a checkpoint, and compare them with the fingerprints beside them."""
+def _read(checkpoint: Path, wanted: Any, whole: Any) -> Any:
+    """Read the parameters of a checkpoint, and compare them with the fingerprints beside them.
+
+    `whole` are the shapes that count, of which the checkpoint, and `wanted`, may have more for padding.
+    """
     remedy = "give an older one (.../checkpoints/STEP), or train on: train.py goes back to one that is whole"
     require_regular_tree(checkpoint, remedy)
     try:
         contents = read_contents(checkpoint)
         require_written(checkpoint, contents)
-        params, found = _read_arrays(checkpoint, wanted)
+        params, found = _read_arrays(checkpoint, wanted, whole)
         known, reason = dict(contents["fingerprints"]), ""
     except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):
         raise
@@ -156,18 +159,18 @@ def _read(checkpoint: Path, wanted: Any) -> Any:
     return unflatten_dict(params)["params"]
 
 
-def _read_arrays(checkpoint: Path, wanted: Any) -> tuple[dict[tuple[str, ...], jax.Array], dict[str, int]]:
+def _read_arrays(checkpoint: Path, wanted: Any, whole: Any) -> tuple[dict[tuple[str, ...], jax.Array], dict[str, int]]:
     """Read the arrays by their paths below the state, and their fingerprints by name.
 
     One array at a time: orbax copies all that it is asked for at once on the host, and fingerprints may copy it too.
     Orbax leaves its copy in a circle of references, so garbage is collected for every `_GARBAGE` bytes of copies; for
     every array it would take most of the time in a process that holds many objects.
     """
-    params, found, garbage = {}, {}, 0
+    params, found, garbage, sizes = {}, {}, 0, flatten_dict(whole)
     for path, array in flatten_dict(wanted).items():
         part = _read_array(checkpoint, ("params", *path), array)
         params |= flatten_dict(part)
-        found |= fingerprints(part)
+        found |= fingerprints(part, unflatten_dict({("params", *path): sizes[path]}))
         garbage += array.size * array.dtype.itemsize
         if garbage >= _GARBAGE:
             gc.collect()
@@ -179,6 +182,7 @@ def _read_array(checkpoint: Path, path: tuple[str, ...], array: jax.ShapeDtypeSt
     """Read the array at a path of the state, in a nested dict."""
     item = unflatten_dict({path: array})
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    restore_args = jax.tree.map(lambda args: dataclasses.replace(args, strict=False), restore_args)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     with ocp.PyTreeCheckpointer() as reader:
         return reader.restore((checkpoint / "state").absolute(), args=args)

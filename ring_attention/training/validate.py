@@ -41,7 +41,6 @@ def validate_config(config: TrainConfig, mesh_shape: dict[str, int], platform: s
         layout = config.attention.make_layout(mesh_shape[SEQUENCE])
         layout.check_length(config.seq_len)
         check_fits("batch_size / optimizer.accumulation_steps", config.micro_batch_size, "batch", mesh_shape)
-        check_fits("model.model_dim", model.model_dim, "model", mesh_shape)
         check_fits("model.num_heads", model.num_heads, "heads", mesh_shape)
         check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", mesh_shape)
         check_fits("model.ffn_dim", model.ffn_dim, "ffn", mesh_shape)

@@ -10,7 +10,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 import ring_attention as ra
-from ring_attention.parallel.sharding import RULES, TOKEN_AXES, check_fits, gather_weight, spec_of
+from ring_attention.parallel.sharding import (
+    RULES,
+    TOKEN_AXES,
+    check_fits,
+    gather_weight,
+    resized,
+    spec_of,
+    stored_shape,
+)
 from ring_attention.testing import relative_error
 
 ROWS, TOKENS, M, F = 4, 32, 8, 12
@@ -34,10 +42,20 @@ def test_spec_of_refuses_two_logical_axes_on_one_mesh_axis():
 
 def test_check_fits_refuses_a_size_with_the_next_that_fits():
     shape = dict(dp=1, fsdp=2, sp=4, tp=3)
-    check_fits("model.model_dim", 24, "model", shape)
-    message = "model.model_dim=20 is not divisible by fsdp*sp=8; use 24 or fewer devices on these axes of the mesh"
+    check_fits("model.ffn_dim", 24, "ffn", shape)
+    message = "model.ffn_dim=20 is not divisible by tp=3; use 21 or fewer devices on these axes of the mesh"
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_fits("model.model_dim", 20, "model", shape)
+        check_fits("model.ffn_dim", 20, "ffn", shape)
+
+
+def test_stored_shape_pads_each_axis_to_equal_parts():
+    shape = dict(dp=1, fsdp=2, sp=3, tp=2)
+    assert stored_shape((32, 16), spec_of(("vocab", "model")), shape) == (32, 18)
+    assert stored_shape((3, 16, 24), spec_of(("layers", "model", "ffn")), shape) == (3, 18, 24)
+    assert stored_shape((16,), spec_of(("norm",)), shape) == (16,)
+    x = np.arange(12.0).reshape(2, 6)
+    np.testing.assert_array_equal(resized(resized(x, (3, 8)), (2, 6)), x)
+    assert resized(x, (3, 8)).sum() == x.sum()
 
 
 @pytest.mark.parametrize("shape", [dict(dp=2, fsdp=2, sp=2), dict(fsdp=2, sp=2, tp=2), dict(dp=2, sp=4)], ids=str)

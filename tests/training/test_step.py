@@ -11,6 +11,7 @@ import ring_attention as ra
 from ring_attention.models import transformer
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
+from ring_attention.models.transformer import resized_parameters
 from ring_attention.testing import random_qkv, relative_error
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.state import abstract_state, make_optimizer, make_schedule, make_state
@@ -149,6 +150,33 @@ def test_train_step_updates_and_measures_like_evaluation(alone):
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, (after.params, want), (params, params))
     assert max(jax.tree.leaves(jax.tree.map(relative_error, *change))) < 1e-2  # AdamW's first update is nearly a sign
     assert min(float(np.abs(x).max()) for x in jax.tree.leaves(change[0])) > 0
+
+
+def test_train_step_on_three_devices_pads_parameters_and_shards_them(alone):
+    params, grads, loss, targets = alone
+    config, mesh = _config(sp=3), ra.make_mesh(sp=3, devices=jax.devices()[:3])
+    state, batch = make_state(config, mesh), _dealt(_natural_batch(), "zigzag", mesh)
+    query = state.params["layers"]["attention"]["query"]
+    assert (query.shape, query.addressable_shards[0].data.shape) == ((2, 18, 4, 4), (2, 6, 4, 4))  # of a width of 16
+    jax.tree.map(np.testing.assert_array_equal, resized_parameters(state.params, MODEL), params)
+
+    after, metrics = make_train_step(config, mesh)(state, batch)
+    assert abs(metrics["loss"] - loss) < 1e-5 * loss
+    assert metrics["targets"] == targets
+    norm = optax.tree.norm(grads)
+    assert abs(metrics["grad_norm"] - norm) < 1e-5 * norm
+    moments = after.opt_state[1][0]
+    assert moments.mu["embed"].addressable_shards[0].data.shape == (32, 6)
+    optimizer = config.optimizer
+    scale = (1 - optimizer.b1) * min(1, optimizer.clip_norm / norm)
+    got = jax.tree.map(lambda mu: mu / scale, resized_parameters(moments.mu, MODEL))
+    assert max(jax.tree.leaves(jax.tree.map(relative_error, got, grads))) < 1e-5
+    for padded in (after.params, moments.mu, moments.nu):  # what pads is 0 and stays so
+        again = resized_parameters(resized_parameters(padded, MODEL), MODEL, mesh.shape)
+        jax.tree.map(np.testing.assert_array_equal, padded, again)
+    want = optax.apply_updates(params, _updates(optimizer, grads, params))
+    changed = jax.tree.map(np.subtract, (resized_parameters(after.params, MODEL), want), (params, params))
+    assert max(jax.tree.leaves(jax.tree.map(relative_error, *changed))) < 1e-2
 
 
 def test_train_step_without_targets_gives_zero_and_no_nan(one_device, alone):

@@ -12,11 +12,12 @@ import pytest
 import ring_attention as ra
 from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.transformer import resized_parameters
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.fault_tolerance.integrity import sign
 from ring_attention.training.run_folder import open_run_folder
-from ring_attention.training.state import make_state
+from ring_attention.training.state import abstract_state, make_state, sharded_abstract_state
 from ring_attention.training.trained_model import open_trained_model
 
 MODEL = ModelConfig(vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24)
@@ -34,6 +35,41 @@ def run(tmp_path_factory):
         checkpoints.save(3, states[0], {})
         checkpoints.save(10, states[1], {})
     return path, jax.device_get(states[1].params)
+
+
+def test_checkpoint_of_padded_parameters_comes_back_on_every_mesh(tmp_path):
+    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path))
+    three, six = (ra.make_mesh(sp=3, tp=n // 3, devices=jax.devices()[:n]) for n in (3, 6))
+    two = ra.make_mesh(sp=2, devices=jax.devices()[:2])
+    state = make_state(config, three)
+    assert state.params["embed"].shape == (40, 18)
+    with open_run_folder(config) as folder, Checkpoints(folder.checkpoints, abstract_state(config)) as checkpoints:
+        checkpoints.save(1, state, {})
+        back = checkpoints.restore(1, sharded_abstract_state(config, two)).state
+        checkpoints.save(2, back, {})
+        again = checkpoints.restore(2, sharded_abstract_state(config, six)).state
+    assert (back.params["embed"].shape, again.params["embed"].shape) == ((40, 16), (40, 18))
+    for got in (back, again):
+        cut = resized_parameters(got.params, MODEL)
+        assert same(cut, resized_parameters(state.params, MODEL))
+        assert not same(cut, jax.tree.map(lambda x: x + 1, cut))  # the control
+    assert same(again.params, state.params)
+    for mesh, width in ((two, 16), (three, 18)):
+        for step in (1, 2):
+            params = open_trained_model(str(tmp_path / "checkpoints" / str(step))).load(mesh)
+            assert params["embed"].shape == (40, width)
+            assert same(resized_parameters(params, MODEL), back.params)
+
+
+def test_checkpoint_of_a_wider_model_is_refused_where_padding_is_not(tmp_path):
+    with Checkpoints(tmp_path, abstract_state(CONFIG)) as checkpoints:
+        wider = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, model_dim=12))
+        mesh = ra.make_mesh(sp=2, devices=jax.devices()[:2])
+        with Checkpoints(tmp_path, abstract_state(wider)) as other:
+            other.save(1, make_state(wider, mesh), {})
+        checkpoints._manager.reload()
+        with pytest.raises(ConfigError, match=r"embed is float32\[40, 12\], this run needs float32\[40, 16\]"):
+            checkpoints.restore(1, sharded_abstract_state(CONFIG, mesh))
 
 
 def same(params, want):

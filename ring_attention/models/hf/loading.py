@@ -19,7 +19,7 @@ from ring_attention.checks import ConfigError, printable, require_choice
 from ring_attention.models.hf.names import TIED_COPY, Tensor
 from ring_attention.models.hf.source import CONFIG, Source, all_finite, expected
 from ring_attention.models.transformer import parameter_specs
-from ring_attention.parallel.sharding import check_fits
+from ring_attention.parallel.sharding import check_fits, stored_shape
 
 Progress = Callable[[str, int], None]
 """progress(tensor, bytes): called after each tensor, with its name and its size in the files."""
@@ -58,7 +58,6 @@ def load_parameters(source: Source, mesh: Mesh, dtype: str = "float32", progress
 def _require_fit(source: Source, mesh: Mesh) -> None:
     model, shape = source.config.model, dict(mesh.shape)
     sizes = {
-        "hidden_size": (model.model_dim, "model"),
         "num_attention_heads": (model.num_heads, "heads"),
         "num_key_value_heads": (model.num_kv_heads, "kv_heads"),
         "intermediate_size": (model.ffn_dim, "ffn"),
@@ -77,7 +76,7 @@ def _load(source: Source, mesh: Mesh, spec: PartitionSpec, dtype: str, progress:
         array = _place(source, tensors[0], NamedSharding(mesh, spec), dtype)
         progress(tensors[0].name, source.stored[tensors[0].name].num_bytes)
         return array
-    shape = (len(tensors), *tensors[0].parameter_shape)
+    shape = stored_shape((len(tensors), *tensors[0].parameter_shape), spec, mesh.shape)
     array = _zeros_on(shape, dtype, NamedSharding(mesh, spec))()
     for tensor in tensors:
         layer = _place(source, tensor, NamedSharding(mesh, PartitionSpec(*spec[1:])), dtype)
@@ -100,17 +99,21 @@ def _fill(array: jax.Array, layer: jax.Array, index: int) -> jax.Array:
 def _place(source: Source, tensor: Tensor, sharding: NamedSharding, dtype: str) -> jax.Array:
     """A tensor on the devices: each part is read once, however many devices hold it."""
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(tensor.parameter_shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, tensor.parameter_shape, strict=True))
+    shape = stored_shape(tensor.parameter_shape, sharding.spec, sharding.mesh.shape)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     shards = []
     with source.reading(tensor.name) as read:
         for bounds, holders in devices.items():
-            part = read(tensor.slices(tuple(slice(*bound) for bound in bounds)))
+            sizes = zip(bounds, tensor.parameter_shape, strict=True)
+            part = read(tensor.slices(tuple(slice(min(start, n), min(stop, n)) for (start, stop), n in sizes)))
             part = tensor.to_parameter(part).astype(dtype, order="C")
+            missing = [(0, stop - start - n) for (start, stop), n in zip(bounds, part.shape, strict=True)]
+            part = np.pad(part, missing) if any(map(any, missing)) else part
             _require_finite(source, tensor.name, part)
             shards += [jax.device_put(part, device) for device in holders]
-    array = jax.make_array_from_single_device_arrays(tensor.parameter_shape, sharding, shards)
+    array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
     return array.block_until_ready()
 
 

@@ -6,6 +6,7 @@ they are compared first. Checkpoints from before there were such lists hold the 
 """
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -144,12 +145,14 @@ def _digest_of(values: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def fingerprints(tree: Any) -> dict[str, int]:
+def fingerprints(tree: Any, whole: Any = None) -> dict[str, int]:
     """Return the fingerprint of each array of a pytree, by dotted name.
 
-    Computed on the devices, each its shards; every process of a run must call it.
+    Computed on the devices, each its shards; every process of a run must call it. Where arrays are padded at the ends
+    of their axes, `whole` is a pytree of the shapes that count, so that the fingerprint is that of any padding.
     """
-    words = jax.device_get(_fingerprints(jax.tree.leaves(tree)))
+    shapes = tuple(x.shape for x in jax.tree.leaves(tree if whole is None else whole))
+    words = jax.device_get(_fingerprints(jax.tree.leaves(tree), shapes))
     return {name: int(word) for name, word in zip(leaf_names(tree), words, strict=True)}
 
 
@@ -158,16 +161,19 @@ def leaf_names(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)]
 
 
-@jax.jit
-def _fingerprints(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [_fingerprint(x) for x in arrays]
+@functools.partial(jax.jit, static_argnums=1)
+def _fingerprints(arrays: list[jax.Array], shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    return [_fingerprint(x, shape) for x, shape in zip(arrays, shapes, strict=True)]
 
 
-def _fingerprint(x: jax.Array) -> jax.Array:
-    words, place = _words(x), jnp.uint32(0)
-    for axis, size in enumerate(words.shape):
-        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(_mix(words ^ (place * jnp.uint32(GOLDEN))), dtype=jnp.uint32)
+def _fingerprint(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    words, place, counts = _words(x), jnp.uint32(0), True
+    for axis, size in enumerate((*shape, *_words(x).shape[len(shape) :])):
+        index = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place = place * jnp.uint32(size) + index
+        counts = counts if size >= words.shape[axis] else counts & (index < size)
+    mixed = _mix(words ^ (place * jnp.uint32(GOLDEN)))
+    return jnp.sum(mixed if counts is True else jnp.where(counts, mixed, 0), dtype=jnp.uint32)
 
 
 def _words(x: jax.Array) -> jax.Array:
