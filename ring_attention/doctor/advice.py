@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from ring_attention.doctor.checkup import best_row
 from ring_attention.doctor.limits import FRACTION
-from ring_attention.hardware.chips import EFFICIENCY, GPU_MEMORY_FRACTION, Chip, GiB, chip_of
+from ring_attention.hardware.chips import GPU_MEMORY_FRACTION, Chip, GiB, chip_of
+from ring_attention.hardware.reach import kernel_rate
 
 LARGEST_RATIO = 2.0
 """Of an error to dense attention's in the same dtype, as in the tests."""
@@ -76,9 +77,10 @@ def of_rates(rates: Mapping, chip: Chip) -> Iterator[Advice]:
     for row in rates.get("rows", ()):
         if words := row.get("failed"):
             yield Advice("rates", True, f"impl={row['kernel']} failed at {row['shape']}'s shapes: {words}; report it")
-    best, efficiency = best_row(rates), EFFICIENCY[chip.platform]
-    wanted = {"forward": efficiency.attention, "backward": efficiency.attention_backward}
-    for name, share in wanted.items() if best else ():
+    best = best_row(rates)
+    planned = best and kernel_rate(chip, {"gpu": "cudnn", "tpu": "splash"}[chip.platform], best["head_dim"])
+    wanted = {"forward": planned.forward, "backward": planned.backward} if planned else {}
+    for name, share in wanted.items():
         got, want = best["passes"][name]["hops"], share * chip.flops / 1e12
         if got < SLOW * want:
             words = f"the hops of impl={best['kernel']}, the fastest, do {got:.4g} TFLOP/s {name}"

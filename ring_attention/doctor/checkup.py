@@ -159,10 +159,11 @@ def best_row(rates: Mapping | None) -> dict | None:
 def measured_rates(found: Mapping) -> dict[str, float | str | None]:
     """What `plan.py --measured` takes, None where it was not measured.
 
-    Operations a second of dense layers and of the best kernel's hops, bytes a second of the slower way round the ring.
+    Operations a second of dense layers and of one call of the kernel whose hops are the best (the planner adds what
+    merging hops takes), bytes a second of the slower way round the ring.
     """
     best, ways = best_row(found.get("rates")), found.get("links")
-    tera = {name: best and best["passes"][name]["hops"] * 1e12 for name in ("forward", "backward")}
+    tera = {name: best and best["passes"][name]["one call"] * 1e12 for name in ("forward", "backward")}
     return {
         "kernel": best and best["kernel"],
         "matmul": found["rates"]["matmul"] if "rates" in found else None,

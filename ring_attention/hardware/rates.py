@@ -16,6 +16,7 @@ class Wires:
       gather: that arrive in an all-gather, or leave in a reduce-scatter.
       swap: that leave in an all-to-all.
       kind: which wires they are.
+      latency: seconds of a transfer beside its bytes.
     """
 
     hop: float
@@ -23,6 +24,7 @@ class Wires:
     gather: float
     swap: float
     kind: str
+    latency: float = 0.0
 
 
 def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
@@ -36,7 +38,7 @@ def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
     for the one that sends to the next host over its own adapter; an all-gather and an all-to-all use all adapters of
     the host, each device for the part that it shares out inside.
     """
-    chip = topology.chip
+    chip = topology.reached
     if topology.tpu:
         sides = [side for side in topology.box(group) if side > 1] or [1]
         ways = sum(2 if topology.wraps(side) else 1 for side in sides)
@@ -47,6 +49,7 @@ def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
             gather=ways * chip.link,
             swap=chip.link / max(narrow, 0.5),
             kind="ICI",
+            latency=topology.reach.latency,
         )
     direct = chip.links > 1  # from each to each, with no switch between
     if not topology.crosses_hosts(group * stride):
@@ -57,6 +60,7 @@ def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
             gather=ways * chip.link,
             swap=ways * chip.link,
             kind="Infinity Fabric" if direct else "NVLink",
+            latency=topology.reach.latency,
         )
     inside = max(topology.sides[-1] // stride, 1)  # members of the group on one host
     local = min(inside - 1, chip.links) * chip.link if inside > 1 else math.inf
@@ -68,4 +72,5 @@ def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
         gather=min(local, inside * chip.network / outside),
         swap=min(local, chip.network / outside),
         kind="network" if direct else "InfiniBand",
+        latency=topology.reach.network_latency,
     )

@@ -5,7 +5,8 @@ import math
 import re
 
 from ring_attention.checks import ConfigError, require_field
-from ring_attention.hardware.chips import CHIPS, EFFICIENCY, Chip, Efficiency
+from ring_attention.hardware.chips import CHIPS, Chip
+from ring_attention.hardware.reach import KernelRate, Reach, kernel_rate, reach_of
 
 _SHAPE = re.compile(r"\d+(x\d+)*")
 _SIDES = {"v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
@@ -22,13 +23,15 @@ class Topology:
       chip: what its devices are.
       sides: of the grid of TPU devices (the last of v3 and tpu7x: the two cores of a chip); of GPUs, hosts and how many
         each has.
-      measured: the fractions of the chip's peak that were measured on it; None where none were.
+      measured: what programs were measured to reach of the chip; None where nothing was.
+      measured_kernel: the rate of attention that was measured on it, whatever the kernel.
     """
 
     name: str
     chip: Chip
     sides: tuple[int, ...]
-    measured: Efficiency | None = None
+    measured: Reach | None = None
+    measured_kernel: KernelRate | None = None
 
     @property
     def devices(self) -> int:
@@ -36,9 +39,26 @@ class Topology:
         return math.prod(self.sides)
 
     @property
-    def efficiency(self) -> Efficiency:
-        """The fractions of the chip's peak that programs reach: measured ones, or those of its platform."""
-        return self.measured or EFFICIENCY[self.chip.platform]
+    def reach(self) -> Reach:
+        """What programs reach of the chip's published figures: measured, or of the table."""
+        return self.measured or reach_of(self.chip)
+
+    @property
+    def reached(self) -> Chip:
+        """The chip with what programs reach of its figures, flops that of dense layers."""
+        chip, reach = self.chip, self.reach
+        return dataclasses.replace(
+            chip,
+            flops=chip.flops * reach.matmul,
+            memory_bandwidth=chip.memory_bandwidth * reach.memory,
+            link=chip.link * reach.link,
+            network=chip.network * reach.network,
+            host_link=chip.host_link * reach.host_link,
+        )
+
+    def kernel_rate(self, kernel: str, head_dim: int) -> KernelRate:
+        """How fast an attention kernel is: as measured, or by the table."""
+        return self.measured_kernel or kernel_rate(self.chip, kernel, head_dim)
 
     @property
     def tpu(self) -> bool:

@@ -11,6 +11,11 @@ from typing import NamedTuple
 from ring_attention.hardware.rates import Wires
 from ring_attention.parallel.workload import Schedule, Workload
 
+MERGE_PASSES = 4
+"""Passes over a result in float32 that adding it to what is there takes: hops of 8,192 and of 16,384 tokens on an H100
+(docs/kernels.md) take 3.7 to 4.3, what cutting arrays costs among them.
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
@@ -20,12 +25,15 @@ class Pace:
       forward, backward: operations a second.
       memory: bytes a second of its HBM.
       tile: tokens of a tile, of which a ragged mask wastes half along its edge.
+      call, call_backward: seconds of a kernel's call beside its pairs.
     """
 
     forward: float
     backward: float
     memory: float
     tile: int = 0
+    call: float = 0.0
+    call_backward: float = 0.0
 
 
 class Seconds(NamedTuple):
@@ -70,13 +78,15 @@ def price_steps(schedule: Schedule, pace: Pace, wires: Wires) -> list[Seconds]:
     """The seconds of each step of a schedule, on the device that computes most."""
     work, last = schedule.work, max(step.hops.stop for step in schedule.steps) - 1
     local, hop = (_seconds(pairs, schedule, pace) for pairs in (_local_pairs(work), _hop_pairs(work, last)))
-    # Of adding a result in float32 to what is there: two arrays read and one written. Backward dq, dk and dv.
-    merge = 3 * work.bytes_of(work.shard, work.heads + 2 * work.kv_heads * schedule.backward, 4) / pace.memory
+    result = work.bytes_of(work.shard, work.heads + 2 * work.kv_heads * schedule.backward, 4)  # backward dq, dk, dv
+    merge, call = MERGE_PASSES * result / pace.memory, pace.call_backward if schedule.backward else pace.call
     priced = []
     for step in schedule.steps:
-        own, wire = 0 in step.hops, getattr(wires, step.way)
-        compute = (local * own + hop * (len(step.hops) - own)) * step.part + merge * step.merges
-        priced.append(Seconds(compute, step.keys / wire, step.gradients / wire))
+        own, calls, wire = 0 in step.hops, len(step.hops), getattr(wires, step.way)
+        merges = calls - own  # the result of the own keys is the first
+        compute = (local * own + (hop + merge) * merges) * step.part + call * calls
+        sent = (size / wire + wires.latency * (size > 0) for size in (step.keys, step.gradients))
+        priced.append(Seconds(compute, *sent))
     return priced
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ring_attention.checks import ConfigError, shown
-from ring_attention.hardware.chips import Efficiency, chip_of
+from ring_attention.hardware.chips import chip_of
+from ring_attention.hardware.reach import KernelRate
 from ring_attention.hardware.topology import Topology
 
-SCHEMA = 1
+SCHEMA = 2
 """Of the doctor's file: raised when a name in it changes its meaning."""
 
 _AGAIN = "run ring-attention doctor again on that chip"
@@ -36,17 +37,21 @@ def with_measured(topology: Topology, path: Path) -> Topology:
     if forward is None or backward is None:
         raise ConfigError(f"{flag}: has no rates of attention; see its part rates, and {_AGAIN}")
     matmul, link = (_rate(flag, rates, name) for name in ("matmul", "link"))
-    source = f"measured by {path.name}, attention with {rates.get('kernel')}"
-    efficiency = Efficiency(
-        matmul=topology.efficiency.matmul if matmul is None else matmul / chip.flops,
-        attention=forward / chip.flops,
-        attention_backward=backward / chip.flops,
-        source=source if matmul is not None else f"{source}; dense layers: {topology.efficiency.source}",
+    source = f"measured by {path.name}"
+    kernel = KernelRate(
+        kernel=str(rates.get("kernel")),
+        chips=(chip.name,),
+        forward=forward / chip.flops,
+        backward=backward / chip.flops,
+        source=f"{source}, attention with {rates.get('kernel')}",
     )
+    reach = topology.reach
+    if matmul is not None:
+        reach = dataclasses.replace(reach, matmul=matmul / chip.flops, source=f"dense layers {source}; {reach.source}")
     if link is not None:
-        sources = chip.sources | {"link": f"measured by {path.name}, a hop of a ring"}
-        chip = dataclasses.replace(chip, link=link, sources=sources)
-    return dataclasses.replace(topology, chip=chip, measured=efficiency)
+        reach = dataclasses.replace(reach, link=1.0)
+        chip = dataclasses.replace(chip, link=link, sources=chip.sources | {"link": f"{source}, a hop of a ring"})
+    return dataclasses.replace(topology, chip=chip, measured=reach, measured_kernel=kernel)
 
 
 def _read(path: Path) -> dict[str, Any]:

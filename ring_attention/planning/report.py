@@ -9,7 +9,7 @@ from ring_attention.hardware.paper import PAPER_TABLE_2
 from ring_attention.hardware.rates import wires_of
 from ring_attention.planning.hiding import paper_tokens, tokens_to_hide
 from ring_attention.planning.plan import Plan
-from ring_attention.planning.step_times import schedule_of, sent_bytes
+from ring_attention.planning.step_times import pace_of, schedule_of, sent_bytes
 
 FIGURES = {
     "flops": ("{:.1f} TFLOP/s bfloat16", 1e12),
@@ -26,14 +26,18 @@ FIGURES = {
 def hardware_table(plan: Plan) -> Table:
     """Tabulate every hardware figure that the plan rests on, and where it comes from."""
     chip, topology = plan.share.topology.chip, plan.share.topology
-    efficiency = topology.efficiency
+    reach, pace = topology.reach, pace_of(plan.share)
     table = Table(title=f"{topology.name}: {topology.devices} devices", show_header=True)
     table.add_column("a device")
     table.add_column("source", overflow="fold")
     for name, (words, unit) in FIGURES.items():
         table.add_row(words.format(getattr(chip, name) / unit), chip.sources[name])
-    rates = f"{efficiency.matmul:.0%} of it in dense layers, {efficiency.attention:.0%} and "
-    table.add_row(rates + f"{efficiency.attention_backward:.0%} in attention, forward and backward", efficiency.source)
+    parts = ("matmul", "of its operations in dense layers"), ("memory", "of its HBM's rate"), ("link", "of a link's")
+    reached = ", ".join(f"{getattr(reach, name):.0%} {words}" for name, words in parts)
+    table.add_row(f"reached: {reached}, {reach.network:.0%} of the network's", reach.source)
+    rate = topology.kernel_rate(plan.share.attention.kernel.name, plan.share.model.head_dim)
+    words = f"attention by {rate.kernel}: {pace.forward / 1e12:.0f} and {pace.backward / 1e12:.0f} TFLOP/s, forward and"
+    table.add_row(f"{words} backward", rate.source)
     return table
 
 
@@ -178,7 +182,10 @@ def as_json(plan: Plan) -> dict:
         "parameters": share.model.num_parameters,
         "model_flops": plan.model_flops,
         "hardware": {k: v for k, v in dataclasses.asdict(share.topology.chip).items() if k != "kinds"},
-        "efficiency": dataclasses.asdict(share.topology.efficiency),
+        "reach": dataclasses.asdict(share.topology.reach),
+        "attention_rate": dataclasses.asdict(
+            share.topology.kernel_rate(share.attention.kernel.name, share.model.head_dim)
+        ),
         "memory": {
             "parts": plan.memory.parts,
             "total": plan.memory.total,

@@ -12,7 +12,8 @@ from ring_attention.commands import doctor
 from ring_attention.doctor import checkup
 from ring_attention.doctor.advice import advise
 from ring_attention.doctor.report import rows_of
-from ring_attention.hardware.chips import CHIPS, EFFICIENCY, GiB
+from ring_attention.hardware.chips import CHIPS, GiB
+from ring_attention.hardware.reach import kernel_rate
 from ring_attention.training.flags import parse_config
 
 H100 = CHIPS["h100"]
@@ -26,14 +27,16 @@ def _started():
 
 def _found(**changes):
     """What the parts find on two good H100s, but for some of the figures."""
-    peak, published = H100.flops / 1e12, EFFICIENCY["gpu"]
-    forward, backward = published.attention * peak, published.attention_backward * peak
+    peak, published = H100.flops / 1e12, kernel_rate(H100, "cudnn", 128)
+    forward, backward = published.forward * peak, published.backward * peak
     figures = dict(ratio=1.1, forward=forward, backward=backward, matmul=0.7 * H100.flops, along=0.95 * H100.link)
     figures |= dict(against=0.95 * H100.link, hidden=0.97, predicted=10 * GiB, peak=10.5 * GiB, limit=H100.memory)
     assert {*changes} <= {*figures}
     figures |= changes
     case = dict(kernel="cudnn", shape="config", shard=8192, devices=8, place=3, heads=32, kv_heads=8, head_dim=128)
-    passes = {name: {"hops": figures[name], "one call": 600.0, "ratio": 1.0} for name in ("forward", "backward")}
+    passes = {
+        name: {"hops": figures[name], "one call": figures[name], "ratio": 1.0} for name in ("forward", "backward")
+    }
     device = {"kind": "NVIDIA H100 80GB HBM3", "memory": figures["limit"], "compute_capability": "9.0"}
     limits = {"versions": {"jax": "0.11.2"}, "cudnn": "9.10.2", "driver": "580.1", "memory_fraction": "0.92"}
     return {
@@ -106,7 +109,7 @@ def test_nothing_is_off_on_good_devices(call, monkeypatch):
     }
     assert [*report["found"]] == [*checkup.PARTS]
     assert report["measured"]["link"] == 0.95 * H100.link
-    assert report["measured"]["attention"] == pytest.approx(0.59 * H100.flops)
+    assert report["measured"]["attention"] == pytest.approx(kernel_rate(H100, "cudnn", 128).forward * H100.flops)
     assert report["measured"]["kernel"] == "cudnn"
 
 

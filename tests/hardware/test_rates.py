@@ -1,18 +1,17 @@
 import pytest
 
-from ring_attention.hardware.chips import CHIPS
 from ring_attention.hardware.rates import wires_of
 from ring_attention.hardware.topology import find_topology
 
 
 def test_gpus_behind_a_switch_send_at_one_links_rate_whatever_the_way():
-    wires, link = wires_of(find_topology("h100:1x8"), 8), CHIPS["h100"].link
+    wires, link = wires_of(find_topology("h100:1x8"), 8), find_topology("h100:1x8").reached.link
     assert (wires.hop, wires.hop_both, wires.gather, wires.swap, wires.kind) == (link, link, link, link, "NVLink")
 
 
 @pytest.mark.parametrize("group", [2, 4, 8])
 def test_gpus_wired_to_each_other_have_a_link_for_a_hop_and_all_for_an_all_gather(group):
-    wires, link = wires_of(find_topology("mi300x:2x8"), group), CHIPS["mi300x"].link
+    wires, link = wires_of(find_topology("mi300x:2x8"), group), find_topology("mi300x:1x8").reached.link
     assert wires.hop == link
     assert wires.hop_both == min(group - 1, 2) * link
     assert wires.gather == wires.swap == (group - 1) * link
@@ -20,7 +19,7 @@ def test_gpus_wired_to_each_other_have_a_link_for_a_hop_and_all_for_an_all_gathe
 
 
 def test_gpus_of_several_hosts_wait_for_the_adapters():
-    chip = CHIPS["mi300x"]
+    chip = find_topology("mi300x:1x8").reached
     wires = wires_of(find_topology("mi300x:2x8"), 16)
     assert wires.hop == chip.network
     assert wires.gather == 7 * chip.link  # 8 adapters bring 800 GB/s of the other half
@@ -31,5 +30,5 @@ def test_gpus_of_several_hosts_wait_for_the_adapters():
 
 def test_a_rack_of_72_gpus_is_one_domain_of_links():
     rack, two = find_topology("gb200:1x72"), find_topology("gb200:2x72")
-    assert wires_of(rack, 72).hop == wires_of(rack, 72).gather == CHIPS["gb200"].link
-    assert wires_of(two, 144).hop == CHIPS["gb200"].network
+    assert wires_of(rack, 72).hop == wires_of(rack, 72).gather == find_topology("gb200:1x8").reached.link
+    assert wires_of(two, 144).hop == find_topology("gb200:1x8").reached.network
