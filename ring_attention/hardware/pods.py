@@ -51,8 +51,8 @@ def pod_devices(topology: str) -> list[jax.Device]:
     """Make the devices of a pod to compile for; nothing can run on them.
 
     Args:
-      topology: a TPU slice such as "v5e:16x16", "v3:16x16" (512 cores), "v4:8x8x8" or "v5p:8x8x16", or hosts and GPUs
-        of each such as "h100:1x8" or "a100:4x8".
+      topology: a TPU slice such as "v5e:16x16", "v3:16x16" (512 cores), "v4:8x8x8" or "v5p:8x8x16", several such as
+        "2xv5e:16x16", or hosts and GPUs of each such as "h100:1x8" or "a100:4x8".
 
     Raises:
       ConfigError: if there is no such topology, or the compiler for it is not installed.
@@ -76,8 +76,9 @@ def pod_devices(topology: str) -> list[jax.Device]:
 
 
 def _tpus(pod: Topology) -> list[jax.Device]:
-    megacore = {"chip_config_name": "megacore"} if pod.chip.name == "v4" else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=pod.name, **megacore).devices
+    options = {"chip_config_name": "megacore"} if pod.chip.name == "v4" else {}
+    options |= {"num_slices": pod.slices} if pod.slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=pod.slice_name, **options).devices
 
 
 def _gpus(pod: Topology) -> list[jax.Device]:

@@ -8,6 +8,7 @@ from ring_attention.checks import ConfigError, require_field
 from ring_attention.hardware.chips import CHIPS, Chip
 from ring_attention.hardware.reach import KernelRate, Reach, kernel_rate, reach_of
 
+_NAME = re.compile(r"(?:(\d+)x)?([^:]*):?(.*)")
 _SHAPE = re.compile(r"\d+(x\d+)*")
 _SIDES = {"v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 _TWO_CORES = ("v3", "tpu7x")  # on a chip, each a device
@@ -16,13 +17,14 @@ _EXAMPLES = {2: "16x16", 3: "8x8x8"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A pod, or a slice of one.
+    """A pod, a slice of one, or several slices that only the data-centre network joins.
 
     Attributes:
-      name: "v5e:16x16", or "h100:4x8" for 4 hosts with 8 GPUs each.
+      name: "v5e:16x16", "2xv5e:16x16" for two such slices, or "h100:4x8" for 4 hosts with 8 GPUs each.
       chip: what its devices are.
-      sides: of the grid of TPU devices (the last of v3 and tpu7x: the two cores of a chip); of GPUs, hosts and how many
-        each has.
+      sides: of a slice's grid of TPU devices (the last of v3 and tpu7x: the two cores of a chip); of GPUs, hosts and
+        how many each has, which for gb200 are racks.
+      slices: how many of them.
       measured: what programs were measured to reach of the chip; None where nothing was.
       measured_kernel: the rate of attention that was measured on it, whatever the kernel.
     """
@@ -30,13 +32,24 @@ class Topology:
     name: str
     chip: Chip
     sides: tuple[int, ...]
+    slices: int = 1
     measured: Reach | None = None
     measured_kernel: KernelRate | None = None
 
     @property
     def devices(self) -> int:
         """The number of devices."""
-        return math.prod(self.sides)
+        return self.slices * math.prod(self.sides)
+
+    @property
+    def slice_name(self) -> str:
+        """The name of one of the slices."""
+        return self.name.removeprefix(f"{self.slices}x")
+
+    @property
+    def domain(self) -> int:
+        """The number of devices that links join: of a TPU's slice, or of a GPU's host."""
+        return math.prod(self.sides) if self.tpu else self.sides[-1]
 
     @property
     def reach(self) -> Reach:
@@ -70,10 +83,6 @@ class Topology:
         boxes = [sides for sides in _divisions(self.sides, devices)]
         return min(boxes, key=lambda sides: (max(sides), sides), default=(devices,))
 
-    def crosses_hosts(self, neighbours: int) -> bool:
-        """Whether a group of so many consecutive GPUs has members on several hosts; TPUs do not care."""
-        return not self.tpu and neighbours > self.sides[-1]
-
     def wraps(self, side: int) -> bool:
         """Whether a line of so many TPUs along the grid closes to a circle: a whole side of 16 on v5e and v6e, or
         one of a multiple of 4 on the others (Google's pages of each).
@@ -82,12 +91,12 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """Find a pod by its name, such as "v5e:16x16".
+    """Find a pod by its name, such as "v5e:16x16" or, of two such slices, "2xv5e:16x16".
 
     Raises:
       ConfigError: for a chip that is not known, or a shape that such pods do not have.
     """
-    word, _, shape = name.partition(":")
+    slices, word, shape = _NAME.fullmatch(name.replace("\n", " ")).groups()
     known = ", ".join(CHIPS)
     require_field(word in CHIPS, "topology", name, f"{word!r} is no chip that is known here", f"choose one of {known}")
     sides = _SIDES.get(word, 2)
@@ -95,7 +104,11 @@ def find_topology(name: str) -> Topology:
     numbers = tuple(int(side) for side in shape.split("x")) if _SHAPE.fullmatch(shape) else ()
     if len(numbers) != sides or 0 in numbers:
         raise ConfigError(f"topology={name!r}: needs {sides} positive sides; write it like {example}")
-    return Topology(name=name, chip=CHIPS[word], sides=(*numbers, 2) if word in _TWO_CORES else numbers)
+    if slices is not None and (word not in _SIDES or not int(slices)):
+        need = "is at least 1" if word in _SIDES else "is for TPUs; the first side counts a GPU's hosts"
+        raise ConfigError(f"topology={name!r}: {slices}x, a number of slices, {need}; write it like {example}")
+    sides = (*numbers, 2) if word in _TWO_CORES else numbers
+    return Topology(name=name, chip=CHIPS[word], sides=sides, slices=int(slices or 1))
 
 
 def _divisions(sides: tuple[int, ...], devices: int):

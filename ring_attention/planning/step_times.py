@@ -105,7 +105,7 @@ def ring_wires(share: Share, width: int = 1) -> Wires:
     """
     tp = share.mesh[TENSOR]
     wires = wires_of(share.topology, share.ring, tp)
-    shared = width if share.topology.tpu else 1
+    shared = width if wires.kind == "ICI" else 1
     return dataclasses.replace(wires, hop=wires.hop / shared, swap=wires_of(share.topology, width, tp).swap)
 
 

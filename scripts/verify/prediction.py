@@ -2,6 +2,7 @@
 
   pip install -e '.[compile-tpu,compile-gpu]'
   python -m scripts.verify prediction --out prediction.json
+  python -m scripts.verify prediction --pods 2xv5e h100:3x8    # those alone
 
 Each case is a config with some fields changed, one to three minutes on two cores. Rows that --out already has are not
 compiled again, but predicted again. The exit status is 1 if a prediction is off by more than 15%.
@@ -52,7 +53,7 @@ class Case:
 
 
 _LONG = {name: f"model.{name}" for name in ("num_layers", "num_kv_heads", "remat", "model_dim", "ffn_dim", "num_heads")}
-_LONG |= {"vocab_size": "model.vocab_size", "sp": "mesh.sp", "tp": "mesh.tp", "fsdp": "mesh.fsdp"}
+_LONG |= {"vocab_size": "model.vocab_size"} | {axis: f"mesh.{axis}" for axis in ("dp", "fsdp", "sp", "tp")}
 _LONG |= {name: f"attention.{name}" for name in ("impl", "strategy", "ulysses_size")}
 _SMALL = "num_layers=12 model_dim=1024 ffn_dim=4096 num_heads=8 num_kv_heads=8 vocab_size=131072"
 
@@ -81,6 +82,16 @@ CASES = [
         ("h100:1x8", "num_layers=8 sp=4 tp=2"),
         ("h100:4x8", "sp=32 seq_len=1048576 remat=full"),
         ("h100:1x8", f"{_SMALL} seq_len=65536"),
+        ("h100:3x8", "num_layers=8 sp=24 seq_len=786432"),
+        ("h100:3x8", "num_layers=12 fsdp=3 sp=4 tp=2 batch_size=3 eval_sequences=3 seq_len=131072"),
+        ("h100:5x8", "num_layers=16 sp=40 seq_len=655360 remat=full"),
+        ("h200:1x8", "num_layers=16 seq_len=524288"),
+        ("b200:1x8", "num_layers=16 fsdp=2 sp=2 tp=2 batch_size=2 seq_len=131072"),
+        ("2xv5e:4x4", "num_layers=8 dp=2 sp=16 batch_size=2 seq_len=131072"),
+        ("2xv5e:4x4", "num_layers=8 sp=32 seq_len=262144"),
+        ("3xv5e:2x4", "num_layers=8 sp=24 seq_len=196608"),
+        ("v5e:4x4", "num_layers=8 fsdp=2 sp=4 tp=2 batch_size=2 seq_len=65536"),
+        ("v5p:4x4x4", "num_layers=16 fsdp=4 sp=8 tp=2 batch_size=4 eval_sequences=4 seq_len=131072"),
     )
 ]
 
@@ -104,19 +115,21 @@ def main(argv: list[str]) -> int:
     """Compile what is missing, predict, print."""
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=local_path, default=Path("prediction.json"), help="rows that are done")
+    parser.add_argument("--pods", nargs="+", metavar="NAME", default=[""], help="only of pods that begin so")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     compiled = {(row["pod"], row["fields"]): row["compiler"] for row in known}
     console, rows = Console(highlight=False), []
-    for case in CASES:
+    for case in (case for case in CASES if case.pod.startswith(tuple(args.pods))):
         share, key = case.share(), (case.pod, case.fields)
         if key not in compiled:
             with console.status(f"compiling {case.pod} {case.fields}"):
                 compiled[key] = memory_of_program(compile_for(share.config, share.topology)[0]).total
         predicted = memory_of(share, share.config.attention.make_strategy()).total
         rows.append(dict(pod=case.pod, fields=case.fields, predicted=predicted, compiler=compiled[key]))
-        write_json(args.out, rows)
+        done = [(row["pod"], row["fields"]) for row in rows]
+        write_json(args.out, rows + [row for row in known if (row["pod"], row["fields"]) not in done])
     show(table_of(rows), console)
     off = [row for row in rows if abs(row["predicted"] / row["compiler"] - 1) > TOLERANCE]
     print(f"{len(off)} of {len(rows)} are off by more than {TOLERANCE:.0%}")

@@ -32,3 +32,14 @@ def test_a_rack_of_72_gpus_is_one_domain_of_links():
     rack, two = find_topology("gb200:1x72"), find_topology("gb200:2x72")
     assert wires_of(rack, 72).hop == wires_of(rack, 72).gather == find_topology("gb200:1x8").reached.link
     assert wires_of(two, 144).hop == find_topology("gb200:1x8").reached.network
+
+
+def test_slices_are_joined_by_the_data_centre_network():
+    chip, two = find_topology("v5e:16x16").reached, find_topology("2xv5e:16x16")
+    ring, pairs, within = wires_of(two, 512), wires_of(two, 2, stride=256), wires_of(two, 256)
+    assert (ring.hop, ring.hop_both, ring.kind) == (chip.network, chip.network, "DCN")
+    assert ring.gather == wires_of(find_topology("v5e:16x16"), 256).gather  # half comes by 256 chips' parts at once
+    assert ring.swap == pytest.approx(chip.network * 2)
+    assert (pairs.gather, pairs.kind) == (pytest.approx(chip.network * 2), "DCN")
+    assert within == wires_of(find_topology("v5e:16x16"), 256)
+    assert wires_of(two, 16, stride=32).gather == pytest.approx(8 * chip.network * 2)

@@ -12,6 +12,10 @@ from ring_attention.hardware.topology import find_topology
         ("v3:16x16", "v3", 512),
         ("tpu7x:4x4x4", "tpu7x", 128),
         ("h100:4x8", "h100", 32),
+        ("a100-40:1x8", "a100-40", 8),
+        ("2xv5e:16x16", "v5e", 512),
+        ("1xv5e:2x4", "v5e", 8),
+        ("12xtpu7x:2x2x1", "tpu7x", 96),
     ],
 )
 def test_find_topology_tells_chip_and_number_of_devices(name, chip, devices):
@@ -31,6 +35,10 @@ def test_find_topology_tells_chip_and_number_of_devices(name, chip, devices):
         ("v5e:axb", "write it like"),
         ("h100:8", "4 hosts of 8 GPUs"),
         ("", "choose one of"),
+        ("2x", "choose one of"),
+        ("2xv5e", "write it like v5e:16x16"),
+        ("0xv5e:16x16", "a number of slices, is at least 1"),
+        ("2xh100:1x8", "is for TPUs; the first side counts a GPU's hosts; write it like h100:4x8"),
     ],
 )
 def test_find_topology_refuses_in_one_line_with_a_remedy(name, words):
@@ -54,7 +62,9 @@ def test_wraps_follows_the_links_of_the_chip():
     assert not find_topology("v4:8x8x8").wraps(4)
 
 
-def test_crosses_hosts_is_only_for_gpus():
-    assert find_topology("h100:4x8").crosses_hosts(9)
-    assert not find_topology("h100:4x8").crosses_hosts(8)
-    assert not find_topology("v5e:16x16").crosses_hosts(256)
+@pytest.mark.parametrize(
+    ("name", "domain"),
+    [("h100:4x8", 8), ("gb200:2x72", 72), ("v5e:16x16", 256), ("2xv5e:16x16", 256), ("3xtpu7x:2x2x1", 8)],
+)
+def test_domain_is_what_links_join(name, domain):
+    assert find_topology(name).domain == domain
