@@ -112,6 +112,11 @@ class Share:
         return self.mesh[FSDP] * self.mesh[SEQUENCE]
 
     @property
+    def width(self) -> int:
+        """The part of M that this device keeps of every matrix; the owners' last may be padding."""
+        return -(-self.model.model_dim // self.owners)
+
+    @property
     def ring(self) -> int:
         """P, the number of devices that share a sequence."""
         return self.mesh[SEQUENCE]
@@ -156,8 +161,7 @@ class Share:
         """Parameters that this device keeps: its share of the matrices, and all norms."""
         layers = self.model.num_layers
         matrices = layers * (self.attention_weights + self.ffn_weights) + self.model.vocab_tables * self.vocab_weights
-        width = -(-self.model.model_dim // self.owners)  # of a matrix along M, the last one's padded
-        return matrices // self.model.model_dim * width + (2 * layers + 1) * self.model.model_dim
+        return matrices // self.model.model_dim * self.width + (2 * layers + 1) * self.model.model_dim
 
     def work(self, **changes) -> Workload:
         """Describe one layer's attention, for the strategies' own figures."""

@@ -152,7 +152,7 @@ def weights_bytes(share: Share) -> int:
     layers = share.model.num_layers * (share.attention_weights + share.ffn_weights)
     gathers = layers * (1 if share.model.remat == "none" else 2) + 2 * share.vocab_weights
     sums = layers + 2 * share.vocab_weights
-    return (gathers * share.itemsize + 4 * sums) * (share.owners - 1) // share.owners
+    return (gathers * share.itemsize + 4 * sums) // share.model.model_dim * share.width * (share.owners - 1)
 
 
 def weights_seconds(share: Share) -> float:
