@@ -1,5 +1,7 @@
-"""Does a config fit a pod, what will it wait for, and which strategy should it take? Before anything is rented.
+"""Does a model fit a pod, what will it wait for, and how should it run there? Before anything is rented.
 
+  python scripts/plan.py llama-3.1-8b --tokens=1M --topology=h100:1x8
+  python scripts/plan.py FOLDER --tokens=128K --topology=h100:4x8 --network=400Gb
   python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16
   python scripts/plan.py --config=configs/gpu_8xh100_7b.py --topology=h100:1x8 --out=plans/h100
   python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --compile
@@ -7,12 +9,15 @@
   python scripts/plan.py --topology=h100:1x8 --config=configs/gpu_8xh100_7b.py --measured=doctor.json
   python scripts/plan.py --table2
 
-Any field can be overridden as for train.py, for example --config.seq_len=4194304. The first form takes two seconds and
-compiles nothing. --compile has the real training step compiled for the pod (pip install -e '.[compile-tpu]' or
+The model is a well-known one (train.py --help lists them), a folder with the config.json of a Hugging Face checkpoint,
+or that of a config file. Any field can be overridden as for train.py, for example --config.batch_size=16. Planning
+takes two seconds and compiles nothing. It ends with a search over strategies, meshes, rematerialisation, groups of
+heads and micro-batches, and the commands for the fastest step that fits and for the longest context; --no_search leaves
+that out. --compile has the real training step compiled for the pod (pip install -e '.[compile-tpu]' or
 '.[compile-gpu]') and prints what the compiler says beside what was predicted. --max_context has the longest context
 found that compiles within the chip's memory. --out writes plan.json and the pictures memory.png, timeline.png and
-map.png. --measured takes the rates that scripts/doctor.py measured on such a chip in place of published ones.
-docs/planner.md explains every column.
+map.png. --measured takes the rates that scripts/doctor.py measured on such a chip in place of published ones. The exit
+status is 0 if the config fits as it is given, 1 if not. docs/planner.md explains every column.
 """
 
 import argparse
@@ -24,15 +29,19 @@ from rich.console import Console
 
 from ring_attention.checks import ConfigError, local_path, printable
 from ring_attention.commands.arguments import Parser
+from ring_attention.commands.plan_flags import config_flags, split_model, with_network
 from ring_attention.commands.program import invocation
 from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
 from ring_attention.hardware.topology import find_topology
 from ring_attention.json_files import write_json
+from ring_attention.models.hf.presets import PRESETS
 from ring_attention.planning import compile_report, report
+from ring_attention.planning.advice import Advice, advise, in_words
 from ring_attention.planning.compile_report import CompileReport, longest_compiled, make_report
 from ring_attention.planning.measured import with_measured
-from ring_attention.planning.plan import Plan, make_plan
+from ring_attention.planning.plan import Candidate, Plan, make_plan
 from ring_attention.tables import show
+from ring_attention.training.config import TrainConfig
 from ring_attention.training.flags import parse_config, split_path
 
 DEFAULT_CONFIG = "tpu_v5e_256_7b"
@@ -48,29 +57,47 @@ def main(argv: list[str]) -> int:
         show(report.paper_table(), console)
         return 0
     topology = find_topology(args.topology)
+    if args.network:
+        topology = with_network(topology, args.network)
     if args.measured:
         topology = with_measured(topology, args.measured)
     plan = make_plan(parse_config(flags, DEFAULT_CONFIG), topology)
+    advice = advise(plan.share.config, topology) if args.search else None
     compiled = compile_plan(plan, console) if args.compile else None
-    describe(plan, compiled, flags, console)
+    describe(plan, advice, compiled, flags, console)
     if args.max_context:
         find_longest(plan, console)
     if args.out:
-        write(plan, compiled, args.out, console)
+        write(plan, advice, compiled, flags, args.out, console)
     enough = compiled.memory.total <= topology.chip.memory if compiled else plan.own.fits
     return 0 if enough else 1
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own flags, and those that are the config's."""
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, usage="%(prog)s [MODEL] [flags] [--config.FIELD=VALUE ...]")
     parser.add_argument("--topology", default="v5e:16x16", help=f"such as v5e:16x16 or h100:4x8; {', '.join(CHIPS)}")
+    parser.add_argument("--tokens", metavar="N", help="of a sequence: 131072, 128K (of 1024) or 1.5M (of 1024 * 1024)")
+    parser.add_argument(
+        "--network",
+        metavar="RATE",
+        help="between hosts, for one device, one way: 400Gb (bits a second) or 50GB (bytes)",
+    )
+    parser.add_argument(
+        "--no_search", dest="search", action="store_false", help="plan the config as it is, and no other"
+    )
     parser.add_argument("--compile", action="store_true", help="ask the pod's own compiler as well")
     parser.add_argument("--max_context", action="store_true", help="find the longest context that compiles in memory")
     parser.add_argument("--table2", action="store_true", help="the Ring Attention paper's Table 2, and end")
     parser.add_argument("--measured", type=local_path, metavar="FILE", help="of the doctor: plan with its rates")
-    parser.add_argument("--out", type=local_path, metavar="FOLDER", help="write plan.json and pictures there")
-    return parser.parse_known_args(argv)
+    parser.add_argument(
+        "--out", type=local_path, metavar="FOLDER", help="write plan.json, plan.html and pictures there"
+    )
+    model, argv = split_model(
+        argv, {"--no_search", "--no-search", "--compile", "--max_context", "--max-context", "--table2"}
+    )
+    args, flags = parser.parse_known_args(argv)
+    return args, config_flags(model, args.tokens, flags)
 
 
 def compile_plan(plan: Plan, console: Console) -> CompileReport:
@@ -93,7 +120,9 @@ def find_longest(plan: Plan, console: Console) -> None:
     console.print(f"Longest context that compiles within the memory: [bold]{longest:,}[/bold] tokens")
 
 
-def describe(plan: Plan, compiled: CompileReport | None, flags: list[str], console: Console) -> None:
+def describe(
+    plan: Plan, advice: Advice | None, compiled: CompileReport | None, flags: list[str], console: Console
+) -> None:
     """Print the tables and the advice; `flags` are the config's own."""
     share = plan.share
     mesh = " ".join(f"{name}={size}" for name, size in share.mesh.items() if size > 1)
@@ -111,35 +140,69 @@ def describe(plan: Plan, compiled: CompileReport | None, flags: list[str], conso
         show(table(plan), console)
     if compiled:
         describe_compiled(compiled, console)
+    _describe_differences(flags, console)
     if plan.recommended is None:
-        console.print(f"[red]Nothing fits[/red]: {plan.reason}.")
+        console.print(f"[red]On this mesh nothing fits[/red]: {plan.reason}.")
     else:
-        console.print(f"Take [bold green]{plan.recommended.label}[/bold green]: {plan.reason}.")
-        console.print(command(plan, flags), soft_wrap=True, markup=False)  # whole, so that it can be pasted
+        console.print(f"On this mesh take [bold green]{plan.recommended.label}[/bold green]: {plan.reason}.")
     if not plan.own.fits:
-        chip = share.topology.chip
-        console.print(
-            f"[red]This config does not fit[/red]: {plan.memory.total / GiB:.1f} GiB of {chip.memory / GiB:.1f} GiB. "
-            + (
-                f"A context of {plan.longest:,} tokens would."
-                if plan.longest
-                else "No context would; use more devices."
-            )
-        )
+        need = f"{plan.memory.total / GiB:.1f} GiB of {share.topology.chip.memory / GiB:.1f} GiB"
+        remedy = f"a context of {plan.longest:,} tokens would" if plan.longest else "no context would"
+        console.print(f"[red]This config does not fit[/red]: {need}; {remedy}.")
     else:
-        console.print(f"Longest context that fits, predicted: {plan.longest:,} tokens")
+        console.print(f"Longest context that fits as it is, predicted: {plan.longest:,} tokens")
+    if advice:
+        for words, line in spoken(plan, advice, flags):
+            console.print(words)
+            console.print(line, soft_wrap=True, markup=False)  # whole, so that it can be pasted
+    elif plan.recommended:
+        console.print(command(plan.recommended, share.config, flags), soft_wrap=True, markup=False)
 
 
-def command(plan: Plan, flags: list[str]) -> str:
-    """Return the line for a shell that trains what was planned by the strategy that is advised.
+def _describe_differences(flags: list[str], console: Console) -> None:
+    """Say what a well-known model has that the one planned here has not, as far as that changes its cost."""
+    preset = PRESETS.get(split_path(flags, DEFAULT_CONFIG)[0])
+    if preset and preset.differs:
+        console.print(f"[bold]Planned as the closest model that is implemented[/bold]: {preset.differs}.")
+
+
+def spoken(plan: Plan, advice: Advice, flags: list[str]) -> list[tuple[str, str]]:
+    """Return what was found as (a line for people, a command to paste)."""
+    config, found = plan.share.config, []
+
+    def say(words: str, candidate: Candidate) -> None:
+        found.append((f"{words}: {in_words(candidate)}.", command(candidate, config, flags)))
+
+    if advice.fastest:
+        say("[bold green]Fastest that fits[/bold green]", advice.fastest)
+    if advice.one_change:
+        changes = " ".join(advice.one_change.flags(config))
+        say(f"[bold]One change makes this config fit[/bold], {changes}", advice.one_change)
+    if advice.larger:
+        pod = advice.larger.share.topology
+        more = pod.devices - plan.share.devices
+        say(f"[bold]Nothing fits here, but on {pod.name}[/bold], {more:,} devices more", advice.larger)
+    if advice.longest:
+        tokens = f"{advice.longest.share.config.seq_len:,} tokens"
+        shorter = "Nothing fits here, but a context of" if advice.fastest is None else "Longest context:"
+        say(f"[bold]{shorter} {tokens}[/bold]", advice.longest)
+    return found
+
+
+def command(candidate: Candidate, config: TrainConfig, flags: list[str]) -> str:
+    """Return the line for a shell that trains what was planned as a candidate runs it.
 
     Args:
-      plan: which advises one.
-      flags: those of this command line that are the config's, which the plan holds for; the advice overrides them.
+      candidate: which.
+      config: that was planned.
+      flags: those of this command line that are the config's, which the plan holds for; the candidate's override them.
     """
     path, overrides = split_path(flags, DEFAULT_CONFIG)
-    words = [*invocation("train").split(), f"--config={path}", *overrides, *plan.recommended.flags]
-    setting = "" if plan.share.topology.tpu else f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION:g} "
+    changes = candidate.flags(config)
+    changed = {flag.partition("=")[0] for flag in changes}
+    kept = [flag for flag in overrides if flag.partition("=")[0] not in changed or "=" not in flag]
+    words = [*invocation("train").split(), f"--config={path}", *kept, *changes]
+    setting = "" if candidate.share.topology.tpu else f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION:g} "
     return setting + shlex.join(words)
 
 
@@ -154,12 +217,19 @@ def describe_compiled(compiled: CompileReport, console: Console) -> None:
         console.print(f"[red]warning[/red]: {warning}")
 
 
-def write(plan: Plan, compiled: CompileReport | None, folder: Path, console: Console) -> None:
+def write(
+    plan: Plan,
+    advice: Advice | None,
+    compiled: CompileReport | None,
+    flags: list[str],
+    folder: Path,
+    console: Console,
+) -> None:
     """Write the JSON and the pictures."""
     from ring_attention.planning import plots  # slow to import
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = report.as_json(plan) | ({"compiled": compile_report.as_json(compiled)} if compiled else {})
+    written = report.as_json(plan, advice) | ({"compiled": compile_report.as_json(compiled)} if compiled else {})
     write_json(folder / "plan.json", written)
     plots.draw_all(plan, folder, compiled and compiled.memory.total)
     console.print(f"Written: {folder}/plan.json, memory.png, timeline.png, map.png")

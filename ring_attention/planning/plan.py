@@ -2,7 +2,10 @@
 
 import dataclasses
 
+from flax.traverse_util import flatten_dict
+
 from ring_attention.checks import require_field
+from ring_attention.hardware.chips import Chip
 from ring_attention.hardware.topology import Topology
 from ring_attention.parallel.ring import SingleDevice
 from ring_attention.parallel.strategies import STRATEGIES, scheduled
@@ -12,7 +15,7 @@ from ring_attention.planning.memory import Memory, memory_of
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import StepTime, step_time
 from ring_attention.training.config import STRATEGY_OPTIONS, TrainConfig
-from ring_attention.training.config_values import spelt
+from ring_attention.training.config_values import config_to_dict, spelt
 from ring_attention.training.validate import check_attention
 
 EQUAL = 0.02
@@ -24,23 +27,47 @@ GRAIN = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A strategy for the planned step, and what it costs.
+    """A way to run the planned step, and what it costs.
 
     Attributes:
-      strategy: with its options.
-      label: the strategy's name and options.
-      flags: how to choose it on the command line of train.py.
+      share: one device's part of it, whose config says which way.
       time: predicted seconds of a step.
       memory: predicted bytes of a device.
-      fits: whether the memory is there.
     """
 
-    strategy: Strategy
-    label: str
-    flags: tuple[str, ...]
+    share: Share
     time: StepTime
     memory: Memory
-    fits: bool
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy of attention, with its options."""
+        return self.share.strategy
+
+    @property
+    def label(self) -> str:
+        """The strategy's name and options."""
+        options = [
+            f"{field.name}={getattr(self.strategy, field.name)}"
+            for field in dataclasses.fields(self.strategy)
+            if field.init and getattr(self.strategy, field.name) != field.default
+        ]
+        return " ".join([self.strategy.name, *options])
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is there, of the device and of its host."""
+        return fits_in(self.memory, self.share.topology.chip)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: the step's operations over what the pod could do in that time at its peak."""
+        share = self.share
+        return step_flops(share) / self.time.total / share.devices / share.topology.chip.flops
+
+    def flags(self, config: TrainConfig) -> tuple[str, ...]:
+        """How to choose it on the command line of train.py that gives `config`."""
+        return changed_flags(config, self.share.config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,11 +99,6 @@ class Plan:
         """The operations of a step of the whole pod, without repetitions."""
         return step_flops(self.share)
 
-    def mfu(self, candidate: Candidate) -> float:
-        """Model FLOPs utilisation: the step's operations over what the pod could do in that time at its peak."""
-        share = self.share
-        return self.model_flops / candidate.time.total / share.devices / share.topology.chip.flops
-
 
 def step_flops(share: Share) -> float:
     """Count the model FLOPs of a step; see `ModelConfig.training_flops`."""
@@ -100,7 +122,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     )
     share = Share.of(config, topology)
     candidates = candidates_of(share)
-    own = _candidate(share, share.strategy)
+    own = candidate_of(share)
     if own.label not in [candidate.label for candidate in candidates]:
         candidates = sorted([*candidates, own], key=lambda candidate: candidate.time.total)
     recommended, reason = recommend(candidates)
@@ -137,7 +159,9 @@ def _reason(best: Candidate, candidates: list[Candidate], equal: list[Candidate]
         words.append(f"it waits {waits / best.time.total:.0%} of the step for its transfers, the others more or longer")
     others = [candidate.label for candidate in equal if candidate is not best]
     if others:
-        words.append(f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} as fast and need more memory")
+        words.append(
+            f"{', '.join(others)} {'is as fast and needs' if len(others) == 1 else 'are as fast and need'} more memory"
+        )
     slower = [c for c in candidates if c.fits and c not in equal]
     if slower:
         factor = slower[0].time.total / best.time.total
@@ -151,46 +175,59 @@ def _reason(best: Candidate, candidates: list[Candidate], equal: list[Candidate]
 def candidates_of(share: Share, strategies: list[Strategy] | None = None) -> list[Candidate]:
     """Price these strategies, or all that can do this attention; the fastest comes first."""
     strategies = strategies_of(share) if strategies is None else strategies
-    return sorted((_candidate(share, strategy) for strategy in strategies), key=lambda c: c.time.total)
+    return sorted((candidate_of(by_strategy(share, s)) for s in strategies), key=lambda c: c.time.total)
 
 
 def strategies_of(share: Share) -> list[Strategy]:
-    """List every exact strategy that this mesh, shape and kernel can run; see `validate.check_attention`."""
+    """List every exact strategy that this mesh, shape and kernel can run; see `validate.check_attention`.
+
+    Where "auto" would take a fused kernel for some of them, those for which it would not are left out.
+    """
     work = share.work()
     both_ways = share.topology.chip.links > 1  # one link, into a switch, carries no more if it sends both ways
     known = [STRATEGIES[name] for name in scheduled(work)] if share.ring > 1 else [SingleDevice()]
     strategies = [x for known in known if known.exact and known.full for x in known.variants(work, both_ways)]
-    return [strategy for strategy in strategies if _can_run(share, strategy)]
+    running = [strategy for strategy in strategies if _can_run(by_strategy(share, strategy))]
+    fused = [strategy for strategy in running if by_strategy(share, strategy).attention.kernel.platform]
+    return fused or running
 
 
-def _can_run(share: Share, strategy: Strategy) -> bool:
+def _can_run(share: Share) -> bool:
+    if share.config.attention.impl == "auto" and share.attention.kernel.platform:
+        return True  # "auto" takes a fused kernel only where kernel and strategy can do what is asked
     try:
-        check_attention(share.config, share.mesh, strategy)
+        check_attention(share.config, share.mesh, share.strategy, share.attention.kernel)
     except ValueError:
         return False
     return True
 
 
-def _candidate(share: Share, strategy: Strategy) -> Candidate:
-    options = {
-        field.name: getattr(strategy, field.name)
-        for field in dataclasses.fields(strategy)
-        if field.init and getattr(strategy, field.name) != field.default
-    }
-    label = " ".join([strategy.name, *(f"{name}={value}" for name, value in options.items())])
-    flags = [f"--config.attention.strategy={strategy.name}"]
-    own = share.config.attention  # of which the options of another strategy must go
-    others = {name: type(getattr(own, name))() for name in STRATEGY_OPTIONS if getattr(own, name)}
-    flags += [f"--config.attention.{name}={spelt(value)}" for name, value in (others | options).items()]
-    memory = memory_of(share, strategy)
-    return Candidate(
-        strategy=strategy,
-        label=label,
-        flags=tuple(flags),
-        time=step_time(share, strategy),
-        memory=memory,
-        fits=memory.total <= share.topology.chip.memory and memory.host <= share.topology.chip.host_memory,
-    )
+def by_strategy(share: Share, strategy: Strategy) -> Share:
+    """Return the same step by another strategy."""
+    return dataclasses.replace(share, config=with_strategy(share.config, strategy))
+
+
+def with_strategy(config: TrainConfig, strategy: Strategy) -> TrainConfig:
+    """Return the config with another strategy; options that it does not have are left out."""
+    own = config.attention
+    options = {name: getattr(strategy, name, None) or type(getattr(own, name))() for name in STRATEGY_OPTIONS}
+    return dataclasses.replace(config, attention=dataclasses.replace(own, strategy=strategy.name, **options))
+
+
+def candidate_of(share: Share) -> Candidate:
+    """Price a step as its config says."""
+    return Candidate(share=share, time=step_time(share, share.strategy), memory=memory_of(share, share.strategy))
+
+
+def fits_in(memory: Memory, chip: Chip, part: float = 1.0) -> bool:
+    """Whether that part of a device's memory, and of its host's, is enough."""
+    return memory.total <= part * chip.memory and memory.host <= part * chip.host_memory
+
+
+def changed_flags(before: TrainConfig, after: TrainConfig) -> tuple[str, ...]:
+    """Return the flags that turn one config into another, which has the same fields but for their values."""
+    old, new = (flatten_dict(config_to_dict(config), sep=".") for config in (before, after))
+    return tuple(f"--config.{field}={spelt(value)}" for field, value in new.items() if value != old[field])
 
 
 def longest_context(config: TrainConfig, topology: Topology) -> int:
@@ -200,7 +237,7 @@ def longest_context(config: TrainConfig, topology: Topology) -> int:
 
     def fits(tokens: int) -> bool:
         longer = dataclasses.replace(share, config=dataclasses.replace(config, seq_len=tokens))
-        return _candidate(longer, longer.strategy).fits
+        return fits_in(memory_of(longer, longer.strategy), topology.chip)
 
     low, high = 0, step
     while fits(high) and high < 2**40:

@@ -7,6 +7,7 @@ from rich.table import Table
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.paper import PAPER_TABLE_2
 from ring_attention.hardware.rates import wires_of
+from ring_attention.planning.advice import ADVISED, Advice
 from ring_attention.planning.hiding import paper_tokens, tokens_to_hide
 from ring_attention.planning.plan import Plan
 from ring_attention.planning.step_times import pace_of, schedule_of, sent_bytes
@@ -124,7 +125,7 @@ def strategy_table(plan: Plan) -> Table:
         table.add_row(
             candidate.label,
             _seconds(time.total),
-            f"{plan.mfu(candidate):.0%}",
+            f"{candidate.mfu:.0%}",
             *cells,
             gib,
             ", ".join(marks),
@@ -160,15 +161,16 @@ def paper_table() -> Table:
     return table
 
 
-def as_json(plan: Plan) -> dict:
-    """Convert a plan to what JSON can hold."""
+def as_json(plan: Plan, advice: Advice | None = None) -> dict:
+    """Convert a plan, and the advice beside it, to what JSON can hold."""
     share = plan.share
+    advised = {name: getattr(advice, name) for name in ADVISED} if advice else {}
     candidate = lambda c: {  # noqa: E731
         "strategy": c.label,
-        "flags": c.flags,
+        "flags": c.flags(share.config),
         "fits": c.fits,
         "step_seconds": c.time.total,
-        "mfu": plan.mfu(c),
+        "mfu": c.mfu,
         "memory_bytes": c.memory.total,
         "time": dataclasses.asdict(c.time),
     }
@@ -198,4 +200,8 @@ def as_json(plan: Plan) -> dict:
         "recommended": plan.recommended and plan.recommended.label,
         "reason": plan.reason,
         "longest_context": plan.longest,
+        "advice": {
+            name: c and candidate(c) | {"topology": c.share.topology.name, "seq_len": c.share.config.seq_len}
+            for name, c in advised.items()
+        },
     }

@@ -14,7 +14,7 @@ from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_mesh_shape
 from ring_attention.parallel.strategy import Context, Strategy
 from ring_attention.parallel.workload import Workload
-from ring_attention.training.config import TrainConfig
+from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.validate import validate_config
 
 
@@ -67,29 +67,14 @@ class Share:
         """Why "auto" takes no faster kernel on the pod; "" where it takes the fastest, or one is named."""
         return self._attention[1]
 
-    @functools.cached_property
+    @property
     def _attention(self) -> tuple[Context, str]:
-        attention, model, reasons = self.config.attention, self.model, [""]
-
-        def choose_untested(impl, kind, accepts):
-            choice = Choice(impl) if impl != "auto" else choose(kind, accepts, lambda kernel, kind: None)
-            reasons.append(choice.reason)
-            return find_kernel(choice.impl)
-
-        context = choose_context(
-            self.strategy,
-            attention.impl,
-            attention.block_sizes,
-            axis_name=SEQUENCE,
-            layout=attention.make_layout(self.ring),
-            kind=_kind_of(self.topology),
-            shape=(self.batch, self.tokens, self.heads // model.head_groups, model.head_dim),
-            dtype=model.compute_dtype,
-            kv_heads=self.kv_heads // model.head_groups,
-            make_mask=lambda: MaskSpec(scale=1.0, window=attention.window or None, softcap=attention.softcap or None),
-            choose=choose_untested,
+        model = self.model
+        shape = (self.batch, self.tokens, self.heads // model.head_groups, model.head_dim)
+        kv_heads = self.kv_heads // model.head_groups
+        return _choose_attention(
+            self.config.attention, self.ring, _kind_of(self.topology), shape, model.compute_dtype, kv_heads
         )
-        return context, reasons[-1]
 
     @property
     def itemsize(self) -> int:
@@ -183,6 +168,34 @@ class Share:
 
 def _kind_of(topology: Topology) -> DeviceKind:
     return DeviceKind(topology.chip.platform, topology.chip.kinds[0])
+
+
+@functools.lru_cache(maxsize=16_384)
+def _choose_attention(
+    attention: AttentionConfig, ring: int, kind: DeviceKind, shape: tuple[int, ...], dtype: str, kv_heads: int
+) -> tuple[Context, str]:
+    """Choose kernel and tiles for one device's attention, and say why "auto" takes no faster kernel."""
+    reasons = [""]
+
+    def choose_untested(impl, kind, accepts):
+        choice = Choice(impl) if impl != "auto" else choose(kind, accepts, lambda kernel, kind: None)
+        reasons.append(choice.reason)
+        return find_kernel(choice.impl)
+
+    context = choose_context(
+        attention.make_strategy(),
+        attention.impl,
+        attention.block_sizes,
+        axis_name=SEQUENCE,
+        layout=attention.make_layout(ring),
+        kind=kind,
+        shape=shape,
+        dtype=dtype,
+        kv_heads=kv_heads,
+        make_mask=lambda: MaskSpec(scale=1.0, window=attention.window or None, softcap=attention.softcap or None),
+        choose=choose_untested,
+    )
+    return context, reasons[-1]
 
 
 def resolve_config_mesh(config: TrainConfig, topology: Topology) -> dict[str, int]:

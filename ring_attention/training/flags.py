@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from ring_attention.checks import ConfigError, one_line, printable, require_local, shown
+from ring_attention.models.hf.presets import PRESETS, REFUSED
 from ring_attention.models.hf.source import CONFIG
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import (
@@ -36,7 +37,7 @@ from ring_attention.training.config_values import (
     spelt,
     unknown_field,
 )
-from ring_attention.training.init_from import config_from_folder, inherit
+from ring_attention.training.init_from import config_from_folder, config_from_preset, inherit
 from ring_attention.training.processes import ProcessFlags
 
 CONFIGS = Path("configs")
@@ -96,8 +97,8 @@ def parse_processes(argv: list[str]) -> tuple[ProcessFlags, list[str]]:
 def load_config(path: str | Path) -> TrainConfig:
     """Return what `get_config()` of the file at `path` returns, or of the config whose name `path` is.
 
-    A name is looked for in CONFIGS, then in PACKAGED_CONFIGS. Of a folder that holds a Hugging Face checkpoint, return
-    a config for a model like it (`config_from_folder`).
+    A name is looked for in CONFIGS, in PACKAGED_CONFIGS, then in PRESETS, the well-known models. Of a folder that holds
+    a Hugging Face checkpoint, return a config for a model like it (`config_from_folder`).
 
     Raises:
       ConfigError: if the file is missing, fails, or does not give a TrainConfig.
@@ -106,11 +107,14 @@ def load_config(path: str | Path) -> TrainConfig:
     require_local("--config", path)
     if os.path.lexists(os.path.join(path, CONFIG)):
         return config_from_folder(Path(path))
-    path = _find_config(path)
+    name, path = str(path), _find_config(path)
     if not path.is_file():
+        if name in PRESETS or name in REFUSED:
+            return config_from_preset(name)
         files = _config_files()
-        hint = did_you_mean(Path(path).stem, [file.stem for file in files])
-        raise ConfigError(f"{flag}: there is no such file; {hint}choose one of {', '.join(map(_spelt_config, files))}")
+        hint = did_you_mean(name.removesuffix(".py").rpartition("/")[2], [*(file.stem for file in files), *PRESETS])
+        known = ", ".join([*map(_spelt_config, files), *PRESETS])
+        raise ConfigError(f"{flag}: there is no such file; {hint}choose one of {known}")
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else None
@@ -142,12 +146,16 @@ def usage(default: str, program: str = "python train.py") -> str:
         f"  {program} --config=FOLDER/NAME.py   (--config=NAME for those below)",
         f"  {program} --config=NAME --config.model.num_layers=4 --config.mesh.sp=8",
         f"  {program} --config=FOLDER   (a model like a Hugging Face checkpoint's)",
+        f"  {program} --config=llama-3.1-8b   (a well-known model's shape: see below)",
         "",
         "On several processes, where no cluster says which is which (see docs/pods.md):",
         *_describe(ProcessFlags, prefix="--"),
         "",
         "Config files:",
         *files,
+        "",
+        "Well-known models, by the shape that their config.json has:",
+        _indented(", ".join(PRESETS)),
         "",
         "Fields and their defaults (a config file sets them, --config.FIELD=VALUE",
         "overrides them):",

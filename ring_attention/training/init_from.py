@@ -10,10 +10,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, printable, require_field, shown
+from ring_attention.data.config import DataConfig
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.hf.config import config_from_hf
 from ring_attention.models.hf.files import is_regular, read_json
 from ring_attention.models.hf.manifest import FOLDER, write_manifest
+from ring_attention.models.hf.presets import PRESETS, REFUSED
 from ring_attention.models.hf.source import CONFIG, is_hf_folder
 from ring_attention.training.checkpoints import written_steps
 from ring_attention.training.config import OptimizerConfig, TrainConfig
@@ -176,10 +178,28 @@ def config_from_folder(path: Path) -> TrainConfig:
         config = config_from_hf(values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    return _computed_as_stored(config_of(path, config), values)
+
+
+def config_from_preset(name: str) -> TrainConfig:
+    """Return the config for a model of the shape, rope, window and dtype of one of PRESETS.
+
+    Raises:
+      ConfigError: for a name in REFUSED, with the reason.
+    """
+    if name in REFUSED:
+        raise ConfigError(f"--config={name}: {REFUSED[name]}; choose one of {', '.join(PRESETS)}")
+    values = PRESETS[name].values
+    config = dataclasses.replace(config_of(Path(name), config_from_hf(values)), data=DataConfig())
+    return _computed_as_stored(config, values)
+
+
+def _computed_as_stored(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return the config with the dtype that a config.json states, and so many steps that it can train."""
     dtype = values.get("dtype", values.get("torch_dtype"))
     model = dataclasses.replace(config.model, compute_dtype="bfloat16" if dtype == "bfloat16" else "float32")
     optimizer = OptimizerConfig(warmup_steps=_STEPS // 10)
-    return dataclasses.replace(config_of(path, config), model=model, num_steps=_STEPS, optimizer=optimizer)
+    return dataclasses.replace(config, model=model, num_steps=_STEPS, optimizer=optimizer)
 
 
 def _config_of(begin: str) -> TrainConfig:

@@ -8,6 +8,7 @@ import pytest
 from command_lines import REPOSITORY, run_here
 
 from ring_attention.hardware.topology import find_topology
+from ring_attention.models.hf.presets import PRESETS
 from ring_attention.planning.plan import make_plan
 from ring_attention.training.flags import override, parse_config
 
@@ -21,8 +22,12 @@ def test_plan_has_tables_a_recommendation_and_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     for title in ("Memory of a device", "Sent by a device", "waits for nothing", "A step by each strategy", "source"):
         assert title in done.stdout
-    assert "Take " in done.stdout
-    assert json.loads((tmp_path / "plan.json").read_text())["recommended"]
+    assert "On this mesh take " in done.stdout
+    assert "Fastest that fits" in done.stdout
+    assert "Longest context" in done.stdout
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["recommended"]
+    assert written["advice"]["fastest"]["fits"]
     for picture in ("memory.png", "timeline.png", "map.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -45,6 +50,16 @@ def test_plan_says_which_context_would_fit():
         (["--config.seq_len=1000"], "seq_len"),
         (["--config.model.num_heads=33"], "num_heads"),
         (["--config.attention.impl=cudnn"], "runs on gpu devices"),
+        (["--config=tiny", "--topology=v5e:2x4", "--config.attention.strategy=sparse"], "does not know how long"),
+        (["llama-3.1-8"], "did you mean llama-3.1-8b?"),
+        (["mixtral-8x7b"], "is a mixture of experts"),
+        (["llama-3.1-8b", "qwen3-8b"], "one model is planned"),
+        (["--compile", "llama-3.1-8b", "--config=tiny"], "names the model already"),
+        (["llama-3.1-8b", "--tokens=1.3"], "write it like 131072, 128K or 1.5M"),
+        (["llama-3.1-8b", "--tokens=0"], "must be a positive whole number"),
+        (["llama-3.1-8b", "--tokens=1M", "--config.seq_len=5"], "says how long a sequence is"),
+        (["llama-3.1-8b", "--network=400Gb"], "no network between its devices"),
+        (["llama-3.1-8b", "--topology=h100:2x8", "--network=400"], "write it like 400Gb or 50GB"),
     ],
 )
 def test_a_mistake_costs_one_line(flags, words):
@@ -62,18 +77,19 @@ def test_plan_names_the_extra_with_the_compiler():
 
 
 def _advised(done):
-    (line,) = (line for line in done.stdout.splitlines() if "train.py" in line)
-    words = shlex.split(line)
-    start = words.index("train.py")
-    return words[:start], parse_config(words[start + 1 :], str(REPOSITORY / "configs" / "cpu_demo.py"))
+    for line in done.stdout.splitlines():
+        if "train.py" in line:
+            words = shlex.split(line)
+            start = words.index("train.py")
+            yield words[:start], parse_config(words[start + 1 :], str(REPOSITORY / "configs" / "cpu_demo.py"))
 
 
 def test_plan_advises_a_command_that_trains_what_was_planned(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     flags = ["--config=gpu_8xh100_7b", "--config.attention.strategy=usp", "--config.attention.ulysses_size=2"]
-    done = _plan(*flags, "--config.name=with spaces", "--topology=h100:1x8")
+    done = _plan(*flags, "--config.name=with spaces", "--topology=h100:1x8", "--no_search")
     assert done.returncode == 0, done.stderr
-    before, config = _advised(done)
+    ((before, config),) = _advised(done)
     assert before == ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "python"]
     assert (config.name, config.model.num_layers) == ("with spaces", 32)
     assert config.attention.strategy != "usp"
@@ -82,12 +98,47 @@ def test_plan_advises_a_command_that_trains_what_was_planned(monkeypatch):
     assert max(map(len, others)) <= 80
 
 
+def test_plan_of_a_preset_ends_with_commands_for_the_fastest_step_and_the_longest_context(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    done = _plan("llama-3.1-8b", "--tokens=1M", "--topology=h100:1x8", "--config.batch_size=2")
+    assert done.returncode == 1, "the config as it is does not fit"
+    configs = [config for _, config in _advised(done)]
+    assert [config.name for config in configs] == ["llama-3.1-8b"] * len(configs)
+    assert [config.seq_len > 2**20 for config in configs] == [False] * (len(configs) - 1) + [True]
+    for config in configs:
+        assert (config.batch_size, config.eval_sequences % config.micro_batch_size) == (2, 0)
+        assert make_plan(config, find_topology("h100:1x8")).own.fits
+
+
+def test_plan_of_a_folder_needs_its_config_json_alone(tmp_path):
+    folder = tmp_path / "its model's"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(PRESETS["qwen3-8b"].values))
+    done = _plan("--topology", "h100:1x8", "--no_search", folder, "--tokens", "128K")
+    assert done.returncode == 0, done.stderr
+    assert "8,190,735,360 parameters, 131,072 tokens of context" in " ".join(done.stdout.split())
+    ((_, config),) = _advised(done)
+    assert (config.seq_len, config.model.qk_norm) == (2**17, True)
+
+
+def test_plan_says_how_a_model_that_is_not_implemented_differs_from_the_closest():
+    done = _plan("gemma-3-27b", "--no_search", "--topology=v5p:4x4x4")
+    assert "52 of its 62 layers see the last 1,024 tokens only" in " ".join(done.stdout.split())
+    assert "closest" not in _plan("qwen3-32b", "--no_search", "--topology=v5p:4x4x4").stdout
+
+
+def test_plan_takes_the_network_that_it_is_told():
+    flags = ["llama-3.1-8b", "--tokens=128K", "--topology=h100:2x8", "--no_search"]
+    for words, told in (("50.0 GB/s to other", []), ("12.5 GB/s to other", ["--network=100Gb"])):
+        assert words in " ".join(_plan(*flags, *told).stdout.split())
+
+
 def test_flags_of_every_candidate_choose_it():
     overrides = ["--config.attention.duplex=true", "--config.mesh.tp=1"]
     config = parse_config(["--config=tpu_v5e_256_7b", *overrides], str(REPOSITORY / "configs" / "cpu_demo.py"))
     plan = make_plan(config, find_topology("v5e:16x16"))
     for candidate in plan.candidates:
-        strategy = override(config, list(candidate.flags)).attention.make_strategy()
+        strategy = override(config, candidate.flags(config)).attention.make_strategy()
         assert candidate.label.split()[0] == strategy.name
         assert ("duplex=True" in candidate.label) == getattr(strategy, "duplex", False)
 

@@ -1,0 +1,101 @@
+"""Well-known models by name: what their config.json says of their shape, so that they can be planned without it."""
+
+import dataclasses
+import types
+from typing import Any
+
+_LLAMA3_ROPE = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model that is known by name.
+
+    Attributes:
+      source: the repository on Hugging Face whose config.json has these values.
+      values: of that config.json, as far as they say what the model computes.
+      differs: where the model is another and this is the closest that is implemented: what that changes in cost.
+    """
+
+    source: str
+    values: dict[str, Any]
+    differs: str = ""
+
+
+def _preset(source: str, family: str, sizes: str, *, differs: str = "", **others) -> Preset:
+    """A row; `sizes`: layers, width, query heads, key/value heads, head_dim, feed-forward, vocabulary, positions."""
+    names = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size"
+    names += " vocab_size max_position_embeddings"
+    values: dict[str, Any] = dict(zip(names.split(), map(int, sizes.split()), strict=True))
+    return Preset(source=source, values={"model_type": family, "dtype": "bfloat16"} | values | others, differs=differs)
+
+
+_LLAMA = dict(rms_norm_eps=1e-5, rope_theta=10_000.0)
+_LLAMA3 = dict(rms_norm_eps=1e-5, rope_theta=500_000.0, rope_scaling=_LLAMA3_ROPE)
+_LLAMA32 = _LLAMA3 | dict(rope_scaling=_LLAMA3_ROPE | dict(factor=32.0), tie_word_embeddings=True)
+_QWEN = dict(rms_norm_eps=1e-6, rope_theta=1_000_000.0, use_sliding_window=False)
+_GEMMA3 = (
+    "52 of its 62 layers see the last 1,024 tokens only, and here all 62 see all, so that attention is planned at up "
+    "to 6.2 times its own time; its memory is as planned, but for two more norms a layer"
+)
+
+PRESETS = types.MappingProxyType(
+    {
+        "llama-2-7b": _preset("meta-llama/Llama-2-7b-hf", "llama", "32 4096 32 32 128 11008 32000 4096", **_LLAMA),
+        "llama-2-13b": _preset("meta-llama/Llama-2-13b-hf", "llama", "40 5120 40 40 128 13824 32000 4096", **_LLAMA),
+        "llama-2-70b": _preset("meta-llama/Llama-2-70b-hf", "llama", "80 8192 64 8 128 28672 32000 4096", **_LLAMA),
+        "llama-3.1-8b": _preset("meta-llama/Llama-3.1-8B", "llama", "32 4096 32 8 128 14336 128256 131072", **_LLAMA3),
+        "llama-3.1-70b": _preset(
+            "meta-llama/Llama-3.1-70B", "llama", "80 8192 64 8 128 28672 128256 131072", **_LLAMA3
+        ),
+        "llama-3.1-405b": _preset(
+            "meta-llama/Llama-3.1-405B", "llama", "126 16384 128 8 128 53248 128256 131072", **_LLAMA3
+        ),
+        "llama-3.2-1b": _preset("meta-llama/Llama-3.2-1B", "llama", "16 2048 32 8 64 8192 128256 131072", **_LLAMA32),
+        "llama-3.2-3b": _preset("meta-llama/Llama-3.2-3B", "llama", "28 3072 24 8 128 8192 128256 131072", **_LLAMA32),
+        "mistral-7b": _preset(
+            "mistralai/Mistral-7B-v0.3",
+            "mistral",
+            "32 4096 32 8 128 14336 32768 32768",
+            rms_norm_eps=1e-5,
+            rope_theta=1_000_000.0,
+            sliding_window=None,
+        ),
+        "qwen2.5-7b": _preset("Qwen/Qwen2.5-7B", "qwen2", "28 3584 28 4 128 18944 152064 131072", **_QWEN),
+        "qwen2.5-14b": _preset(
+            "Qwen/Qwen2.5-14B", "qwen2", "48 5120 40 8 128 13824 152064 131072", **_QWEN | dict(rms_norm_eps=1e-5)
+        ),
+        "qwen2.5-32b": _preset(
+            "Qwen/Qwen2.5-32B", "qwen2", "64 5120 40 8 128 27648 152064 131072", **_QWEN | dict(rms_norm_eps=1e-5)
+        ),
+        "qwen2.5-72b": _preset(
+            "Qwen/Qwen2.5-72B", "qwen2", "80 8192 64 8 128 29568 152064 131072", **_QWEN | dict(rms_norm_eps=1e-5)
+        ),
+        "qwen3-8b": _preset("Qwen/Qwen3-8B", "qwen3", "36 4096 32 8 128 12288 151936 40960", **_QWEN),
+        "qwen3-14b": _preset("Qwen/Qwen3-14B", "qwen3", "40 5120 40 8 128 17408 151936 40960", **_QWEN),
+        "qwen3-32b": _preset("Qwen/Qwen3-32B", "qwen3", "64 5120 64 8 128 25600 151936 40960", **_QWEN),
+        "gemma-3-27b": _preset(
+            "google/gemma-3-27b-pt",
+            "qwen3",
+            "62 5376 32 16 128 21504 262208 131072",
+            differs=_GEMMA3,
+            tie_word_embeddings=True,
+            **_QWEN,
+        ),
+    }
+)
+"""Name -> Preset."""
+
+REFUSED = types.MappingProxyType(
+    {
+        "mixtral-8x7b": "is a mixture of experts, which is not implemented",
+        "qwen3-30b-a3b": "is a mixture of experts, which is not implemented",
+        "gpt-oss-120b": "is a mixture of experts, which is not implemented",
+        "llama-4-scout": "is a mixture of experts, which is not implemented",
+        "deepseek-v3": "is a mixture of experts with latent attention, which are not implemented",
+        "kimi-k2": "is a mixture of experts with latent attention, which are not implemented",
+    }
+)
+"""Names of models for which no shape here would be close, and why."""

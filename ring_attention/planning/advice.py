@@ -1,0 +1,142 @@
+"""What to run: the fastest step that fits a pod, the longest context, and what would make fit what does not."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from ring_attention.hardware.chips import GiB
+from ring_attention.hardware.topology import Topology, find_topology
+from ring_attention.models.config import REMAT_POLICIES
+from ring_attention.planning import search
+from ring_attention.planning.plan import EQUAL, Candidate, by_strategy, candidate_of, strategies_of
+from ring_attention.planning.shares import Share, resolve_config_mesh
+from ring_attention.training.config import TrainConfig
+
+MOST_SIDE = 16
+"""Chips along a side of the largest slice of a TPU pod that is proposed."""
+
+MOST_HOSTS = 4096
+"""Hosts of the largest cluster of GPUs that is proposed."""
+
+ADVISED = ("fastest", "longest", "one_change", "larger")
+"""Fields of `Advice` that are ways to run a step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What a search found for a config on a pod.
+
+    Attributes:
+      fastest: of what fits, with the config's own batch; see `best_of`. None if nothing fits.
+      longest: the fastest at the longest context that fits, with as many sequences; None if none does.
+      one_change: where the config as it is does not fit, the fastest that differs in one thing and fits; else None.
+      larger: where nothing fits, the smallest larger pod on which something does, and the fastest there; else None.
+      compared: how many ways to run the step had their time predicted.
+    """
+
+    fastest: Candidate | None
+    longest: Candidate | None
+    one_change: Candidate | None
+    larger: Candidate | None
+    compared: int
+
+
+def advise(config: TrainConfig, topology: Topology) -> Advice:
+    """Search all ways to run the config's step on the pod; see `search` for which. Nothing is compiled.
+
+    Raises:
+      ConfigError: if the pod cannot run the config as it is, whatever its memory.
+    """
+    own = Share.of(config, topology)
+    found = search.fitting(config, topology)
+    fastest = best_of(map(candidate_of, found))
+    tokens = search.longest(config, topology)
+    longer = dataclasses.replace(config, seq_len=tokens or config.seq_len)
+    return Advice(
+        fastest=fastest,
+        longest=best_of(map(candidate_of, search.fitting(longer, topology))) if tokens else None,
+        one_change=None if search.fits(own) else one_change(own),
+        larger=None if found else larger_pod(config, topology),
+        compared=len(found),
+    )
+
+
+def best_of(candidates: Iterable[Candidate]) -> Candidate | None:
+    """Choose the fastest that the pod can run; of those as fast within `EQUAL` one that needs nothing of the host, and
+    the least memory.
+    """
+    ordered = sorted(candidates, key=lambda candidate: candidate.time.total)
+    fastest = next((candidate for candidate in ordered if search.runs(candidate.share)), None)
+    if fastest is None:
+        return None
+    equal = [x for x in ordered if x.time.total <= fastest.time.total * (1 + EQUAL) and search.runs(x.share)]
+    return min(equal, key=lambda candidate: (candidate.memory.host > 0, candidate.memory.total))
+
+
+def one_change(own: Share) -> Candidate | None:
+    """Find the fastest step that fits and differs from the config in one thing only; None if there is none."""
+    return best_of(candidate_of(share) for share in _changed_once(own) if search.runs(share) and search.fits(share))
+
+
+def _changed_once(own: Share) -> Iterator[Share]:
+    """Yield the step with each other strategy, mesh, rematerialisation, number of groups or micro-batches, offload."""
+    config, setting = own.config, search.Setting.in_(own.config)
+    yield from (by_strategy(own, strategy) for strategy in strategies_of(own))
+    changes = [{"remat": remat} for remat in REMAT_POLICIES] + [{"offload": offload} for offload in search.OFFLOADS]
+    changes += [{"head_groups": groups} for groups in search.divisors(own.kv_heads)]
+    changes += [{"accumulation_steps": steps} for steps in search.divisors(config.batch_size)]
+    for change in changes:
+        yield search.with_setting(own, dataclasses.replace(setting, **change))
+    for mesh in search.meshes(config, own.topology):
+        other = dataclasses.replace(config, mesh=mesh)
+        yield dataclasses.replace(own, config=other, mesh=resolve_config_mesh(other, own.topology))
+
+
+def larger_pod(config: TrainConfig, topology: Topology) -> Candidate | None:
+    """Find the smallest larger pod of the same chips on which something fits, and the fastest there; None if none.
+
+    TPU slices are doubled along their shortest side. Of GPUs, hosts are doubled until something fits, and then as many
+    are taken away as can be.
+    """
+    sides = [int(side) for side in topology.name.rpartition(":")[2].split("x")]
+    found = None
+    while found is None:
+        least = list(sides)
+        side = min(range(len(sides)), key=lambda i: (sides[i], -i)) if topology.tpu else 0
+        sides[side] *= 2
+        if sides[side] > (MOST_SIDE if topology.tpu else MOST_HOSTS):
+            return None
+        found = _best_on(sides, config, topology)
+    if topology.tpu:
+        return found
+    low, high = least[0], sides[0]
+    while high - low > 1:
+        hosts = (low + high) // 2
+        fewer = _best_on([hosts, *sides[1:]], config, topology)
+        low, high, found = (low, hosts, fewer) if fewer else (hosts, high, found)
+    return found
+
+
+def _best_on(sides: list[int], config: TrainConfig, like: Topology) -> Candidate | None:
+    """The fastest that fits a pod of these sides, with the chips of another; None where nothing fits."""
+    pod = find_topology(f"{like.name.rpartition(':')[0]}:{'x'.join(map(str, sides))}")
+    pod = dataclasses.replace(pod, chip=like.chip, measured=like.measured)
+    return best_of(map(candidate_of, search.fitting(config, pod)))
+
+
+def in_words(candidate: Candidate) -> str:
+    """Say in a line what a step takes: strategy, mesh, seconds, memory."""
+    share = candidate.share
+    mesh = " ".join(f"{name}={size}" for name, size in share.mesh.items() if size > 1) or "one device"
+    setting = search.Setting.in_(share.config)
+    words = [candidate.label, mesh, f"remat={setting.remat}"]
+    words += [f"head_groups={setting.head_groups}"] * (setting.head_groups > 1)
+    words += [f"accumulation_steps={setting.accumulation_steps}"] * (setting.accumulation_steps > 1)
+    words += ["optimizer on the host"] * setting.offload
+    memory = f"{candidate.memory.total / GiB:.1f} of {share.topology.chip.memory / GiB:.1f} GiB"
+    memory += f", {candidate.memory.host / GiB:.0f} GiB of the host's" if candidate.memory.host else ""
+    return f"{', '.join(words)}: {seconds(candidate.time.total)} a step, MFU {candidate.mfu:.0%}, {memory}"
+
+
+def seconds(value: float) -> str:
+    """Word the seconds of a step: with hundredths, where there are fewer than 100."""
+    return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"

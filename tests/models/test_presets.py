@@ -1,0 +1,47 @@
+import pytest
+
+from ring_attention.checks import ConfigError
+from ring_attention.models.hf.presets import PRESETS, REFUSED
+from ring_attention.training.flags import load_config
+
+PARAMETERS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+}
+"""Name -> parameters that the page of the model's repository states for its safetensors files."""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_parameters_of_its_model(name):
+    preset, model = PRESETS[name], load_config(name).model
+    assert model.compute_dtype == "bfloat16"
+    if preset.differs:  # the closest that is implemented; a part of a per cent is norms
+        assert name not in PARAMETERS
+        assert model.num_parameters == pytest.approx(float(name.rpartition("-")[2].removesuffix("b")) * 1e9, rel=0.01)
+    else:
+        assert model.num_parameters == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_nothing_here_is_like_is_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match=f"--config={name}: is a mixture of experts.*choose one of llama"):
+        load_config(name)
+
+
+def test_a_misspelt_preset_is_recognised():
+    with pytest.raises(ConfigError, match=r"did you mean llama-3\.1-8b\?"):
+        load_config("llama-3.1-8")
