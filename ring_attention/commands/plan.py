@@ -93,9 +93,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--out", type=local_path, metavar="FOLDER", help="write plan.json, plan.html and pictures there"
     )
-    model, argv = split_model(
-        argv, {"--no_search", "--no-search", "--compile", "--max_context", "--max-context", "--table2"}
-    )
+    model, argv = split_model(argv, {"--no_search", "--compile", "--max_context", "--table2"})
     args, flags = parser.parse_known_args(argv)
     return args, config_flags(model, args.tokens, flags)
 

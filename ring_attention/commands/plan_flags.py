@@ -65,7 +65,7 @@ def split_model(argv: list[str], switches: set[str]) -> tuple[str | None, list[s
     """
     words, rest = [], []
     for before, word in zip(["", *argv], argv, strict=False):
-        value = before.startswith("-") and "=" not in before and before not in switches
+        value = before.startswith("-") and "=" not in before and f"--{before[2:].replace('-', '_')}" not in switches
         (rest if word.startswith("-") or value else words).append(word)
     if len(words) > 1:
         raise ConfigError(f"{shown(words[1])}: one model is planned, {shown(words[0])} is named already; leave one out")

@@ -146,7 +146,7 @@ def usage(default: str, program: str = "python train.py") -> str:
         f"  {program} --config=FOLDER/NAME.py   (--config=NAME for those below)",
         f"  {program} --config=NAME --config.model.num_layers=4 --config.mesh.sp=8",
         f"  {program} --config=FOLDER   (a model like a Hugging Face checkpoint's)",
-        f"  {program} --config=llama-3.1-8b   (a well-known model's shape: see below)",
+        f"  {program} --config=llama-3.1-8b   (the shape of a well-known model)",
         "",
         "On several processes, where no cluster says which is which (see docs/pods.md):",
         *_describe(ProcessFlags, prefix="--"),
