@@ -7,6 +7,7 @@ from ring_attention.commands.program import Command, choose
 COMMANDS = {
     name: Command(f"scripts.verify.{name}", words)
     for name, words in {
+        "advice": "whether the commands that the planner advises compile within memory",
         "accuracy": "errors of ring attention against float64, beside dense attention's",
         "memory": "the memory of a device for rings of 16 to 512, compiled for TPU pods",
         "pods": "whether transfers lie beside computation, in programs compiled for pods",

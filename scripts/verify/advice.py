@@ -1,0 +1,155 @@
+"""Does what the planner advises fit, as the pod's own compiler says? Takes the commands that it prints, and compiles them.
+
+  pip install -e '.[compile-tpu,compile-gpu]'
+  python -m scripts.verify advice --out advice.json
+
+Each case is a model on a pod, and one to five minutes on two cores. Commands that --out has are not compiled again. Cases
+whose compiler is not installed are left out. The exit status is 1 if one needs more memory than there is.
+"""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from ring_attention.checks import ConfigError, local_path
+from ring_attention.commands.arguments import Parser
+from ring_attention.commands.plan import command
+from ring_attention.commands.plan_flags import config_flags
+from ring_attention.hardware.chips import GiB
+from ring_attention.hardware.pods import pod_devices
+from ring_attention.hardware.topology import find_topology
+from ring_attention.json_files import write_json
+from ring_attention.planning.advice import advise
+from ring_attention.planning.compile_report import DoesNotFitError, compile_for, versions
+from ring_attention.planning.hlo.compiled import memory_of
+from ring_attention.planning.plan import Candidate
+from ring_attention.tables import show
+from ring_attention.training.flags import parse_config
+
+FASTEST, LONGEST = "fastest", "longest"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A command of plan.py, and which of the commands that it prints is compiled.
+
+    Attributes:
+      pod: its --topology.
+      model: the preset.
+      tokens: its --tokens.
+      batch: sequences of a step.
+      advised: the fastest step or the longest context.
+    """
+
+    pod: str
+    model: str
+    tokens: str
+    batch: int = 1
+    advised: str = FASTEST
+
+    @property
+    def flags(self) -> list[str]:
+        """Flags of the config."""
+        return config_flags(self.model, self.tokens, [f"--config.batch_size={self.batch}"] if self.batch > 1 else [])
+
+    def ask(self) -> tuple[Candidate, str]:
+        """What is advised, and the command of train.py that runs it."""
+        config = parse_config(self.flags, "")
+        candidate = getattr(advise(config, find_topology(self.pod)), self.advised)
+        return candidate, command(candidate, config, self.flags)
+
+
+CASES = [
+    Case(pod="h100:1x8", model="llama-3.1-8b", tokens="1M"),
+    Case(pod="v5e:16x16", model="llama-3.1-8b", tokens="1M", batch=4),
+    Case(pod="v5p:4x4x4", model="llama-3.1-8b", tokens="2M"),
+    Case(pod="v6e:16x16", model="llama-3.1-8b", tokens="4M"),
+    Case(pod="tpu7x:4x4x4", model="llama-3.1-8b", tokens="128K", batch=128),
+    Case(pod="h100:4x8", model="llama-3.1-70b", tokens="512K"),
+    Case(pod="v5p:4x4x4", model="llama-3.1-70b", tokens="512K"),
+    Case(pod="v6e:16x16", model="llama-3.1-70b", tokens="1M"),
+    Case(pod="h100:1x8", model="qwen2.5-7b", tokens="128K", batch=16),
+    Case(pod="v5e:16x16", model="qwen2.5-7b", tokens="4M"),
+    Case(pod="v5p:4x4x4", model="qwen2.5-7b", tokens="1M", advised=LONGEST),
+    Case(pod="v6e:16x16", model="qwen2.5-7b", tokens="1M", advised=LONGEST),
+    Case(pod="h100:1x8", model="llama-3.1-8b", tokens="1M", advised=LONGEST),
+]
+
+
+def compiled_row(case: Case, candidate: Candidate, line: str) -> dict:
+    """Compile a command for its pod; the bytes of a device and of its host, or those without which it would not."""
+    words = shlex.split(line)
+    topology = find_topology(case.pod)
+    config = parse_config(words[words.index("train.py") + 1 :], "")
+    row = dataclasses.asdict(case) | dict(command=line, memory=topology.chip.memory, has=topology.chip.host_memory)
+    try:
+        program, seconds = compile_for(config, topology)
+        memory = memory_of(program)
+        row |= dict(compiler=memory.total, host=memory.host, seconds=seconds)
+    except DoesNotFitError as error:
+        row |= dict(compiler=error.needed, host=0, seconds=0.0)
+    return row | dict(versions=versions())
+
+
+def table_of(rows: list[dict]) -> Table:
+    """Each advised step with the memory that was predicted and that the compiler takes."""
+    table = Table(title="Memory of a device, GiB, of the steps that are advised")
+    for name in ("plan.py", "advised"):
+        table.add_column(name, overflow="fold")
+    for name in ("predicted", "compiler", "there is"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        asked = f"{row['model']} --tokens={row['tokens']} --topology={row['pod']}"
+        asked += f" --config.batch_size={row['batch']}" if row["batch"] > 1 else ""
+        options = [word.removeprefix("--config.") for word in shlex.split(row["command"]) if "--config." in word]
+        options = [option for option in options if not option.startswith(("batch_size", "eval_sequences"))]
+        cells = (f"{row[name] / GiB:.1f}" for name in ("predicted", "compiler", "memory"))
+        table.add_row(asked, f"{row['advised']}: {' '.join(options)}", *cells, style="" if enough(row) else "red")
+    return table
+
+
+def enough(row: dict) -> bool:
+    """Whether the device's memory, and its host's, is there."""
+    return row["compiler"] <= row["memory"] and row["host"] <= row["has"]
+
+
+def main(argv: list[str]) -> int:
+    """Advise, compile what is missing, print."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=local_path, default=Path("advice.json"), help="rows that are done")
+    parser.add_argument("--known", action="store_true", help="compile nothing: print the rows that are done")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
+    known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
+    done = {(row["pod"], row["command"]): row for row in known}
+    console, rows = Console(highlight=False), []
+    for case in CASES:
+        candidate, line = case.ask()
+        row = done.get((case.pod, line)) or (None if args.known else _compile(case, candidate, line, console))
+        if row is None:
+            console.print(f"left out: {case.model} on {case.pod}, which is not compiled")
+            continue
+        rows.append(row | dict(predicted=candidate.memory.total))
+        write_json(args.out, [*rows, *(row for key, row in done.items() if key not in _keys(rows))])
+    show(table_of(rows), console)
+    missing = [row for row in rows if not enough(row)]
+    print(f"{len(missing)} of {len(rows)} need more memory than there is")
+    return 1 if missing else 0
+
+
+def _compile(case: Case, candidate: Candidate, line: str, console: Console) -> dict | None:
+    try:
+        pod_devices(case.pod)
+    except ConfigError:
+        return None
+    with console.status(f"compiling {case.model} for {case.pod}"):
+        return compiled_row(case, candidate, line)
+
+
+def _keys(rows: list[dict]) -> set[tuple[str, str]]:
+    return {(row["pod"], row["command"]) for row in rows}
