@@ -111,7 +111,7 @@ if __name__ == "__main__":
         python_requires=">=3.11",
         entry_points={"console_scripts": ["ring-attention = ring_attention.commands.console:main"]},
         packages=find_packages(include=["ring_attention", "ring_attention.*"]),
-        package_data={"ring_attention": ["py.typed"]},
+        package_data={"ring_attention": ["py.typed", "planning/page.html"]},
         install_requires=ATTENTION,
         extras_require=EXTRAS,
         classifiers=[

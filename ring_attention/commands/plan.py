@@ -15,9 +15,10 @@ takes two seconds and compiles nothing. It ends with a search over strategies, m
 heads and micro-batches, and the commands for the fastest step that fits and for the longest context; --no_search leaves
 that out. --compile has the real training step compiled for the pod (pip install -e '.[compile-tpu]' or
 '.[compile-gpu]') and prints what the compiler says beside what was predicted. --max_context has the longest context
-found that compiles within the chip's memory. --out writes plan.json and the pictures memory.png, timeline.png and
-map.png. --measured takes the rates that scripts/doctor.py measured on such a chip in place of published ones. The exit
-status is 0 if the config fits as it is given, 1 if not. docs/planner.md explains every column.
+found that compiles within the chip's memory. --out writes plan.html, a page with all of it that needs no other file,
+plan.json and the pictures memory.png, timeline.png and map.png. --measured takes the rates that scripts/doctor.py
+measured on such a chip in place of published ones. The exit status is 0 if the config fits as it is given, 1 if not.
+docs/planner.md explains every column.
 """
 
 import argparse
@@ -39,7 +40,9 @@ from ring_attention.planning import compile_report, report
 from ring_attention.planning.advice import Advice, advise, in_words
 from ring_attention.planning.compile_report import CompileReport, longest_compiled, make_report
 from ring_attention.planning.measured import with_measured
+from ring_attention.planning.page import Advised, make_page
 from ring_attention.planning.plan import Candidate, Plan, make_plan
+from ring_attention.planning.strategy_map import map_strategies
 from ring_attention.tables import show
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.flags import parse_config, split_path
@@ -90,9 +93,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max_context", action="store_true", help="find the longest context that compiles in memory")
     parser.add_argument("--table2", action="store_true", help="the Ring Attention paper's Table 2, and end")
     parser.add_argument("--measured", type=local_path, metavar="FILE", help="of the doctor: plan with its rates")
-    parser.add_argument(
-        "--out", type=local_path, metavar="FOLDER", help="write plan.json, plan.html and pictures there"
-    )
+    parser.add_argument("--out", type=local_path, metavar="FOLDER", help="write a page, plan.json and pictures there")
     model, argv = split_model(argv, {"--no_search", "--compile", "--max_context", "--table2"})
     args, flags = parser.parse_known_args(argv)
     return args, config_flags(model, args.tokens, flags)
@@ -150,9 +151,10 @@ def describe(
     else:
         console.print(f"Longest context that fits as it is, predicted: {plan.longest:,} tokens")
     if advice:
-        for words, line in spoken(plan, advice, flags):
-            console.print(words)
-            console.print(line, soft_wrap=True, markup=False)  # whole, so that it can be pasted
+        for advised in spoken(plan, advice, flags):
+            color = "green" if advised.good else "red"
+            console.print(f"[bold {color}]{advised.title}[/bold {color}]: {advised.words}.")
+            console.print(advised.command, soft_wrap=True, markup=False)  # whole, so that it can be pasted
     elif plan.recommended:
         console.print(command(plan.recommended, share.config, flags), soft_wrap=True, markup=False)
 
@@ -164,26 +166,28 @@ def _describe_differences(flags: list[str], console: Console) -> None:
         console.print(f"[bold]Planned as the closest model that is implemented[/bold]: {preset.differs}.")
 
 
-def spoken(plan: Plan, advice: Advice, flags: list[str]) -> list[tuple[str, str]]:
-    """Return what was found as (a line for people, a command to paste)."""
+def spoken(plan: Plan, advice: Advice | None, flags: list[str]) -> list[Advised]:
+    """Return what to run in words, with a command to paste for each."""
     config, found = plan.share.config, []
 
-    def say(words: str, candidate: Candidate) -> None:
-        found.append((f"{words}: {in_words(candidate)}.", command(candidate, config, flags)))
+    def say(title: str, candidate: Candidate | None, good: bool = True) -> None:
+        if candidate:
+            found.append(Advised(title, in_words(candidate), command(candidate, config, flags), good))
 
-    if advice.fastest:
-        say("[bold green]Fastest that fits[/bold green]", advice.fastest)
+    if advice is None:
+        say("The fastest strategy on this mesh", plan.recommended)
+        return found
+    say("Fastest that fits", advice.fastest)
     if advice.one_change:
-        changes = " ".join(advice.one_change.flags(config))
-        say(f"[bold]One change makes this config fit[/bold], {changes}", advice.one_change)
+        say(f"One change makes this config fit, {' '.join(advice.one_change.flags(config))}", advice.one_change)
     if advice.larger:
         pod = advice.larger.share.topology
-        more = pod.devices - plan.share.devices
-        say(f"[bold]Nothing fits here, but on {pod.name}[/bold], {more:,} devices more", advice.larger)
+        title = f"Nothing fits here, but on {pod.name}, {pod.devices - plan.share.devices:,} devices more"
+        say(title, advice.larger, good=False)
     if advice.longest:
         tokens = f"{advice.longest.share.config.seq_len:,} tokens"
-        shorter = "Nothing fits here, but a context of" if advice.fastest is None else "Longest context:"
-        say(f"[bold]{shorter} {tokens}[/bold]", advice.longest)
+        shorter = f"Nothing fits here, but a context of {tokens}" if advice.fastest is None else ""
+        say(shorter or f"Longest context, {tokens}", advice.longest, good=not shorter)
     return found
 
 
@@ -229,5 +233,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     written = report.as_json(plan, advice) | ({"compiled": compile_report.as_json(compiled)} if compiled else {})
     write_json(folder / "plan.json", written)
-    plots.draw_all(plan, folder, compiled and compiled.memory.total)
-    console.print(f"Written: {folder}/plan.json, memory.png, timeline.png, map.png")
+    found = map_strategies(plan.share)
+    plots.draw_all(plan, found, folder, compiled and compiled.memory.total)
+    (folder / "plan.html").write_text(make_page(plan, advice, spoken(plan, advice, flags), found), encoding="utf-8")
+    console.print(f"Written: {folder}/plan.html, plan.json, memory.png, timeline.png, map.png")

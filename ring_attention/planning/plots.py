@@ -15,7 +15,7 @@ from ring_attention.parallel.ring import Ring
 from ring_attention.planning.attention_times import Seconds, add_up
 from ring_attention.planning.plan import Plan
 from ring_attention.planning.step_times import priced_steps
-from ring_attention.planning.strategy_map import StrategyMap, map_strategies
+from ring_attention.planning.strategy_map import StrategyMap
 
 PART_COLORS = {
     "parameters": "#08306b",
@@ -33,11 +33,11 @@ SHOWN = 4
 """Hops drawn at each end of a pass; the rest are alike."""
 
 
-def draw_all(plan: Plan, folder: Path, measured: int | None = None) -> None:
+def draw_all(plan: Plan, found: StrategyMap, folder: Path, measured: int | None = None) -> None:
     """Write memory.png, timeline.png and map.png."""
     draw_memory(plan, folder / "memory.png", measured)
     draw_timeline(plan, folder / "timeline.png")
-    draw_map(map_strategies(plan.share), plan, folder / "map.png")
+    draw_map(found, plan, folder / "map.png")
 
 
 def draw_memory(plan: Plan, path: Path, measured: int | None = None) -> None:

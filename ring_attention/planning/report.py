@@ -24,21 +24,27 @@ FIGURES = {
 }
 
 
-def hardware_table(plan: Plan) -> Table:
-    """Tabulate every hardware figure that the plan rests on, and where it comes from."""
+def hardware_rows(plan: Plan) -> list[tuple[str, str]]:
+    """List every hardware figure that the plan rests on, and where it comes from."""
     chip, topology = plan.share.topology.chip, plan.share.topology
     reach, pace = topology.reach, pace_of(plan.share)
+    rows = [(words.format(getattr(chip, name) / unit), chip.sources[name]) for name, (words, unit) in FIGURES.items()]
+    parts = ("matmul", "of its operations in dense layers"), ("memory", "of its HBM's rate"), ("link", "of a link's")
+    reached = ", ".join(f"{getattr(reach, name):.0%} {words}" for name, words in parts)
+    rows.append((f"reached: {reached}, {reach.network:.0%} of the network's", reach.source))
+    rate = topology.kernel_rate(plan.share.attention.kernel.name, plan.share.model.head_dim)
+    words = f"attention by {rate.kernel}: {pace.forward / 1e12:.0f} and {pace.backward / 1e12:.0f} TFLOP/s, forward and"
+    return [*rows, (f"{words} backward", rate.source)]
+
+
+def hardware_table(plan: Plan) -> Table:
+    """Tabulate `hardware_rows`."""
+    topology = plan.share.topology
     table = Table(title=f"{topology.name}: {topology.devices} devices", show_header=True)
     table.add_column("a device")
     table.add_column("source", overflow="fold")
-    for name, (words, unit) in FIGURES.items():
-        table.add_row(words.format(getattr(chip, name) / unit), chip.sources[name])
-    parts = ("matmul", "of its operations in dense layers"), ("memory", "of its HBM's rate"), ("link", "of a link's")
-    reached = ", ".join(f"{getattr(reach, name):.0%} {words}" for name, words in parts)
-    table.add_row(f"reached: {reached}, {reach.network:.0%} of the network's", reach.source)
-    rate = topology.kernel_rate(plan.share.attention.kernel.name, plan.share.model.head_dim)
-    words = f"attention by {rate.kernel}: {pace.forward / 1e12:.0f} and {pace.backward / 1e12:.0f} TFLOP/s, forward and"
-    table.add_row(f"{words} backward", rate.source)
+    for row in hardware_rows(plan):
+        table.add_row(*row)
     return table
 
 

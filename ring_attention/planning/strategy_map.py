@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from ring_attention.hardware.chips import GB
-from ring_attention.planning.plan import candidates_of, recommend, strategies_of
+from ring_attention.planning.plan import Candidate, candidates_of, recommend, strategies_of
 from ring_attention.planning.shares import Share
 
 NONE = "none fits"
@@ -20,29 +20,35 @@ class StrategyMap:
       bandwidths: of a link one way, bytes a second, [y].
       families: their names; a strategy that is a special case of another counts as that one.
       best: [y, x], numbers of families.
+      candidates: [y][x], all strategies there, the fastest first.
     """
 
     tokens: np.ndarray
     bandwidths: np.ndarray
     families: tuple[str, ...]
     best: np.ndarray
+    candidates: list[list[list[Candidate]]]
 
 
 def map_strategies(share: Share, columns: int = 15, rows: int = 13) -> StrategyMap:
-    """Plan the same model and mesh with other contexts and links; networks between hosts change with the links."""
+    """Plan the same model and mesh with other contexts and links; networks between hosts change with the links.
+
+    The share's own tokens and link are among them.
+    """
     most = max(8 * share.tokens, 4096)
     tokens = np.unique(np.geomspace(512, most, columns).astype(int) // 128 * 128)
-    columns = len(tokens)
     bandwidths = np.geomspace(5 * GB, 900 * GB, rows)
-    best = np.zeros((rows, columns), int)
+    for values, own in ((tokens, share.tokens), (bandwidths, share.topology.chip.link)):
+        values[np.abs(np.log(values / own)).argmin()] = own
+    best = np.zeros((rows, len(tokens)), int)
     strategies = strategies_of(share)  # other contexts of the same mesh run the same ones
     families = (NONE, *dict.fromkeys(strategy.family for strategy in strategies))
-    for y, bandwidth in enumerate(bandwidths):
-        for x, t in enumerate(tokens):
-            other = _other(share, int(t), bandwidth)
-            recommended, _ = recommend(candidates_of(other, strategies))
+    candidates = [[candidates_of(_other(share, int(t), b), strategies) for t in tokens] for b in bandwidths]
+    for y, row in enumerate(candidates):
+        for x, priced in enumerate(row):
+            recommended, _ = recommend(priced)
             best[y, x] = families.index(recommended.strategy.family if recommended else NONE)
-    return StrategyMap(tokens=tokens, bandwidths=bandwidths, families=families, best=best)
+    return StrategyMap(tokens=tokens, bandwidths=bandwidths, families=families, best=best, candidates=candidates)
 
 
 def _other(share: Share, tokens: int, bandwidth: float) -> Share:

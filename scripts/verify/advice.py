@@ -1,15 +1,19 @@
-"""Does what the planner advises fit, as the pod's own compiler says? Takes the commands that it prints, and compiles them.
+"""Does what the planner advises fit, as the pod's own compiler says? Compiles the commands that it prints.
 
   pip install -e '.[compile-tpu,compile-gpu]'
   python -m scripts.verify advice --out advice.json
 
-Each case is a model on a pod, and one to five minutes on two cores. Commands that --out has are not compiled again. Cases
-whose compiler is not installed are left out. The exit status is 1 if one needs more memory than there is.
+Each case is a model on a pod, and one to five minutes on two cores, in a process of its own, since a compiler may end
+it. Commands that --out has are not compiled again. Cases whose compiler is not installed are left out. The exit status
+is 1 if one needs more memory than there is, or is not compiled.
 """
 
 import dataclasses
 import json
+import multiprocessing
 import shlex
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax
@@ -81,8 +85,9 @@ CASES = [
 ]
 
 
-def compiled_row(case: Case, candidate: Candidate, line: str) -> dict:
+def compiled_row(case: Case, line: str) -> dict:
     """Compile a command for its pod; the bytes of a device and of its host, or those without which it would not."""
+    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     words = shlex.split(line)
     topology = find_topology(case.pod)
     config = parse_config(words[words.index("train.py") + 1 :], "")
@@ -108,14 +113,15 @@ def table_of(rows: list[dict]) -> Table:
         asked += f" --config.batch_size={row['batch']}" if row["batch"] > 1 else ""
         options = [word.removeprefix("--config.") for word in shlex.split(row["command"]) if "--config." in word]
         options = [option for option in options if not option.startswith(("batch_size", "eval_sequences"))]
-        cells = (f"{row[name] / GiB:.1f}" for name in ("predicted", "compiler", "memory"))
+        figures = [row[name] for name in ("predicted", "compiler", "memory")]
+        cells = ("ended" if size is None else f"{size / GiB:.1f}" for size in figures)
         table.add_row(asked, f"{row['advised']}: {' '.join(options)}", *cells, style="" if enough(row) else "red")
     return table
 
 
 def enough(row: dict) -> bool:
     """Whether the device's memory, and its host's, is there."""
-    return row["compiler"] <= row["memory"] and row["host"] <= row["has"]
+    return row["compiler"] is not None and row["compiler"] <= row["memory"] and row["host"] <= row["has"]
 
 
 def main(argv: list[str]) -> int:
@@ -124,13 +130,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=local_path, default=Path("advice.json"), help="rows that are done")
     parser.add_argument("--known", action="store_true", help="compile nothing: print the rows that are done")
     args = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
+    jax.config.update("jax_platforms", "cpu")
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     done = {(row["pod"], row["command"]): row for row in known}
     console, rows = Console(highlight=False), []
     for case in CASES:
         candidate, line = case.ask()
-        row = done.get((case.pod, line)) or (None if args.known else _compile(case, candidate, line, console))
+        row = done.get((case.pod, line)) or (None if args.known else _compile(case, line, console))
         if row is None:
             console.print(f"left out: {case.model} on {case.pod}, which is not compiled")
             continue
@@ -138,17 +144,24 @@ def main(argv: list[str]) -> int:
         write_json(args.out, [*rows, *(row for key, row in done.items() if key not in _keys(rows))])
     show(table_of(rows), console)
     missing = [row for row in rows if not enough(row)]
-    print(f"{len(missing)} of {len(rows)} need more memory than there is")
+    print(f"{len(missing)} of {len(rows)} need more memory than there is, or are not compiled")
     return 1 if missing else 0
 
 
-def _compile(case: Case, candidate: Candidate, line: str, console: Console) -> dict | None:
+def _compile(case: Case, line: str, console: Console) -> dict | None:
     try:
         pod_devices(case.pod)
     except ConfigError:
         return None
+    started = multiprocessing.get_context("spawn")
     with console.status(f"compiling {case.model} for {case.pod}"):
-        return compiled_row(case, candidate, line)
+        try:
+            with ProcessPoolExecutor(1, mp_context=started) as pool:
+                return pool.submit(compiled_row, case, line).result()
+        except BrokenProcessPool:
+            memory = find_topology(case.pod).chip.memory
+            ended = dict(command=line, memory=memory, has=0, compiler=None, host=0, seconds=0.0, versions=versions())
+            return dataclasses.asdict(case) | ended
 
 
 def _keys(rows: list[dict]) -> set[tuple[str, str]]:
