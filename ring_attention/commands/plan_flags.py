@@ -38,7 +38,7 @@ def with_network(topology: Topology, text: str) -> Topology:
     """Return the pod with another network between its hosts or slices; ConfigError where nothing would cross it."""
     value = parse_bandwidth(text)
     require_field(
-        uses_network(topology),
+        topology.devices > topology.domain,
         "--network",
         text,
         f"{topology.name} has no network between its devices to plan with",
@@ -46,11 +46,6 @@ def with_network(topology: Topology, text: str) -> Topology:
     )
     sources = topology.chip.sources | {"network": f"--network={text}"}
     return dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, network=value, sources=sources))
-
-
-def uses_network(topology: Topology) -> bool:
-    """Whether devices of the pod are on several hosts that only a network links."""
-    return not topology.tpu and topology.sides[0] > 1
 
 
 def split_model(argv: list[str], switches: set[str]) -> tuple[str | None, list[str]]:

@@ -14,6 +14,9 @@ from ring_attention.training.config import TrainConfig
 MOST_SIDE = 16
 """Chips along a side of the largest slice of a TPU pod that is proposed."""
 
+MOST_SLICES = 64
+"""Slices of the largest group of them that is proposed."""
+
 MOST_HOSTS = 4096
 """Hosts of the largest cluster of GPUs that is proposed."""
 
@@ -94,32 +97,49 @@ def _changed_once(own: Share) -> Iterator[Share]:
 def larger_pod(config: TrainConfig, topology: Topology) -> Candidate | None:
     """Find the smallest larger pod of the same chips on which something fits, and the fastest there; None if none.
 
-    TPU slices are doubled along their shortest side. Of GPUs, hosts are doubled until something fits, and then as many
-    are taken away as can be.
+    A TPU slice is doubled along its shortest side, and then there are more slices. Of GPUs, hosts are doubled until
+    something fits, and then as many are taken away as can be.
     """
-    sides = [int(side) for side in topology.name.rpartition(":")[2].split("x")]
-    found = None
-    while found is None:
-        least = list(sides)
-        side = min(range(len(sides)), key=lambda i: (sides[i], -i)) if topology.tpu else 0
-        sides[side] *= 2
-        if sides[side] > (MOST_SIDE if topology.tpu else MOST_HOSTS):
-            return None
-        found = _best_on(sides, config, topology)
-    if topology.tpu:
+    hosts = topology.sides[0]
+    for name in _slices(topology) if topology.tpu else _more_hosts(topology):
+        found = _best_on(name, config, topology)
+        if found is None:
+            hosts = find_topology(name).sides[0]
+            continue
+        most = found.share.topology.sides[0]
+        while not topology.tpu and most - hosts > 1:
+            middle = (hosts + most) // 2
+            fewer = _best_on(_with_hosts(topology, middle), config, topology)
+            hosts, most, found = (hosts, middle, fewer) if fewer else (middle, most, found)
         return found
-    low, high = least[0], sides[0]
-    while high - low > 1:
-        hosts = (low + high) // 2
-        fewer = _best_on([hosts, *sides[1:]], config, topology)
-        low, high, found = (low, hosts, fewer) if fewer else (hosts, high, found)
-    return found
+    return None
 
 
-def _best_on(sides: list[int], config: TrainConfig, like: Topology) -> Candidate | None:
-    """The fastest that fits a pod of these sides, with the chips of another; None where nothing fits."""
-    pod = find_topology(f"{like.name.rpartition(':')[0]}:{'x'.join(map(str, sides))}")
-    pod = dataclasses.replace(pod, chip=like.chip, measured=like.measured)
+def _slices(topology: Topology) -> Iterator[str]:
+    """Name larger slices of the same chips, and then more and more of the largest."""
+    word, _, shape = topology.slice_name.partition(":")
+    sides, slices = [int(side) for side in shape.split("x")], topology.slices
+    while slices == 1 and min(sides) * 2 <= MOST_SIDE:
+        sides[len(sides) - 1 - sides[::-1].index(min(sides))] *= 2
+        yield f"{word}:{'x'.join(map(str, sides))}"
+    while (slices := 2 * slices) <= MOST_SLICES:
+        yield f"{slices}x{word}:{'x'.join(map(str, sides))}"
+
+
+def _more_hosts(topology: Topology) -> Iterator[str]:
+    hosts = topology.sides[0]
+    while (hosts := 2 * hosts) <= MOST_HOSTS:
+        yield _with_hosts(topology, hosts)
+
+
+def _with_hosts(topology: Topology, hosts: int) -> str:
+    return f"{topology.chip.name}:{hosts}x{topology.sides[1]}"
+
+
+def _best_on(name: str, config: TrainConfig, like: Topology) -> Candidate | None:
+    """The fastest that fits the pod of this name, with the chips of another; None where nothing fits."""
+    pod = find_topology(name)
+    pod = dataclasses.replace(like, name=name, sides=pod.sides, slices=pod.slices)
     return best_of(map(candidate_of, search.fitting(config, pod)))
 
 

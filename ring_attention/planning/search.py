@@ -83,17 +83,16 @@ def divisors(number: int) -> list[int]:
 
 
 def meshes(config: TrainConfig, topology: Topology) -> list[MeshConfig]:
-    """List the meshes worth trying: tp inside a host of GPUs; dp not at all, over hosts, or as the config has it.
+    """List the meshes worth trying: tp inside a host or a slice; dp not at all, over these, or as the config has it.
 
     sp is -1 where the config has it so: what is left.
     """
     devices, found = topology.devices, []
-    most = devices if topology.tpu else topology.sides[-1]
-    copies = {1, max(config.mesh.dp, 1), 1 if topology.tpu else topology.sides[0]}
+    copies = {1, max(config.mesh.dp, 1), devices // topology.domain}
     for tp, dp in itertools.product(divisors(math.gcd(devices, config.model.num_kv_heads)), sorted(copies)):
         for fsdp in divisors(config.batch_size):
             rest, left_over = divmod(devices, tp * dp * fsdp)
-            if tp <= most and not left_over and config.batch_size % (dp * fsdp) == 0:
+            if tp <= topology.domain and not left_over and config.batch_size % (dp * fsdp) == 0:
                 found.append(MeshConfig(dp=dp, fsdp=fsdp, sp=min(config.mesh.sp, 0) or rest, tp=tp))
     return found
 

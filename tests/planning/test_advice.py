@@ -9,6 +9,7 @@ import pytest
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.topology import find_topology
 from ring_attention.models.config import REMAT_POLICIES
+from ring_attention.planning import advice as advice_module
 from ring_attention.planning import search
 from ring_attention.planning.advice import ADVISED, advise
 from ring_attention.planning.plan import EQUAL, by_strategy, candidate_of, make_plan, strategies_of
@@ -124,3 +125,15 @@ def test_a_thousand_chips_are_searched_in_five_seconds():
     assert time.process_time() - start < 5
     assert advice.fastest.share.devices == 1024
     assert advice.longest.share.config.seq_len > 10 * config.seq_len
+
+
+def test_slices_grow_to_their_largest_and_then_there_are_more_of_them():
+    names = list(advice_module._slices(find_topology("v5e:4x8")))
+    assert names[:4] == ["v5e:8x8", "v5e:8x16", "v5e:16x16", "2xv5e:16x16"]
+    assert names[-1] == "64xv5e:16x16"
+    config = dataclasses.replace(load_config(TPU), mesh=MeshConfig(), seq_len=2**26)
+    advice = advise(config, find_topology("v5e:16x16"))
+    larger = advice.larger.share
+    assert (advice.fastest, larger.topology.name) == (None, "4xv5e:16x16")
+    assert search.fits(larger)
+    assert not search.fitting(config, find_topology("2xv5e:16x16"))
