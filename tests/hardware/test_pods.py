@@ -9,6 +9,8 @@ from jax.experimental import topologies
 
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.pods import pod_devices
+from ring_attention.parallel.mesh import make_mesh
+from ring_attention.parallel.wires import hops_of
 
 needs_tpu_compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra compile-tpu")
 needs_gpu_compiler = pytest.mark.skipif(
@@ -131,3 +133,12 @@ def test_pod_devices_of_v3_and_tpu7x_are_cores_and_of_v4_chips(topology, devices
 @needs_tpu_compiler
 def test_pod_devices_passes_on_a_compilers_refusal():
     assert "choose a slice that is sold" in _refusal("v5e:3x5")
+
+
+@pytest.mark.pod
+@needs_tpu_compiler
+def test_rings_of_two_slices_stay_in_one_where_they_can():
+    devices = pod_devices("2xv5e:2x4")
+    assert [device.slice_index for device in devices] == [0] * 8 + [1] * 8
+    assert hops_of(make_mesh(dp=2, sp=8, devices=devices)) == (1, 0)
+    assert hops_of(make_mesh(sp=16, devices=devices)).crossings == 2
