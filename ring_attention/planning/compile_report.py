@@ -97,12 +97,13 @@ def make_report(plan: Plan) -> CompileReport:
     """Compile the plan's config, and read what the compiler made of it."""
     share = plan.share
     program, seconds = compile_for(share.config, share.topology)
-    text, hop = program.as_text(), ring_wires(share).hop
+    text, wires = program.as_text(), ring_wires(share)
+    hop = None if wires.kind == "DCN" else wires.hop  # which the hops within a slice do not wait for
     return CompileReport(
         memory=compiled.memory_of(program),
         seconds=seconds,
-        collectives=collectives_by_axis(text, share.mesh),
-        transfers=transfers(text, share.topology.chip, share.mesh, bandwidth=hop),
+        collectives=collectives_by_axis(text, share.slice_mesh),
+        transfers=transfers(text, share.topology.chip, share.slice_mesh, bandwidth=hop),
         warnings=warnings_of(text, share),
         versions=versions(),
     )

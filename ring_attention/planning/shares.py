@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 from ring_attention.attention.device_kind import DeviceKind
 from ring_attention.attention.kernels import find_kernel
@@ -90,6 +91,15 @@ class Share:
     def devices(self) -> int:
         """The number of devices of the whole mesh."""
         return self.topology.devices
+
+    @property
+    def slice_mesh(self) -> dict[str, int]:
+        """Sizes of the part of the mesh that lies in one slice; slices are the outermost of the mesh."""
+        sizes, slices = {}, self.topology.slices
+        for axis, size in self.mesh.items():
+            sizes[axis] = size // math.gcd(size, slices)
+            slices //= math.gcd(size, slices)
+        return sizes
 
     @property
     def owners(self) -> int:

@@ -232,3 +232,13 @@ def test_a_kernel_of_nvidias_is_refused_on_amds_gpus():
     with pytest.raises(ConfigError, match="'cudnn': AMD Instinct MI300X is driven by ROCm.*; use impl=\"auto\""):
         Share.of(dataclasses.replace(config, attention=attention), find_topology("mi300x:1x8"))
     assert Share.of(config, find_topology("mi300x:1x8")).attention.kernel.name == "xla"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "part"),
+    [(dict(dp=4, sp=128), dict(dp=2, sp=128)), (dict(sp=512), dict(sp=256)), (dict(fsdp=2, sp=256), {})],
+)
+def test_slices_are_the_outermost_of_the_mesh(mesh, part):
+    config = dataclasses.replace(load_config(TPU), mesh=MeshConfig(**mesh), batch_size=8, eval_sequences=8)
+    share = Share.of(config, find_topology("2xv5e:16x16"))
+    assert share.slice_mesh == dict(dp=1, fsdp=1, sp=256, tp=1) | part

@@ -6,6 +6,7 @@ from ring_attention.checks import require
 from ring_attention.planning.hlo.compiled import Collective
 
 PERMUTE = "collective-permute"
+BETWEEN_SLICES = "slices"
 
 
 def axes_of(item: Collective, mesh_shape: dict[str, int]) -> str:
@@ -13,8 +14,10 @@ def axes_of(item: Collective, mesh_shape: dict[str, int]) -> str:
 
     They are those in which the places of a group's devices differ. A group must be the whole block of places that
     these allow: two devices across from each other are no axis. Part of an axis counts as that axis. The groups of a
-    permute are the rings, or open chains, that its pairs form.
+    permute are the rings, or open chains, that its pairs form. "slices" is what goes between slices of TPUs.
     """
+    if item.between_slices:
+        return BETWEEN_SLICES
     devices = math.prod(mesh_shape.values())
     groups = _chains(item.groups) if item.kind == PERMUTE else item.groups
     members = [x for group in groups for x in group]

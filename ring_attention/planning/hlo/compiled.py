@@ -20,6 +20,10 @@ _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))
 _OF_MESH = re.compile(
     r"replica_groups=mesh\[('[^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}"
 )
+_BETWEEN_SLICES = r'_xla_megascale_transfer_type="(\w+)"'
+_SLICES = r'_xla_megascale_target="\{([\d,:]+)\}'
+_KIND_BETWEEN_SLICES = {"ONE_TO_ONE": "collective-permute"}
+"""Of transfers that libtpu calls otherwise than XLA its collectives: "ALL_REDUCE" is an all-reduce."""
 
 
 class Collective(NamedTuple):
@@ -34,6 +38,8 @@ class Collective(NamedTuple):
       name: of its instruction.
       groups: the devices of each group; of a permute, the pairs of sender and receiver. Empty where the program states
         them in a form that is not known here.
+      between_slices: whether it goes from one slice of TPUs to others; the program is that of one slice, whose devices
+        are numbered from 0, and `groups` is empty.
     """
 
     kind: str
@@ -42,6 +48,7 @@ class Collective(NamedTuple):
     group: int = 1
     name: str = ""
     groups: tuple[tuple[int, ...], ...] = ()
+    between_slices: bool = False
 
     @property
     def bytes(self) -> int:
@@ -119,12 +126,15 @@ def collectives_in(program: Program) -> list[Collective]:
 
     A TPU's compiler runs an all-gather in pieces beside several fusions, each of which names it; it counts where it
     starts. What it calls all-reduce-scatter is a fusion of an all-reduce and the slice that is kept of its result.
+    What slices of TPUs exchange goes by their hosts: each device sends to its own, and receives from it.
     """
     runs, devices = runs_of(program), math.prod(int(n) for n in _DEVICES.findall(program.header))
     found = []
     for name, body in program.computations.items():
         for instruction in body.values():
             kind = instruction.opcode.removesuffix("-start")
+            if kind == "recv" and (between := _between_slices(instruction, runs[name])):
+                found.append(between)
             if kind not in KINDS or not _starts(instruction, body):
                 continue
             arrays = instruction.arrays
@@ -137,6 +147,17 @@ def collectives_in(program: Program) -> list[Collective]:
             group = devices if kind == "collective-permute" or not groups else len(groups[0])
             found.append(Collective(kind, arrays, runs[name], group, instruction.name, groups))
     return found
+
+
+def _between_slices(instruction: Instruction, runs: int | None) -> Collective | None:
+    """Read what arrives from other slices of TPUs, if that is what an instruction waits for."""
+    name = instruction.attribute(_BETWEEN_SLICES)
+    if name is None:
+        return None
+    spans = [part.split(":") for part in (instruction.attribute(_SLICES) or "1,2").split(",")]
+    slices = sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
+    kind = _KIND_BETWEEN_SLICES.get(name, name.lower().replace("_", "-"))
+    return Collective(kind, instruction.arrays[:1], runs, slices, instruction.name, between_slices=True)
 
 
 def sent(text: str) -> int:

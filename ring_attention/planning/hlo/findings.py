@@ -25,7 +25,7 @@ def whole_sequences(program: Program, share: Share) -> list[str]:
     tokens, lines = share.config.seq_len, []
     keys = share.batch * tokens * share.kv_heads * share.model.head_dim
     for item in collectives_in(program):
-        if item.kind not in kinds or SEQUENCE not in axes_of(item, share.mesh).split("+"):
+        if item.kind not in kinds or SEQUENCE not in axes_of(item, share.slice_mesh).split("+"):
             continue
         for array in item.arrays:
             whole = (tokens in array.shape or array.size >= keys) and "f" in array.dtype

@@ -18,7 +18,18 @@ from ring_attention.planning.hlo.compiled import KINDS
 from ring_attention.planning.hlo.loops import trips_of
 from ring_attention.planning.hlo.program import Array, Instruction, Program, placed_arrays
 
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "send",
+    "recv",
+)
 _SLICES = ("slice", "dynamic-slice", "gather")
 _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cu|[^"]*triton|[^"]*mosaic)')
 _STATED_FLOPS = r'"cost_estimate":\{"flops":"(\d+)"'

@@ -108,7 +108,8 @@ def collectives_by_axis(text: str, mesh_shape: dict[str, int]) -> list[AxisTraff
 
     Args:
       text: its `as_text()`.
-      mesh_shape: axis -> size, in the order of the mesh: devices are numbered with the last one varying fastest.
+      mesh_shape: axis -> size, in the order of the mesh: devices are numbered with the last one varying fastest. Of
+        several slices of TPUs, the part of the mesh in one: the program is that of one slice.
 
     Raises:
       ValueError: if `text` is no compiled program, or one for another number of devices.
@@ -148,8 +149,8 @@ def transfers(text: str, chip: Chip, mesh_shape: dict[str, int], *, bandwidth: f
       text: its `as_text()`.
       chip: that it was compiled for.
       mesh_shape: as in `collectives_by_axis`.
-      bandwidth: bytes a second of a hop one way; `chip.link` if None. A ring that crosses hosts or slices goes at the
-        pace of its slowest hop.
+      bandwidth: bytes a second of a hop one way; `chip.link` if None. A ring that crosses hosts goes at the pace of its
+        slowest hop. What goes between slices of TPUs takes `chip.network`.
     """
     program, speed = Program.parse(text), chip.link if bandwidth is None else bandwidth
     permutes = _permutes(program)
@@ -210,7 +211,7 @@ def warnings_of(text: str, share: Share) -> list[str]:
       share: a device's part of the step that it was compiled from.
     """
     program, lines = Program.parse(text), []
-    found = transfers(text, share.topology.chip, share.mesh)
+    found = transfers(text, share.topology.chip, share.slice_mesh)
     for x in found:
         if not x.asynchronous:
             runs = "an unknown number of times" if x.runs is None else f"{x.runs} times"

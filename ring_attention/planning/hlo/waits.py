@@ -64,6 +64,9 @@ class Flight:
     def of(cls, item: Collective, chip: Chip, mesh_shape: dict[str, int], speed: float) -> "Flight":
         """Describe a permute over links of `speed` bytes a second."""
         axes, steps = axes_of(item, mesh_shape), [1]
+        if item.between_slices:
+            size = sum(array.bytes for array in item.arrays)
+            return cls(size, axes, (axes,), size / chip.network)
         if axes in mesh_shape and chip.links > 1:
             size = mesh_shape[axes]
             places = [[place_of(device, mesh_shape)[axes] for device in pair] for pair in item.groups]
@@ -100,7 +103,7 @@ def _follow(body: Iterable[Instruction], flights: dict[str, Flight], estimate: C
             clock.start(flight)
             if not flight.asynchronous:
                 end(instruction.name)
-        elif instruction.opcode == f"{PERMUTE}-done":
+        elif instruction.opcode in (f"{PERMUTE}-done", "recv-done"):
             end(instruction.operands[0])
         else:
             clock.work(estimate(instruction))

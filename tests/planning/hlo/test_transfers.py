@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from hlo_texts import MESH, PIECES, PIECES_CALLED, RING, TPU_RING, V5E, X, hlo, receive, send
+from hlo_texts import MESH, ONE, PIECES, PIECES_CALLED, RING, TPU_RING, V5E, X, hlo, kernel, receive, send
 
 from ring_attention.planning.hlo import compiled
 from ring_attention.planning.hlo.transfers import collectives_by_axis, overlap_of, transfers
@@ -131,3 +131,36 @@ ENTRY %main (x: f32[8]) -> f32[8] {
         exposed_bytes=4 * 32,
         bytes_in_flight=32 + 16 + 12,
     )
+
+
+def _between_slices(name, kind, target="{1,2}x{0:3}"):
+    """Lines that start to exchange %x with other slices by the hosts, and that await it, as libtpu 0.0.42 has them."""
+    start = f"""  %{name}.token = token[] after-all()
+  %{name}.out = (f32[1000], u32[], token[]) send(%x, %{name}.token), channel_id=2, is_host_transfer=true
+  %{name} = (f32[1000], u32[], token[]) recv(%{name}.token), channel_id=1, is_host_transfer=true, \
+frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{target}",\
+_xla_megascale_transfer_type="{kind}"}}
+"""
+    end = f"  %{name}.sent = token[] send-done(%{name}.out), channel_id=2, is_host_transfer=true\n"
+    return (
+        start,
+        end + f"  %{name}.end = (f32[1000], token[]) recv-done(%{name}), channel_id=1, is_host_transfer=true\n",
+    )
+
+
+def test_what_goes_between_slices_takes_the_network_beside_the_links_of_a_slice():
+    start, end = _between_slices("far", "ONE_TO_ONE", "{{100001->200000},{200001->100000}}")
+    text = hlo(X + start + send("near", "x") + kernel("work", 2 * ONE) + receive("near") + end)
+    far, near = transfers(text, V5E, MESH)
+    assert (far.axes, near.axes, far.asynchronous, far.beside) == ("slices", "sp", True, "hop")
+    assert far.link_seconds == pytest.approx(4000 / V5E.network)
+    assert far.exposed_seconds == pytest.approx(4000 / V5E.network - 2 * ONE)
+    assert near.exposed_seconds == 0
+
+
+@pytest.mark.parametrize(("slices", "target"), [(2, "{1,2}x{0:3}"), (4, "{1:4}x{0:3}")])
+def test_sums_over_slices_count_as_such(slices, target):
+    start, end = _between_slices("sum", "ALL_REDUCE", target)
+    (row,) = collectives_by_axis(hlo(X + start + end), MESH)
+    assert (row.kind, row.axes, row.bytes) == ("all-reduce", "slices", 4000)
+    assert row.sent == 2 * 4000 * (slices - 1) // slices
