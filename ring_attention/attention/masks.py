@@ -28,6 +28,11 @@ class Runs:
     step: int
     starts: tuple[tuple[int, ...], ...]
 
+    def follows(self, number: int) -> bool:
+        """Whether a run begins where the one before it ends, on each device that may hold the tokens."""
+        apart = self.step * self.lengths[number - 1]
+        return number > 0 and all(starts[number - 1] + apart == starts[number] for starts in self.starts)
+
     def positions(self) -> np.ndarray | None:
         """int32 [t], if only one device may hold the tokens."""
         if len(self.starts) != 1:

@@ -62,7 +62,7 @@ class AllGather(Strategy):
         def work(group, kv, q):
             state = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
             pair = _pair(context, me, mask, keys, segments, group, q)
-            return context.kernel.forward(q, *kv, pair, state, context.blocks)
+            return context.kernel.forward(q, *_in_order(context, kv), pair, state, context.blocks)
 
         def step(ready, group_and_q):
             group, q = group_and_q
@@ -90,8 +90,9 @@ class AllGather(Strategy):
             q, *stats = of_queries
             pair = _pair(context, me, mask, keys, segments, group, q)
             nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+            kv = _in_order(context, kv)
             dq, *dkv = context.kernel.backward(q, *kv, GlobalStats(*stats), pair, nothing, context.blocks)
-            return dq, dkv
+            return dq, _in_order(context, dkv, back=True)
 
         def step(carry, group_and_queries):
             (ready, leaving), (group, of_queries) = carry, group_and_queries
@@ -148,12 +149,18 @@ class AllGather(Strategy):
         return Schedule(work=work, steps=(*steps, Step(gradients=gradients, way=GATHER)), backward=backward)
 
 
+def _in_order(context: Context, arrays, back: bool = False):
+    """Arrays [B,K,T,D] of all tokens, gathered shard by shard, in the order in which kernels compute them, or back."""
+    return [context.layout.in_order(x, TOKENS, back=back) for x in arrays]
+
+
 def _keys(context: Context, segments, shard_len: int) -> Tokens:
-    """Positions and segments of all keys, in the order in which they are gathered."""
-    if segments is not None:
-        segments = lax.all_gather(segments, context.axis_name, axis=1, tiled=True)
+    """Positions and segments of all keys, in the order in which kernels compute them."""
     layout = context.layout
-    return Tokens(layout.all_positions(shard_len).reshape(1, -1), segments, layout.all_runs(shard_len))
+    if segments is not None:
+        segments = layout.in_order(lax.all_gather(segments, context.axis_name, axis=1, tiled=True), 1)
+    positions = layout.in_order(layout.all_positions(shard_len).reshape(1, -1), 1)
+    return Tokens(positions, segments, layout.all_runs(shard_len))
 
 
 def _pair(context: Context, me, mask: MaskSpec, keys: Tokens, segments, group, q) -> BlockPair:

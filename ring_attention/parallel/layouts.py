@@ -168,10 +168,30 @@ class SequenceLayout:
         starts = tuple(tuple(int(own[cut // chunk]) + cut % chunk for cut in cuts[:-1]) for own in chunks)
         return Runs(lengths, 1, starts)
 
+    def in_order(self, x, axis: int, back: bool = False):
+        """Reorder `axis` of an array of all shards, one after the other, to the order of positions, or back.
+
+        Whole chunks are moved. Stripes stay as they are: their tokens are spaced as those of a shard, and kernels ask
+        for that.
+        """
+        if self.kind == "striped" or not (order := self._order_of_chunks()):
+            return x
+        chunks = x.reshape(*x.shape[:axis], len(order), -1, *x.shape[axis + 1 :])
+        return chunks.take(np.argsort(order) if back else np.array(order), axis=axis).reshape(x.shape)
+
+    def _order_of_chunks(self) -> list[int]:
+        """The numbers of all shards' chunks by their positions; [] where they stand so."""
+        starts = [start for shard in range(self.ring_size) for start in self.chunk_starts(shard, self.chunks_per_shard)]
+        order = sorted(range(len(starts)), key=starts.__getitem__)
+        return [] if order == sorted(order) else order
+
     def all_runs(self, shard_len: int) -> Runs | None:
-        """The tokens of all shards, one shard after the other, as runs."""
+        """The tokens of all shards as runs, in the order of `in_order`."""
         own = self.runs(shard_len)
-        return own and Runs(own.lengths * self.ring_size, own.step, (tuple(itertools.chain(*own.starts)),))
+        if own is None or self.kind == "striped":
+            return own and Runs(own.lengths * self.ring_size, own.step, (tuple(itertools.chain(*own.starts)),))
+        starts = sorted(itertools.chain(*own.starts))
+        return Runs(own.lengths * self.ring_size, own.step, (tuple(starts),))
 
     def positions(self, seq_len: int) -> np.ndarray:
         """int32 [seq_len]: the natural position of each token in layout order.

@@ -82,9 +82,9 @@ def price_steps(schedule: Schedule, pace: Pace, wires: Wires) -> list[Seconds]:
     merge, call = MERGE_PASSES * result / pace.memory, pace.call_backward if schedule.backward else pace.call
     priced = []
     for step in schedule.steps:
-        own, calls, wire = 0 in step.hops, len(step.hops), getattr(wires, step.way)
-        merges = calls - own  # the result of the own keys is the first
-        compute = (local * own + (hop + merge) * merges) * step.part + call * calls
+        own, wire = 0 in step.hops, getattr(wires, step.way)
+        pairs = local * own + hop * (len(step.hops) - own)
+        compute = (pairs + merge * step.merges) * step.part + call * bool(step.hops)
         sent = (size / wire + wires.latency * (size > 0) for size in (step.keys, step.gradients))
         priced.append(Seconds(compute, *sent))
     return priced

@@ -20,8 +20,8 @@ from jax.extend.core import DropVar
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels.contract import refuse_binding, require_signature
-from ring_attention.attention.kernels.splash_memory import LANES, Tiles
-from ring_attention.attention.masks import EMPTY, BlockPair, Tokens, tile_kinds, visible
+from ring_attention.attention.kernels.splash_memory import LANES, Tiles, max_columns
+from ring_attention.attention.masks import EMPTY, BlockPair, Runs, Tokens, tile_kinds, visible
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import require
 
@@ -161,15 +161,26 @@ def _next_seen(seen: jax.Array, axis: int) -> jax.Array:
 def calls_for(pair: BlockPair, blocks: BlockSizes) -> Iterator[Call]:
     """The calls for a block pair of one sequence."""
     check_pair(pair)
-    assert pair.keys.runs is not None
     tile_q = tile_size(pair.queries.positions.shape[1], blocks.q)
     queries, start = jax.tree.map(lambda x: _pad(x, 1, tile_q, "edge"), pair.queries), 0
-    for length in pair.keys.runs.lengths:
+    for length in _lengths(pair.keys.runs, blocks, queries.positions.shape[1] // tile_q):
         tile_kv = tile_size(length, blocks.kv)
         run = jax.tree.map(lambda x, first=start, last=start + length: x[:, first:last], pair.keys)
         keys = jax.tree.map(lambda x, size=tile_kv: _pad(x, 1, size, "edge"), run)
         yield Call(start, length, BlockPair(queries, keys, pair.mask), tile_q, tile_kv)
         start += length
+
+
+def _lengths(runs: Runs | None, blocks: BlockSizes, rows: int) -> Iterator[int]:
+    """The numbers of keys of each call: runs that follow each other are one, as far as its table of tiles fits."""
+    assert runs is not None
+    most, together = max_columns(rows) * tile_size(max(runs.lengths), blocks.kv), 0
+    for number, length in enumerate(runs.lengths):
+        if together and not (runs.follows(number) and together + length <= most):
+            yield together
+            together = 0
+        together += length
+    yield together
 
 
 def tile_size(tokens: int, wanted: int) -> int:

@@ -35,6 +35,15 @@ it writes and reads 2 D elements a query for each tile: in bfloat16 so many oper
 Chips do 166 (v5p) to 560 (v6e) while they move one, half of these in attention."""
 
 
+_ENTRY = 8
+"""Bytes of a tile in the table."""
+
+
+def max_columns(rows: int) -> int:
+    """The most tiles of keys that a call with so many tiles of queries has room for in its table."""
+    return SMEM // (_ENTRY * rows * LANES) * LANES
+
+
 class Tiles(NamedTuple):
     """The tiles of a call: how many tokens they hold, and how many there are, of queries and of keys."""
 
@@ -119,7 +128,7 @@ def require_memory(kernel: str, tiles: Tiles, q, softcap: bool = False) -> None:
         f"{needed / MiB:.1f} MiB of VMEM for its {kernel} kernel, but the compiler for {kind} lets a kernel have "
         f"{limit / MiB:g} MiB; use smaller block_sizes, such as BlockSizes(q={smaller[0]}, kv={smaller[1]})",
     )
-    table = 8 * tiles.rows * -(-tiles.columns // LANES) * LANES
+    table = _ENTRY * tiles.rows * -(-tiles.columns // LANES) * LANES
     require(
         table <= SMEM,
         f'impl="splash" keeps a table of its {tiles.rows} x {tiles.columns} tiles, {table / MiB:.1f} MiB, in SMEM, '
