@@ -112,6 +112,29 @@ def _grid(devices: Sequence[jax.Device]) -> np.ndarray | None:
     return grid if grid.size == len(devices) and all(device is not None for device in grid.flat) else None
 
 
+@functools.cache
+def blocks_of_a_link(sides: tuple[int, ...], wraps: tuple[bool, ...], shift: int) -> int:
+    """How many blocks the busiest link carries when each device of a ring sends one to the `shift`th after it.
+
+    The ring is that of `ring_in_box(sides)`. A block goes along one side of the box after the other, the shorter way
+    round where a side `wraps`.
+    """
+    here = np.array(ring_in_box(sides))
+    there, busiest = np.roll(here, -shift, 0), 0
+    for axis, side in enumerate(sides):
+        way = there[:, axis] - here[:, axis]
+        if wraps[axis]:
+            way = (way + side // 2) % side - side // 2
+        loads = np.zeros((*sides, 2), int)
+        at, links = here.copy(), np.abs(way)
+        for link in range(links.max(initial=0)):
+            going = links > link
+            np.add.at(loads, (*at[going].T, (way[going] > 0).astype(int)), 1)
+            at[going, axis] = (at[going, axis] + np.sign(way[going])) % side
+        busiest, here = max(busiest, int(loads.max())), at
+    return busiest
+
+
 class _Cut(NamedTuple):
     """How a side of the grid is cut: its length is the product."""
 

@@ -8,6 +8,7 @@ from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.ring import SingleDevice
 from ring_attention.parallel.strategies import scheduled
 from ring_attention.parallel.strategy import Strategy
+from ring_attention.parallel.wires import blocks_of_a_link
 from ring_attention.parallel.workload import Schedule
 from ring_attention.planning.attention_times import Pace, Seconds, Times, add_up, price_steps
 from ring_attention.planning.memory import kept_for_backward
@@ -32,7 +33,8 @@ class StepTime:
       attention: computing attention, all layers, both passes.
       attention_waits: waiting for the strategy's transfers.
       weights_wait: waiting for weights and their gradients, as far as attention does not hide them.
-      sums_wait: waiting for the sums of tensor and data parallelism.
+      sums_wait: waiting for the sums of tensor parallelism, and of data parallelism where they follow several
+        micro-batches; those of one are summed layer by layer, with the gradients of weights.
       host_wait: waiting for activations that the host keeps, as far as computing does not hide them.
       memory_bound: what waits for the device's memory: norms, activation functions, the logits' softmax, and the
         optimizer's update, which reads and writes all that it keeps.
@@ -99,14 +101,16 @@ def attention_times(share: Share, strategy: Strategy, backward: bool) -> Times:
 def ring_wires(share: Share, width: int = 1) -> Wires:
     """Find the wires of a ring along which `width` neighbours share each place and swap heads for tokens.
 
-    Each of them goes around with heads of its own. Across hosts each has its own adapter. On a TPU these rings share
-    the links between two places, and the way to the next place is `width` hops of the cycle, so that each link carries
-    everybody's block.
+    Each of them goes around with heads of its own. Across hosts each has its own adapter. On a TPU the way to the next
+    place is `width` devices on along the cycle, by links that others use too.
     """
-    tp = share.mesh[TENSOR]
-    wires = wires_of(share.topology, share.ring, tp)
-    shared = width if wires.kind == "ICI" else 1
-    return dataclasses.replace(wires, hop=wires.hop / shared, swap=wires_of(share.topology, width, tp).swap)
+    tp, topology = share.mesh[TENSOR], share.topology
+    wires = wires_of(topology, share.ring, tp)
+    hop = wires.hop
+    if wires.kind == "ICI" and 1 < width < share.ring:
+        sides = topology.box(share.ring)
+        hop /= blocks_of_a_link(sides, tuple(map(topology.wraps, sides)), width)
+    return dataclasses.replace(wires, hop=hop, swap=wires_of(topology, width, tp).swap)
 
 
 def step_time(share: Share, strategy: Strategy) -> StepTime:
@@ -122,13 +126,14 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
     dense = products / chip.flops
     attention = layers * ((1 + again) * forward.compute + backward.compute)
     waits = layers * ((1 + again) * forward.exposed + backward.exposed)
-    weights = weights_seconds(share)
+    gradients, in_layers = data_seconds(share), repeats == 1  # those of one micro-batch are summed layer by layer
+    weights = weights_seconds(share) + gradients * in_layers
     return StepTime(
         dense=repeats * dense,
         attention=repeats * attention,
         attention_waits=repeats * waits,
         weights_wait=repeats * max(weights - attention, 0.0),
-        sums_wait=repeats * sums_seconds(share),
+        sums_wait=repeats * tensor_seconds(share) + (0.0 if in_layers else gradients),
         host_wait=repeats * max(2 * kept_for_backward(share)[1] / chip.host_link - dense - attention, 0.0),
         memory_bound=repeats * passes_seconds(share) + 7 * 4 * share.own_parameters / chip.memory_bandwidth,
         forward=forward,
@@ -172,13 +177,16 @@ def sums_bytes(share: Share) -> dict[str, int]:
     }
 
 
-def sums_seconds(share: Share) -> float:
-    """Predict the seconds of the sums over tp and dp; nothing hides them."""
-    sums = sums_bytes(share)
-    tensor = sums[TENSOR] / wires_of(share.topology, share.mesh[TENSOR]).gather if sums[TENSOR] else 0.0
-    beside = share.devices // share.mesh[DATA]
-    data = sums[DATA] / wires_of(share.topology, share.mesh[DATA], beside).gather if sums[DATA] else 0.0
-    return tensor + data
+def tensor_seconds(share: Share) -> float:
+    """Predict the seconds of a micro-batch's sums over tp; nothing hides them."""
+    sent, wires = sums_bytes(share)[TENSOR], wires_of(share.topology, share.mesh[TENSOR])
+    return sent / wires.gather if sent else 0.0
+
+
+def data_seconds(share: Share) -> float:
+    """Predict the seconds of the sums of gradients over dp, if nothing else is sent."""
+    sent, beside = sums_bytes(share)[DATA], share.devices // share.mesh[DATA]
+    return sent / wires_of(share.topology, share.mesh[DATA], beside).gather if sent else 0.0
 
 
 def sent_bytes(share: Share) -> dict[str, int]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.models.layers import Attend
 from ring_attention.models.transformer import model_builder, parameter_specs
-from ring_attention.parallel.mesh import SEQUENCE, compiler_options
+from ring_attention.parallel.mesh import DATA, SEQUENCE, compiler_options
 from ring_attention.parallel.shard import context_attention_shard
 from ring_attention.parallel.sharding import TOKEN_AXES, spec_of
 from ring_attention.training.config import AttentionConfig, TrainConfig
@@ -79,6 +79,10 @@ def make_gradients(config: TrainConfig, mesh: Mesh):
     micro_batches = config.optimizer.accumulation_steps
 
     def on_device(params, batch):
+        once = micro_batches > 1  # gradients are summed over dp after all micro-batches, not in each
+        if once:
+            params = jax.tree.map(lambda x: vary_over(x, (DATA,)), params)
+
         def add_micro_batch(carry, micro_batch):
             (nats, targets), grads = jax.value_and_grad(sum_of_losses, has_aux=True)(params, micro_batch)
             return jax.tree.map(jnp.add, carry, (grads, nats, targets)), None
@@ -86,6 +90,8 @@ def make_gradients(config: TrainConfig, mesh: Mesh):
         split = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
         zero = (_zeros_varying_like(params), jnp.float32(0), jnp.float32(0))
         (grads, nats, targets), _ = lax.scan(add_micro_batch, zero, split, unroll=micro_batches == 1)
+        if once:
+            grads = lax.psum(grads, DATA)
         count = jnp.maximum(targets, 1)
         return jax.tree.map(lambda g: g / count, grads), nats / count, targets
 
