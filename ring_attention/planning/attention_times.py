@@ -78,13 +78,15 @@ def price_steps(schedule: Schedule, pace: Pace, wires: Wires) -> list[Seconds]:
     """The seconds of each step of a schedule, on the device that computes most."""
     work, last = schedule.work, max(step.hops.stop for step in schedule.steps) - 1
     local, hop = (_seconds(pairs, schedule, pace) for pairs in (_local_pairs(work), _hop_pairs(work, last)))
-    result = work.bytes_of(work.shard, work.heads + 2 * work.kv_heads * schedule.backward, 4)  # backward dq, dk, dv
-    merge, call = MERGE_PASSES * result / pace.memory, pace.call_backward if schedule.backward else pace.call
-    priced = []
+    result = work.bytes_of(work.shard, work.heads, 4)  # out, or dq
+    gradients = work.bytes_of(work.shard, 2 * work.kv_heads, 4) * schedule.backward  # dk and dv of one place
+    call, priced = pace.call_backward if schedule.backward else pace.call, []
     for step in schedule.steps:
-        own, wire = 0 in step.hops, getattr(wires, step.way)
-        pairs = local * own + hop * (len(step.hops) - own)
-        compute = (pairs + merge * step.merges) * step.part + call * bool(step.hops)
+        own, places, wire = 0 in step.hops, len(step.hops), getattr(wires, step.way)
+        # Keys of many places are computed in a few calls, whose results are added up as those of hops are.
+        merged = (result + gradients * places) * (step.merges or places > 1)
+        pairs = local * own + hop * (places - own)
+        compute = (pairs + MERGE_PASSES * merged / pace.memory) * step.part + call * bool(places)
         sent = (size / wire + wires.latency * (size > 0) for size in (step.keys, step.gradients))
         priced.append(Seconds(compute, *sent))
     return priced

@@ -22,6 +22,13 @@ OTHER_KERNELS = {
         backward=0.19,
         source="fitted to the half of the rows that set constants",
     ),
+    "triton_flash": KernelRate(
+        kernel="FlashAttention in Triton",
+        chips=("a100",),
+        forward=0.4,
+        backward=0.27,
+        source="fitted to the half of the rows that set constants",
+    ),
     "te_ring": KernelRate(
         kernel="TransformerEngine's ring",
         chips=("h100",),
@@ -31,12 +38,6 @@ OTHER_KERNELS = {
     ),
 }
 """What rows ran where the planner would price cuDNN: FlashAttention-2 as it was on H100 in 2023 and 2024."""
-
-FLOAT8 = 1.6
-"""How many times as fast as in bfloat16 dense layers are where a row has them in float8, of at most two: their casts,
-and what stays in bfloat16, cost the rest. Assumed.
-"""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedStep:
@@ -54,7 +55,9 @@ class PublishedStep:
       remat: the nearest of `ModelConfig.remat`.
       accumulate: micro-batches.
       kernel: a name of OTHER_KERNELS, or "" for the kernel of the platform.
-      float8: whether dense layers are in float8.
+      dense: how many times as fast as planned its dense layers are: 1.6 in float8, of at most two, for the casts and what
+        stays in bfloat16; 0.8 on torchtitan's H100s, which have 500 W of 700 (fitted to the half that sets constants).
+      network: bytes a second of a GPU's network, where it is not the chip's usual one; 0 where it is.
       seconds: of a step, published or from published tokens a second.
       assumed: what the source leaves open.
     """
@@ -75,15 +78,15 @@ class PublishedStep:
     assumed: list[str]
     ulysses_size: int = 0
     kernel: str = ""
-    float8: bool = False
+    dense: float = 1.0
+    network: float = 0.0
 
     def pod(self) -> Topology:
-        """The pod, with the rates of the row's own kernel and dtype."""
+        """The pod, with the rates of the row's own kernel, dtype and network."""
         pod = find_topology(self.topology)
-        if self.float8:
-            reach = dataclasses.replace(pod.reach, matmul=pod.reach.matmul * FLOAT8, source="float8")
-            pod = dataclasses.replace(pod, measured=reach)
-        return dataclasses.replace(pod, measured_kernel=OTHER_KERNELS[self.kernel]) if self.kernel else pod
+        reach = dataclasses.replace(pod.reach, matmul=pod.reach.matmul * self.dense)
+        chip = dataclasses.replace(pod.chip, network=self.network or pod.chip.network)
+        return dataclasses.replace(pod, chip=chip, measured=reach, measured_kernel=OTHER_KERNELS.get(self.kernel))
 
     def share(self) -> Share:
         """A device's part of the step."""
