@@ -84,7 +84,8 @@ def gather_weight(w: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype, width: 
     """A weight as its user needs it: whole along "model", still sharded over tp, in `dtype`, free to meet any token.
 
     Call it outside loops over tokens, so that their gradients are summed on each device first. It is cast before it
-    travels; its gradient travels, and is summed, in float32, straight to the shard that owns it.
+    travels; its gradient travels, and is summed, in float32, straight to the shard that owns it. Where a shard is typed
+    as varying over dp its gradient is, too, and left to be summed there by the caller.
 
     Args:
       w: this device's shard of a parameter.
@@ -107,7 +108,7 @@ def _gathered(w, axes, dtype, width):
 
 
 def _gather_forward(w, axes, dtype, width):
-    return _gathered(w, axes, dtype, width), jnp.zeros((0,), w.dtype)
+    return _gathered(w, axes, dtype, width), vary_over(jnp.zeros((0,), w.dtype), axes_of(w))
 
 
 @jax.named_scope("weights")
@@ -121,7 +122,7 @@ def _gather_backward(axes, dtype, width, like, grad):
         summed = RULES["model"]
     else:
         summed = ()
-    rest = tuple(axis for axis in TOKEN_AXES if axis not in summed and axis in axes_of(grad))
+    rest = tuple(axis for axis in TOKEN_AXES if axis not in summed and axis in axes_of(grad) - axes_of(like))
     return (lax.psum(grad, rest).astype(like.dtype),)
 
 

@@ -81,7 +81,7 @@ def make_gradients(config: TrainConfig, mesh: Mesh):
     def on_device(params, batch):
         once = micro_batches > 1  # gradients are summed over dp after all micro-batches, not in each
         if once:
-            params = jax.tree.map(lambda x: vary_over(x, (DATA,)), params)
+            params = vary_over(params, frozenset({DATA}))
 
         def add_micro_batch(carry, micro_batch):
             (nats, targets), grads = jax.value_and_grad(sum_of_losses, has_aux=True)(params, micro_batch)

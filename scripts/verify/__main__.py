@@ -15,6 +15,7 @@ COMMANDS = {
         "programs": "transfers, bytes, largest array and memory of compiled rings",
         "ranking": "the planner's order beside published comparisons",
         "soak": "train while processes are killed and files damaged; every loss must stay",
+        "times": "the planner's seconds beside those that were published and measured",
         "table3": "the longest contexts of the Ring Attention paper's Table 3, compiled",
     }.items()
 }

@@ -165,3 +165,28 @@ COMPARISONS = (
         predict=lambda: _layout_steps(A100_8, 2048, 2048),
     ),
 )
+
+ATTENTION_ALONE = {
+    ("ring", False): {8: 421, 16: 455, 32: 450, 64: 446},
+    ("ring", True): {8: 432, 16: 474, 32: 470, 64: 457},
+    ("all_gather", False): {8: 602, 16: 590, 32: 593, 64: 580},
+    ("all_gather", True): {8: 516, 16: 524, 32: 522, 64: 523},
+    ("ulysses", False): {8: 602, 16: 557, 32: 581, 64: 585},
+    ("ulysses", True): {8: 583, 16: 560, 32: 573, 64: 585},
+    ("usp", False): {8: 593, 16: 589, 32: 594, 64: 588},
+    ("usp", True): {8: 571, 16: 569, 32: 574, 64: 571},
+}
+"""(strategy, backward) -> GPUs -> TFLOP/s of each, of 64:8 heads of 128, 8,192 tokens a GPU, causal, on H100: read off
+MagiAttention's charts (docs/source/blog/cp_benchmark.md). The ring is TransformerEngine's.
+"""
+
+
+def planned_rate(strategy: str, devices: int, backward: bool) -> float:
+    """What the planner predicts for a number of ATTENTION_ALONE."""
+    pod = find_topology(f"h100:{devices // 8}x8")
+    model = dataclasses.replace(LLAMA_8B, num_heads=64, model_dim=8192)
+    options = {"ulysses_size": min(devices // 2, 8)} if strategy == "usp" else {}
+    share = _share(pod, model, 8192, layout="zigzag")
+    seconds = attention_times(share, find_strategy(strategy, options), backward).total
+    pairs = 8192 * 8192 * devices / 2
+    return 4 * 64 * 128 * pairs * (2.5 if backward else 1) / seconds / 1e12

@@ -1,8 +1,7 @@
-"""Whole training steps whose seconds others published, and what the planner predicts for the same."""
+"""Whole training steps whose seconds are known, published or measured, and what the planner predicts for the same."""
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from ring_attention.hardware.reach import KernelRate
@@ -39,6 +38,7 @@ OTHER_KERNELS = {
 }
 """What rows ran where the planner would price cuDNN: FlashAttention-2 as it was on H100 in 2023 and 2024."""
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedStep:
     """One row of the file.
@@ -55,8 +55,9 @@ class PublishedStep:
       remat: the nearest of `ModelConfig.remat`.
       accumulate: micro-batches.
       kernel: a name of OTHER_KERNELS, or "" for the kernel of the platform.
-      dense: how many times as fast as planned its dense layers are: 1.6 in float8, of at most two, for the casts and what
-        stays in bfloat16; 0.8 on torchtitan's H100s, which have 500 W of 700 (fitted to the half that sets constants).
+      dense: how many times as fast as planned its dense layers are: 1.6 in float8, of at most two, for the casts and
+        what stays in bfloat16; 0.8 on torchtitan's H100s, which have 500 W of 700 (fitted to the half that sets
+        constants).
       network: bytes a second of a GPU's network, where it is not the chip's usual one; 0 where it is.
       seconds: of a step, published or from published tokens a second.
       assumed: what the source leaves open.
@@ -125,7 +126,13 @@ class PublishedStep:
         return step_time(share, share.strategy)
 
 
-def published_steps() -> Iterator[PublishedStep]:
-    """The rows of the file, in the order of their names."""
-    for row in sorted(json.loads(FILE.read_text(encoding="utf-8")), key=lambda row: row["id"]):
-        yield PublishedStep(**row)
+def all_steps() -> dict[str, list[PublishedStep]]:
+    """The rows of the file: measured by us, published and used to set constants, published and held out.
+
+    Published rows are taken in turns, in the order of their names: the first sets constants, the second is held out.
+    """
+    rows = sorted(json.loads(FILE.read_text(encoding="utf-8")), key=lambda row: row["id"])
+    steps = [PublishedStep(**row) for row in rows]
+    others = [step for step in steps if not step.id.startswith("own-")]
+    own = [step for step in steps if step.id.startswith("own-")]
+    return {"measured": own, "sets constants": others[::2], "held out": others[1::2]}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ring_attention as ra
-from ring_attention.parallel.layouts import LAYOUT_KINDS
+from ring_attention.parallel.layouts import LAYOUT_KINDS, as_layout
 
 LAYOUTS = st.builds(ra.SequenceLayout, st.sampled_from(LAYOUT_KINDS), st.integers(1, 9))
 
@@ -146,3 +146,21 @@ def test_layout_drawing_is_how_tokens_are_dealt():
     for row, shard in zip(rows, range(2), strict=True):
         dealt = [layout.shard_positions(shard, 4) for layout in shown.values()]
         np.testing.assert_array_equal(np.reshape(row, (-1, 4)), dealt)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", ra.SequenceLayout.for_speeds([1, 1, 2, 1])], ids=str)
+def test_in_order_sorts_all_shards_by_position_and_back(layout):
+    layout = as_layout(layout, 4)
+    length = layout.padded_length(64)
+    gathered = np.asarray(layout.all_positions(length // 4)).reshape(1, -1, 1)
+    found = layout.in_order(gathered, 1)
+    assert found[0, :, 0].tolist() == list(range(length))
+    assert (layout.in_order(found, 1, back=True) == gathered).all()
+    assert layout.all_runs(length // 4).positions().tolist() == list(range(length))
+
+
+def test_in_order_leaves_stripes_spaced():
+    layout = ra.SequenceLayout("striped", 4)
+    gathered = np.asarray(layout.all_positions(4)).reshape(-1)
+    assert (layout.in_order(gathered, 0) == gathered).all()
+    assert (layout.all_runs(4).positions() == gathered).all()

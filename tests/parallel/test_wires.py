@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from ring_attention.parallel.wires import Hops, arrange, has_cycle, hops_of, ring_in_box
+from ring_attention.parallel.wires import Hops, arrange, blocks_of_a_link, has_cycle, hops_of, ring_in_box
 
 AXES = ("dp", "fsdp", "sp", "tp")
 
@@ -155,3 +155,11 @@ def test_hops_of_measures_a_real_mesh_too():
 
     mesh = Mesh(np.array(jax.devices()).reshape(1, 1, 8, 1), AXES)
     assert hops_of(mesh) == Hops(links=0, crossings=0)
+
+
+def test_blocks_of_a_link_are_one_along_the_cycle_and_add_up_off_it():
+    torus, line = ((4, 4, 4), (True,) * 3), ((8, 4), (False, False))
+    assert blocks_of_a_link(*torus, 1) == blocks_of_a_link(*line, 1) == 1
+    assert 1 < blocks_of_a_link(*torus, 16) < 16  # the cycle has 16 links to there, the torus far fewer
+    assert blocks_of_a_link((16, 16), (False, False), 16) > blocks_of_a_link((16, 16), (True, True), 16)
+    assert blocks_of_a_link((8,), (False,), 4) == 4  # four of each half cross the middle, each way

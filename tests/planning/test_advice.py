@@ -99,16 +99,16 @@ def test_where_nothing_fits_as_few_hosts_more_as_can_be_are_named():
 
 @pytest.mark.parametrize("impl", ["auto", "cudnn"])
 def test_no_strategy_is_advised_that_its_kernel_refuses(impl):
-    """On 16 GPUs all_gather in the zigzag layout needs 303 calls of cuDNN, which is refused when it is traced."""
+    """On 128 GPUs all_gather in the zigzag layout needs 511 calls of cuDNN, which is refused when it is traced."""
     config = load_config(GPU)
     attention = dataclasses.replace(config.attention, impl=impl)
     config = dataclasses.replace(config, mesh=MeshConfig(), attention=attention)
     names = {
         pod: {share.strategy.name for share in search.fitting(config, find_topology(pod)) if share.ring == ring}
-        for pod, ring in (("h100:1x8", 8), ("h100:2x8", 16))
+        for pod, ring in (("h100:1x8", 8), ("h100:16x8", 128))
     }
-    refused = names["h100:1x8"] - names["h100:2x8"]
-    assert refused == {"all_gather"}
+    refused = names["h100:1x8"] - names["h100:16x8"]
+    assert "all_gather" in refused
 
 
 def test_an_approximation_is_not_answered_with_exact_attention():

@@ -125,7 +125,8 @@ def test_make_plan_refuses_unequal_devices():
 
 
 @pytest.mark.parametrize(
-    ("impl", "pod", "hosts_fit"), [("cudnn", "h100:1x8", True), ("cudnn", "h100:16x8", False), ("xla", "h100:16x8", True)]
+    ("impl", "pod", "hosts_fit"),
+    [("cudnn", "h100:1x8", True), ("cudnn", "h100:16x8", False), ("xla", "h100:16x8", True)],
 )
 def test_make_plan_advises_what_the_kernel_can_compute(monkeypatch, impl, pod, hosts_fit):
     zeros = lambda q, *_: (jnp.zeros_like(q), jnp.zeros_like(q[..., 0], jnp.float32))  # noqa: E731

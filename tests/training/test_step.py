@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ring_attention as ra
@@ -95,6 +96,26 @@ def test_gradients_on_eight_devices_are_those_on_one(layout, accumulation_steps,
     assert abs(got_loss - loss) < 1e-5 * loss
     distances = jax.tree.leaves(jax.tree.map(relative_error, got_grads, grads))
     assert max(distances) < 1e-5
+
+
+def _sums_over_dp(jaxpr, in_loop=False):
+    """(whether it is in a loop) of each sum of an array, not of a number, over dp."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("psum") and "dp" in eqn.params["axes"]:
+            yield from (in_loop for x in eqn.invars if x.aval.ndim)
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _sums_over_dp(inner, in_loop or eqn.primitive.name == "scan")
+
+
+@pytest.mark.parametrize(("micro_batches", "in_loops"), [(1, True), (2, False)])
+def test_gradients_of_micro_batches_are_summed_over_dp_after_them(micro_batches, in_loops):
+    config = _config(accumulation_steps=micro_batches, dp=2, sp=1)
+    mesh = ra.make_mesh(dp=2, sp=1, devices=jax.devices()[:2])
+    params = abstract_state(config, dict(mesh.shape)).params
+    jaxpr = jax.make_jaxpr(make_gradients(config, mesh))(params, _natural_batch())
+    found = list(_sums_over_dp(jaxpr.jaxpr))
+    assert len(found) >= len(jax.tree.leaves(params))
+    assert any(found) == in_loops
 
 
 def test_gradients_of_a_mean_of_means_would_differ(one_device, alone):
