@@ -5,7 +5,7 @@
 The parameters are read from the Hugging Face folder Llama-2-7b-hf, each host its shards; theta of the rotary embedding
 grows with the window. docs/long_context.md has the later stages, up to 1,048,576 tokens.
 
-Cost: 6.6 GiB of each chip's 15.75 and 12 seconds a step, predicted:
+Cost: 6.6 GiB of each chip's 15.75 and 14 seconds a step, predicted:
 
     python scripts/plan.py --config=configs/lwm_7b.py --topology=v5e:16x16
 

@@ -58,6 +58,7 @@ WAYS = {"pass over slots": pass_over_slots, "dense": dense, "blockwise": blockwi
 def main(argv: list[str]) -> None:
     """Time every way at every filling."""
     args = parse(argv)
+    jax.config.update("jax_default_matmul_precision", "float32")  # a GPU would take TensorFloat-32, and ways differ
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(args.rows, 1, args.heads, args.head_dim), *[(args.rows, args.slots, args.kv_heads, args.head_dim)] * 2]
     arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
