@@ -16,6 +16,7 @@ from ring_attention.models.products import GATHERED, Products
 from ring_attention.models.remat import name_input, rematerialised
 from ring_attention.models.rope import rotary_tables
 from ring_attention.models.weight import normal_weight
+from ring_attention.parallel.host_memory import on_device
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import TOKEN_AXES, resized, spec_of, stored_shape
 
@@ -105,7 +106,7 @@ class Transformer(nnx.Module):
         layer_def, layers = nnx.split(self.layers)
 
         def run_layer(x_btM, layer):
-            x_btM = nnx.merge(layer_def, layer)(name_input(x_btM), rotary, segment_ids, attend)
+            x_btM = nnx.merge(layer_def, on_device(layer))(name_input(x_btM), rotary, segment_ids, attend)
             return x_btM, None if observe is None else observe(x_btM)
 
         x_btM, observed = lax.scan(rematerialised(run_layer, config.remat), x_btM, layers)

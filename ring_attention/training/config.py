@@ -13,6 +13,9 @@ from ring_attention.parallel.strategy import Strategy
 STRATEGY_OPTIONS = ("duplex", "head_groups", "ulysses_size", "stride")
 """Fields of `AttentionConfig` that are options of one strategy or another; 0 leaves them out."""
 
+OFFLOADS = ("none", "moments", "parameters")
+"""What `OptimizerConfig.offload` may be."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -161,6 +164,12 @@ class OptimizerConfig:
       accumulation_steps: micro-batches whose gradients make one update.
       max_skipped_updates: a step whose loss or gradient is not finite leaves the parameters as they are; so many of
         them in a row end the run.
+      offload: what of the layers lives in the memory of the host. "moments": AdamW's two moments, 8 bytes a parameter
+        that cross to the device and back once a step. "parameters": moments, float32 parameters and gradients, so that
+        a device holds of all layers the weights of the one at work; a layer's weights cross to the device for each of
+        its passes, its gradients to the host as they are made, and all of it once more for the update. Embedding and
+        unembedding stay on the device, with their moments. Losses and parameters are those without it, but for the
+        last digit of the gradients' norm. "none" keeps everything on the device.
     """
 
     learning_rate: float = 1e-3
@@ -173,8 +182,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     accumulation_steps: int = 1
     max_skipped_updates: int = 10
+    offload: str = "none"
 
     def __post_init__(self):
+        known = f"choose one of {', '.join(OFFLOADS)}"
+        require_field(self.offload in OFFLOADS, "optimizer.offload", self.offload, "is not known", known)
         for name in ("learning_rate", "clip_norm", "accumulation_steps", "max_skipped_updates", "epsilon"):
             value = getattr(self, name)
             require_field(value > 0, f"optimizer.{name}", value, "must be positive", "leave it out to take the default")

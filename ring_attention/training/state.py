@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.models.transformer import Transformer, parameter_specs, resized_parameters
+from ring_attention.parallel.host_memory import on_host
 from ring_attention.training.config import TrainConfig
 
 
@@ -32,32 +34,44 @@ class TrainState(NamedTuple):
 
 def make_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Make the initial state where it will live: no device ever holds more than its shards."""
-    return jax.jit(
-        functools.partial(_initial_state, config, dict(mesh.shape)), out_shardings=state_shardings(config, mesh)
-    )()
+    shardings = state_shardings(config, mesh)
+    shape = dict(mesh.shape)
+    if config.optimizer.offload == "none":
+        return jax.jit(functools.partial(_initial_state, config, shape), out_shardings=shardings)()
+    params = jax.jit(functools.partial(_initial_params, config, shape), out_shardings=shardings.params)()
+    return state_with(config, mesh, params)
 
 
 def state_with(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
     """Make the initial state of a run that begins with `params`, which are sharded as `parameter_specs` says."""
     shardings = state_shardings(config, mesh)
-    opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings.opt_state)(params)
-    zero = jax.device_put(jnp.int32(0), shardings.step)
-    return TrainState(zero, params, opt_state, jax.device_put(jnp.int32(0), shardings.skipped))
+    zeros = jax.tree.map(_zeros, abstract_state(config, dict(mesh.shape)), shardings)  # as Adam and its schedule begin
+    return zeros._replace(params=jax.device_put(params, shardings.params))
+
+
+def _zeros(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+    """Zeros that are made on the host, and go straight to the memory that they are to lie in."""
+    of_shard = sharding.shard_shape(shape.shape)
+    return jax.make_array_from_callback(shape.shape, sharding, lambda _: np.zeros(of_shard, shape.dtype))
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Return the NamedShardings of the state: the optimizer's moments lie where their parameters do."""
+    """Return the NamedShardings of the state: moments are sharded as their parameters.
+
+    `optimizer.offload` says which of them lie in the memory of the host.
+    """
+    offload = config.optimizer.offload
     params = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(config.model))
+    offloaded = params | {"layers": jax.tree.map(on_host, params["layers"])} if offload != "none" else params
     replicated = NamedSharding(mesh, PartitionSpec())
-    abstract = abstract_state(config)
     opt_state = optax.tree_map_params(
         make_optimizer(config),
         lambda _, sharding: sharding,
-        abstract.opt_state,
-        params,
+        abstract_state(config).opt_state,
+        offloaded,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, params, opt_state, replicated)
+    return TrainState(replicated, offloaded if offload == "parameters" else params, opt_state, replicated)
 
 
 def abstract_state(config: TrainConfig, mesh_shape: Mapping[str, int] | None = None) -> TrainState:
@@ -87,11 +101,14 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Return the optimizer: clip by global norm, then AdamW; matrices decay, norms and biases do not."""
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer: clip by global norm, then AdamW; matrices decay, norms and biases do not.
+
+    Its `update` takes the norm of all gradients as `norm`, so that it can be called with some of them.
+    """
     optimizer = config.optimizer
     return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip_norm),
+        _clip_by_norm(optimizer.clip_norm),
         optax.adamw(
             make_schedule(config),
             b1=optimizer.b1,
@@ -103,12 +120,25 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
+def _clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """As `optax.clip_by_global_norm`, but the norm may be given."""
+
+    def update(grads, state, params=None, *, norm=None, **_):
+        norm = optax.tree.norm(grads) if norm is None else norm
+        fits = norm < limit
+        return jax.tree.map(lambda g: jnp.where(fits, g, g / norm * limit), grads), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 def _initial_state(config: TrainConfig, mesh_shape: Mapping[str, int] | None) -> TrainState:
-    model = Transformer(config.model, nnx.Rngs(config.seed))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    if mesh_shape is not None:
-        params = resized_parameters(params, config.model, mesh_shape)
+    params = _initial_params(config, mesh_shape)
     return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), jnp.int32(0))
+
+
+def _initial_params(config: TrainConfig, mesh_shape: Mapping[str, int] | None):
+    params = nnx.to_pure_dict(nnx.state(Transformer(config.model, nnx.Rngs(config.seed)), nnx.Param))
+    return params if mesh_shape is None else resized_parameters(params, config.model, mesh_shape)
 
 
 def _decays(path, _) -> bool:
