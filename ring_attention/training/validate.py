@@ -15,6 +15,7 @@ from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.hardware.chips import GiB
+from ring_attention.parallel.host_memory import PINNED_HOST
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import TOKEN_AXES, check_fits
 from ring_attention.parallel.strategy import Context, Strategy
@@ -131,11 +132,15 @@ def require_memory(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def state_bytes(config: TrainConfig, mesh: Mesh) -> int:
-    """Return the bytes of one device that parameters, moments and gradients take at the end of a backward pass."""
-    state = sharded_abstract_state(config, mesh)
+    """Return the bytes of one device that parameters, moments and gradients take at the end of a backward pass.
+
+    What `optimizer.offload` keeps in the memory of an accelerator's host is not counted.
+    """
+    state, shared = sharded_abstract_state(config, mesh), mesh.devices.flat[0].platform == "cpu"
 
     def of_device(tree) -> int:
-        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        here = [x for x in jax.tree.leaves(tree) if shared or x.sharding.memory_kind != PINNED_HOST]
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
     return of_device(state) + of_device(state.params)
 

@@ -21,6 +21,7 @@ from jax import lax
 
 from ring_attention.checks import ConfigError, shown
 from ring_attention.models.hf.files import inside, read_json
+from ring_attention.parallel.host_memory import on_device
 
 MANIFEST = "files.json"
 """Name of the list of the files below STATE, in a checkpoint's folder."""
@@ -163,7 +164,7 @@ def leaf_names(tree: Any) -> list[str]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _fingerprints(arrays: list[jax.Array], shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    return [_fingerprint(x, shape) for x, shape in zip(arrays, shapes, strict=True)]
+    return [_fingerprint(on_device(x), shape) for x, shape in zip(arrays, shapes, strict=True)]
 
 
 def _fingerprint(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

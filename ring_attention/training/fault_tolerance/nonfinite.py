@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ring_attention.attention.varying import vary_over
 from ring_attention.models.transformer import model_builder, parameter_specs
+from ring_attention.parallel.host_memory import on_device
 from ring_attention.parallel.mesh import AXES, SEQUENCE
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.fault_tolerance.errors import RunError
@@ -95,7 +96,7 @@ def _bad_leaves(tree: Any) -> list[str]:
     @jax.jit
     def finite(leaves):
         axes = [tuple(range(1, x.ndim)) if layered else None for x, layered in zip(leaves, stacked, strict=True)]
-        return [jnp.isfinite(x).all(axis) for x, axis in zip(leaves, axes, strict=True)]
+        return [jnp.isfinite(on_device(x)).all(axis) for x, axis in zip(leaves, axes, strict=True)]
 
     names = []
     for name, good in zip(leaf_names(tree), jax.device_get(finite(jax.tree.leaves(tree))), strict=True):
