@@ -51,33 +51,40 @@ def advise(config: TrainConfig, topology: Topology) -> Advice:
     """
     own = Share.of(config, topology)
     found = search.fitting(config, topology)
-    fastest = best_of(map(candidate_of, found))
+    fastest = best_of(found, config)
     tokens = search.longest(config, topology)
     longer = dataclasses.replace(config, seq_len=tokens or config.seq_len)
     return Advice(
         fastest=fastest,
-        longest=best_of(map(candidate_of, search.fitting(longer, topology))) if tokens else None,
+        longest=best_of(search.fitting(longer, topology), config) if tokens else None,
         one_change=None if search.fits(own) else one_change(own),
         larger=None if found else larger_pod(config, topology),
         compared=len(found),
     )
 
 
-def best_of(candidates: Iterable[Candidate]) -> Candidate | None:
-    """Choose the fastest that the pod can run; of those as fast within `EQUAL` one that needs nothing of the host, and
-    the least memory.
+def best_of(shares: Iterable[Share], config: TrainConfig) -> Candidate | None:
+    """Choose the fastest that the pod can run, and among those as fast within `EQUAL` the one that asks for least.
+
+    That is one that needs nothing of the host, then the least of a device's memory in hundredths, and then the fewest
+    changes of the config.
     """
-    ordered = sorted(candidates, key=lambda candidate: candidate.time.total)
+    ordered = sorted(map(candidate_of, shares), key=lambda candidate: candidate.time.total)
     fastest = next((candidate for candidate in ordered if search.runs(candidate.share)), None)
     if fastest is None:
         return None
+
+    def asks(candidate: Candidate) -> tuple:
+        memory, chip = candidate.memory, candidate.share.topology.chip
+        return memory.host > 0, round(100 * memory.total / chip.memory), len(candidate.flags(config)), memory.total
+
     equal = [x for x in ordered if x.time.total <= fastest.time.total * (1 + EQUAL) and search.runs(x.share)]
-    return min(equal, key=lambda candidate: (candidate.memory.host > 0, candidate.memory.total))
+    return min(equal, key=asks)
 
 
 def one_change(own: Share) -> Candidate | None:
     """Find the fastest step that fits and differs from the config in one thing only; None if there is none."""
-    return best_of(candidate_of(share) for share in _changed_once(own) if search.runs(share) and search.fits(share))
+    return best_of(filter(search.fits, filter(search.runs, _changed_once(own))), own.config)
 
 
 def _changed_once(own: Share) -> Iterator[Share]:
@@ -140,7 +147,7 @@ def _best_on(name: str, config: TrainConfig, like: Topology) -> Candidate | None
     """The fastest that fits the pod of this name, with the chips of another; None where nothing fits."""
     pod = find_topology(name)
     pod = dataclasses.replace(like, name=name, sides=pod.sides, slices=pod.slices)
-    return best_of(map(candidate_of, search.fitting(config, pod)))
+    return best_of(search.fitting(config, pod), config)
 
 
 def in_words(candidate: Candidate) -> str:
@@ -151,7 +158,7 @@ def in_words(candidate: Candidate) -> str:
     words = [candidate.label, mesh, f"remat={setting.remat}"]
     words += [f"head_groups={setting.head_groups}"] * (setting.head_groups > 1)
     words += [f"accumulation_steps={setting.accumulation_steps}"] * (setting.accumulation_steps > 1)
-    words += ["optimizer on the host"] * setting.offload
+    words += [f"{setting.offload} on the host"] * (setting.offload != search.OFFLOADS[0])
     memory = f"{candidate.memory.total / GiB:.1f} of {share.topology.chip.memory / GiB:.1f} GiB"
     memory += f", {candidate.memory.host / GiB:.0f} GiB of the host's" if candidate.memory.host else ""
     return f"{', '.join(words)}: {seconds(candidate.time.total)} a step, MFU {candidate.mfu:.0%}, {memory}"

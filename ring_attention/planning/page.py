@@ -101,7 +101,7 @@ def _memory(plan: Plan, advice: Advice | None) -> str:
     most = min(max(limit, *(c.memory.total for _, c in bars)), 2.5 * limit)
     scale = (WIDTH - left - right) / most
     height = row * len(bars) + 26
-    drawn = [_axis(left, scale, most, height)]
+    drawn, values = [_axis(left, scale, most, height)], []
     for i, (name, candidate) in enumerate(bars):
         x, y = float(left), i * row + 4
         drawn.append(f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
@@ -111,12 +111,13 @@ def _memory(plan: Plan, advice: Advice | None) -> str:
             drawn.append(_bar(x, y, wide, 18, f"var(--p{part})", title))
             x += wide
         beyond = "→ " if candidate.memory.total > most else ""
-        drawn.append(f'<text x="{x + 6:.1f}" y="{y + 13}">{beyond}{candidate.memory.total / GiB:.1f}</text>')
+        size = f"{beyond}{candidate.memory.total / GiB:.1f}"
+        values.append(f'<text class="value" x="{x + 6:.1f}" y="{y + 13}">{size}</text>')
     at = left + limit * scale
     drawn.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height - 22}"/>')
     legend = [(f"var(--p{i})", name) for i, name in enumerate(plan.memory.parts)]
     limit_words = f"{plan.share.topology.chip.name}: {limit / GiB:.1f} GiB"
-    return _svg(height, drawn) + _legend([*legend, ("var(--bad)", limit_words)])
+    return _svg(height, [*drawn, *values]) + _legend([*legend, ("var(--bad)", limit_words)])
 
 
 def _axis(left: int, scale: float, most: float, height: int) -> str:

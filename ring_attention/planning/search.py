@@ -15,11 +15,11 @@ from ring_attention.parallel.ring import Ring
 from ring_attention.planning.memory import memory_of
 from ring_attention.planning.plan import GRAIN, by_strategy, fits_in, strategies_of, with_strategy
 from ring_attention.planning.shares import Share
-from ring_attention.training.config import MeshConfig, TrainConfig
-from ring_attention.training.config_values import field_kinds
+from ring_attention.training.config import OFFLOADS, MeshConfig, TrainConfig
 
-FREE = 0.05
-"""Part of a device's memory that advice leaves free: predictions were off by so much (docs/planner.md)."""
+FREE = 0.1
+"""Part of a device's memory that advice leaves free: steps that were advised took up to 1.12 times what was predicted
+when they were compiled (docs/planner.md)."""
 
 FRUGAL = ("full", "offload_input")
 """Policies of rematerialisation that keep least, on the device and on its host."""
@@ -36,13 +36,13 @@ class Setting:
       remat: what layers keep for the backward pass.
       head_groups: parts of a device's heads that are computed one after the other.
       accumulation_steps: micro-batches of a step.
-      offload: whether the host keeps the optimizer's state.
+      offload: what of the optimizer's state and of the parameters the host keeps.
     """
 
     remat: str
     head_groups: int
     accumulation_steps: int
-    offload: bool = False
+    offload: str
 
     @staticmethod
     def in_(config: TrainConfig) -> "Setting":
@@ -51,14 +51,14 @@ class Setting:
             remat=config.model.remat,
             head_groups=config.model.head_groups,
             accumulation_steps=config.optimizer.accumulation_steps,
-            offload=getattr(config.optimizer, "offload", False),
+            offload=config.optimizer.offload,
         )
 
     def of(self, config: TrainConfig) -> TrainConfig:
         """Return the config with this setting; eval_sequences become a multiple of the sequences that run at once."""
         micro = config.batch_size // self.accumulation_steps
         model = dataclasses.replace(config.model, remat=self.remat, head_groups=self.head_groups)
-        changes = dict(accumulation_steps=self.accumulation_steps) | ({"offload": self.offload} if OFFLOADS[1:] else {})
+        changes = dict(accumulation_steps=self.accumulation_steps, offload=self.offload)
         optimizer = dataclasses.replace(config.optimizer, **changes)
         sequences = -(-config.eval_sequences // micro) * micro
         return dataclasses.replace(config, model=model, optimizer=optimizer, eval_sequences=sequences)
@@ -66,14 +66,12 @@ class Setting:
     def beats(self, other: "Setting") -> bool:
         """Whether a step with this setting is no slower for certain, on the same mesh by the same strategy."""
         fewer = self.head_groups <= other.head_groups and self.accumulation_steps <= other.accumulation_steps
-        return fewer and self.offload <= other.offload and other.remat in _BEATEN.get(self.remat, ())
+        less = OFFLOADS.index(self.offload) <= OFFLOADS.index(other.offload)
+        return fewer and less and other.remat in _BEATEN.get(self.remat, ())
 
 
 MOST_TOKENS = 2**31 - 1
 """Of a sequence: positions are int32."""
-
-OFFLOADS = (False, True) if "optimizer.offload" in field_kinds() else (False,)
-"""Values of optimizer.offload."""
 
 
 def divisors(number: int) -> list[int]:
@@ -105,7 +103,7 @@ def steps_of(config: TrainConfig, topology: Topology) -> Iterator[Share]:
     for mesh in meshes(config, topology):
         most = config.batch_size // (mesh.dp * mesh.fsdp)
         for groups in divisors(config.model.num_kv_heads // mesh.tp):
-            setting = Setting(remat="full", head_groups=groups, accumulation_steps=most)
+            setting = Setting(remat="full", head_groups=groups, accumulation_steps=most, offload=OFFLOADS[0])
             try:  # by a strategy that every mesh can run
                 share = Share.of(with_strategy(dataclasses.replace(setting.of(config), mesh=mesh), Ring()), topology)
             except ConfigError:
@@ -136,7 +134,7 @@ def fitting(config: TrainConfig, topology: Topology) -> list[Share]:
     """List the steps that fit, but for those that others of the list beat for certain.
 
     Of each mesh, strategy, rematerialisation and offloading those with the fewest groups of heads, and then the fewest
-    micro-batches.
+    micro-batches; nothing more is offloaded than is needed for that.
     """
     found: dict[tuple, dict[tuple, Setting]] = {}
     first: dict[tuple, Share] = {}
@@ -145,7 +143,7 @@ def fitting(config: TrainConfig, topology: Topology) -> list[Share]:
         first.setdefault(key, share)
         most, known = share.config.optimizer.accumulation_steps, found.setdefault(key, {})
         for remat, offload in itertools.product(REMAT_POLICIES, OFFLOADS):
-            if (remat, offload) in known:
+            if any((remat, less) in known for less in OFFLOADS[: OFFLOADS.index(offload) + 1]):
                 continue
             setting = dataclasses.replace(Setting.in_(share.config), remat=remat, offload=offload)
             if not fits(with_setting(share, setting)):

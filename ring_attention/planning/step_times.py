@@ -35,7 +35,8 @@ class StepTime:
       weights_wait: waiting for weights and their gradients, as far as attention does not hide them.
       sums_wait: waiting for the sums of tensor parallelism, and of data parallelism where they follow several
         micro-batches; those of one are summed layer by layer, with the gradients of weights.
-      host_wait: waiting for activations that the host keeps, as far as computing does not hide them.
+      host_wait: waiting for activations that the host keeps, as far as computing does not hide them, and for parameters
+        and optimizer state that it keeps.
       memory_bound: what waits for the device's memory: norms, activation functions, the logits' softmax, and the
         optimizer's update, which reads and writes all that it keeps.
       forward, backward: of one layer's attention.
@@ -134,11 +135,25 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
         attention_waits=repeats * waits,
         weights_wait=repeats * max(weights - attention, 0.0),
         sums_wait=repeats * tensor_seconds(share) + (0.0 if in_layers else gradients),
-        host_wait=repeats * max(2 * kept_for_backward(share)[1] / chip.host_link - dense - attention, 0.0),
+        host_wait=repeats * max(2 * kept_for_backward(share)[1] / chip.host_link - dense - attention, 0.0)
+        + state_seconds(share),
         memory_bound=repeats * passes_seconds(share) + 7 * 4 * share.own_parameters / chip.memory_bandwidth,
         forward=forward,
         backward=backward,
     )
+
+
+def state_seconds(share: Share) -> float:
+    """Predict the seconds in which state that the host keeps crosses to the device and back; nothing hides them.
+
+    Moments, 8 bytes a parameter of the layers, go both ways for the update. Parameters and gradients go with them, and
+    a micro-batch fetches the weights for each of its passes and adds its gradients to those of the ones before.
+    """
+    optimizer = share.config.optimizer
+    layers = share.model.num_layers * (share.attention_weights + share.ffn_weights) // share.owners
+    micro_batch = 4 * (2 + 2 * (optimizer.accumulation_steps > 1) + 1) * optimizer.accumulation_steps
+    crossing = {"none": 0, "moments": 16, "parameters": 16 + 12 + micro_batch}[optimizer.offload]
+    return crossing * layers / share.topology.reached.host_link
 
 
 def passes_seconds(share: Share) -> float:

@@ -12,6 +12,8 @@ from ring_attention.models.hf.presets import PRESETS
 from ring_attention.planning.plan import make_plan
 from ring_attention.training.flags import override, parse_config
 
+_CUDNN = ["--config.attention.impl=cudnn"]
+
 
 def _plan(*flags):
     return run_here("plan.py", *flags)
@@ -51,6 +53,8 @@ def test_plan_says_which_context_would_fit():
         (["--config.model.num_heads=33"], "num_heads"),
         (["--config.attention.impl=cudnn"], "runs on gpu devices"),
         (["--config=tiny", "--topology=v5e:2x4", "--config.attention.strategy=sparse"], "does not know how long"),
+        (["--config=gpu_8xh100_7b", "--topology=h100:1x8", *_CUDNN, "--config.attention.softcap=30"], "no softcap"),
+        (["llama-3.1-8b", "--topology=h100:16x8", *_CUDNN, "--config.attention.strategy=all_gather"], "511 calls"),
         (["llama-3.1-8"], "did you mean llama-3.1-8b?"),
         (["mixtral-8x7b"], "is a mixture of experts"),
         (["llama-3.1-8b", "qwen3-8b"], "one model is planned"),
