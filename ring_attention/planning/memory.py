@@ -8,7 +8,7 @@ shows prediction and compiler side by side.
 import dataclasses
 import operator
 
-from ring_attention.parallel.mesh import TENSOR
+from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.planning.shares import Share
 
@@ -135,11 +135,16 @@ def _layer(share: Share) -> int:
 
 
 def _exchange(share: Share, strategy: Strategy) -> int:
-    """Bytes of keys and values at hand and on their way, and of their gradients in float32."""
+    """Bytes of keys and values at hand and on their way, and of their gradients in float32.
+
+    In a ring over slices of TPUs every device has room for what arrives by a link and for what comes from another
+    slice, and takes one of the two.
+    """
     work = share.work()
     statistics = work.bytes_of(work.shard, work.heads, F32)
     arriving = max(strategy.memory_bytes(work) - statistics, 2 * work.bytes_of(work.shard, work.kv_heads))
-    return (arriving + arriving * F32 // share.itemsize) // share.model.head_groups
+    ways = 2 if share.slice_mesh[SEQUENCE] < share.ring else 1
+    return ways * (arriving + arriving * F32 // share.itemsize) // share.model.head_groups
 
 
 def _vocabulary(share: Share) -> int:

@@ -16,6 +16,7 @@ from ring_attention.hardware.topology import find_topology
 from ring_attention.models.config import REMAT_POLICIES, ModelConfig
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy, scheduled
+from ring_attention.planning.memory import memory_of
 from ring_attention.planning.plan import Plan, longest_context, make_plan, strategies_of
 from ring_attention.planning.report import as_json
 from ring_attention.planning.shares import Share
@@ -243,3 +244,13 @@ def test_slices_are_the_outermost_of_the_mesh(mesh, part):
     config = dataclasses.replace(load_config(TPU), mesh=MeshConfig(**mesh), batch_size=8, eval_sequences=8)
     share = Share.of(config, find_topology("2xv5e:16x16"))
     assert share.slice_mesh == dict(dp=1, fsdp=1, sp=256, tp=1) | part
+
+
+def test_a_ring_over_slices_has_room_for_what_comes_from_links_and_from_slices():
+    def in_flight(pod, **mesh):
+        config = dataclasses.replace(load_config(TPU), mesh=MeshConfig(**mesh), batch_size=2, eval_sequences=2)
+        share = Share.of(dataclasses.replace(config, seq_len=8192 * mesh["sp"]), find_topology(pod))
+        return memory_of(share, share.strategy).parts["keys and values"]
+
+    assert in_flight("2xv5e:4x4", sp=32) == 2 * in_flight("v5e:4x8", sp=32)
+    assert in_flight("2xv5e:4x4", dp=2, sp=16) == in_flight("v5e:4x8", dp=2, sp=16)
