@@ -39,7 +39,7 @@ class Buffers:
 
 BUFFERS = {
     "tpu": Buffers(feedforward=(15, 8, 0), attention=(10, 4, 34), offloaded=12, groups=0, gaps=0.09),
-    "gpu": Buffers(feedforward=(4, 8, 0), attention=(4, 8, 4), offloaded=4, groups=5, gaps=0.0),
+    "gpu": Buffers(feedforward=(4, 8, 0), attention=(4, 7, 4), offloaded=5, groups=5, gaps=0.0),
 }
 """Platform -> Buffers."""
 
