@@ -23,6 +23,7 @@ class Buffers:
       feedforward: (streams, queries, keys) at the peak of a feed-forward's backward pass: arrays as large as this
         device's residual stream, its queries, and its keys, all in the compute dtype.
       attention: the same of attention's backward pass; the larger counts.
+      split: of the arrays as large as the residual stream those whose width tp shares out.
       offloaded: in place of the last number of `attention`, where the host keeps what the backward pass needs: beside
         large arrays on the device a TPU's compiler packs the small ones less closely.
       groups: arrays as large as all queries that are held where heads are computed in groups: out and its cotangent,
@@ -32,14 +33,15 @@ class Buffers:
 
     feedforward: tuple[int, int, int]
     attention: tuple[int, int, int]
+    split: int
     offloaded: int
     groups: int
     gaps: float
 
 
 BUFFERS = {
-    "tpu": Buffers(feedforward=(15, 8, 0), attention=(10, 4, 34), offloaded=12, groups=0, gaps=0.09),
-    "gpu": Buffers(feedforward=(4, 8, 0), attention=(4, 7, 4), offloaded=5, groups=5, gaps=0.0),
+    "tpu": Buffers(feedforward=(15, 8, 0), attention=(10, 4, 34), split=9, offloaded=12, groups=0, gaps=0.09),
+    "gpu": Buffers(feedforward=(4, 8, 0), attention=(4, 7, 4), split=0, offloaded=5, groups=5, gaps=0.0),
 }
 """Platform -> Buffers."""
 
@@ -131,7 +133,8 @@ def _layer(share: Share) -> int:
     attention = (*buffers.attention[:2], buffers.offloaded) if on_host(share) else buffers.attention
     peaks = (sum(map(operator.mul, counts, arrays)) for counts in (buffers.feedforward, attention))
     of_all_groups = buffers.groups * _heads(share, share.heads) if groups > 1 else 0
-    return of_weights + max(peaks) + of_all_groups
+    less = buffers.split * (_stream(share) - _stream(share) // share.mesh[TENSOR])
+    return of_weights + max(peaks) - less + of_all_groups
 
 
 def _exchange(share: Share, strategy: Strategy) -> int:

@@ -87,6 +87,7 @@ CASES = [
         ("h100:5x8", "num_layers=16 sp=40 seq_len=655360 remat=full"),
         ("h200:1x8", "num_layers=16 seq_len=524288"),
         ("b200:1x8", "num_layers=16 fsdp=2 sp=2 tp=2 batch_size=2 seq_len=131072"),
+        ("gb200:1x72", "num_layers=8 sp=72 seq_len=2359296"),
         ("2xv5e:4x4", "num_layers=8 dp=2 sp=16 batch_size=2 seq_len=131072"),
         ("2xv5e:4x4", "num_layers=8 sp=32 seq_len=262144"),
         ("3xv5e:2x4", "num_layers=8 sp=24 seq_len=196608"),
