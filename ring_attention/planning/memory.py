@@ -14,6 +14,9 @@ from ring_attention.planning.shares import Share
 
 F32 = 4
 
+UPDATE = 3.5
+"""Float32 arrays as large as a layer's parameters that a layer's update needs at once, where the host keeps them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buffers:
@@ -55,7 +58,7 @@ class Memory:
         gradients; activations kept from the forward pass for the backward pass; the layer at work (its gathered
         weights, their gradients, and its activations); keys and values in flight, with what the strategy holds beside
         them; vocabulary (embedding and unembedding gathered); loss (the logits of a chunk).
-      host: bytes of the host's memory, for what is kept there.
+      host: bytes of the host's memory, for what is kept there: activations, and the state that is offloaded.
     """
 
     parts: dict[str, int]
@@ -69,20 +72,37 @@ class Memory:
 
 def memory_of(share: Share, strategy: Strategy) -> Memory:
     """Predict the memory that a step needs of one device of the pod."""
-    own = F32 * share.own_parameters
+    own, layers, offload = F32 * share.own_parameters, F32 * share.own_layers, share.config.optimizer.offload
+    moments, others = layers * (offload != "none"), layers * (offload == "parameters")
     kept, host = kept_for_backward(share)
     kept *= 1 + BUFFERS[share.topology.chip.platform].gaps
     parts = {
-        "parameters": own,
-        "optimizer": 2 * own,
-        "gradients": own,
+        "parameters": own - others,
+        "optimizer": 2 * (own - moments),
+        "gradients": own - others,
         "activations": kept,
         "layer": _layer(share),
         "keys and values": _exchange(share, strategy),
         "vocabulary": _vocabulary(share),
     }
-    parts["loss"] = _loss(share, parts["layer"] + parts["keys and values"])
-    return Memory(parts={name: int(size) for name, size in parts.items()}, host=int(host))
+    of_layer = parts["layer"] + parts["keys and values"]
+    if others and share.topology.chip.platform == "gpu":  # there nothing of the vocabulary stands beside a layer
+        of_embedding = parts["gradients"] * (1 - 1 / share.model.vocab_tables)  # whose gradient comes last
+        parts["gradients"] -= of_embedding
+        parts["vocabulary"] = max(parts["vocabulary"] + of_embedding - of_layer, 0)
+        of_layer += parts["vocabulary"]
+    parts["loss"] = _loss(share, of_layer)
+    if moments:
+        update = UPDATE * layers / share.model.num_layers
+        parts["layer"] += max(update - of_layer - parts["loss"] - kept, 0)
+    return Memory(parts={name: int(size) for name, size in parts.items()}, host=int(host + host_state(share)))
+
+
+def host_state(share: Share) -> int:
+    """Bytes of parameters, moments and gradients that the host keeps for a device; see `OptimizerConfig.offload`."""
+    optimizer, layers = share.config.optimizer, F32 * share.own_layers
+    copies = {"none": 0, "moments": 2, "parameters": 4 + (optimizer.accumulation_steps > 1)}  # a second of gradients
+    return copies[optimizer.offload] * layers
 
 
 def _stream(share: Share) -> int:
@@ -121,18 +141,31 @@ def kept_for_backward(share: Share) -> tuple[int, int]:
     return inputs + out + layers * (norms + qkv + between + hidden + weights), 0
 
 
+def host_traffic(share: Share) -> tuple[int, int]:
+    """Bytes between a device and its host for what `optimizer.offload` keeps there: (in a micro-batch, in an update).
+
+    A layer's weights come for its forward and its backward pass, and its gradients go. Moments come and go for the
+    update; so do parameters, and their gradients come twice, for the norm first.
+    """
+    layers, offload = F32 * share.own_layers, share.config.optimizer.offload
+    adding = 3 * (share.config.optimizer.accumulation_steps > 1)  # both gradients come, their sum goes
+    return {"none": (0, 0), "moments": (0, 4 * layers), "parameters": ((3 + adding) * layers, 8 * layers)}[offload]
+
+
 def _layer(share: Share) -> int:
     """Bytes of a layer's backward pass: its weights, the feed-forward's a second time in another layout, their
     gradients for the sum over devices in float32, and the arrays of its tokens.
     """
     weights = share.attention_weights + share.ffn_weights
     of_weights = (weights + 2 * share.ffn_weights) * share.itemsize + F32 * weights
+    if share.owners == 1:  # nobody sums them, and no array of the ring is in flight
+        of_weights = weights * share.itemsize
     groups = share.model.head_groups
     arrays = _stream(share), _heads(share, share.heads) // groups, _heads(share, share.kv_heads) // groups
     buffers = BUFFERS[share.topology.chip.platform]
     attention = (*buffers.attention[:2], buffers.offloaded) if on_host(share) else buffers.attention
     peaks = (sum(map(operator.mul, counts, arrays)) for counts in (buffers.feedforward, attention))
-    of_all_groups = buffers.groups * _heads(share, share.heads) if groups > 1 else 0
+    of_all_groups = (buffers.groups - (share.owners == 1)) * _heads(share, share.heads) if groups > 1 else 0
     less = buffers.split * (_stream(share) - _stream(share) // share.mesh[TENSOR])
     return of_weights + max(peaks) - less + of_all_groups
 
@@ -143,6 +176,8 @@ def _exchange(share: Share, strategy: Strategy) -> int:
     In a ring over slices of TPUs every device has room for what arrives by a link and for what comes from another
     slice, and takes one of the two.
     """
+    if share.ring == 1:
+        return 0
     work = share.work()
     statistics = work.bytes_of(work.shard, work.heads, F32)
     arriving = max(strategy.memory_bytes(work) - statistics, 2 * work.bytes_of(work.shard, work.kv_heads))

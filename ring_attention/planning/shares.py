@@ -152,11 +152,17 @@ class Share:
         return self.model.vocab_size * self.model.model_dim // self.mesh[TENSOR]
 
     @property
+    def own_layers(self) -> int:
+        """Parameters of layers that this device keeps: its share of their matrices, and all norms."""
+        layers, model = self.model.num_layers, self.model
+        matrices = layers * (self.attention_weights + self.ffn_weights)
+        return matrices // model.model_dim * self.width + 2 * layers * model.model_dim
+
+    @property
     def own_parameters(self) -> int:
-        """Parameters that this device keeps: its share of the matrices, and all norms."""
-        layers = self.model.num_layers
-        matrices = layers * (self.attention_weights + self.ffn_weights) + self.model.vocab_tables * self.vocab_weights
-        return matrices // self.model.model_dim * self.width + (2 * layers + 1) * self.model.model_dim
+        """Parameters that this device keeps: those of layers, its share of the vocabulary, and the last norm."""
+        vocabulary = self.model.vocab_tables * self.vocab_weights // self.model.model_dim * self.width
+        return self.own_layers + vocabulary + self.model.model_dim
 
     def work(self, **changes) -> Workload:
         """Describe one layer's attention, for the strategies' own figures."""

@@ -11,7 +11,7 @@ from ring_attention.parallel.strategy import Strategy
 from ring_attention.parallel.wires import blocks_of_a_link
 from ring_attention.parallel.workload import Schedule
 from ring_attention.planning.attention_times import Pace, Seconds, Times, add_up, price_steps
-from ring_attention.planning.memory import kept_for_backward
+from ring_attention.planning.memory import host_traffic, kept_for_backward
 from ring_attention.planning.shares import Share
 
 RERUN = ("full", "offload_input")
@@ -35,8 +35,8 @@ class StepTime:
       weights_wait: waiting for weights and their gradients, as far as attention does not hide them.
       sums_wait: waiting for the sums of tensor parallelism, and of data parallelism where they follow several
         micro-batches; those of one are summed layer by layer, with the gradients of weights.
-      host_wait: waiting for activations that the host keeps, as far as computing does not hide them, and for parameters
-        and optimizer state that it keeps.
+      host_wait: waiting for activations and weights that the host keeps, as far as computing does not hide them, and
+        for the state that it keeps, which the update reads and writes.
       memory_bound: what waits for the device's memory: norms, activation functions, the logits' softmax, and the
         optimizer's update, which reads and writes all that it keeps.
       forward, backward: of one layer's attention.
@@ -129,31 +129,19 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
     waits = layers * ((1 + again) * forward.exposed + backward.exposed)
     gradients, in_layers = data_seconds(share), repeats == 1  # those of one micro-batch are summed layer by layer
     weights = weights_seconds(share) + gradients * in_layers
+    crossing, of_update = host_traffic(share)
+    crossing += 2 * kept_for_backward(share)[1]
     return StepTime(
         dense=repeats * dense,
         attention=repeats * attention,
         attention_waits=repeats * waits,
         weights_wait=repeats * max(weights - attention, 0.0),
         sums_wait=repeats * tensor_seconds(share) + (0.0 if in_layers else gradients),
-        host_wait=repeats * max(2 * kept_for_backward(share)[1] / chip.host_link - dense - attention, 0.0)
-        + state_seconds(share),
+        host_wait=repeats * max(crossing / chip.host_link - dense - attention, 0.0) + of_update / chip.host_link,
         memory_bound=repeats * passes_seconds(share) + 7 * 4 * share.own_parameters / chip.memory_bandwidth,
         forward=forward,
         backward=backward,
     )
-
-
-def state_seconds(share: Share) -> float:
-    """Predict the seconds in which state that the host keeps crosses to the device and back; nothing hides them.
-
-    Moments, 8 bytes a parameter of the layers, go both ways for the update. Parameters and gradients go with them, and
-    a micro-batch fetches the weights for each of its passes and adds its gradients to those of the ones before.
-    """
-    optimizer = share.config.optimizer
-    layers = share.model.num_layers * (share.attention_weights + share.ffn_weights) // share.owners
-    micro_batch = 4 * (2 + 2 * (optimizer.accumulation_steps > 1) + 1) * optimizer.accumulation_steps
-    crossing = {"none": 0, "moments": 16, "parameters": 16 + 12 + micro_batch}[optimizer.offload]
-    return crossing * layers / share.topology.reached.host_link
 
 
 def passes_seconds(share: Share) -> float:
