@@ -14,6 +14,7 @@ COMMANDS = {
         "prediction": "the planner's memory beside the compiler's",
         "programs": "transfers, bytes, largest array and memory of compiled rings",
         "ranking": "the planner's order beside published comparisons",
+        "records": "the longest contexts that others trained, beside those predicted here and compiled",
         "soak": "train while processes are killed and files damaged; every loss must stay",
         "times": "the planner's seconds beside those that were published and measured",
         "table3": "the longest contexts of the Ring Attention paper's Table 3, compiled",
