@@ -19,7 +19,7 @@ from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.derivatives import only_reverse_mode
 from ring_attention.attention.device_kind import DeviceKind, kind_here, kind_of_mesh
 from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.kernels.tile_sizes import tiles_of
+from ring_attention.attention.kernels.tile_sizes import slots_of
 from ring_attention.attention.mask_args import MASK_DEFAULTS, ScoreArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec
 from ring_attention.attention.online_softmax import SoftmaxState
@@ -230,7 +230,8 @@ def _known_spec(cache, mesh: Mesh | AbstractMesh, heads_first: bool) -> Partitio
 
 def _tile(block_sizes: BlockSizes | None, kind: DeviceKind, q: jax.Array, cache: Cache) -> int:
     """How many slots are read at once."""
-    return as_blocks(block_sizes, tiles_of("xla", kind, q.shape[3], q.shape[2] // cache.num_kv_heads)).kv
+    slots = slots_of(kind, q.shape[3], q.shape[2] // cache.num_kv_heads)
+    return as_blocks(block_sizes, BlockSizes(kv=slots)).kv
 
 
 def _check(q, k_cache, v_cache, lengths, layout: SequenceLayout, impl: str) -> None:

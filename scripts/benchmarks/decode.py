@@ -17,6 +17,8 @@ from rich.table import Table
 import ring_attention as ra
 from ring_attention.attention import online_softmax
 from ring_attention.attention.cached import Cache, attend_cached
+from ring_attention.attention.device_kind import kind_here
+from ring_attention.attention.kernels.tile_sizes import slots_of
 from ring_attention.attention.mask_spec import make_mask_spec
 from ring_attention.commands.arguments import Parser
 from ring_attention.doctor.timing import System, seconds_in_turn
@@ -32,7 +34,7 @@ def pass_over_slots(q, k, v, positions, slots):
     mask = make_mask_spec(
         q, causal=True, window=None, softcap=None, scale=None, alibi_slopes=None, dropout_rate=0.0, dropout_key=None
     )
-    cache, size = Cache(k, v), ra.BlockSizes().kv
+    cache, size = Cache(k, v), slots_of(kind_here(), q.shape[3], q.shape[2] // k.shape[2])
     state = attend_cached(q, cache, mask=mask, q_positions=positions, kv_positions=slots, size=size)
     return jnp.swapaxes(online_softmax.finalize(state)[0], 1, 2).astype(q.dtype)
 

@@ -115,6 +115,13 @@ def test_no_accelerator_gets_the_tiles_of_a_cpu(kind, head_dim):
     assert tile_sizes.tiles_of("xla", CPU, head_dim, 4) == ra.BlockSizes()
 
 
+def test_a_gpu_reads_more_slots_at_once_than_a_tile_of_training_has():
+    gpu = DeviceKind("gpu", "NVIDIA H100 80GB HBM3")
+    assert tile_sizes.slots_of(gpu, 128, 4) == 8192
+    for kind in (CPU, V5E):
+        assert tile_sizes.slots_of(kind, 128, 4) == tile_sizes.tiles_of("xla", kind, 128, 4).kv
+
+
 def test_sizes_that_are_given_stay_and_those_left_open_are_chosen():
     context, _ = _chosen(*CHOICES[0][:6], block_sizes=ra.BlockSizes(q=128, kv=-1, heads=-1))
     chosen = tile_sizes.tiles_of("splash", V5E, 128, 2)
