@@ -25,7 +25,7 @@ def on_host(sharding: NamedSharding) -> NamedSharding:
     try:
         moved = sharding.with_memory_kind(PINNED_HOST)
     except ValueError as error:
-        kind = sharding.mesh.devices.flat[0].device_kind
+        kind = next(iter(sharding.device_set)).device_kind
         raise ConfigError(
             f"optimizer.offload: {kind} has no memory of the kind {PINNED_HOST!r} ({error}); use optimizer.offload=none"
         ) from error
