@@ -30,10 +30,11 @@ from ring_attention.json_files import write_json
 from ring_attention.planning.compile_report import compile_for, versions
 from ring_attention.planning.hlo.compiled import memory_of as memory_of_program
 from ring_attention.planning.memory import memory_of
-from ring_attention.planning.plan import by_strategy, longest_context, strategies_of
+from ring_attention.planning.plan import EQUAL, by_strategy, longest_context, strategies_of
 from ring_attention.planning.shares import Share
 from ring_attention.tables import show
 from ring_attention.training.config import OFFLOADS, AttentionConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.config_values import config_from_dict, config_to_dict
 from scripts.verify.published import LLAMA_8B
 
 GOAL = 1.5
@@ -115,12 +116,14 @@ def settings_of(cell: str, tokens: int):
 
 
 def longest(cell: str) -> Found:
-    """Find the setting with the longest context by prediction."""
+    """Find the setting with the longest context by prediction; of those as good, the ring that offloads least."""
     found = [
         Found(config=share.config, tokens=longest_context(share.config, share.topology))
         for share in settings_of(cell, CELLS[cell][1])
     ]
-    return max(found, key=lambda x: x.tokens)
+    most = max(x.tokens for x in found)
+    equal = [x for x in found if x.tokens >= (1 - EQUAL) * most]
+    return min(equal, key=lambda x: (x.config.attention.strategy != "ring", OFFLOADS.index(x.config.optimizer.offload)))
 
 
 def compile_cell(cell: str, times: float) -> dict:
@@ -128,21 +131,13 @@ def compile_cell(cell: str, times: float) -> dict:
     topology, best = find_topology(cell.split("/")[1]), longest(cell).config
     grain = 2048 * topology.devices
     config = dataclasses.replace(best, seq_len=-(-int(times * CELLS[cell][1]) // grain) * grain)
-    start, share = time.monotonic(), Share.of(config, topology)
-    program = memory_of_program(compile_for(config, topology)[0])
-    predicted, chip = memory_of(share, share.strategy), topology.chip
+    start, program = time.monotonic(), memory_of_program(compile_for(config, topology)[0])
     return dict(
         cell=cell,
         times=times,
-        tokens=config.seq_len,
         device=program.total,
         host=program.host,
-        predicted_device=predicted.total,
-        predicted_host=predicted.host,
-        memory=int(chip.memory),
-        host_memory=int(chip.host_memory),
-        fits=program.total <= chip.memory and program.host <= chip.host_memory,
-        settings=Found(config=config, tokens=config.seq_len).words,
+        config=config_to_dict(config),
         seconds=round(time.monotonic() - start),
         versions=versions(),
     )
@@ -179,11 +174,14 @@ def compiled_table(rows: list[dict]) -> Table:
     for name in ("model/pod", "tokens", "device", "host", "fits", "setting"):
         table.add_column(name, justify="right" if name in ("tokens", "device", "host") else "left")
     for row in rows:
-        pairs = (
-            f"{row['predicted_' + name] / GiB:.1f} | {row[name] / GiB:.1f} of {row[limit] / GiB:.0f}"
-            for name, limit in (("device", "memory"), ("host", "host_memory"))
-        )
-        table.add_row(row["cell"], f"{row['tokens']:,}", *pairs, "yes" if row["fits"] else "no", row["settings"])
+        config, topology = config_from_dict(row["config"]), find_topology(row["cell"].split("/")[1])
+        share, chip = Share.of(config, topology), topology.chip
+        memory = memory_of(share, share.strategy)
+        device = f"{memory.total / GiB:.1f} | {row['device'] / GiB:.1f} of {chip.memory / GiB:.0f}"
+        host = f"{memory.host / GiB:.1f} | {row['host'] / GiB:.1f} of {chip.host_memory / GiB:.0f}"
+        fits = "yes" if row["device"] <= chip.memory and row["host"] <= chip.host_memory else "no"
+        words = Found(config=config, tokens=config.seq_len).words
+        table.add_row(row["cell"], f"{config.seq_len:,}", device, host, fits, words)
     return table
 
 
