@@ -34,7 +34,7 @@ TPU, GPU = "configs/tpu_v5e_256_7b.py", "configs/gpu_8xh100_7b.py"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A config on a pod; `fields` are changed, names shortened as the last part of theirs."""
+    """A config on a pod; `fields` are changed, names shortened as the last part of theirs, after a preset if any."""
 
     pod: str
     config: str
@@ -49,16 +49,25 @@ class Case:
         return Share.of(parse_config(flags, TPU), topology)
 
     def _pairs(self):
-        return [field.split("=") for field in self.fields.split()]
+        return [field.split("=") for field in self.fields.split() if "=" in field]
 
 
 _LONG = {name: f"model.{name}" for name in ("num_layers", "num_kv_heads", "remat", "model_dim", "ffn_dim", "num_heads")}
 _LONG |= {"vocab_size": "model.vocab_size"} | {axis: f"mesh.{axis}" for axis in ("dp", "fsdp", "sp", "tp")}
-_LONG |= {name: f"attention.{name}" for name in ("impl", "strategy", "ulysses_size")}
+_LONG |= {name: f"attention.{name}" for name in ("impl", "strategy", "ulysses_size", "block_q", "block_kv")}
+_LONG |= {"head_groups": "model.head_groups", "offload": "optimizer.offload"}
+_OFFLOADED = "remat=offload_input offload=parameters"
 _SMALL = "num_layers=12 model_dim=1024 ffn_dim=4096 num_heads=8 num_kv_heads=8 vocab_size=131072"
 
+
+def _config_of(pod: str, fields: str) -> str:
+    """Return the preset that the fields begin with, or the pod's own config."""
+    first = fields.partition(" ")[0]
+    return first if first and "=" not in first else TPU if find_topology(pod).tpu else GPU
+
+
 CASES = [
-    Case(pod=pod, config=TPU if find_topology(pod).tpu else GPU, fields=fields)
+    Case(pod=pod, config=_config_of(pod, fields), fields=fields)
     for pod, fields in (
         ("v5e:16x16", ""),
         ("v5e:4x4", "num_layers=8 sp=16 seq_len=131072"),
@@ -93,6 +102,11 @@ CASES = [
         ("3xv5e:2x4", "num_layers=8 sp=24 seq_len=196608"),
         ("v5e:4x4", "num_layers=8 fsdp=2 sp=4 tp=2 batch_size=2 seq_len=65536"),
         ("v5p:4x4x4", "num_layers=16 fsdp=4 sp=8 tp=2 batch_size=4 eval_sequences=4 seq_len=131072"),
+        ("h100:1x1", f"llama-3.1-8b sp=1 seq_len=524288 head_groups=8 {_OFFLOADED}"),
+        ("h100:1x1", f"llama-3.1-8b num_layers=4 sp=1 seq_len=65536 {_OFFLOADED}"),
+        ("h100:1x1", f"llama-3.1-8b num_layers=4 vocab_size=8192 sp=1 seq_len=8192 {_OFFLOADED}"),
+        ("h100:1x8", f"llama-3.1-70b sp=8 seq_len=262144 head_groups=8 {_OFFLOADED}"),
+        ("v5p:2x2x2", f"llama-3.1-8b sp=8 seq_len=524288 block_q=512 block_kv=512 {_OFFLOADED}"),
     )
 ]
 
