@@ -8,9 +8,11 @@ from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.topology import find_topology
 from ring_attention.models.config import ModelConfig
 from ring_attention.planning.memory import host_traffic, memory_of
+from ring_attention.planning.plan import longest_context
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import step_time
 from ring_attention.training.config import AttentionConfig, OptimizerConfig, TrainConfig
+from scripts.verify import records
 
 LLAMA_8B = ModelConfig(
     vocab_size=128_256,
@@ -82,3 +84,16 @@ def test_a_step_waits_for_the_state_that_crosses():
     link, layers = steps["none"].topology.reached.host_link, 4 * steps["none"].own_layers
     assert waits["moments"] - waits["none"] == pytest.approx(4 * layers / link)
     assert host_traffic(steps["parameters"]) == (3 * layers, 8 * layers)
+
+
+def test_one_gpu_reaches_the_length_that_others_trained_on_it_by_offloading_alone():
+    cell = "8B/h100:1x1"
+    best = records.longest(cell)
+    assert best.tokens >= records.CELLS[cell][1]
+    assert best.config.optimizer.offload == "parameters"
+    topology = find_topology("h100:1x1")
+    others = [
+        share.config for share in records.settings_of(cell, 4096) if share.config.optimizer.offload != "parameters"
+    ]
+    assert others
+    assert not any(longest_context(config, topology) >= records.CELLS[cell][1] for config in others)
