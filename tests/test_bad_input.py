@@ -339,7 +339,6 @@ CONFIGURATIONS = [
         "use",
     ),
     Row("heads that do not divide", given("model.num_kv_heads=3"), "num_kv_heads=3", "must divide", "set both"),
-    Row("a width that does not divide", given("model.model_dim=30"), "model_dim=30", "fsdp*sp=4", "use 32"),
     Row("a hidden width that does not", given("model.ffn_dim=63"), "ffn_dim=63", "divisible by", "use 64"),
     Row("an odd vocabulary", given("model.vocab_size=265"), "vocab_size=265", "divisible by tp=2", "use 266"),
     Row("an odd head", given("model.head_dim=7"), "model.head_dim=7", "must be even", "use 32, 64 or 128"),

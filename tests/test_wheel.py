@@ -50,7 +50,7 @@ def ring_attention(environment, tmp_path):
 def test_wheel_plans_a_packaged_config_in_an_empty_folder(ring_attention):
     done = ring_attention("plan", "--config=gpu_8xh100_7b", "--topology=h100:1x8")
     assert done.returncode == 0, done.stderr
-    (advice,) = [line for line in done.stdout.splitlines() if "--config=gpu_8xh100_7b" in line]
+    advice, *_ = [line for line in done.stdout.splitlines() if "--config=gpu_8xh100_7b" in line]
     assert "ring-attention train --config=gpu_8xh100_7b" in advice
 
 

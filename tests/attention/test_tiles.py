@@ -121,7 +121,7 @@ def test_tiling_leaves_out_a_loop_that_visits_nothing():
 @pytest.mark.parametrize("ring_size", [1, 2])
 def test_runs_positions_are_those_of_the_tokens(layout, ring_size):
     dealt = ra.SequenceLayout(layout, ring_size)
-    of_all = Tokens(dealt.all_positions(12).reshape(1, -1), runs=dealt.all_runs(12))
+    of_all = Tokens(dealt.in_order(dealt.all_positions(12).reshape(1, -1), 1), runs=dealt.all_runs(12))
     of_part = Tokens(dealt.shard_positions(0, 12)[None, 2:9], runs=dealt.runs(12, 2, 9))
     for tokens, told in ((of_all, of_all.runs is not None), (of_part, ring_size == 1 and of_part.runs is not None)):
         known = tokens.known().pad(3)
