@@ -148,7 +148,8 @@ def _timeline(plan: Plan) -> str:
         drawn.append(_pass(shown, len(steps) - 2 * SHOWN, y + 22))
         y += 104
     legend = [("var(--p1)", "computing"), ("var(--s0)", "keys, values, swapped heads"), ("var(--p5)", "gradients")]
-    line = f"{plan.own.label} on {plan.share.ring} devices: {'; '.join(words)}."
+    places = f"{plan.share.ring} devices" if plan.share.ring > 1 else "one device"
+    line = f"{plan.own.label} on {places}: {'; '.join(words)}."
     return f'<p class="soft">{escape(line)}</p>' + _svg(y, drawn) + _legend(legend)
 
 

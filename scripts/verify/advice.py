@@ -4,8 +4,9 @@
   python -m scripts.verify advice --out advice.json
 
 Each case is a model on a pod, and one to five minutes on two cores, in a process of its own, since a compiler may end
-it. Commands that --out has are not compiled again. Cases whose compiler is not installed are left out. The exit status
-is 1 if one needs more memory than there is, or is not compiled.
+it. Commands that --out has are not compiled again; they are shown as advised "before" where another is advised by now.
+Cases whose compiler is not installed are left out. The exit status is 1 if a command needs more memory than there is,
+or is not compiled.
 """
 
 import dataclasses
@@ -31,8 +32,10 @@ from ring_attention.json_files import write_json
 from ring_attention.planning.advice import advise
 from ring_attention.planning.compile_report import DoesNotFitError, compile_for, versions
 from ring_attention.planning.hlo.compiled import memory_of
-from ring_attention.planning.plan import Candidate
+from ring_attention.planning.memory import memory_of as predict
+from ring_attention.planning.shares import Share
 from ring_attention.tables import show
+from ring_attention.training.config import TrainConfig
 from ring_attention.training.flags import parse_config
 
 FASTEST, LONGEST = "fastest", "longest"
@@ -61,11 +64,11 @@ class Case:
         """Flags of the config."""
         return config_flags(self.model, self.tokens, [f"--config.batch_size={self.batch}"] if self.batch > 1 else [])
 
-    def ask(self) -> tuple[Candidate, str]:
-        """What is advised, and the command of train.py that runs it."""
+    def ask(self) -> str:
+        """The command of train.py that is advised."""
         config = parse_config(self.flags, "")
         candidate = getattr(advise(config, find_topology(self.pod)), self.advised)
-        return candidate, command(candidate, config, self.flags)
+        return command(candidate, config, self.flags)
 
 
 CASES = [
@@ -85,12 +88,22 @@ CASES = [
 ]
 
 
+def config_of(line: str) -> TrainConfig:
+    """The config of a command of train.py."""
+    words = shlex.split(line)
+    return parse_config(words[words.index("train.py") + 1 :], "")
+
+
+def predicted(row: dict) -> int:
+    """The bytes of a device that the planner predicts for a command."""
+    share = Share.of(config_of(row["command"]), find_topology(row["pod"]))
+    return predict(share, share.strategy).total
+
+
 def compiled_row(case: Case, line: str) -> dict:
     """Compile a command for its pod; the bytes of a device and of its host, or those without which it would not."""
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
-    words = shlex.split(line)
-    topology = find_topology(case.pod)
-    config = parse_config(words[words.index("train.py") + 1 :], "")
+    config, topology = config_of(line), find_topology(case.pod)
     row = dataclasses.asdict(case) | dict(command=line, memory=topology.chip.memory, has=topology.chip.host_memory)
     try:
         program, seconds = compile_for(config, topology)
@@ -110,12 +123,13 @@ def table_of(rows: list[dict]) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         asked = f"{row['model']} --tokens={row['tokens']} --topology={row['pod']}"
+        when = row["advised"] if row["now"] else f"{row['advised']}, before"
         asked += f" --config.batch_size={row['batch']}" if row["batch"] > 1 else ""
         options = [word.removeprefix("--config.") for word in shlex.split(row["command"]) if "--config." in word]
         options = [option for option in options if not option.startswith(("batch_size", "eval_sequences"))]
         figures = [row[name] for name in ("predicted", "compiler", "memory")]
         cells = ("ended" if size is None else f"{size / GiB:.1f}" for size in figures)
-        table.add_row(asked, f"{row['advised']}: {' '.join(options)}", *cells, style="" if enough(row) else "red")
+        table.add_row(asked, f"{when}: {' '.join(options)}", *cells, style="" if enough(row) else "red")
     return table
 
 
@@ -135,14 +149,15 @@ def main(argv: list[str]) -> int:
     done = {(row["pod"], row["command"]): row for row in known}
     console, rows = Console(highlight=False), []
     for case in CASES:
-        candidate, line = case.ask()
+        line = case.ask()
         row = done.get((case.pod, line)) or (None if args.known else _compile(case, line, console))
         if row is None:
             console.print(f"left out: {case.model} on {case.pod}, which is not compiled")
             continue
-        rows.append(row | dict(predicted=candidate.memory.total))
-        write_json(args.out, [*rows, *(row for key, row in done.items() if key not in _keys(rows))])
-    show(table_of(rows), console)
+        rows.append(row | dict(now=True))
+        write_json(args.out, [*rows, *_others(done, rows)])
+    rows += _others(done, rows)
+    show(table_of([row | dict(predicted=predicted(row)) for row in rows]), console)
     missing = [row for row in rows if not enough(row)]
     print(f"{len(missing)} of {len(rows)} need more memory than there is, or are not compiled")
     return 1 if missing else 0
@@ -164,5 +179,7 @@ def _compile(case: Case, line: str, console: Console) -> dict | None:
             return dataclasses.asdict(case) | ended
 
 
-def _keys(rows: list[dict]) -> set[tuple[str, str]]:
-    return {(row["pod"], row["command"]) for row in rows}
+def _others(done: dict[tuple[str, str], dict], rows: list[dict]) -> list[dict]:
+    """Rows of commands that were advised before predictions changed; they are compiled all the same."""
+    keys = {(row["pod"], row["command"]) for row in rows}
+    return [row | dict(now=False) for key, row in done.items() if key not in keys]
