@@ -37,7 +37,7 @@ _H100 = Reach(
     latency=15e-6,
     network_latency=30e-6,
     source="dense layers 680-750 of 989 TFLOP/s, memory 2.4 of 3.35 TB/s, host 53 of 64 GB/s: measured on an H100 "
-    "(docs/planner.md); wires: NCCL's tests as their users publish them",
+    "(docs/kernels.md); wires: NCCL's tests as their users publish them",
 )
 _TPU = Reach(
     matmul=0.75,
