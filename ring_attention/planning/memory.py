@@ -178,11 +178,12 @@ def _exchange(share: Share, strategy: Strategy) -> int:
     """
     if share.ring == 1:
         return 0
-    work = share.work()
+    groups = share.model.head_groups  # of which one is computed at a time, in an attention of its own
+    work = share.work(heads=share.heads // groups, kv_heads=share.kv_heads // groups)
     statistics = work.bytes_of(work.shard, work.heads, F32)
     arriving = max(strategy.memory_bytes(work) - statistics, 2 * work.bytes_of(work.shard, work.kv_heads))
     ways = 2 if share.slice_mesh[SEQUENCE] < share.ring else 1
-    return ways * (arriving + arriving * F32 // share.itemsize) // share.model.head_groups
+    return ways * (arriving + arriving * F32 // share.itemsize)
 
 
 def _vocabulary(share: Share) -> int:

@@ -254,3 +254,17 @@ def test_a_ring_over_slices_has_room_for_what_comes_from_links_and_from_slices()
 
     assert in_flight("2xv5e:4x4", sp=32) == 2 * in_flight("v5e:4x8", sp=32)
     assert in_flight("2xv5e:4x4", dp=2, sp=16) == in_flight("v5e:4x8", dp=2, sp=16)
+
+
+def test_groups_of_heads_share_what_a_ring_holds_and_not_what_all_gather_does():
+    """All-gather has keys of one head at a time as it is, so that fewer heads leave it as much."""
+    config = load_config(GPU)
+
+    def held(strategy, groups):
+        model = dataclasses.replace(config.model, head_groups=groups)
+        share = Share.of(dataclasses.replace(config, model=model), find_topology("h100:1x8"))
+        return memory_of(share, find_strategy(strategy)).parts["keys and values"]
+
+    assert held("ring", 4) == pytest.approx(held("ring", 1) / 4, rel=0.01)
+    assert held("all_gather", 4) == pytest.approx(held("all_gather", 1), rel=0.01)
+    assert held("all_gather", 8) == pytest.approx(held("all_gather", 1) / 2, rel=0.01)  # no second head on its way
