@@ -67,8 +67,8 @@ CELLS = {
 }
 """Model and pod -> who published it, and tokens. ALST's 3.8M of the 8B on 8 H100 are fewer than UPipe's."""
 
-TILES = 512
-"""Tokens of splash's tiles: it keeps a table of all in 1 MiB of scalar memory."""
+TILES = 1024
+"""Tokens of splash's tiles: it keeps a table of all in 1 MiB of scalar memory, which half as many would overflow."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
