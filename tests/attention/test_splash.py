@@ -280,3 +280,14 @@ def test_splash_estimates_the_vmem_that_the_compiler_takes(kernel, q, kv, limit,
         traced.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": str(limit)})
     taken = re.search(r"Scoped allocation with size ([\d.]+)M", str(error.value))
     assert splash_memory.vmem_bytes(kernel, q, kv, qkv[0]) == pytest.approx(float(taken[1]) * 2**20, rel=0.1)
+
+
+def test_runs_that_follow_each_other_are_one_call_as_far_as_its_table_fits():
+    lengths = lambda runs, rows: list(splash_calls._lengths(runs, ra.BlockSizes(q=128, kv=128), rows))  # noqa: E731
+    layout = ra.SequenceLayout("zigzag", 4)
+    gathered, shard = layout.all_runs(1024), layout.runs(1024)
+    assert lengths(gathered, rows=8) == [4096]
+    assert lengths(shard, rows=8) == [512, 512]  # apart on every device but the last
+    most = splash_memory.max_columns(rows=1) * 128
+    long = ra.SequenceLayout("zigzag", 2).all_runs(most)
+    assert lengths(long, rows=1) == [most, most]

@@ -6,7 +6,6 @@ import pytest
 
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.topology import find_topology
-from ring_attention.models.config import ModelConfig
 from ring_attention.planning.memory import host_traffic, memory_of
 from ring_attention.planning.plan import longest_context
 from ring_attention.planning.shares import Share
@@ -14,18 +13,7 @@ from ring_attention.planning.step_times import step_time
 from ring_attention.training.config import AttentionConfig, OptimizerConfig, TrainConfig
 from scripts.verify import records
 
-LLAMA_8B = ModelConfig(
-    vocab_size=128_256,
-    num_layers=32,
-    model_dim=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_dim=14_336,
-    compute_dtype="bfloat16",
-    remat="offload_input",
-)
-LLAMA_70B = dataclasses.replace(LLAMA_8B, num_layers=80, model_dim=8192, num_heads=64, ffn_dim=28_672)
+LLAMA_8B, LLAMA_70B = (dataclasses.replace(records.MODELS[name], remat="offload_input") for name in ("8B", "70B"))
 
 
 def share_of(model, pod, tokens, offload, accumulation_steps=1, **changes):
