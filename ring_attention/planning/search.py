@@ -18,7 +18,7 @@ from ring_attention.planning.shares import Share
 from ring_attention.training.config import OFFLOADS, MeshConfig, TrainConfig
 
 FREE = 0.1
-"""Part of a device's memory that advice leaves free: of nine advised steps that were compiled eight took up to 1.12
+"""Part of a device's memory that advice leaves free: of twelve advised steps that were compiled eleven took up to 1.12
 times what was predicted; one, of Ulysses with tensor parallelism on v5e, 1.24 times (docs/planner.md)."""
 
 FRUGAL = ("full", "offload_input")
