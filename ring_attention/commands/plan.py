@@ -11,9 +11,9 @@
 
 The model is a well-known one (train.py --help lists them), a folder with the config.json of a Hugging Face checkpoint,
 or that of a config file. Any field can be overridden as for train.py, for example --config.batch_size=16. Planning
-takes about three seconds and compiles nothing. It ends with a search over strategies, meshes, rematerialisation,
-groups of heads and micro-batches, and the commands for the fastest step that fits and for the longest context; --no_search leaves
-that out. --compile has the real training step compiled for the pod (pip install -e '.[compile-tpu]' or
+takes about three seconds and compiles nothing. It ends with a search over strategies, meshes, rematerialisation, groups
+of heads and micro-batches, and the commands for the fastest step that fits and for the longest context; --no_search
+leaves that out. --compile has the real training step compiled for the pod (pip install -e '.[compile-tpu]' or
 '.[compile-gpu]') and prints what the compiler says beside what was predicted. --max_context has the longest context
 found that compiles within the chip's memory. --out writes plan.html, a page with all of it that needs no other file,
 plan.json and the pictures memory.png, timeline.png and map.png. --measured takes the rates that scripts/doctor.py
