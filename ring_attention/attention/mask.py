@@ -1,5 +1,6 @@
 """Masks beside the usual ones: a subclass of `Mask` is all that another kind of mask needs."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -42,3 +43,20 @@ class Mask:
         """
         unknown = jnp.zeros(jnp.broadcast_shapes(q_low.shape, k_low.shape), bool)
         return unknown, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks(Mask):
+    """A token sees its own chunk of `size` consecutive tokens of the sequence (Llama 4's chunked attention)."""
+
+    size: int
+
+    def visible(self, q_positions: Any, k_positions: Any) -> Any:
+        """Where both lie in one chunk."""
+        return q_positions // self.size == k_positions // self.size
+
+    def bounds(self, q_low, q_high, k_low, k_high) -> tuple[jax.Array, jax.Array]:
+        """Nothing where all queries lie in other chunks than all keys, everything where all are in one."""
+        first_q, last_q, first_k, last_k = (x // self.size for x in (q_low, q_high, k_low, k_high))
+        nothing = (last_q < first_k) | (last_k < first_q)
+        return nothing, (first_q == last_k) & (first_k == last_q) & (first_q == last_q)

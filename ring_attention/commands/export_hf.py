@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     """Read the parameters, write the files."""
     args = parse(argv)
     trained = open_trained_model(str(args.folder))
-    print(f"{trained.checkpoint}: {trained.model.num_parameters:,} parameters.")
+    print(f"{trained.checkpoint}: {trained.config.transformer.num_parameters:,} parameters.")
     with tensor_progress("Writing", exported_bytes(trained, args.dtype)) as progress:
         export_hf(trained, args.out, make_mesh(sp=jax.device_count()), progress, args.dtype)
     print(f"Written: {args.out}")

@@ -35,7 +35,8 @@ from ring_attention.inference.text import TextStream
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.parallel.simulate import simulate_devices
 from ring_attention.parallel.strategies import STRATEGIES
-from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
+from ring_attention.training.attention_config import STRATEGY_OPTIONS
+from ring_attention.training.config import MeshConfig
 from ring_attention.training.trained_model import TrainedModel, open_trained_model
 
 EXACT = [name for name, strategy in STRATEGIES.items() if strategy.exact]
@@ -182,7 +183,7 @@ def open_generator(args: argparse.Namespace, trained: TrainedModel, tokenizer: T
         if args.strategy not in STRATEGIES:
             raise ConfigError(f"strategy={shown(args.strategy)}: is not known; choose one of {', '.join(EXACT)}")
         same = args.strategy == attention.strategy
-        options = {} if same else dict.fromkeys(STRATEGY_OPTIONS, 0) | {"duplex": False}
+        options = {} if same else dict.fromkeys(STRATEGY_OPTIONS, 0) | {"duplex": False, "unroll": False}
         attention = dataclasses.replace(attention, strategy=args.strategy, **options)
     with as_mistakes(ValueError):
         mesh = open_mesh(args)

@@ -126,8 +126,8 @@ def describe(
     share = plan.share
     mesh = " ".join(f"{name}={size}" for name, size in share.mesh.items() if size > 1)
     console.print(
-        f"{share.config.name}: {share.model.num_parameters:,} parameters, {share.config.seq_len:,} tokens of context, "
-        f"{share.tokens:,} on each device; mesh {mesh or 'of one device'}"
+        f"{share.config.name}: {share.config.transformer.num_parameters:,} parameters, "
+        f"{share.config.seq_len:,} tokens of context, {share.tokens:,} on each device; mesh {mesh or 'of one device'}"
     )
     blocks = share.attention.blocks
     kernel = f"attention kernel: {share.attention.kernel.name}, tiles of {blocks.q} x {blocks.kv} tokens"

@@ -18,7 +18,8 @@ from ring_attention.planning.plan import step_flops
 from ring_attention.planning.programs import compile_step
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import step_time
-from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig, TrainConfig
+from ring_attention.training.attention_config import STRATEGY_OPTIONS
+from ring_attention.training.config import MeshConfig, TrainConfig
 from ring_attention.training.state import make_state
 from ring_attention.training.step import BATCH_SPEC
 
@@ -74,7 +75,7 @@ def measure_step(config: TrainConfig, devices: Sequence[jax.Device], repeats: in
     flops = step_flops(share) / seconds / len(devices)
     return {
         "layers": config.model.num_layers,
-        "parameters": config.model.num_parameters,
+        "parameters": config.transformer.num_parameters,
         "tokens": config.seq_len // len(devices),
         "seconds": seconds,
         "tokens_per_second": config.seq_len / seconds,

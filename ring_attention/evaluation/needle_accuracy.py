@@ -24,8 +24,9 @@ from ring_attention.models.products import GATHERED
 from ring_attention.models.transformer import model_builder, parameter_specs
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR, compiler_options
 from ring_attention.parallel.sharding import spec_of
+from ring_attention.training.attend import attention_of
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.step import BATCH_SPEC, attention_of
+from ring_attention.training.step import BATCH_SPEC
 
 ANSWER_TOKENS = 16
 """Places that are looked at in every text, so that answers of different lengths share a program."""
@@ -105,8 +106,8 @@ def make_answer_program(config: TrainConfig, mesh: Mesh, vocab_size: int, length
     The likeliest token below `vocab_size` after each place; tokens and places are in the layout's order. Scores are
     made of these places alone. Rotary scaling "dynamic" goes by `length`.
     """
-    build, P = model_builder(config.model), mesh.shape[SEQUENCE]
-    attend, layout = attention_of(config.attention, P), config.attention.make_layout(P)
+    build, P = model_builder(config.transformer), mesh.shape[SEQUENCE]
+    attend, layout = attention_of(config.attention, config.transformer, P), config.attention.make_layout(P)
 
     def on_device(params, tokens_bt, places_bA):
         (b, t), me, model = tokens_bt.shape, lax.axis_index(SEQUENCE), build(params)
@@ -121,7 +122,7 @@ def make_answer_program(config: TrainConfig, mesh: Mesh, vocab_size: int, length
         chosen_bA = jnp.where(known_V, scores_bAV, -jnp.inf).argmax(-1).astype(jnp.int32)
         return lax.pmax(chosen_bA, SEQUENCE)  # alike on all, which the type does not know
 
-    specs = (parameter_specs(config.model), BATCH_SPEC, _ROWS_SPEC)
+    specs = (parameter_specs(config.transformer), BATCH_SPEC, _ROWS_SPEC)
     sharded = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=_ROWS_SPEC)
     return jax.jit(sharded, compiler_options=compiler_options(mesh))
 

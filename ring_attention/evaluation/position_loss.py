@@ -22,8 +22,9 @@ from ring_attention.data.sources import Document
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.models.transformer import model_builder, parameter_specs
 from ring_attention.parallel.mesh import SEQUENCE, compiler_options
+from ring_attention.training.attend import attention_of
 from ring_attention.training.config import AttentionConfig, TrainConfig
-from ring_attention.training.step import BATCH_SPEC, attention_of
+from ring_attention.training.step import BATCH_SPEC
 
 FIRST_EDGE = 16
 """End of the first bin of positions; each further one ends at twice the last."""
@@ -90,8 +91,8 @@ def make_loss_program(config: TrainConfig, attention: AttentionConfig, mesh: Mes
 
     `length`, of the documents without padding, is what rotary scaling "dynamic" goes by.
     """
-    build, P = model_builder(config.model), mesh.shape[SEQUENCE]
-    attend, layout = attention_of(attention, P), attention.make_layout(P)
+    build, P = model_builder(config.transformer), mesh.shape[SEQUENCE]
+    attend, layout = attention_of(attention, attention.completed(config.model), P), attention.make_layout(P)
 
     def on_device(params, tokens_bt, targets_bt):
         positions_bt = jnp.broadcast_to(
@@ -101,7 +102,7 @@ def make_loss_program(config: TrainConfig, attention: AttentionConfig, mesh: Mes
         tokens = dict(positions=positions_bt, segment_ids=None, length=length)
         return model.token_losses(tokens_bt, targets_bt, attend=attend, **tokens)
 
-    specs = (parameter_specs(config.model), BATCH_SPEC, BATCH_SPEC)
+    specs = (parameter_specs(config.transformer), BATCH_SPEC, BATCH_SPEC)
     sharded = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=BATCH_SPEC)
     return jax.jit(sharded, compiler_options=compiler_options(mesh))
 

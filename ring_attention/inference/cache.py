@@ -1,4 +1,4 @@
-"""The cache of keys and values: of all layers, its slots dealt to the devices of a ring like stripes.
+"""The cache of keys and values: of the layers of a run, its slots dealt to the devices of a ring like stripes.
 
 Position p of a row lies on device p % P in slot p // P. So rows of any length fill the devices evenly, a prompt that
 was prefilled in the striped layout lies in the first slots of each, and so does a token that is appended later.
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from ring_attention.attention.cached import as_bits
 from ring_attention.attention.varying import vary_over
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.layer_kinds import Run
 from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
 
 CACHE_SPEC = PartitionSpec(None, (DATA, FSDP), TENSOR, SEQUENCE)
@@ -31,10 +32,12 @@ class KeyValueCache(NamedTuple):
     v: jax.Array
 
     @staticmethod
-    def empty(model: ModelConfig, rows: int, slots: int) -> "KeyValueCache":
-        """Return an empty cache for so many rows and slots of this device, inside a `shard_map` over the whole mesh."""
-        heads = model.num_kv_heads // lax.axis_size(TENSOR)
-        shape = (model.num_layers, rows, heads, slots, model.head_dim)
+    def empty(model: ModelConfig, run: Run, rows: int, slots: int) -> "KeyValueCache":
+        """Return an empty cache of the layers of a run, for so many rows and slots of this device.
+
+        For use inside a `shard_map` over the whole mesh.
+        """
+        shape = (len(run.numbers), rows, model.num_kv_heads // lax.axis_size(TENSOR), slots, cached_dim(model))
         zeros = vary_over(jnp.zeros(shape, cache_dtype(model)), frozenset(AXES))
         return KeyValueCache(zeros, zeros)
 
@@ -53,6 +56,11 @@ class KeyValueCache(NamedTuple):
         return KeyValueCache(*(x.at[at].set(part, mode="drop") for x, part in zip(self, new, strict=True)))
 
 
+def cached_dim(model: ModelConfig) -> int:
+    """Return the width of a head's keys and values in the cache: the shorter of the two is padded."""
+    return max(model.head_dim, model.value_dim)
+
+
 def cache_dtype(model: ModelConfig) -> jnp.dtype:
     """Return the dtype in which keys and values are stored."""
     return jax.eval_shape(as_bits, jax.ShapeDtypeStruct((), model.compute_dtype)).dtype
@@ -60,5 +68,5 @@ def cache_dtype(model: ModelConfig) -> jnp.dtype:
 
 def cache_bytes(model: ModelConfig, rows: int, slots: int, tensor: int) -> int:
     """Return the bytes of a device's share: 2 * L * b * s * K/tp * D numbers in the compute dtype."""
-    numbers = 2 * model.num_layers * rows * slots * model.num_kv_heads // tensor * model.head_dim
+    numbers = 2 * model.num_layers * rows * slots * model.num_kv_heads // tensor * cached_dim(model)
     return numbers * cache_dtype(model).itemsize

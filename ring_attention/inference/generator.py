@@ -9,11 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels import find_kernel
-from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import is_whole, require, require_integers, shown
-from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, cache_bytes, cache_dtype
+from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, cache_bytes, cache_dtype, cached_dim
 from ring_attention.inference.programs import ROWS, Plan, Rows, make_prefill, make_step
 from ring_attention.inference.sampling import Sampling
 from ring_attention.models.config import ModelConfig
@@ -22,7 +19,7 @@ from ring_attention.parallel.layouts import MOST_TOKENS, SequenceLayout
 from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import check_fits
 from ring_attention.parallel.strategies import STRATEGIES
-from ring_attention.parallel.strategy import Context
+from ring_attention.training.attend import check_kinds, strategies_of
 from ring_attention.training.config import AttentionConfig
 from ring_attention.training.trained_model import TrainedModel
 
@@ -68,7 +65,7 @@ class Generator:
         self._plan = _plan(
             model, mesh, capacity=capacity, attention=attention, sampling=sampling, vocab_size=vocab_size
         )
-        self._params, self._mesh = _placed(params, model, mesh), mesh
+        self._params, self._mesh = _placed(params, self._plan.model, mesh), mesh
         self._layout = SequenceLayout("striped", mesh.shape[SEQUENCE])
         self.prefill_program = functools.lru_cache(maxsize=16)(self._compile_prefill)
         self.step_program = functools.lru_cache(maxsize=16)(self._compile_step)
@@ -157,11 +154,14 @@ class Generator:
 
     def _compile_step(self, rows: int) -> jax.stages.Compiled:
         model, slots = self._plan.model, self.slots * self._layout.ring_size
-        shape = (model.num_layers, rows, model.num_kv_heads, slots, model.head_dim)
-        keys = self._abstract(shape, cache_dtype(model), CACHE_SPEC)
+        caches = {}
+        for run in model.loop.runs:
+            shape = (len(run.numbers), rows, model.num_kv_heads, slots, cached_dim(model))
+            keys = self._abstract(shape, cache_dtype(model), CACHE_SPEC)
+            caches[run.name] = KeyValueCache(keys, keys)
         by_row = (self._abstract((rows,), dtype, ROWS) for dtype in (np.int32, np.int32, np.uint32))
         step = make_step(self._plan, self._mesh)
-        return step.lower(self._params, KeyValueCache(keys, keys), Rows(*by_row)).compile()
+        return step.lower(self._params, caches, Rows(*by_row)).compile()
 
     def _abstract(self, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
@@ -209,9 +209,10 @@ def _plan(
     vocab_size: int | None = None,
 ) -> Plan:
     """Return what the programs are compiled for; raises ValueError for what does not fit."""
+    attention = dataclasses.replace(attention or AttentionConfig(), layout="striped", speeds="", impl="auto")
     plan = Plan(
-        model=model,
-        attention=dataclasses.replace(attention or AttentionConfig(), layout="striped", speeds="", impl="auto"),
+        model=attention.completed(model),
+        attention=attention,
         capacity=capacity,
         sampling=sampling or Sampling(),
         vocab_size=model.vocab_size if vocab_size is None else vocab_size,
@@ -238,18 +239,15 @@ def _check(plan: Plan, mesh: Mesh) -> None:
     check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", shape)
     check_fits("model.ffn_dim", model.ffn_dim, "ffn", shape)
     check_fits("model.vocab_size", model.vocab_size, "vocab", shape)
-    strategy = plan.attention.make_strategy()
     exact = [name for name, known in STRATEGIES.items() if known.exact]
-    require(
-        strategy.exact,
-        f"strategy={strategy.name!r} is not exact, so that a cache would hold other keys; use {', '.join(exact)}",
-    )
-    layout, kernel = SequenceLayout("striped", shape[SEQUENCE]), find_kernel(plan.attention.impl)
+    for strategy in strategies_of(plan.attention, model):
+        require(
+            strategy.exact,
+            f"strategy={strategy.name!r} is not exact, so that a cache would hold other keys; use {', '.join(exact)}",
+        )
+    layout = SequenceLayout("striped", shape[SEQUENCE])
     slots = layout.padded_length(plan.capacity) // layout.ring_size
-    heads, kv_heads = (n // shape[TENSOR] for n in (model.num_heads, model.num_kv_heads))
-    context = Context(axis_name=SEQUENCE, layout=layout, kernel=kernel, blocks=BlockSizes())
-    mask = MaskSpec(scale=1.0, window=plan.attention.window or None, softcap=plan.attention.softcap or None)
-    strategy.check(context, (1, slots, heads, model.head_dim), kv_heads, mask)
+    check_kinds(plan.attention, model, layout, slots, shape[TENSOR])
 
 
 def _placed(params: Any, model: ModelConfig, mesh: Mesh) -> Any:

@@ -22,8 +22,8 @@ from ring_attention.models.transformer import Transformer, model_builder, parame
 from ring_attention.parallel.decode import decode_attention_shard
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, compiler_options
+from ring_attention.training.attend import attention_of, scores_of
 from ring_attention.training.config import AttentionConfig
-from ring_attention.training.step import attention_of
 
 ROWS = PartitionSpec(DATA)
 
@@ -68,20 +68,21 @@ def make_prefill(plan: Plan, mesh: Mesh):
     [B] are theirs. The rows hold the token after each prompt.
     """
     build, P = model_builder(plan.model), mesh.shape[SEQUENCE]
-    attend_all, layout = attention_of(plan.attention, P), SequenceLayout("striped", P)
+    attend_all, layout = attention_of(plan.attention, plan.model, P), SequenceLayout("striped", P)
     slots = layout.padded_length(plan.capacity) // P
 
     def on_device(params, tokens_bt, lengths_b, seeds_b):
         (b, t), me, model = tokens_bt.shape, lax.axis_index(SEQUENCE), build(params)
 
-        def attend(q, k, v, cache, layer):
-            return attend_all(q, k, v, segment_ids=None), cache.with_prompt(layer, k, v)
+        def attend(q, k, v, this, cache, run, place):
+            cache = cache | {run.name: cache[run.name].with_prompt(place, k, v)}
+            return attend_all(q, k, v, this, segment_ids=None), cache
 
         hidden_btM, cache = model.with_cache(
             tokens_bt,
             positions=jnp.broadcast_to(layout.shard_positions(me, t), (b, t)),
             length=plan.capacity,
-            cache=KeyValueCache.empty(plan.model, b, slots),
+            cache={run.name: KeyValueCache.empty(plan.model, run, b, slots) for run in plan.model.loop.runs},
             attend=attend,
             products=GATHERED,
         )
@@ -92,7 +93,7 @@ def make_prefill(plan: Plan, mesh: Mesh):
         return cache, Rows(_next_tokens(plan, model, last_bM, seeds_b, lengths_b), lengths_b, seeds_b)
 
     specs = (parameter_specs(plan.model), PartitionSpec(DATA, SEQUENCE), ROWS, ROWS)
-    out_specs = (KeyValueCache(CACHE_SPEC, CACHE_SPEC), Rows(ROWS, ROWS, ROWS))
+    out_specs = _state_specs(plan)
     sharded = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out_specs)
     return jax.jit(sharded, compiler_options=compiler_options(mesh))
 
@@ -111,19 +112,18 @@ def make_step(plan: Plan, mesh: Mesh):
     """
     build = model_builder(plan.model)
     decode = functools.partial(
-        decode_attention_shard,
-        axis_name=SEQUENCE,
-        window=plan.attention.window or None,
-        softcap=plan.attention.softcap or None,
-        block_sizes=plan.attention.block_sizes,
+        decode_attention_shard, axis_name=SEQUENCE, heads_first=True, block_sizes=plan.attention.block_sizes
     )
 
     def on_device(params, cache, rows):
         model = build(params)
 
-        def attend(q, k, v, cache, layer):
-            cache = cache.with_token(layer, k[:, 0], v[:, 0], rows.positions)
-            return decode(q, cache.k, cache.v, layer=layer, heads_first=True, lengths=rows.positions + 1), cache
+        def attend(q, k, v, this, cache, run, place):
+            here = cache[run.name].with_token(place, k[:, 0], v[:, 0], rows.positions)
+            scores = scores_of(plan.attention, plan.model, this, q.shape[2])
+            window = run.kind.reach
+            out = decode(q, here.k, here.v, layer=place, lengths=rows.positions + 1, window=window, **scores)
+            return out, cache | {run.name: here}
 
         hidden_b1M, cache = model.with_cache(
             rows.tokens[:, None],
@@ -137,9 +137,15 @@ def make_step(plan: Plan, mesh: Mesh):
         tokens = _next_tokens(plan, model, hidden_b1M[:, 0], rows.seeds, positions)
         return cache, Rows(tokens, positions, rows.seeds)
 
-    state = (KeyValueCache(CACHE_SPEC, CACHE_SPEC), Rows(ROWS, ROWS, ROWS))
+    state = _state_specs(plan)
     sharded = jax.shard_map(on_device, mesh=mesh, in_specs=(parameter_specs(plan.model), *state), out_specs=state)
     return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=compiler_options(mesh))
+
+
+def _state_specs(plan: Plan) -> tuple[dict[str, KeyValueCache], Rows]:
+    """PartitionSpecs of the caches, by the names of their runs, and of the rows."""
+    caches = {run.name: KeyValueCache(CACHE_SPEC, CACHE_SPEC) for run in plan.model.loop.runs}
+    return caches, Rows(ROWS, ROWS, ROWS)
 
 
 def _next_tokens(plan: Plan, model: Transformer, hidden_bM, seeds_b, positions_b) -> jax.Array:

@@ -33,7 +33,8 @@ class RopeConfig:
     """Frequencies of the rotary embedding; names and formulas as in Hugging Face's configs.
 
     Attributes:
-      theta: base: pair j turns by theta**(-2j/head_dim) radians a token, before scaling.
+      theta: base: pair j turns by theta**(-2j/R) radians a token, before scaling, of R turned numbers of a head.
+      fraction: of a head that is turned, its first numbers; 0: none, the layer has no positions.
       scaling: how a model is stretched beyond the window that it was trained with. "none"; "linear" divides all
         frequencies by `factor` (Chen et al. 2023); "dynamic" lets theta grow with the length of the sequence
         (NTK-aware); "yarn" divides the slow ones and leaves the fast ones (Peng et al. 2023); "llama3" too, by
@@ -48,6 +49,7 @@ class RopeConfig:
     """
 
     theta: float = 500_000.0
+    fraction: float = 1.0
     scaling: str = "none"
     factor: float = 1.0
     original_len: int = 0
@@ -61,6 +63,8 @@ class RopeConfig:
         require_field(
             self.theta > 1, "model.rope.theta", self.theta, "must be more than 1", "leave it out to take the default"
         )
+        need, remedy = "must lie between 0 and 1", "1 turns whole heads"
+        require_field(0 <= self.fraction <= 1, "model.rope.fraction", self.fraction, need, remedy)
         require_field(
             self.scaling in SCALINGS,
             "model.rope.scaling",
@@ -77,7 +81,7 @@ class RopeConfig:
             "0 takes 0.1 * ln(factor) + 1",
         )
         used = SCALINGS[self.scaling]
-        for field in dataclasses.fields(self)[2:]:
+        for field in dataclasses.fields(self)[3:]:
             value = getattr(self, field.name)
             require_field(
                 field.name in used or value == field.default,
@@ -99,6 +103,10 @@ class RopeConfig:
                 "leave both out to take the defaults",
             )
 
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many numbers of a head are turned."""
+        return int(head_dim * self.fraction)
+
     @property
     def magnitude(self) -> float:
         """What queries and keys are multiplied by."""
@@ -112,7 +120,8 @@ class RopeConfig:
 
 
 def frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
-    """Radians a token of each pair, float64 [head_dim/2]; `length`, of the sequence, matters to "dynamic" alone."""
+    """Radians a token of each pair that is turned, float64; `length`, of the sequence, matters to "dynamic" alone."""
+    head_dim = rope.rotary_dim(head_dim)
     exponents = np.arange(0, head_dim, 2) / head_dim
     plain = rope.theta**-exponents
     if rope.scaling == "linear":
@@ -150,8 +159,9 @@ def _yarn_share(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rotary_tables(
     positions: jax.Array, head_dim: int, rope: RopeConfig, *, length: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines times `rope.magnitude`, float32 [..., head_dim/2], for integer `positions` [...] in [0, 2**31).
+    """Cosines and sines times `rope.magnitude`, float32 [..., pairs], for integer `positions` [...] in [0, 2**31).
 
+    There is a pair for every two numbers of a head that are turned.
     `length` is that of the whole sequence without padding, which "dynamic" scaling goes by.
     """
     turns = frequencies(rope, head_dim, length) / (2 * math.pi)
@@ -177,8 +187,12 @@ def _high_word(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def apply_rotary(x_BTHD: jax.Array, cos_BTd: jax.Array, sin_BTd: jax.Array) -> jax.Array:
-    """Turn the pairs (x[j], x[j + D/2]) of each head; worked out in float32, returned in the dtype of x."""
-    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    """Turn the pairs (x[j], x[j + d]) of the first 2d numbers of each head, in float32; in the dtype of x."""
+    d = cos_BTd.shape[-1]
+    if d == 0:
+        return x_BTHD
+    first, second = x_BTHD[..., :d].astype(jnp.float32), x_BTHD[..., d : 2 * d].astype(jnp.float32)
     cos, sin = cos_BTd[:, :, None], sin_BTd[:, :, None]
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTHD.dtype)
+    turned = jnp.concatenate(turned, axis=-1).astype(x_BTHD.dtype)
+    return turned if x_BTHD.shape[-1] == 2 * d else jnp.concatenate([turned, x_BTHD[..., 2 * d :]], axis=-1)

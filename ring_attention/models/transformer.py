@@ -1,17 +1,20 @@
 """A decoder-only Transformer in Flax NNX, written for one device of the mesh (see `parallel.sharding`)."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from ring_attention.attention.varying import vary_over
 from ring_attention.models.config import ModelConfig
-from ring_attention.models.layers import Attend, Layer, RMSNorm
-from ring_attention.models.loss import chunked_cross_entropy, weighted_cross_entropy
+from ring_attention.models.layer_kinds import LayerKind, Run
+from ring_attention.models.layers import Attend, Layer, Norm, ThisAttention
+from ring_attention.models.loss import Logits, chunked_cross_entropy, weighted_cross_entropy
 from ring_attention.models.products import GATHERED, Products
 from ring_attention.models.remat import name_input, rematerialised
 from ring_attention.models.rope import rotary_tables
@@ -21,18 +24,26 @@ from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import TOKEN_AXES, resized, spec_of, stored_shape
 
 
+class Stacks(nnx.Module):
+    """Layers of several kinds: a stack for each run of `ModelConfig.loop`, by its name."""
+
+    def __init__(self, stacks: Mapping[str, Layer]):
+        for name, stack in stacks.items():
+            setattr(self, name, stack)
+
+
 class Transformer(nnx.Module):
     """Token ids in, next-token losses out. Runs inside a `shard_map` over the mesh, on a device's slices."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        V, M, L = config.vocab_size, config.model_dim, config.num_layers
+        V, M = config.vocab_size, config.model_dim
         self.config = config
         self.embed = normal_weight(rngs, ("vocab", "model"), (V, M), M if config.tied_embeddings else 1)
         if config.start_local:
             self.embed[...] += jax.random.normal(rngs.params(), (1, M))
-        make_layers = nnx.split_rngs(splits=L)(nnx.vmap(lambda rngs: Layer(config, rngs)))
-        self.layers = make_layers(rngs)  # one Layer whose parameters have a leading axis L
-        self.norm = RMSNorm(config)
+        stacks = {run.path: _stack(config, run, rngs) for run in config.loop.runs}
+        self.layers = stacks.pop(("layers",), None) or Stacks({path[1]: stack for path, stack in stacks.items()})
+        self.norm = Norm(config)
         if not config.tied_embeddings:
             self.unembed = normal_weight(rngs, ("model", "vocab"), (M, V), M**2)  # near-uniform at first
 
@@ -59,7 +70,8 @@ class Transformer(nnx.Module):
         """
         hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend, length=length)
         unembed_Mv = self._unembedding(GATHERED)
-        return chunked_cross_entropy(hidden_btM, unembed_Mv, targets, chunk_size=self.config.loss_chunk)
+        options = dict(chunk_size=self.config.loss_chunk, logits=self._logits)
+        return chunked_cross_entropy(hidden_btM, unembed_Mv, targets, **options)
 
     def weighted_loss(
         self,
@@ -74,7 +86,8 @@ class Transformer(nnx.Module):
         """Sum of this device's `token_losses` times `weights`, float32 [b,t]: what training differentiates."""
         hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend)
         unembed_Mv = self._unembedding(GATHERED)
-        return weighted_cross_entropy(hidden_btM, unembed_Mv, targets, weights, chunk_size=self.config.loss_chunk)
+        options = dict(chunk_size=self.config.loss_chunk, logits=self._logits)
+        return weighted_cross_entropy(hidden_btM, unembed_Mv, targets, weights, **options)
 
     def logits(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
         """float32 [b,t,v]: scores of this device's share of the vocabulary. Training never makes them."""
@@ -83,7 +96,12 @@ class Transformer(nnx.Module):
 
     def logits_of(self, hidden_btM: jax.Array, products: Products) -> jax.Array:
         """float32 [b,t,v]: scores of this device's share of the vocabulary, of hidden states after the last norm."""
-        return products.contract("btm,mv->btv", hidden_btM, self._unembedding(products), dtype=jnp.float32)[0]
+        scores_btv = products.contract("btm,mv->btv", hidden_btM, self._unembedding(products), dtype=jnp.float32)[0]
+        return self._logits.of(scores_btv)
+
+    @property
+    def _logits(self) -> Logits:
+        return Logits(self.config.logit_scale, self.config.logit_softcap)
 
     def hidden(
         self,
@@ -99,18 +117,66 @@ class Transformer(nnx.Module):
 
         With `observe`, also what that returns of the residual stream [b,t,M] after each layer, stacked.
         """
-        config = self.config
         x_btM = self._embed(tokens, GATHERED)
         length = tokens.shape[1] * lax.axis_size(SEQUENCE) if length is None else length
-        rotary = rotary_tables(positions, config.head_dim, config.rope, length=length)
-        layer_def, layers = nnx.split(self.layers)
+        rotary = self._rotary(positions, length)
 
-        def run_layer(x_btM, layer):
-            x_btM = nnx.merge(layer_def, on_device(layer))(name_input(x_btM), rotary, segment_ids, attend)
+        def run_layer(x_btM, build, layer, run: Run, number, place):
+            x_btM = build(on_device(layer))(name_input(x_btM), rotary(run.kind), segment_ids, number, attend)
             return x_btM, None if observe is None else observe(x_btM)
 
-        x_btM, observed = lax.scan(rematerialised(run_layer, config.remat), x_btM, layers)
+        x_btM, observed = self._through_layers(x_btM, run_layer, self.config.remat)
         return self.norm(x_btM) if observe is None else (self.norm(x_btM), observed)
+
+    def _rotary(self, positions: jax.Array, length: int) -> Callable[[LayerKind], tuple[jax.Array, jax.Array]]:
+        """The rotary tables of each kind of layer; those that are alike are made once."""
+        of_all = self.config.rope
+        ropes = {run.kind.rope or of_all for run in self.config.loop.runs}
+        tables = {rope: rotary_tables(positions, self.config.head_dim, rope, length=length) for rope in ropes}
+        return lambda kind: tables[kind.rope or of_all]
+
+    def _through_layers(self, carry: Any, run_layer: Callable, remat: str = "none") -> tuple[Any, Any]:
+        """Carry something through all layers, a loop over periods; also what they give, stacked in their order.
+
+        run_layer(carry, build, layer, run, number, place) -> (carry, given): `build` makes the Layer of the arrays
+        `layer`, which has the `number` in the model and the `place` in the stack of `run`, both int32.
+        """
+        loop = self.config.loop
+
+        def stack_of(run: Run):
+            definition, arrays = nnx.split(self.layers if len(run.path) == 1 else getattr(self.layers, run.path[1]))
+            places = np.arange(len(run.numbers), dtype=np.int32)
+            return definition, (arrays, np.array(run.numbers, np.int32), places)
+
+        def through_run(carry, run: Run, definition, layers):
+            build = functools.partial(nnx.merge, definition)
+
+            def body(carry, layer):
+                arrays, number, place = layer
+                return run_layer(carry, build, arrays, run, number, place)
+
+            return lax.scan(rematerialised(body, remat), carry, layers)
+
+        def through_period(carry, layers):
+            given = []
+            for run, definition, of_run in zip(loop.periodic, definitions, layers, strict=True):
+                carry, each = through_run(carry, run, definition, of_run)
+                given.append(each)
+            return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *given)
+
+        parts = []
+        if loop.periodic:
+            definitions, layers = zip(*map(stack_of, loop.periodic), strict=True)
+            by_period = [
+                jax.tree.map(lambda x, run=run: x.reshape(run.periods, run.length, *x.shape[1:]), of_run)
+                for run, of_run in zip(loop.periodic, layers, strict=True)
+            ]
+            carry, given = lax.scan(through_period, carry, by_period)
+            parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), given))
+        for run in loop.rest:
+            carry, given = through_run(carry, run, *stack_of(run))
+            parts.append(given)
+        return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
     def finite_layers(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array | None, attend: Attend):
         """Bool [L]: whether this device's slice of the residual stream is finite after each layer."""
@@ -133,21 +199,23 @@ class Transformer(nnx.Module):
           positions: int32 [b,t].
           length: of the whole sequence, for rotary scaling "dynamic".
           cache: pytree of arrays, of all layers. The loop over layers carries it, so that it is written in place.
-          attend: attend(q, k, v, cache, layer) -> (out, cache); `layer` is its number, int32.
+          attend: attend(q, k, v, this, cache, run, place) -> (out, cache), for the layer at the int32 `place` in the
+            stack of `run`; `this` is its ThisAttention.
           products: `GATHERED` where tokens are sharded over the mesh as in training, `Stationary` where all devices of
             a ring have the same few.
         """
         x_btM = vary_over(self._embed(tokens, products), frozenset(TOKEN_AXES))  # as norms and biases do
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope, length=length)
-        layer_def, layers = nnx.split(self.layers)
+        rotary = self._rotary(positions, length)
 
-        def run_layer(carry, layer_and_number):
-            (x_btM, cache), (layer, number) = carry, layer_and_number
-            attend_here = lambda q, k, v: attend(q, k, v, cache, number)  # noqa: E731
-            return nnx.merge(layer_def, layer).with_cache(x_btM, rotary, attend_here, products), None
+        def run_layer(carry, build, layer, run: Run, number, place):
+            x_btM, cache = carry
 
-        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x_btM, cache), _ = lax.scan(run_layer, (x_btM, cache), (layers, numbers))
+            def attend_here(q, k, v, this: ThisAttention):
+                return attend(q, k, v, this, cache, run, place)
+
+            return build(layer).with_cache(x_btM, rotary(run.kind), number, attend_here, products), None
+
+        (x_btM, cache), _ = self._through_layers((x_btM, cache), run_layer)
         return self.norm(x_btM), cache
 
     def _unembedding(self, products: Products) -> jax.Array:
@@ -164,7 +232,15 @@ class Transformer(nnx.Module):
         here_bt = tokens_bt - lax.axis_index(TENSOR) * v
         mine = (here_bt >= 0) & (here_bt < v)
         rows_btM = table_vM[jnp.clip(here_bt, 0, v - 1)]
-        return products.spread(lax.psum(jnp.where(mine[..., None], rows_btM, 0), TENSOR))
+        x_btM = products.spread(lax.psum(jnp.where(mine[..., None], rows_btM, 0), TENSOR))
+        scale = self.config.embedding_scale
+        return x_btM if scale == 1 else x_btM * jnp.asarray(scale, x_btM.dtype)
+
+
+def _stack(config: ModelConfig, run: Run, rngs: nnx.Rngs) -> Layer:
+    """One Layer whose parameters have a leading axis, of the layers of a run."""
+    make = nnx.split_rngs(splits=len(run.numbers))(nnx.vmap(lambda rngs: Layer(config, run.kind, rngs)))
+    return make(rngs)
 
 
 def parameter_specs(config: ModelConfig):

@@ -68,7 +68,7 @@ def _facts(plan: Plan) -> str:
     share = plan.share
     mesh = " ".join(f"{name}={size}" for name, size in share.mesh.items() if size > 1) or "one device"
     facts = {
-        "parameters": f"{share.model.num_parameters:,}",
+        "parameters": f"{share.config.transformer.num_parameters:,}",
         "tokens of context": f"{share.config.seq_len:,}",
         "tokens of a device": f"{share.tokens:,}",
         "sequences of a step": f"{share.config.batch_size:,}",

@@ -14,7 +14,8 @@ from ring_attention.planning.hiding import Hiding, hiding_of
 from ring_attention.planning.memory import Memory, memory_of
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import StepTime, step_time
-from ring_attention.training.config import STRATEGY_OPTIONS, TrainConfig
+from ring_attention.training.attention_config import STRATEGY_OPTIONS
+from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict, spelt
 from ring_attention.training.validate import check_attention
 
@@ -103,10 +104,8 @@ class Plan:
 def step_flops(share: Share) -> float:
     """Count the model FLOPs of a step; see `ModelConfig.training_flops`."""
     config = share.config
-    T = config.seq_len
-    window = min(config.attention.window or T, T)
-    pairs = T * window - window * (window - 1) // 2
-    return share.model.training_flops(config.batch_size * T, config.batch_size * pairs)
+    pairs = config.transformer.visible_pairs([config.seq_len] * config.batch_size)
+    return config.transformer.training_flops(config.batch_size * config.seq_len, pairs)
 
 
 def make_plan(config: TrainConfig, topology: Topology) -> Plan:

@@ -187,7 +187,7 @@ def as_json(plan: Plan, advice: Advice | None = None) -> dict:
         "mesh": share.mesh,
         "seq_len": share.config.seq_len,
         "tokens_per_device": share.tokens,
-        "parameters": share.model.num_parameters,
+        "parameters": share.config.transformer.num_parameters,
         "model_flops": plan.model_flops,
         "hardware": {k: v for k, v in dataclasses.asdict(share.topology.chip).items() if k != "kinds"},
         "reach": dataclasses.asdict(share.topology.reach),

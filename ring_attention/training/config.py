@@ -1,17 +1,12 @@
 """Everything that decides a run, in one frozen object, `TrainConfig`."""
 
 import dataclasses
+import functools
 
-from ring_attention.attention.blocks import CHOSEN, BlockSizes
-from ring_attention.checks import ConfigError, require_field, require_local
+from ring_attention.checks import require_field, require_local
 from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
-from ring_attention.parallel.layouts import LAYOUT_KINDS, SequenceLayout, as_layout, parse_speeds
-from ring_attention.parallel.strategies import STRATEGIES, find_strategy
-from ring_attention.parallel.strategy import Strategy
-
-STRATEGY_OPTIONS = ("duplex", "head_groups", "ulysses_size", "stride")
-"""Fields of `AttentionConfig` that are options of one strategy or another; 0 leaves them out."""
+from ring_attention.training.attention_config import AttentionConfig
 
 OFFLOADS = ("none", "moments", "parameters")
 """What `OptimizerConfig.offload` may be."""
@@ -50,105 +45,6 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """How attention runs over the devices that share a sequence.
-
-    Attributes:
-      strategy: how queries and keys of different devices meet, a name from `ring_attention.STRATEGIES`.
-      duplex: "ring" and "sliding_window": send half of the keys and values each way round, for links that carry both
-        directions at once.
-      head_groups: "all_gather": into how many parts key/value heads are gathered; 0: one head at a time.
-      ulysses_size: "usp": devices that swap heads for tokens; 0: as many as divide the heads.
-      stride: "sparse": how far apart the tokens are that see each other; 0: the power of two nearest to the root of
-        seq_len.
-      layout: order in which tokens are dealt to shards: "contiguous", "zigzag" or "striped".
-      speeds: how fast each device along the ring is, numbers with spaces between; tokens are dealt so that the work
-        of each is proportional to its speed, and `layout` is not used. Empty: all are alike.
-      window: a token sees itself and the window-1 tokens before it; 0: all before it.
-      softcap: attention scores x become softcap * tanh(x / softcap); 0 leaves them.
-      impl: the kernel that computes tiles, "auto" or a name.
-      block_q: query tokens of a tile; -1: chosen for the kernel and the device.
-      block_kv: key tokens of a tile; -1: chosen.
-      block_heads: key/value heads of a tile; -1: chosen.
-    """
-
-    strategy: str = "ring"
-    duplex: bool = False
-    head_groups: int = 0
-    ulysses_size: int = 0
-    stride: int = 0
-    layout: str = "zigzag"
-    speeds: str = ""
-    window: int = 0
-    softcap: float = 0.0
-    impl: str = "auto"
-    block_q: int = CHOSEN
-    block_kv: int = CHOSEN
-    block_heads: int = CHOSEN
-
-    def __post_init__(self):
-        require_field(
-            self.layout in LAYOUT_KINDS,
-            "attention.layout",
-            self.layout,
-            "is not known",
-            f"choose one of {', '.join(LAYOUT_KINDS)}",
-        )
-        for name in ("window", "softcap", *STRATEGY_OPTIONS):
-            value = getattr(self, name)
-            require_field(value >= 0, f"attention.{name}", value, "must not be negative", "0 leaves it out")
-        require_field(
-            self.strategy in STRATEGIES,
-            "attention.strategy",
-            self.strategy,
-            "is not known",
-            f"choose one of {', '.join(STRATEGIES)}",
-        )
-        known = {field.name for field in dataclasses.fields(STRATEGIES[self.strategy]) if field.init}
-        for name in STRATEGY_OPTIONS:
-            value = getattr(self, name)
-            require_field(
-                not value or name in known,
-                f"attention.{name}",
-                value,
-                f"is no option of attention.strategy={self.strategy!r}",
-                f"leave it out; that one takes {', '.join(sorted(known & set(STRATEGY_OPTIONS))) or 'no options'}",
-            )
-        if self.speeds:
-            try:
-                parse_speeds(self.speeds)
-            except ValueError as error:
-                raise ConfigError(f"attention.{error}") from error
-        for name in ("block_q", "block_kv", "block_heads"):
-            value = getattr(self, name)
-            need, remedy = "must be positive, or -1", "leave it out to have it chosen"
-            require_field(value > 0 or value == CHOSEN, f"attention.{name}", value, need, remedy)
-
-    def make_strategy(self) -> Strategy:
-        """Return the strategy with its options."""
-        options = {name: getattr(self, name) for name in STRATEGY_OPTIONS if getattr(self, name)}
-        return find_strategy(self.strategy, options)
-
-    @property
-    def block_sizes(self) -> BlockSizes:
-        """The tiles, with what is to be chosen left open."""
-        return BlockSizes(q=self.block_q, kv=self.block_kv, heads=self.block_heads)
-
-    @property
-    def in_words(self) -> str:
-        """Strategy and layout in a few words."""
-        layout = f"tokens dealt for speeds {self.speeds}" if self.speeds else f"{self.layout} layout"
-        return f"attention by {self.strategy}, {layout}"
-
-    def make_layout(self, ring_size: int) -> SequenceLayout:
-        """Return the layout of a sequence over `ring_size` devices."""
-        if not self.speeds:
-            return SequenceLayout(self.layout, ring_size)
-        layout = SequenceLayout.for_speeds(parse_speeds(self.speeds))
-        return as_layout(layout, ring_size)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine decay.
 
@@ -159,7 +55,7 @@ class OptimizerConfig:
       b1: how much of AdamW's mean of gradients stays at a step.
       b2: how much of AdamW's mean of their squares stays at a step.
       epsilon: added to the root of that mean, by which AdamW divides.
-      weight_decay: on matrices; norms and biases are not decayed.
+      weight_decay: on matrices; norms, biases and sinks are not decayed.
       clip_norm: global gradient norm above which gradients are scaled down.
       accumulation_steps: micro-batches whose gradients make one update.
       max_skipped_updates: a step whose loss or gradient is not finite leaves the parameters as they are; so many of
@@ -282,6 +178,11 @@ class TrainConfig:
             f"must be less than num_steps={self.num_steps}",
             "shorten the warm-up or train for longer",
         )
+
+    @functools.cached_property
+    def transformer(self) -> ModelConfig:
+        """The model with what the section attention says of its layers: of it the parameters are."""
+        return self.attention.completed(self.model)
 
     @property
     def micro_batch_size(self) -> int:

@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import functools
+import json
 import math
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -79,10 +81,12 @@ def _build(cls: type, values: Any, *, section: str) -> Any:
     arguments = {}
     for name, value in values.items():
         field = f"{section}.{name}".removeprefix(".")
-        if name not in kinds:
+        if name not in kinds and _members(section):
             raise unknown_field(field, value)
-        kind = kinds[name]
-        arguments[name] = _build(kind, value, section=field) if dataclasses.is_dataclass(kind) else _typed(field, value)
+        if name not in kinds:  # of an item of a list, which field_kinds does not name
+            got = f"{printable(field)}={shown(value)}"
+            raise ConfigError(f"{got}: there is no such field; {did_you_mean(name, kinds)}it has {', '.join(kinds)}")
+        arguments[name] = _typed(field, value, kinds[name])
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and field.name not in values:
             name = f"{section}.{field.name}".removeprefix(".")
@@ -95,16 +99,37 @@ def _build(cls: type, values: Any, *, section: str) -> Any:
         raise ConfigError(f"{section or 'config'}: {one_line(error)}") from error
 
 
-def _typed(field: str, value: Any) -> Any:
-    """Return `value` as the type that `field` declares, or ConfigError."""
-    kind = field_kinds()[field]
+def _typed(field: str, value: Any, kind: Any) -> Any:
+    """Return `value` as the type `kind` that `field` declares, or ConfigError."""
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, section=field)
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else _typed(field, value, typing.get_args(kind)[0])
+    if is_list(kind):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{field}={shown(value)}: is {type(value).__name__}; give {words_of(kind)}")
+        item = typing.get_args(kind)[0]
+        return tuple(_typed(f"{field}.{number}", each, item) for number, each in enumerate(value))
     if type(value) is int and not -_INT64_BOUND <= value < _INT64_BOUND:
-        raise ConfigError(f"{field}={shown(value)}: needs more than 64 bits; give {KIND_WORDS[kind]} that is smaller")
+        raise ConfigError(f"{field}={shown(value)}: needs more than 64 bits; give {words_of(kind)} that is smaller")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{field}={shown(value)}: is {type(value).__name__}; give {KIND_WORDS[kind]}")
+        raise ConfigError(f"{field}={shown(value)}: is {type(value).__name__}; give {words_of(kind)}")
     return value
+
+
+def is_list(kind: Any) -> bool:
+    """Return whether a declared type is `tuple[X, ...]`, a list in JSON."""
+    return typing.get_origin(kind) is tuple
+
+
+def words_of(kind: Any) -> str:
+    """Return in words what a value of a declared type is."""
+    if not is_list(kind):
+        return KIND_WORDS[kind]
+    item = typing.get_args(kind)[0]
+    return f"a list of {'objects' if dataclasses.is_dataclass(item) else 'numbers'}"
 
 
 def _walk(cls: type, prefix: str) -> Iterable[tuple[str, type]]:
@@ -124,4 +149,12 @@ def _members(section: str) -> list[str]:
 
 def spelt(value: Any) -> str:
     """Return a value as it stands behind the equals sign of a flag."""
+    if isinstance(value, tuple):
+        return json.dumps([_given_fields(each) for each in value])
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _given_fields(value: Any) -> Any:
+    """Return an item of a list as JSON takes it, without what an object leaves open."""
+    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import math
 import os
 import re
@@ -29,13 +30,14 @@ from ring_attention.models.hf.presets import PRESETS, REFUSED
 from ring_attention.models.hf.source import CONFIG
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import (
-    KIND_WORDS,
     config_from_dict,
     config_to_dict,
     did_you_mean,
     field_kinds,
+    is_list,
     spelt,
     unknown_field,
+    words_of,
 )
 from ring_attention.training.init_from import config_from_folder, config_from_preset, inherit
 from ring_attention.training.processes import ProcessFlags
@@ -225,12 +227,12 @@ def _read_text(field: str, text: str, *, example: Any) -> Any:
     kind = field_kinds()[field]
     readers = {int: int, float: float, str: str, bool: {"true": True, "false": False}.get}
     try:
-        value = readers[kind](text)
+        value = (json.loads if is_list(kind) else readers[kind])(text)
     except ValueError:
         value = None
     if value is None or (kind is float and not math.isfinite(value)):
         remedy = f"write it like --config.{field}={spelt(example)}"
-        raise ConfigError(f"{field}={shown(text)}: must be {KIND_WORDS[kind]}; {remedy}")
+        raise ConfigError(f"{field}={shown(text)}: must be {words_of(kind)}; {remedy}")
     return value
 
 
@@ -264,8 +266,11 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
             yield from ["", *_describe(kinds[name], f"{prefix}{name}.")]
         else:
             kind, *_ = typing.get_args(kinds[name]) or [kinds[name]]  # int of int | None
-            yield f"  {prefix}{name}  {kind.__name__}, {_default_of(cls, name)}"
+            of_list = is_list(kinds[name])
+            yield f"  {prefix}{name}  {'list of ' if of_list else ''}{kind.__name__}, {_default_of(cls, name)}"
             yield _indented(words.get(name, ""))
+            if of_list and dataclasses.is_dataclass(kind):
+                yield from [f"    {line}" for line in _describe(typing.cast(type, kind), "")]
 
 
 def _indented(text: str) -> str:

@@ -164,7 +164,7 @@ def export_hf(trained: TrainedModel, out: Path, mesh: Mesh, progress: Progress, 
     if dtype is not None:
         require_choice("--dtype", dtype, DTYPE_NAMES)
     with new_folder(out, exported_bytes(trained, dtype) + _ROOM, "--out") as partial:
-        params = resized_parameters(trained.load(mesh), trained.model)
+        params = resized_parameters(trained.load(mesh), trained.config.transformer)
         if manifest:
             write_again(manifest, params, config, partial, progress)
         else:
@@ -176,7 +176,7 @@ def exported_bytes(trained: TrainedModel, dtype: str | None = None) -> int:
     """Return the bytes of the tensors that `export_hf` writes."""
     if trained.manifest:
         return trained.manifest.tensor_bytes
-    return numpy_dtype(dtype or NEW_DTYPE).itemsize * trained.model.num_parameters
+    return numpy_dtype(dtype or NEW_DTYPE).itemsize * trained.config.transformer.num_parameters
 
 
 def write_tokenizer(config: TrainConfig, out: Path) -> dict[str, Any]:

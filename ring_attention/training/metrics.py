@@ -199,7 +199,7 @@ class TrainLog:
             plain_every=config.log_every,
             file=None if is_first() else io.StringIO(),
         )
-        self._model = config.model
+        self._model = config.transformer
         self._to_bits = held_out.bits_per_byte_of
         self._peak, _ = machine_peak_flops(mesh.devices.flatten().tolist())
         self._waiting: list[tuple[int, dict]] = []
@@ -217,7 +217,7 @@ class TrainLog:
         else:
             share = len(rows["tokens"]) / batch_size
             self._tokens += round(rows["tokens"].size / share)
-            pairs = visible_pairs(rows["segment_ids"])
+            pairs = self._model.visible_pairs(document_lengths(rows["segment_ids"]))
             self._flops += self._model.training_flops(rows["tokens"].size, pairs) / share
 
     def add_heldout(self, step: int, loss: float) -> None:
@@ -277,7 +277,6 @@ class TrainLog:
                 self._metrics.close()
 
 
-def visible_pairs(segment_ids: np.ndarray) -> int:
-    """Return how many (query, key) pairs causal attention sees in packed rows [B,T], in any order of tokens."""
-    lengths = [np.unique(row, return_counts=True)[1].astype(np.int64) for row in segment_ids]
-    return sum(int((n * (n + 1) // 2).sum()) for n in lengths)
+def document_lengths(segment_ids: np.ndarray) -> np.ndarray:
+    """Return the tokens of each document of packed rows [B,T], in any order of tokens."""
+    return np.concatenate([np.unique(row, return_counts=True)[1] for row in segment_ids])

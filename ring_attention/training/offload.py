@@ -1,5 +1,7 @@
 """The update of a state whose layers live, in part, in the memory of the host (`OptimizerConfig.offload`)."""
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -8,25 +10,35 @@ import optax
 from jax import lax
 
 from ring_attention.attention.varying import axes_of
+from ring_attention.models.layer_kinds import RUNS
 from ring_attention.parallel.host_memory import fold_layers, update_layers
 
 LAYERS = "layers"
 """The key of what all layers have, stacked, in trees shaped as the parameters."""
 
 
-def layers_of(tree: dict) -> dict:
-    """Return the part of a tree shaped as the parameters that lives on the host."""
-    return {LAYERS: tree[LAYERS]}
+def stacks_of(tree: dict) -> dict[str, dict]:
+    """Return the part of a tree shaped as the parameters that lives on the host: for each run its stack, by name."""
+    layers = tree[LAYERS]
+    names = {name for name in layers if name.startswith(RUNS)}
+    return {name: {LAYERS: {name: layers[name]}} for name in sorted(names)} or {LAYERS: {LAYERS: layers}}
+
+
+def layers_from(stacks: Iterable[dict]) -> dict:
+    """Undo `stacks_of`."""
+    return {LAYERS: {name: value for stack in stacks for name, value in stack[LAYERS].items()}}
 
 
 def rest_of(tree: dict) -> dict:
-    """Return what `layers_of` leaves."""
+    """Return what `stacks_of` leaves."""
     return {name: value for name, value in tree.items() if name != LAYERS}
 
 
 def add_gradients(total: dict, more: dict) -> dict:
     """Add two trees of gradients, layer by layer, wherever they lie."""
-    layers = update_layers(lambda a, b: jax.tree.map(jnp.add, a, b), layers_of(total), layers_of(more))
+    total_by_run, more_by_run = stacks_of(total), stacks_of(more)
+    add = functools.partial(jax.tree.map, jnp.add)
+    layers = layers_from(update_layers(add, stack, more_by_run[name]) for name, stack in total_by_run.items())
     return layers | jax.tree.map(jnp.add, rest_of(total), rest_of(more))
 
 
@@ -44,9 +56,10 @@ def global_norm(sums: dict, count: jax.Array) -> jax.Array:
     def add(total, layer):
         return jax.tree.map(jnp.add, total, squares(layer))
 
-    layers = layers_of(sums)
-    of_layers = fold_layers(add, [jnp.float32(0)] * len(jax.tree.leaves(layers)), layers)
-    return jnp.sqrt(sum(of_layers) + sum(squares(rest_of(sums))))
+    total = sum(squares(rest_of(sums)))
+    for stack in stacks_of(sums).values():
+        total += sum(fold_layers(add, [jnp.float32(0)] * len(jax.tree.leaves(stack)), stack))
+    return jnp.sqrt(total)
 
 
 def apply_update(
@@ -85,8 +98,13 @@ def apply_update(
 
     moments = _moments(opt_state)
     rest, after = update((rest_of(params), [rest_of(x) for x in moments]), rest_of(sums))
-    layers = layers_of(params), [layers_of(x) for x in moments]
-    layers, moments = update_layers(update_moments, layers, layers_of(sums))
+    sums_by_run, moments_by_run = stacks_of(sums), [stacks_of(x) for x in moments]
+    updated = [
+        update_layers(update_moments, (stack, [each[name] for each in moments_by_run]), sums_by_run[name])
+        for name, stack in stacks_of(params).items()
+    ]
+    layers = layers_from(stack for stack, _ in updated)
+    moments = [layers_from(stacks) for stacks in zip(*(each for _, each in updated), strict=True)]
     merged = [x | y for x, y in zip(_moments(after), moments, strict=True)]
     return rest | layers, _with_moments(after, merged)
 

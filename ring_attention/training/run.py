@@ -87,7 +87,7 @@ def open_run(config: TrainConfig, process_flags: ProcessFlags) -> Iterator[Run]:
         shape, platform = dict(mesh.shape), mesh.devices.flat[0].platform
         validate_config(config, shape, platform)
         if config.attention.impl == "auto":
-            accepts = functools.partial(check_attention, config, shape, config.attention.make_strategy())
+            accepts = functools.partial(check_attention, config, shape)
             found = self_tests(kind_of_mesh(mesh), lambda kernel: accepts(kernel=kernel))
             require_agreement("attention kernel", found, _SAME_MACHINES)
         if platform != "cpu":
@@ -195,7 +195,7 @@ def _describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, initial: TrainedM
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [
         f"{hardware}{f', in {processes} processes' if processes > 1 else ''}.",
-        f"{config.name}: {config.model.num_parameters:,} parameters, {config.seq_len:,} tokens of context, "
+        f"{config.name}: {config.transformer.num_parameters:,} parameters, {config.seq_len:,} tokens of context, "
         f"mesh {shape}, {config.attention.in_words}.",
         f"{len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out.",
         *corpus.report.lines(),

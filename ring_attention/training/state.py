@@ -61,7 +61,7 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
     `optimizer.offload` says which of them lie in the memory of the host.
     """
     offload = config.optimizer.offload
-    params = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(config.model))
+    params = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(config.transformer))
     offloaded = params | {"layers": jax.tree.map(on_host, params["layers"])} if offload != "none" else params
     replicated = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
@@ -137,9 +137,9 @@ def _initial_state(config: TrainConfig, mesh_shape: Mapping[str, int] | None) ->
 
 
 def _initial_params(config: TrainConfig, mesh_shape: Mapping[str, int] | None):
-    params = nnx.to_pure_dict(nnx.state(Transformer(config.model, nnx.Rngs(config.seed)), nnx.Param))
-    return params if mesh_shape is None else resized_parameters(params, config.model, mesh_shape)
+    params = nnx.to_pure_dict(nnx.state(Transformer(config.transformer, nnx.Rngs(config.seed)), nnx.Param))
+    return params if mesh_shape is None else resized_parameters(params, config.transformer, mesh_shape)
 
 
 def _decays(path, _) -> bool:
-    return not any(word in str(key) for key in path for word in ("norm", "bias"))
+    return not any(word in str(key) for key in path for word in ("norm", "bias", "sinks"))

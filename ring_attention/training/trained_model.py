@@ -63,13 +63,13 @@ class TrainedModel:
         """
         if self.source is not None:
             return load_parameters(self.source, mesh, dtype, progress)
-        shardings = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(self.config.model))
+        shardings = jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(self.config.transformer))
         wanted = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract_parameters(self.config.model, mesh.shape),
+            abstract_parameters(self.config.transformer, mesh.shape),
             shardings,
         )
-        params = _read(self.checkpoint, wanted, abstract_parameters(self.config.model))
+        params = _read(self.checkpoint, wanted, abstract_parameters(self.config.transformer))
         if jnp.dtype(dtype) == jnp.float32:
             return params
         cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), out_shardings=shardings)

@@ -8,17 +8,16 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.kernels import find_kernel, require_platform
 from ring_attention.attention.kernels.contract import Kernel
-from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.hardware.chips import GiB
 from ring_attention.parallel.host_memory import PINNED_HOST
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import TOKEN_AXES, check_fits
-from ring_attention.parallel.strategy import Context, Strategy
+from ring_attention.parallel.strategy import Strategy
+from ring_attention.training.attend import check_kinds
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.state import sharded_abstract_state
@@ -53,7 +52,7 @@ def validate_config(config: TrainConfig, mesh_shape: dict[str, int], platform: s
             mesh_shape[TENSOR] * model.head_groups,
             "use fewer groups",
         )
-        check_attention(config, mesh_shape, config.attention.make_strategy())
+        check_attention(config, mesh_shape)
         if platform is not None:
             require_platform(find_kernel(config.attention.impl), platform)
         require(
@@ -79,22 +78,13 @@ def _check_sizes(config: TrainConfig) -> None:
 
 
 def check_attention(
-    config: TrainConfig, mesh_shape: dict[str, int], strategy: Strategy, kernel: Kernel | None = None
+    config: TrainConfig, mesh_shape: dict[str, int], strategy: Strategy | None = None, kernel: Kernel | None = None
 ) -> None:
-    """Raise ValueError unless the strategy, and a kernel under it, can do what is asked on each device.
-
-    It is the config's kernel where none is given. Nothing is traced: that what passes here can be traced is held by a
-    test.
-    """
-    attention, model = config.attention, config.model
-    layout, head_parts = attention.make_layout(mesh_shape[SEQUENCE]), mesh_shape[TENSOR] * model.head_groups
-    shard = (1, config.seq_len // layout.ring_size, model.num_heads // head_parts, model.head_dim)
-    kernel = kernel or find_kernel(attention.impl)
-    context = Context(axis_name=SEQUENCE, layout=layout, kernel=kernel, blocks=BlockSizes())
-    mask = MaskSpec(scale=1.0, window=attention.window or None, softcap=attention.softcap or None)
-    queries = (shard[0], shard[2], shard[1], shard[3])
-    context.kernel.check(mask, jax.ShapeDtypeStruct(queries, model.compute_dtype))
-    strategy.check(context, shard, model.num_kv_heads // head_parts, mask)
+    """Raise ValueError unless strategies and kernel, by default the config's, can do what it asks on each device."""
+    layout = config.attention.make_layout(mesh_shape[SEQUENCE])
+    parts = mesh_shape[TENSOR] * config.model.head_groups
+    options = dict(strategy=strategy, kernel=kernel)
+    check_kinds(config.attention, config.transformer, layout, config.seq_len // layout.ring_size, parts, **options)
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -124,8 +114,8 @@ def require_memory(config: TrainConfig, mesh: Mesh) -> None:
         return
     where = f"the host's memory, which {sharing} devices share," if on_host else f"each {devices[0].device_kind}"
     raise ConfigError(
-        f"model: its {config.model.num_parameters:,} parameters need {sharing * state / GiB:,.1f} GiB with gradients "
-        f"and moments, and activations at least {sharing * activations / GiB:,.1f} GiB more; {where} has "
+        f"model: its {config.transformer.num_parameters:,} parameters need {sharing * state / GiB:,.1f} GiB with "
+        f"gradients and moments, and activations at least {sharing * activations / GiB:,.1f} GiB more; {where} has "
         f"{have / GiB:,.1f} GiB free; take a smaller model or shorter sequences, or more devices to share them "
         "(scripts/plan.py says how many)"
     )

@@ -22,8 +22,8 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
 from ring_attention.models.transformer import Transformer, model_builder, parameter_specs
 from ring_attention.parallel import decode
+from ring_attention.training.attend import attention_of
 from ring_attention.training.config import AttentionConfig
-from ring_attention.training.step import attention_of
 
 MODEL = ModelConfig(
     vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24, ffn_chunk=5
@@ -95,8 +95,8 @@ def likeliest(model, attention, rows):
     tokens = np.zeros((len(rows), CAPACITY), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
-    mesh, build = open_mesh(dict(sp=1)), model_builder(model)
-    attend = attention_of(dataclasses.replace(attention, layout="contiguous"), 1)
+    mesh, build = open_mesh(dict(sp=1)), model_builder(attention.completed(model))
+    attend = attention_of(dataclasses.replace(attention, layout="contiguous"), attention.completed(model), 1)
 
     def on_device(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(CAPACITY), tokens.shape)

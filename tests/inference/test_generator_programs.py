@@ -124,7 +124,9 @@ def test_cache_is_not_copied_by_the_compiler_for_a_pod(sp, tp):
     params = jax.tree.map(lambda x, spec: abstract(x.shape, "bfloat16", spec), abstract_parameters(model), specs)
     keys = abstract((2, rows, 4, sp * slots, 128), cache.cache_dtype(model), cache.CACHE_SPEC)
     by_row = (abstract((rows,), dtype, programs.ROWS) for dtype in ("int32", "int32", "uint32"))
-    step = programs.make_step(plan, mesh).lower(params, cache.KeyValueCache(keys, keys), programs.Rows(*by_row))
+    step = programs.make_step(plan, mesh).lower(
+        params, {"layers": cache.KeyValueCache(keys, keys)}, programs.Rows(*by_row)
+    )
     memory = compiled.memory_of(step.compile())
     held = cache.cache_bytes(model, rows, slots, tp)
     assert memory.aliased >= held

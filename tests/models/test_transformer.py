@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ from ring_attention.models.products import Stationary
 from ring_attention.models.transformer import Transformer, parameter_specs, resized_parameters
 from ring_attention.planning.hlo.compiled import collectives
 from ring_attention.testing import relative_error
+from ring_attention.training.attend import attention_of
+from ring_attention.training.config import AttentionConfig
 
 TINY = ModelConfig(
     vocab_size=40, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24, ffn_chunk=5
@@ -33,7 +34,8 @@ def _parameters(config):
 def _on_mesh(config, mesh, method, layout="zigzag"):
     """`fn(params, tokens, ...)` that calls a method of the Transformer; everything in natural order."""
     layout = ra.SequenceLayout(layout, mesh.shape["sp"])
-    attend = functools.partial(ra.ring_attention_shard, layout=layout)
+    config = AttentionConfig().completed(config)
+    attend = attention_of(AttentionConfig(layout=layout.kind), config, mesh.shape["sp"])
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
     tokens = Spec(("dp", "fsdp"), "sp")
 
@@ -209,7 +211,7 @@ def _stationary_logits(config, mesh):
     """`fn(params, tokens)`: logits of the same tokens on every device of a ring, whose weights stay where they are."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
 
-    def attend(q, k, v, cache, layer):
+    def attend(q, k, v, this, cache, run, place):
         return ra.blockwise_attention(q, k, v), None
 
     def on_device(params, tokens):

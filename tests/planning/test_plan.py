@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from model_attention import attention_alone
 
 from ring_attention import planning
 from ring_attention.attention.kernels import cudnn
@@ -22,10 +23,10 @@ from ring_attention.planning.report import as_json
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import attention_times
 from ring_attention.planning.strategy_map import map_strategies
-from ring_attention.training.config import STRATEGY_OPTIONS, MeshConfig
+from ring_attention.training.attention_config import STRATEGY_OPTIONS
+from ring_attention.training.config import MeshConfig
 from ring_attention.training.flags import load_config
 from ring_attention.training.state import abstract_state, state_shardings
-from ring_attention.training.step import attention_of
 
 GPU, TPU = "configs/gpu_8xh100_7b.py", "configs/tpu_v5e_256_7b.py"
 
@@ -98,7 +99,7 @@ def test_training_flops_are_three_forward_passes(tied):
     forward = 2 * tokens * (3 * layer + 64 * 16 + 16) + 3 * 4 * 4 * 8 * pairs
     for remat in REMAT_POLICIES:
         model = ModelConfig(**sizes, tied_embeddings=tied, remat=remat)
-        assert model.training_flops(tokens, pairs) == 3 * forward
+        assert model.training_flops(tokens, model.visible_pairs([tokens])) == 3 * forward
 
 
 @pytest.mark.parametrize("strategy", ["sparse", "ring_self_attention"])
@@ -154,7 +155,8 @@ def test_what_make_plan_leaves_out_cannot_be_traced():
 def trace_attention(attention, share, strategy):
     """What a step's attention by `strategy` gives, traced for the share's mesh."""
     options = {name: getattr(strategy, name, 0) or 0 for name in STRATEGY_OPTIONS}
-    fn = attention_of(dataclasses.replace(attention, strategy=strategy.name, **options), share.ring)
+    attention = dataclasses.replace(attention, strategy=strategy.name, **options)
+    fn = attention_alone(attention, share.model, share.ring)
     shape, tokens = (1, share.config.seq_len), jax.P(None, SEQUENCE)
     q, kv = (
         jax.ShapeDtypeStruct((*shape, heads, share.model.head_dim), share.model.compute_dtype)

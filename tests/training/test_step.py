@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
+from model_attention import attention_alone
 
 import ring_attention as ra
 from ring_attention.models import transformer
@@ -16,7 +17,7 @@ from ring_attention.models.transformer import resized_parameters
 from ring_attention.testing import random_qkv, relative_error
 from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
 from ring_attention.training.state import abstract_state, make_optimizer, make_schedule, make_state
-from ring_attention.training.step import BATCH_SPEC, attention_of, make_eval_step, make_gradients, make_train_step
+from ring_attention.training.step import BATCH_SPEC, make_eval_step, make_gradients, make_train_step
 
 SEQ_LEN, ROWS = 48, 4
 MODEL = ModelConfig(vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24)
@@ -137,7 +138,7 @@ def test_attention_of_config_has_its_window_and_softcap():
     spec = PartitionSpec(None, "sp")
 
     def error(config, **mask):
-        attend = attention_of(config, mesh.shape["sp"])
+        attend = attention_alone(config, MODEL, mesh.shape["sp"])
         attend = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))
         got = layout.unpermute(attend(*(layout.permute(x, 1) for x in (q, k, v))), 1)
         return relative_error(got, ra.reference_attention(q, k, v, **mask))

@@ -6,13 +6,13 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
+from model_attention import attention_alone
 
 from ring_attention.attention.kernels import cudnn
 from ring_attention.checks import ConfigError
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.flags import load_config
-from ring_attention.training.step import attention_of
 from ring_attention.training.validate import validate_config
 
 MESH = dict(dp=1, fsdp=1, sp=2, tp=1)
@@ -38,7 +38,7 @@ def traced(config):
         jax.ShapeDtypeStruct((*shape, heads, model.head_dim), model.compute_dtype)
         for heads in (model.num_heads, model.num_kv_heads)
     )
-    fn = attention_of(config.attention, MESH[SEQUENCE])
+    fn = attention_alone(config.attention, model, MESH[SEQUENCE])
     sharded = jax.shard_map(
         lambda q, k, v, segments: fn(q, k, v, segment_ids=segments),
         mesh=jax.sharding.AbstractMesh((MESH[SEQUENCE],), (SEQUENCE,), axis_types=(jax.sharding.AxisType.Auto,)),

@@ -54,7 +54,7 @@ class Tensor:
     Attributes:
       name: in the checkpoint.
       parameter: dotted path in the model's tree.
-      layer: index along the parameter's first axis; None where it has none of layers.
+      layer: index along the parameter's first axis, of the stack; None where it has none of layers.
       pattern: how the axes of the tensor become those of the parameter, or of its layer.
       sizes: of each letter.
     """
@@ -120,20 +120,20 @@ def tensors_of(config: ModelConfig) -> dict[str, Tensor]:
         D=config.head_dim,
         F=config.ffn_dim,
     )
-    once, layered = [], []
-    for parameter in flatten_dict(parameter_specs(config), sep="."):
-        (layered if parameter.startswith("layers.") else once).append(parameter)
-    once.sort(key=list(_NAMES).index)
-    layered.sort(key=list(_NAMES).index)
-    places: list[tuple[str, int | None]] = [(parameter, None) for parameter in once[:1]]
-    places += [(parameter, layer) for layer in range(config.num_layers) for parameter in layered]
-    places += [(parameter, None) for parameter in once[1:]]
-    tensors = {}
-    for parameter, layer in places:
-        template, pattern = _NAMES[parameter]
-        name = template.format(layer)
-        tensors[name] = Tensor(name=name, parameter=parameter, layer=layer, pattern=pattern, sizes=sizes)
-    return tensors
+    order = list(_NAMES)
+    found: list[tuple[tuple[int, int], Tensor]] = []
+    for path in flatten_dict(parameter_specs(config)):
+        run, parameter = config.loop.run_of(path), ".".join(path)
+        key = parameter if run is None else ".".join(("layers", *path[len(run.path) :]))
+        template, pattern = _NAMES[key]
+        for place, number in enumerate((None,) if run is None else run.numbers):
+            layer = None if run is None else place
+            name = template.format(number)
+            tensor = Tensor(name=name, parameter=parameter, layer=layer, pattern=pattern, sizes=sizes)
+            # the embedding, layer by layer, what follows them
+            first = number if number is not None else -1 if key == order[0] else config.num_layers
+            found.append(((first, order.index(key)), tensor))
+    return {tensor.name: tensor for _, tensor in sorted(found, key=lambda each: each[0])}
 
 
 def leaf(params: Any, parameter: str) -> Any:

@@ -13,10 +13,11 @@ from ring_attention.attention.varying import vary_over
 from ring_attention.models.transformer import model_builder, parameter_specs
 from ring_attention.parallel.host_memory import on_device
 from ring_attention.parallel.mesh import AXES, SEQUENCE
+from ring_attention.training.attend import attention_of
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.fault_tolerance.errors import RunError
 from ring_attention.training.fault_tolerance.integrity import leaf_names
-from ring_attention.training.step import BATCH_SPEC, attention_of, make_gradients
+from ring_attention.training.step import BATCH_SPEC, make_gradients
 
 
 class NonFiniteGuard:
@@ -73,7 +74,7 @@ class NonFiniteGuard:
 
 def find_origin(config: TrainConfig, mesh: Mesh, params: Any, batch: dict[str, jax.Array]) -> str:
     """Say in words where numbers that are not finite first appear: in a parameter, a layer forward, or one backward."""
-    bad = _bad_leaves(params)
+    bad = _bad_leaves(config, params)
     if bad:
         return f"parameter {bad[0]} holds a number that is not finite"
     finite_L = jax.device_get(_finite_layers(config, mesh)(params, batch))
@@ -82,26 +83,26 @@ def find_origin(config: TrainConfig, mesh: Mesh, params: Any, batch: dict[str, j
     grads, loss, _ = jax.jit(make_gradients(config, mesh))(params, batch)
     if not np.isfinite(jax.device_get(loss)):
         return "all layers are finite going forward, the loss after them is not"
-    bad = _bad_leaves(grads)
+    bad = _bad_leaves(config, grads)
     inner = [int(name.rpartition(" layer ")[2]) for name in bad if " layer " in name]
     if inner:
         return f"going backward they first appear in layer {max(inner)} of {finite_L.size}"
     return f"they first appear in the gradient of {bad[0]}" if bad else "each gradient is finite, their norm is not"
 
 
-def _bad_leaves(tree: Any) -> list[str]:
-    """Names of the arrays that hold numbers that are not finite; of those of all layers, with the layer's number."""
-    stacked = [name.split(".")[0] == "layers" for name in leaf_names(tree)]
+def _bad_leaves(config: TrainConfig, tree: Any) -> list[str]:
+    """Names of the arrays that hold numbers that are not finite; of stacks of layers, with the layer's number."""
+    runs = [config.transformer.loop.run_of(name.split(".")) for name in leaf_names(tree)]
 
     @jax.jit
     def finite(leaves):
-        axes = [tuple(range(1, x.ndim)) if layered else None for x, layered in zip(leaves, stacked, strict=True)]
+        axes = [None if run is None else tuple(range(1, x.ndim)) for x, run in zip(leaves, runs, strict=True)]
         return [jnp.isfinite(on_device(x)).all(axis) for x, axis in zip(leaves, axes, strict=True)]
 
     names = []
-    for name, good in zip(leaf_names(tree), jax.device_get(finite(jax.tree.leaves(tree))), strict=True):
-        if good.ndim:
-            names += [f"{name} of layer {layer}" for layer in np.flatnonzero(~good)]
+    for name, run, good in zip(leaf_names(tree), runs, jax.device_get(finite(jax.tree.leaves(tree))), strict=True):
+        if run is not None:
+            names += [f"{name} of layer {run.numbers[place]}" for place in np.flatnonzero(~good)]
         elif not good:
             names.append(name)
     return names
@@ -109,7 +110,10 @@ def _bad_leaves(tree: Any) -> list[str]:
 
 def _finite_layers(config: TrainConfig, mesh: Mesh):
     """Return finite(params, batch) -> bool [L], which says if the residual stream is finite after each layer."""
-    build, attend = model_builder(config.model), attention_of(config.attention, mesh.shape[SEQUENCE])
+    build, attend = (
+        model_builder(config.transformer),
+        attention_of(config.attention, config.transformer, mesh.shape[SEQUENCE]),
+    )
 
     def on_device(params, batch):
         def of_micro_batch(batch):
@@ -121,6 +125,6 @@ def _finite_layers(config: TrainConfig, mesh: Mesh):
         finite_L = lax.map(of_micro_batch, split).all(0)
         return lax.pmin(vary_over(finite_L.astype(jnp.int32), frozenset(AXES)), AXES)
 
-    specs = parameter_specs(config.model)
+    specs = parameter_specs(config.transformer)
     shard = jax.shard_map(on_device, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=PartitionSpec())
     return jax.jit(lambda params, batch: shard(params, batch).astype(bool))
