@@ -23,6 +23,7 @@ class AttentionConfig:
       strategy: how queries and keys of different devices meet, a name from `ring_attention.STRATEGIES`.
       duplex: "ring" and "sliding_window": send half of the keys and values each way round, for links that carry both
         directions at once.
+      unroll: "ring" and "sliding_window": write the steps of the ring out instead of looping over them.
       head_groups: "all_gather": into how many parts key/value heads are gathered; 0: one head at a time.
       ulysses_size: "usp": devices that swap heads for tokens; 0: as many as divide the heads.
       stride: "sparse": how far apart the tokens are that see each other; 0: the power of two nearest to the root of

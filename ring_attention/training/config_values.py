@@ -23,7 +23,14 @@ _INT64_BOUND = 2**63
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return `config` as nested dicts of plain values, ready for JSON."""
-    return dataclasses.asdict(config)
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists where there are tuples, as JSON gives them back."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
@@ -43,12 +50,12 @@ def field_kinds() -> dict[str, type]:
 
 @functools.cache
 def field_default(field: str) -> Any:
-    """Return the default of a field by its dotted name; NO_DEFAULT where it must be given."""
+    """Return the default of a field by its dotted name, as in `config_to_dict`; NO_DEFAULT where it must be given."""
     cls, (*sections, name) = TrainConfig, field.split(".")
     for section in sections:
         cls = typing.get_type_hints(cls)[section]
     default = next(each.default for each in dataclasses.fields(cls) if each.name == name)
-    return NO_DEFAULT if default is dataclasses.MISSING else default
+    return NO_DEFAULT if default is dataclasses.MISSING else _plain(default)
 
 
 def unknown_field(field: str, value: Any) -> ConfigError:
@@ -149,7 +156,7 @@ def _members(section: str) -> list[str]:
 
 def spelt(value: Any) -> str:
     """Return a value as it stands behind the equals sign of a flag."""
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return json.dumps([_given_fields(each) for each in value])
     return str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -256,7 +256,7 @@ def _first_line(file: Path) -> str:
     return (docstring or "").partition("\n")[0]
 
 
-def _describe(cls: type, prefix: str) -> Iterator[str]:
+def _describe(cls: type, prefix: str, indent: str = "  ") -> Iterator[str]:
     """Yield a paragraph for every field under `cls`, in the words of the "Attributes" in its docstring."""
     entries = re.findall(r"^ {2}(\w[\w, ]*): (.+(?:\n {4}.+)*)", inspect.getdoc(cls) or "", re.MULTILINE)
     words = {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
@@ -264,18 +264,18 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
     for name in sorted(kinds, key=lambda name: dataclasses.is_dataclass(kinds[name])):  # sections come last
         if dataclasses.is_dataclass(kinds[name]):
             yield from ["", *_describe(kinds[name], f"{prefix}{name}.")]
-        else:
-            kind, *_ = typing.get_args(kinds[name]) or [kinds[name]]  # int of int | None
-            of_list = is_list(kinds[name])
-            yield f"  {prefix}{name}  {'list of ' if of_list else ''}{kind.__name__}, {_default_of(cls, name)}"
-            yield _indented(words.get(name, ""))
-            if of_list and dataclasses.is_dataclass(kind):
-                yield from [f"    {line}" for line in _describe(typing.cast(type, kind), "")]
+            continue
+        kind, *_ = typing.get_args(kinds[name]) or [kinds[name]]  # int of int | None
+        what = f"list of {kind.__name__}" if is_list(kinds[name]) else kind.__name__
+        yield f"{indent}{prefix}{name}  {what}, {_default_of(cls, name)}"
+        yield _indented(words.get(name, ""), f"{indent}    ")
+        if is_list(kinds[name]) and dataclasses.is_dataclass(kind):
+            yield from _describe(typing.cast(type, kind), "", f"{indent}    ")
 
 
-def _indented(text: str) -> str:
+def _indented(text: str, indent: str = " " * 6) -> str:
     """Return `text` as an indented paragraph that fits a terminal of 80 columns."""
-    return textwrap.fill(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent)
 
 
 def _default_of(cls: type, name: str) -> str:
@@ -283,4 +283,4 @@ def _default_of(cls: type, name: str) -> str:
     (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
     if field.default is dataclasses.MISSING:
         return "no default"
-    return f"default {'none' if field.default is None else spelt(field.default) or 'empty'}"
+    return f"default {'none' if field.default is None else spelt(field.default).strip('[]') or 'empty'}"

@@ -15,7 +15,14 @@ from ring_attention.json_files import write_json
 from ring_attention.models.hf.files import read_json
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds, spelt
+from ring_attention.training.config_values import (
+    NO_DEFAULT,
+    config_from_dict,
+    config_to_dict,
+    field_default,
+    field_kinds,
+    spelt,
+)
 from ring_attention.training.fault_tolerance.disk import FolderLock
 from ring_attention.training.processes import is_first
 
@@ -30,7 +37,8 @@ FREE_FIELDS = (
 
 PLACEMENT_FIELDS = (
     *("mesh.dp", "mesh.fsdp", "mesh.sp", "mesh.tp"),
-    *("attention.strategy", "attention.duplex", "attention.head_groups", "attention.ulysses_size"),
+    *("attention.strategy", "attention.duplex", "attention.unroll", "attention.head_groups", "attention.ulysses_size"),
+    "attention.local_strategy",
     *("attention.layout", "attention.speeds", "attention.impl"),
     *("attention.block_q", "attention.block_kv", "attention.block_heads"),
     *("model.remat", "model.head_groups", "model.ffn_chunk", "model.loss_chunk"),
@@ -150,7 +158,7 @@ def _require_same(folder: RunFolder, config: TrainConfig) -> list[str]:
         before, now = stored.get(field, _ABSENT), current.get(field, _ABSENT)
         if before == now or field in FREE_FIELDS:
             continue
-        same_function = field != "attention.strategy" or (_is_exact(before) and _is_exact(now))
+        same_function = not field.endswith("strategy") or (_is_exact(before) and _is_exact(now))
         if field not in PLACEMENT_FIELDS or not same_function:
             undo = ""
             if field in field_kinds() and before != _ABSENT:
@@ -165,7 +173,9 @@ def _stored(folder: RunFolder) -> dict[str, Any]:
     """Return the fields of config.json; ConfigError where it is none, or of a newer version."""
     stored = flatten_dict(read_json(folder.config, f"mend it or {_OTHER_FOLDER}", kind="a config in JSON"), sep=".")
     version = stored.pop("version", None)
-    stored = {field: value for field, value in BEFORE.items() if field.partition(".")[0] not in stored} | stored
+    if version is not None:
+        defaults = {field: field_default(field) for field in field_kinds()}
+        stored = {f: value for f, value in (defaults | BEFORE).items() if value is not NO_DEFAULT} | stored
     require_field(
         version is not None,
         "version",
@@ -184,7 +194,7 @@ def _stored(folder: RunFolder) -> dict[str, Any]:
 
 
 def _is_exact(strategy: Any) -> bool:
-    return strategy in STRATEGIES and STRATEGIES[strategy].exact
+    return not strategy or strategy in STRATEGIES and STRATEGIES[strategy].exact
 
 
 def require_same_contents(folder: RunFolder, now: dict[str, str], *, has_begun: bool) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import pathlib
+from dataclasses import is_dataclass
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from ring_attention.checks import ConfigError
 from ring_attention.parallel.layouts import LAYOUT_KINDS
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.config import TrainConfig
-from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds
+from ring_attention.training.config_values import config_from_dict, config_to_dict, field_kinds, is_list
 from ring_attention.training.flags import load_config, parse_config
 from ring_attention.training.validate import validate_config
 
@@ -38,6 +40,18 @@ WHOLE = st.one_of(st.sampled_from([1, 2, 4, 8, 64, 256]), st.integers(-3, 40), s
 NUMBERS = st.one_of(st.floats(), st.floats(0, 1), WHOLE)
 WORDS = st.one_of(st.sampled_from(KNOWN_WORDS), st.text(max_size=8))
 OF_KIND = {int: WHOLE, float: NUMBERS, str: WORDS, bool: st.booleans()}
+LAYERS = st.fixed_dictionaries(
+    {},
+    optional=dict(window=WHOLE, chunk=WHOLE, sinks=st.booleans(), softcap=NUMBERS, local=st.booleans(), rope=st.none()),
+)
+
+
+def of_kind(kind, simple=OF_KIND):
+    """Values of a declared type; of a list of layers, layers."""
+    return (
+        st.lists(LAYERS if is_dataclass(get_args(kind)[0]) else NUMBERS, max_size=3) if is_list(kind) else simple[kind]
+    )
+
 
 EXTREME = st.sampled_from([10**400, -(2**63), 2**64, float("nan"), float("inf"), "x" * 10**5, "a\nb", "\0", "\ud800"])
 OBJECTS = st.sampled_from([None, (), b"4", 4j, object(), int, np.zeros((3, 3)), np.int64(4), np.float32(0.5)])
@@ -55,7 +69,7 @@ def changes(draw):
     """Fields with values, most of them of the declared kind."""
     kinds = field_kinds()
     chosen = draw(st.lists(st.sampled_from(FIELDS), max_size=6, unique=True))
-    return {field: draw(OF_KIND[kinds[field]] if draw(st.integers(0, 9)) else ANYTHING) for field in chosen}
+    return {field: draw(of_kind(kinds[field]) if draw(st.integers(0, 9)) else ANYTHING) for field in chosen}
 
 
 @st.composite
@@ -64,7 +78,7 @@ def sizes(draw):
     kinds = field_kinds()
     chosen = draw(st.lists(st.sampled_from([field for field in FIELDS if field.startswith(SIZES)]), max_size=4))
     small = {int: st.sampled_from([1, 2, 3, 4, 8, 48, 256]), float: st.floats(0.1, 9), bool: st.booleans(), str: WORDS}
-    return {field: draw(small[kinds[field]]) for field in chosen}
+    return {field: draw(of_kind(kinds[field], small)) for field in chosen}
 
 
 MESHES = st.fixed_dictionaries({axis: st.sampled_from([1, 2, 3, 4, 8, 256]) for axis in ("dp", "fsdp", "sp", "tp")})

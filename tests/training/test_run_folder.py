@@ -15,7 +15,7 @@ from ring_attention.checks import ConfigError
 from ring_attention.data.config import DataConfig
 from ring_attention.models.config import ModelConfig
 from ring_attention.training.config import AttentionConfig, MeshConfig, TrainConfig
-from ring_attention.training.config_values import config_from_dict, field_kinds
+from ring_attention.training.config_values import config_from_dict, field_kinds, is_list
 from ring_attention.training.fault_tolerance import disk
 from ring_attention.training.fault_tolerance.disk import FolderLock
 from ring_attention.training.run_folder import VERSION, read_config
@@ -74,7 +74,10 @@ MAY_CHANGE = {
     *("name", "run_dir", "data.index_dir", "log_every", "eval_every", "checkpoint_every"),
     "optimizer.max_skipped_updates",
 }
-CHANGES_RESULTS = {"attention.stride", "attention.window", "attention.softcap"}
+CHANGES_RESULTS = {
+    f"attention.{name}"
+    for name in ["stride", "window", "chunk", "max_segment_len", "softcap", "sinks", "alibi", "dropout_rate"]
+}
 CHANGES_ROUNDING = {
     *(field for field in field_kinds() if field.startswith(("mesh.", "attention."))),
     *("model.remat", "model.head_groups", "model.ffn_chunk", "model.loss_chunk", "optimizer.accumulation_steps"),
@@ -86,8 +89,10 @@ OTHER = {int: lambda x: x + 1, float: lambda x: x + 1, str: lambda x: x + "x", b
 def test_run_folder_refuses_what_changes_results_alone(field):
     folder = open_run_folder(CONFIG)
     values = flatten_dict(json.loads(folder.config.read_text()), sep=".")
-    if field == "attention.strategy":
+    if field in ("attention.strategy", "attention.local_strategy"):
         values[field] = "ulysses"
+    elif is_list(field_kinds()[field]):
+        values[field] = values[field] + values[field] + [{}]
     else:
         values[field] = OTHER[field_kinds()[field]](values[field])
     folder.config.write_text(json.dumps(unflatten_dict(values, sep=".")))
