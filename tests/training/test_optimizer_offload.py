@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import ring_attention as ra
 from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.parallel import host_memory
 from ring_attention.training.checkpoints import Checkpoints
 from ring_attention.training.config import MeshConfig, OptimizerConfig, TrainConfig
@@ -20,7 +21,8 @@ from ring_attention.training.fault_tolerance.nonfinite import find_origin
 from ring_attention.training.state import make_optimizer, make_state, sharded_abstract_state
 from ring_attention.training.step import BATCH_SPEC, make_eval_step, make_train_step
 
-MODEL = ModelConfig(vocab_size=32, num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24)
+SIZES = dict(vocab_size=32, num_layers=5, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24)
+MODEL = ModelConfig(**SIZES, layers=(LayerKind(window=8), LayerKind(sinks=True)))  # two periods and a rest
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=0.1, accumulation_steps=2)  # clips each step
 CONFIG = TrainConfig(
     name="offload",
