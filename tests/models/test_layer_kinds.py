@@ -47,10 +47,6 @@ def test_layers_that_are_alike_are_one_stack_whatever_the_period():
     assert jax.tree.structure(parameter_specs(twice)) == jax.tree.structure(parameter_specs(plain))
     paths = flatten_dict(parameter_specs(MODEL))
     assert {path[1] for path in paths if path[0] == "layers"} == {"run0", "run1", "rest0"}
-        "run0",
-        "run1",
-        "rest0",
-    }
 
 
 def test_layers_of_a_run_are_drawn_each_for_itself():
