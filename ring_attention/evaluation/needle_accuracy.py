@@ -69,7 +69,7 @@ class AnswerScorer:
 
     def __init__(self, config: TrainConfig, params: Any, *, mesh: Mesh, vocab_size: int):
         """`params` as `TrainedModel.load` gives them; tokens from `vocab_size` on, the tokenizer's, do not count."""
-        self._params, self._mesh, self._rope = params, mesh, config.model.rope
+        self._params, self._mesh, self._model = params, mesh, config.model
         self._program_for = functools.cache(functools.partial(make_answer_program, config, mesh, vocab_size))
         self._layout = config.attention.make_layout(mesh.shape[SEQUENCE])
 
@@ -79,7 +79,7 @@ class AnswerScorer:
         Args:
           questions: at most `rows`.
           length: tokens that are read, of which those past a question's end are padding: nothing before looks there.
-            Rotary scaling "dynamic" goes by it, on any mesh.
+            The rotary scalings "dynamic" and "longrope" go by it, on any mesh.
           rows: of the batch, a multiple of the devices that share it; the last question fills up what is left.
         """
         T = self._layout.padded_length(length)
@@ -92,7 +92,7 @@ class AnswerScorer:
             where_BA[row, :answer] = np.arange(tokens.size - 1 - answer, tokens.size - 1)
         place_T = np.argsort(self._layout.positions(T)).astype(np.int32)  # of a position, in the layout's order
         sharded = jax.device_put(self._layout.permute(tokens_BT, 1), NamedSharding(self._mesh, BATCH_SPEC))
-        program = self._program_for(self._rope.scaled_length(length))
+        program = self._program_for(self._model.scaled_length(length))
         chosen_BA = program(
             self._params, sharded, jax.device_put(place_T[where_BA], NamedSharding(self._mesh, _ROWS_SPEC))
         )
@@ -104,7 +104,7 @@ def make_answer_program(config: TrainConfig, mesh: Mesh, vocab_size: int, length
     """choose(params, tokens int32 [B,T], places int32 [B,A]) -> int32 [B,A], compiled for `mesh`.
 
     The likeliest token below `vocab_size` after each place; tokens and places are in the layout's order. Scores are
-    made of these places alone. Rotary scaling "dynamic" goes by `length`.
+    made of these places alone. The rotary scalings "dynamic" and "longrope" go by `length`.
     """
     build, P = model_builder(config.transformer), mesh.shape[SEQUENCE]
     attend, layout = attention_of(config.attention, config.transformer, P), config.attention.make_layout(P)

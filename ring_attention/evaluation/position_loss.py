@@ -70,7 +70,7 @@ class LossReader:
 
     def __init__(self, config: TrainConfig, attention: AttentionConfig, params: Any, mesh: Mesh):
         """`params` as `TrainedModel.load` gives them; `attention` may have another window than the config's."""
-        self._params, self._mesh, self._rope = params, mesh, config.model.rope
+        self._params, self._mesh, self._model = params, mesh, config.model
         self._layout = attention.make_layout(mesh.shape[SEQUENCE])
         self._program_for = functools.cache(functools.partial(make_loss_program, config, attention, mesh))
 
@@ -81,7 +81,7 @@ class LossReader:
         padded[0, :n, :T], padded[1, :n, :T] = documents[:, :-1], documents[:, 1:]
         dealt = self._layout.permute(padded, 2)
         sharding = NamedSharding(self._mesh, BATCH_SPEC)
-        program = self._program_for(self._rope.scaled_length(T))
+        program = self._program_for(self._model.scaled_length(T))
         nats = program(self._params, *(jax.device_put(part, sharding) for part in dealt))
         return self._layout.unpermute(np.asarray(nats), 1)[:n, :T]
 
@@ -89,7 +89,7 @@ class LossReader:
 def make_loss_program(config: TrainConfig, attention: AttentionConfig, mesh: Mesh, length: int):
     """losses(params, tokens, targets) -> nats float32 [B,T], compiled for `mesh`; all in the layout's order.
 
-    `length`, of the documents without padding, is what rotary scaling "dynamic" goes by.
+    `length`, of the documents without padding, is what the rotary scalings "dynamic" and "longrope" go by.
     """
     build, P = model_builder(config.transformer), mesh.shape[SEQUENCE]
     attend, layout = attention_of(attention, attention.completed(config.model), P), attention.make_layout(P)

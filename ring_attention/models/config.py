@@ -129,10 +129,8 @@ class ModelConfig:
         for name, choices in known.items():
             value = getattr(self, name)
             require_field(value in choices, f"model.{name}", value, "is not known", f"choose {' or '.join(choices)}")
-        for rope in {self.rope, *(kind.rope for kind in self.kinds)} - {None}:
-            turned = rope.rotary_dim(self.head_dim)
-            need = f"must be even in each layer (rotary pairs), but rope.fraction={rope.fraction} turns {turned} of it"
-            require_field(turned % 2 == 0, "model.head_dim", self.head_dim, need, "use 32, 64 or 128")
+        for rope in {self.rope, *self.ropes}:
+            rope.check(self.head_dim)
         require_field(
             not self.qk_norm_across or self.qk_norm and self.head_groups == 1,
             "model.qk_norm_across",
@@ -150,6 +148,18 @@ class ModelConfig:
     def loop(self) -> LayerLoop:
         """How the layers are gone through."""
         return LayerLoop.of(self.kinds, self.num_layers)
+
+    @property
+    def ropes(self) -> set[RopeConfig]:
+        """The rotary embeddings that layers have."""
+        return {run.kind.rope or self.rope for run in self.loop.runs}
+
+    def scaled_length(self, tokens: int) -> int:
+        """The smallest length with which each layer's rotary frequencies are those of a sequence of so many tokens.
+
+        A program that is made for a length, such as one that reads documents, serves all that have the same.
+        """
+        return max(rope.scaled_length(tokens) for rope in self.ropes)
 
     @property
     def value_dim(self) -> int:

@@ -13,7 +13,7 @@ from ring_attention.models.config import ModelConfig
 from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.models.products import GATHERED, Products
 from ring_attention.models.remat import rematerialised
-from ring_attention.models.rope import apply_rotary
+from ring_attention.models.rope import Rotary, apply_rotary
 from ring_attention.models.weight import Weight, normal_weight, zero_weight
 from ring_attention.parallel.mesh import TENSOR
 
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
 
     @jax.named_scope("projections")
     def __call__(
-        self, x_btM: jax.Array, rotary, segment_ids: jax.Array | None, number: jax.Array, attend: Attend
+        self, x_btM: jax.Array, rotary: Rotary, segment_ids: jax.Array | None, number: jax.Array, attend: Attend
     ) -> jax.Array:
         """What attention adds to the residual stream, [b,t,M]; `rotary` holds the tables of this device's positions."""
 
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
             sinks = lax.dynamic_slice_in_dim(self.sinks.gathered(jnp.float32), group * heads, heads)
         return ThisAttention(self.kind, number, (lax.axis_index(TENSOR) * self.groups + group) * heads, sinks)
 
-    def project(self, x_btM: jax.Array, rotary, products: Products) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_btM: jax.Array, rotary: Rotary, products: Products) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [b,t,h,D], and keys and values [b,t,k,D], of this device's heads; queries and keys are turned."""
         return self._padded(*self._heads(x_btM, self._ready(x_btM.dtype, products), rotary, products))
 
@@ -146,13 +146,13 @@ class Attention(nnx.Module):
         biases = (self.query_bias, self.key_bias, self.value_bias) if self.biased else ()
         return weights + [bias.gathered(dtype) for bias in biases]
 
-    def _heads(self, x_btM, weights, rotary, products: Products):
+    def _heads(self, x_btM, weights, rotary: Rotary, products: Products):
         q, k, v = products.contract("btm,mhd->bthd", x_btM, *weights[:3])
         if self.biased:
             q, k, v = (y + bias[None, None] for y, bias in zip((q, k, v), weights[3:], strict=True))
         if self.normed:
             q, k = self.query_norm(q), self.key_norm(k)
-        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+        return apply_rotary(q, *rotary.query), apply_rotary(k, *rotary.key), v
 
     def _padded(self, *qkv: jax.Array) -> list[jax.Array]:
         """Queries, keys and values of one width: zeros at their ends change neither scores nor what is cut off."""
@@ -218,14 +218,14 @@ class Layer(nnx.Module):
             self.feedforward_out_norm = Norm(config)
 
     def __call__(
-        self, x_btM: jax.Array, rotary, segment_ids: jax.Array | None, number: jax.Array, attend: Attend
+        self, x_btM: jax.Array, rotary: Rotary, segment_ids: jax.Array | None, number: jax.Array, attend: Attend
     ) -> jax.Array:
         """The residual stream after this layer, [b,t,M]; `number` is the layer's."""
         added = lambda x: (self.attention(x, rotary, segment_ids, number, attend), None)  # noqa: E731
         return self._around(x_btM, added, GATHERED)[0]
 
     def with_cache(
-        self, x_btM: jax.Array, rotary, number: jax.Array, attend: Callable, products: Products
+        self, x_btM: jax.Array, rotary: Rotary, number: jax.Array, attend: Callable, products: Products
     ) -> tuple[jax.Array, Any]:
         """The residual stream after this layer, and the cache; `attend(q, k, v, this) -> (out, cache)`."""
 

@@ -17,7 +17,7 @@ from ring_attention.models.layers import Attend, Layer, Norm, ThisAttention
 from ring_attention.models.loss import Logits, chunked_cross_entropy, weighted_cross_entropy
 from ring_attention.models.products import GATHERED, Products
 from ring_attention.models.remat import name_input, rematerialised
-from ring_attention.models.rope import rotary_tables
+from ring_attention.models.rope import Rotary, rotary_tables, with_query_growth
 from ring_attention.models.weight import normal_weight
 from ring_attention.parallel.host_memory import on_device
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
@@ -65,8 +65,8 @@ class Transformer(nnx.Module):
           positions: int32 [b,t], for the rotary embedding; those within a document where several are packed.
           segment_ids: int32 [b,t], or None.
           attend: the attention over all devices' tokens.
-          length: tokens of the whole sequence but for padding, which rotary scaling "dynamic" goes by; None: none of
-            the tokens is padding. A row of packed documents is one sequence.
+          length: tokens of the whole sequence but for padding, which rotary scaling "dynamic" or "longrope" goes
+            by; None: none of the tokens is padding. A row of packed documents is one sequence.
         """
         hidden_btM = self.hidden(tokens, positions=positions, segment_ids=segment_ids, attend=attend, length=length)
         unembed_Mv = self._unembedding(GATHERED)
@@ -128,12 +128,13 @@ class Transformer(nnx.Module):
         x_btM, observed = self._through_layers(x_btM, run_layer, self.config.remat)
         return self.norm(x_btM) if observe is None else (self.norm(x_btM), observed)
 
-    def _rotary(self, positions: jax.Array, length: int) -> Callable[[LayerKind], tuple[jax.Array, jax.Array]]:
+    def _rotary(self, positions: jax.Array, length: int) -> Callable[[LayerKind], Rotary]:
         """The rotary tables of each kind of layer; those that are alike are made once."""
-        of_all = self.config.rope
-        ropes = {run.kind.rope or of_all for run in self.config.loop.runs}
-        tables = {rope: rotary_tables(positions, self.config.head_dim, rope, length=length) for rope in ropes}
-        return lambda kind: tables[kind.rope or of_all]
+        rotary = {}
+        for rope in self.config.ropes:
+            tables = rotary_tables(positions, self.config.head_dim, rope, length=length)
+            rotary[rope] = with_query_growth(tables, positions, rope)
+        return lambda kind: rotary[kind.rope or self.config.rope]
 
     def _through_layers(self, carry: Any, run_layer: Callable, remat: str = "none") -> tuple[Any, Any]:
         """Carry something through all layers, a loop over periods; also what they give, stacked in their order.
@@ -197,7 +198,7 @@ class Transformer(nnx.Module):
         Args:
           tokens: int32 [b,t].
           positions: int32 [b,t].
-          length: of the whole sequence, for rotary scaling "dynamic".
+          length: of the whole sequence, for the rotary scalings "dynamic" and "longrope".
           cache: pytree of arrays, of all layers. The loop over layers carries it, so that it is written in place.
           attend: attend(q, k, v, this, cache, run, place) -> (out, cache), for the layer at the int32 `place` in the
             stack of `run`; `this` is its ThisAttention.

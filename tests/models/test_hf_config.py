@@ -23,6 +23,7 @@ MISTRAL = dict(model_type="mistral", architectures=["MistralForCausalLM"], slidi
 QWEN2 = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], **SHAPE)
 QWEN3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=24, **SHAPE)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=512)
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2] * 8, original_max_position_embeddings=512)
 
 LLAMA_2_7B = {  # as published, but for the names of files
     "_name_or_path": "meta-llama/Llama-2-7b-hf",
@@ -76,6 +77,14 @@ def test_each_family_has_its_biases_and_norms(values, bias, norm):
             dict(scaling="yarn", factor=4.0, original_len=128, attention_factor=1.5),
         ),
         ({"rope_type": "llama3", **LLAMA3}, dict(scaling="llama3", factor=8.0, original_len=512)),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": False},
+            dict(scaling="yarn", factor=4.0, original_len=4096, attention_factor=1.0, truncate=False),
+        ),
+        (
+            LONGROPE,
+            dict(scaling="longrope", factor=8.0, original_len=512, short_factors=(1.0,) * 8, long_factors=(2.0,) * 8),
+        ),
         ({"rope_type": "default"}, dict()),
         (None, dict()),
     ],
@@ -223,10 +232,15 @@ REFUSED = [
     (LLAMA, "sliding_window", 128, "llama has none"),
     (LLAMA, "never_heard_of_it", 1, "not known"),
     (LLAMA, "num_local_experts", 8, "experts"),
-    (LLAMA, "rope_scaling", {"rope_type": "longrope", "factor": 2.0}, "known are"),
-    (LLAMA, "rope_scaling", {"type": "su", "factor": 2.0}, "known are"),
-    (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}, "mscale"),
-    (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate"),
+    (LLAMA, "rope_scaling", {"rope_type": "longrope", "factor": 2.0}, "short_factor=None: is missing"),
+    (LLAMA, "rope_scaling", LONGROPE | {"short_factor": [1.0, "x"]}, "must be a list of positive numbers"),
+    (LLAMA, "rope_scaling", LONGROPE | {"long_factor": [1.0, 0.0]}, "must be a list of positive numbers"),
+    (LLAMA, "rope_scaling", LONGROPE | {"long_factor": [1.0]}, "long_factors: length=1: must be 8 numbers"),
+    (LLAMA, "rope_scaling", LONGROPE | {"beta_fast": 2.0}, "beta_fast"),
+    (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "mscale": "1"}, "mscale"),
+    (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "truncate": 1.5}, "truncate"),
+    (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta"),
+    (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary"),
     (LLAMA, "rope_scaling", {"rope_type": "linear", "type": "yarn", "factor": 2.0}, "one of them"),
     (LLAMA, "rope_scaling", {"rope_type": "linear"}, "factor"),
     (LLAMA, "rope_scaling", {"rope_type": "linear", "factor": "2"}, "positive number"),

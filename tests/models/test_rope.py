@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.models.rope import RopeConfig, apply_rotary, frequencies, rotary_tables
+from ring_attention.models.config import ModelConfig
+from ring_attention.models.layer_kinds import LayerKind
+from ring_attention.models.rope import RopeConfig, apply_rotary, frequencies, rotary_tables, with_query_growth
 
 PI = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 THETA = RopeConfig(theta=10_000.0)
@@ -128,6 +130,66 @@ def test_yarn_makes_queries_and_keys_longer_and_the_others_do_not():
     np.testing.assert_allclose(jnp.hypot(*rotary_tables(positions, 64, told)), 1.5, rtol=1e-6)
 
 
+LONGROPE = RopeConfig(
+    theta=10_000.0,
+    fraction=0.75,
+    scaling="longrope",
+    factor=8.0,
+    original_len=32,
+    short_factors=(1.0, 1.05, 1.1, 1.2, 1.4, 1.5),
+    long_factors=(1.0, 1.3, 2.0, 4.0, 8.0, 16.0),
+)
+
+
+def test_longrope_divides_by_short_factors_up_to_the_original_length_and_by_long_ones_beyond_it():
+    plain = frequencies(RopeConfig(theta=10_000.0, fraction=0.75), 16, 0)
+    for length, factors in ((0, "short"), (32, "short"), (33, "long"), (4096, "long")):
+        got = plain / frequencies(LONGROPE, 16, length)
+        np.testing.assert_allclose(got, getattr(LONGROPE, f"{factors}_factors"), rtol=1e-12)
+    assert LONGROPE.magnitude == pytest.approx(math.sqrt(1 + math.log(8) / math.log(32)))
+    assert dataclasses.replace(LONGROPE, attention_factor=1.1).magnitude == 1.1
+    x = jnp.ones((1, 1, 1, 16))
+    turned = apply_rotary(x, *rotary_tables(jnp.zeros((1, 1), jnp.int32), 16, LONGROPE, length=32))
+    np.testing.assert_allclose(turned[0, 0, 0], [LONGROPE.magnitude] * 12 + [1.0] * 4, rtol=1e-6)
+
+
+def test_lengths_of_the_same_frequencies_share_a_program_and_others_do_not():
+    dynamic = SCALED["dynamic"]
+    assert [dynamic.scaled_length(n) for n in (1, 256, 257, 900)] == [0, 0, 257, 900]
+    assert [LONGROPE.scaled_length(n) for n in (1, 32, 33, 900)] == [0, 0, 33, 33]
+    assert {SCALED[name].scaled_length(900) for name in ("linear", "yarn", "llama3")} == {0}
+    sizes = dict(vocab_size=8, num_layers=2, model_dim=8, num_heads=1, num_kv_heads=1, head_dim=16, ffn_dim=8)
+    model = ModelConfig(**sizes, layers=(LayerKind(rope=dynamic), LayerKind(rope=LONGROPE)))
+    assert [model.scaled_length(n) for n in (1, 32, 33, 256, 257, 900)] == [0, 0, 33, 33, 257, 900]
+    for tokens in (1, 32, 33, 100, 256, 257, 900):
+        for rope in model.ropes:
+            same = frequencies(rope, 16, model.scaled_length(tokens))
+            np.testing.assert_array_equal(same, frequencies(rope, 16, tokens))
+    with pytest.raises(ConfigError, match="short_factors: length=6: must be 8 numbers"):
+        ModelConfig(**sizes, rope=dataclasses.replace(LONGROPE, fraction=1.0))
+
+
+def test_a_ramp_that_is_not_rounded_begins_and_ends_between_pairs():
+    rounded = SCALED["yarn"]
+    exact = dataclasses.replace(rounded, truncate=False)
+    plain = frequencies(RopeConfig(theta=1e4), 64, 0)
+    share = (1 - frequencies(exact, 64, 0) / plain) / (1 - 1 / 8)
+    pair = lambda times: 64 * math.log(256 / (times * 2 * math.pi)) / (2 * math.log(1e4))  # noqa: E731
+    first, last = pair(32.0), pair(1.0)
+    np.testing.assert_allclose(share, np.clip((np.arange(32) - first) / (last - first), 0, 1), atol=1e-12)
+    assert np.abs(frequencies(exact, 64, 0) - frequencies(rounded, 64, 0)).max() > 1e-3  # the control
+
+
+def test_queries_grow_by_each_original_window_before_them_and_keys_do_not():
+    rope = dataclasses.replace(SCALED["yarn"], query_growth=0.1)
+    positions = jnp.array([0, 255, 256, 511, 512, 256 * 40])
+    tables = rotary_tables(positions, 64, rope)
+    rotary = with_query_growth(tables, positions, rope)
+    grown = np.hypot(*rotary.query)[:, 0] / rope.magnitude
+    np.testing.assert_allclose(grown, 1 + 0.1 * np.log1p([0, 0, 1, 1, 2, 40]), rtol=1e-6)
+    assert rotary.key is tables
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -140,6 +202,17 @@ def test_yarn_makes_queries_and_keys_longer_and_the_others_do_not():
         (dict(scaling="yarn", factor=2.0, original_len=64, beta_slow=40.0), "must lie between 0 and .*beta_fast=32"),
         (dict(scaling="llama3", factor=2.0, original_len=64, low_freq_factor=4.0), "between 0 and .*high_freq_factor"),
         (dict(scaling="yarn", factor=2.0, original_len=64, attention_factor=-1.0), "must not be negative; 0 takes"),
+        (
+            dict(scaling="yarn", factor=2.0, original_len=64, query_growth=-1.0),
+            "query_growth=-1.0: must not be negative",
+        ),
+        (
+            dict(scaling="yarn", factor=2.0, original_len=64, query_growth=0.1, fraction=0.5),
+            "whole heads must be turned",
+        ),
+        (dict(scaling="longrope", original_len=64, long_factors=(1.0, 0.0)), "long_factors=.*: must be positive, all"),
+        (dict(scaling="longrope", factor=2.0, original_len=1), "original_len=1: must be at least 2"),
+        (dict(scaling="linear", factor=2.0, truncate=False), "truncate=False: is not used by"),
     ],
 )
 def test_a_scaling_that_makes_no_sense_is_refused(fields, words):

@@ -26,15 +26,33 @@ def whole(values: Mapping[str, Any], key: str, default: Any = _REQUIRED, *, most
     return value
 
 
-def number(values: Mapping[str, Any], key: str, default: Any = _REQUIRED, *, within: str = "") -> float:
-    """The positive number under `key`, or `default` where the key is absent or null; `within` names its section."""
+def number(
+    values: Mapping[str, Any], key: str, default: Any = _REQUIRED, *, within: str = "", zero: bool = False
+) -> float:
+    """The positive number under `key`, or `default` where the key is absent or null; `within` names its section.
+
+    With `zero`, it may be that, too.
+    """
     value = values.get(key)
     if value is None:
         require_field(default is not _REQUIRED, within + key, value, "is missing", _REMEDY)
         return default
-    fit = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-    require_field(fit, within + key, value, "must be a positive number", _REMEDY)
+    fit = _is_number(value) and (value > 0 or zero and value == 0)
+    require_field(fit, within + key, value, "must be a positive number" + " or 0" * zero, _REMEDY)
     return float(value)
+
+
+def numbers(values: Mapping[str, Any], key: str, *, within: str = "") -> tuple[float, ...]:
+    """The list of positive numbers under `key`."""
+    value = values.get(key)
+    require_field(value is not None, within + key, value, "is missing", _REMEDY)
+    fit = isinstance(value, list) and all(_is_number(each) and each > 0 for each in value)
+    require_field(fit, within + key, value, "must be a list of positive numbers", _REMEDY)
+    return tuple(map(float, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def flag(values: Mapping[str, Any], key: str) -> bool:
