@@ -52,8 +52,9 @@ class Generator:
           model: its shape.
           params: the parameters as `TrainedModel.load` gives them, in float32 or the compute dtype.
           mesh: with fsdp=1.
-          capacity: the most tokens of a row, prompt and continuation together. Rotary scaling "dynamic", which goes by
-            the length of the sequence, takes it for the whole generation, so that keys in the cache stay valid.
+          capacity: the most tokens of a row, prompt and continuation together. A rotary scaling that goes by the
+            length of the sequence, "dynamic" or "longrope", takes this for it from the first token on, so that keys in
+            the cache stay valid.
           attention: of which the strategy (for prompts), its options, the window, softcap and tiles count; the layout
             is striped. The ring by default.
           sampling: how tokens are chosen; the likeliest by default.

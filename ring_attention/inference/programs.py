@@ -49,7 +49,7 @@ class Plan:
     Attributes:
       model: its shape.
       attention: its attention; the layout is striped.
-      capacity: tokens of a row, which rotary scaling "dynamic" goes by.
+      capacity: tokens of a row, which the rotary scalings "dynamic" and "longrope" go by.
       sampling: how tokens are chosen.
       vocab_size: tokens of the tokenizer; the model may have more, whose scores are left out.
     """
