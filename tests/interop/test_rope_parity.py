@@ -43,7 +43,7 @@ def test_frequencies_and_the_factor_of_attention_are_those_of_transformers(name,
     sizes = dict(hidden_size=8 * HEAD_DIM, num_attention_heads=8, max_position_embeddings=LONGEST)
     config = transformers.LlamaConfig(**sizes, rope_parameters=dict(given))
     theirs, factor = rope_utils.ROPE_INIT_FUNCTIONS[given["rope_type"]](config, None, seq_len=length)
-    rope = rope_from_hf({"rope_parameters": given}, LONGEST, RopeFacts(partial=True))
+    rope = rope_from_hf({"rope_parameters": given}, LONGEST, facts=RopeFacts(partial=True))
     np.testing.assert_allclose(frequencies(rope, HEAD_DIM, length), theirs.double().numpy(), rtol=1e-6)
     assert rope.magnitude == pytest.approx(factor, rel=1e-6)
     other = dataclasses.replace(rope, theta=10_001.0)

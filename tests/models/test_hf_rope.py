@@ -54,14 +54,14 @@ MINISTRAL_3 = dict(
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_the_spellings_of_longrope_mean_the_same(spelling):
-    assert rope_from_hf(SPELLINGS[spelling], 131_072, PHI) == LONG
-    assert rope_from_hf(SPELLINGS[spelling], 65_536, PHI) == dataclasses.replace(LONG, factor=16.0)  # the control
+    assert rope_from_hf(SPELLINGS[spelling], 131_072, facts=PHI) == LONG
+    assert rope_from_hf(SPELLINGS[spelling], 65_536, facts=PHI) == dataclasses.replace(LONG, factor=16.0)  # the control
 
 
 def test_queries_grow_where_the_family_reads_it():
-    assert rope_from_hf({"rope_parameters": MINISTRAL_3}, 262_144, MINISTRAL) == GROWN
+    assert rope_from_hf({"rope_parameters": MINISTRAL_3}, 262_144, facts=MINISTRAL) == GROWN
     still = MINISTRAL_3 | {"llama_4_scaling_beta": 0.0, "mscale_all_dim": 0.0}  # as Devstral 2 has it
-    assert rope_from_hf({"rope_parameters": still}, 262_144, MINISTRAL) == dataclasses.replace(
+    assert rope_from_hf({"rope_parameters": still}, 262_144, facts=MINISTRAL) == dataclasses.replace(
         GROWN, query_growth=0.0, attention_factor=0.0
     )
 
@@ -79,9 +79,9 @@ def test_queries_grow_where_the_family_reads_it():
     ],
 )
 def test_what_is_written_is_read_again(nested, rope, facts, max_len):
-    values = rope_to_hf(rope, max_len, facts, nested=nested)
+    values = rope_to_hf(rope, max_len, facts=facts, nested=nested)
     assert ("rope_parameters" in values) == nested
-    assert rope_from_hf(values, max_len, facts) == rope
+    assert rope_from_hf(values, max_len, facts=facts) == rope
     table = values.get("rope_scaling") or {}
     if rope.scaling == "longrope" and not nested and rope.factor * 4096 == max_len and not rope.attention_factor:
         assert set(table) == {"type", "short_factor", "long_factor"}  # Phi3Config of transformers 4 takes no others
@@ -97,7 +97,7 @@ def test_what_is_written_is_read_again(nested, rope, facts, max_len):
 )
 def test_what_the_family_cannot_say_is_refused(rope, facts, words):
     with pytest.raises(ConfigError, match=words):
-        rope_to_hf(rope, 131_072, facts)
+        rope_to_hf(rope, 131_072, facts=facts)
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_what_the_family_cannot_say_is_refused(rope, facts, words):
 )
 def test_keys_that_the_class_does_not_read_are_refused(values, facts, words):
     with pytest.raises(ConfigError, match=words):
-        rope_from_hf(values, 131_072, facts)
+        rope_from_hf(values, 131_072, facts=facts)

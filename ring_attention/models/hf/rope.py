@@ -63,7 +63,9 @@ class RopeFacts:
 PLAIN = RopeFacts()
 
 
-def rope_from_hf(values: Mapping[str, Any], max_len: int, facts: RopeFacts = PLAIN) -> RopeConfig:
+def rope_from_hf(
+    values: Mapping[str, Any], max_len: int, default_theta: float = DEFAULT_THETA, *, facts: RopeFacts = PLAIN
+) -> RopeConfig:
     """Translate the rotary keys of a config.json whose max_position_embeddings is `max_len`.
 
     Raises:
@@ -79,7 +81,7 @@ def rope_from_hf(values: Mapping[str, Any], max_len: int, facts: RopeFacts = PLA
         f"is not implemented; known are {', '.join(facts.scalings)}",
         "take a checkpoint with one of these",
     )
-    theta = number({"rope_theta": _outer_too(given, "rope_theta", values, section)}, "rope_theta", DEFAULT_THETA)
+    theta = number({"rope_theta": _outer_too(given, "rope_theta", values, section)}, "rope_theta", default_theta)
     if kind in ("yarn", "llama3", "longrope"):
         given[_ORIGINAL] = _outer_too(given, _ORIGINAL, values, section)
     for key, value in given.items():
@@ -175,7 +177,7 @@ def _attention_factor(given: dict[str, Any], factor: float, section: str) -> flo
     return of_queries / of_all
 
 
-def rope_to_hf(rope: RopeConfig, max_len: int, facts: RopeFacts = PLAIN, *, nested: bool = False) -> dict[str, Any]:
+def rope_to_hf(rope: RopeConfig, max_len: int, *, facts: RopeFacts = PLAIN, nested: bool = False) -> dict[str, Any]:
     """The keys for `rope`: all in `rope_parameters` if `nested`, else those that transformers 4 reads too.
 
     Raises:
