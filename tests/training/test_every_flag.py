@@ -25,6 +25,8 @@ MODEL = ModelConfig(
 )
 MESHES = {1: dict(sp=1), 2: dict(sp=2), 8: dict(fsdp=2, sp=2, tp=2)}
 
+GROWN = RopeConfig(scaling="yarn", factor=4.0, original_len=8, query_growth=0.5)
+LONG = RopeConfig(scaling="longrope", factor=4.0, original_len=8, short_factors=(1.0,) * 4, long_factors=(1.0, 2.0) * 2)
 NEAR, NOWHERE = LayerKind(window=5), LayerKind(rope=RopeConfig(fraction=0.0))
 OF_MODEL = dict(
     value_head_dim=[4, 12],
@@ -49,7 +51,7 @@ OF_MODEL = dict(
     out_bias=[True],
     ffn_bias=[True],
     qk_norm=[True],
-    rope=[RopeConfig(theta=100.0), RopeConfig(fraction=0.5)],
+    rope=[RopeConfig(theta=100.0), RopeConfig(fraction=0.5), GROWN, LONG],
 )
 OF_ATTENTION = dict(window=[5], chunk=[8], max_segment_len=[10], softcap=[1.0], sinks=[True], alibi=[True])
 OF_ATTENTION |= dict(dropout_rate=[0.1])
