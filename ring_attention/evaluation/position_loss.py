@@ -91,8 +91,8 @@ def make_loss_program(config: TrainConfig, attention: AttentionConfig, mesh: Mes
 
     `length`, of the documents without padding, is what the rotary scalings "dynamic" and "longrope" go by.
     """
-    build, P = model_builder(config.transformer), mesh.shape[SEQUENCE]
-    attend, layout = attention_of(attention, attention.completed(config.model), P), attention.make_layout(P)
+    model, P = attention.completed(config.model), mesh.shape[SEQUENCE]
+    build, attend, layout = model_builder(model), attention_of(attention, model, P), attention.make_layout(P)
 
     def on_device(params, tokens_bt, targets_bt):
         positions_bt = jnp.broadcast_to(
