@@ -11,11 +11,13 @@ finds; without accelerators, into the host's memory: 4 bytes a parameter. docs/l
 """
 
 import argparse
+import collections
 
 import jax
 
 from ring_attention.checks import local_path, printable
 from ring_attention.commands.arguments import Parser
+from ring_attention.models.hf.facts import kinds_by_layer
 from ring_attention.models.hf.source import Source, open_source
 from ring_attention.parallel.mesh import make_mesh
 from ring_attention.training.hf_conversion import import_hf
@@ -48,5 +50,12 @@ def describe(source: Source) -> str:
     dtypes = ", ".join(sorted({stored.dtype for stored in source.stored.values()}))
     parts = [f"{config.max_len:,} tokens of context", f"{len(source.files)} files of {dtypes}"]
     parts += [f"rotary scaling {model.rope.scaling}"] if model.rope.scaling != "none" else []
-    parts += [f"window {config.window:,}"] if config.window else []
+    windows = collections.Counter(kind.reach for kind in kinds_by_layer(config.transformer))
+    parts += [
+        f"window {window:,}"
+        if count == model.num_layers
+        else f"window {window:,} in {count} of {model.num_layers} layers"
+        for window, count in windows.items()
+        if window
+    ]
     return f"{source.path}: {config.family}, {model.num_parameters:,} parameters, {', '.join(parts)}."

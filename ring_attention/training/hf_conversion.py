@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 
 from ring_attention.checks import ConfigError, require_choice, require_field, require_local
 from ring_attention.data.tokenizers import BYTES, byte_level_letters, load_tokenizer
-from ring_attention.models.config import ModelConfig
-from ring_attention.models.hf.config import HFConfig, config_from_hf, config_to_hf, family_for, update_hf
+from ring_attention.models.hf.config import HFConfig, config_from_hf, family_for, update_hf
 from ring_attention.models.hf.export import DTYPE_NAMES, numpy_dtype, write_again, write_standard
 from ring_attention.models.hf.loading import Progress, load_parameters
 from ring_attention.models.hf.manifest import FILES, FOLDER, TOKENIZER, Manifest, write_manifest
 from ring_attention.models.hf.names import tensors_of
 from ring_attention.models.hf.source import Source
+from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.models.transformer import abstract_parameters, resized_parameters
 from ring_attention.parallel.strategies import STRATEGIES
 from ring_attention.training.checkpoints import Checkpoints
@@ -92,11 +92,11 @@ def import_hf(source: Source, out: Path, mesh: Mesh, progress: Progress) -> Mani
       ConfigError: if the checkpoint is damaged, or `out` cannot be made.
       RunError: if the disk refuses.
     """
-    with new_folder(out, 4 * source.config.model.num_parameters, "--out") as partial:
+    with new_folder(out, 4 * source.config.transformer.num_parameters, "--out") as partial:
         manifest = write_manifest(source, partial / FOLDER)
         params = load_parameters(source, mesh, progress=progress)
         folder = RunFolder(partial)
-        whole = {"params": abstract_parameters(source.config.model)}
+        whole = {"params": abstract_parameters(source.config.transformer)}
         with Checkpoints(folder.checkpoints, whole) as checkpoints:
             checkpoints.save(0, {"params": params}, {})
         config = config_of(source.path, source.config)
@@ -115,22 +115,28 @@ def export_config(config: TrainConfig, values: Mapping[str, Any] | None) -> HFCo
     exact = STRATEGIES[attention.strategy].exact
     other = "is another function than the models of Hugging Face have"
     require_field(exact, "attention.strategy", attention.strategy, other, "train with attention.strategy=ring")
-    require_field(not attention.softcap, "attention.softcap", attention.softcap, other, "train with 0")
+    require_field(not attention.alibi, "attention.alibi", attention.alibi, other, "train without it")
     before = config_from_hf(values) if values else None
     rope = config.model.rope
     max_len = rope.original_len if rope.scaling == "dynamic" else max(config.seq_len, before.max_len if before else 0)
-    same = before is None or _shapes(before.model) == _shapes(config.model)
+    given = LayerKind(**{name: getattr(attention, name) for name in ("window", "chunk", "sinks", "softcap")})
+    if before is None:
+        exported = HFConfig(
+            family=family_for(config.model, given, max_len), model=config.model, attention=given, max_len=max_len
+        )
+    else:
+        exported = dataclasses.replace(before, model=config.model, attention=given, max_len=max_len)
+    same = before is None or _shapes(before) == _shapes(exported)
     theirs = "the checkpoint that it came from has tensors of other shapes"
     require_field(same, "parameters", config.model.num_parameters, theirs, "take the folder as train.py wrote it")
-    family = before.family if before else family_for(config.model, attention.window)
-    exported = HFConfig(family=family, model=config.model, window=attention.window, max_len=max_len)
-    update_hf(values, exported) if values else config_to_hf(exported)  # raises for what the family cannot say
+    if values:
+        update_hf(values, exported)  # raises for what the family cannot say
     return exported
 
 
-def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: HFConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that this model has in a Hugging Face checkpoint, by name."""
-    return {name: tensor.shape for name, tensor in tensors_of(model).items()}
+    return {name: tensor.shape for name, tensor in tensors_of(config).items()}
 
 
 def export_hf(trained: TrainedModel, out: Path, mesh: Mesh, progress: Progress, dtype: str | None = None) -> None:

@@ -13,6 +13,7 @@ from ring_attention.checks import ConfigError, printable, require_field, shown
 from ring_attention.data.config import DataConfig
 from ring_attention.data.tokenizers import BYTES
 from ring_attention.models.hf.config import config_from_hf
+from ring_attention.models.hf.facts import FREE_MODEL_FIELDS
 from ring_attention.models.hf.files import is_regular, read_json
 from ring_attention.models.hf.manifest import FOLDER, write_manifest
 from ring_attention.models.hf.presets import PRESETS, REFUSED
@@ -25,11 +26,7 @@ from ring_attention.training.run_folder import RunFolder, read_config
 from ring_attention.training.state import TrainState, make_state, state_with
 from ring_attention.training.trained_model import TrainedModel, config_of, open_trained_model
 
-FREE_MODEL_FIELDS = ("compute_dtype", "remat", "head_groups", "ffn_chunk", "loss_chunk", "start_local")
-"""Fields of a model that may differ from those of the model that a run begins with, as may the section rope. They say
-how the same parameters are computed with, or how others would have been drawn."""
-
-_OF_ATTENTION = ("attention.window", "attention.softcap")
+_OF_ATTENTION = ("attention.window", "attention.chunk", "attention.sinks", "attention.softcap")
 """Fields of attention that follow from the model that a run begins with, and may be set to something else."""
 
 _STEPS = 100

@@ -120,7 +120,7 @@ def config_of(folder: Path, config: HFConfig) -> TrainConfig:
         model=config.model,
         seq_len=config.max_len,
         num_steps=1,
-        attention=AttentionConfig(window=config.window),
+        attention=AttentionConfig(**config.attention_fields),
         data=DataConfig(tokenizer=str(folder.absolute() / TOKENIZER)),
         optimizer=OptimizerConfig(warmup_steps=0),
     )

@@ -12,7 +12,7 @@ from test_hf_parity import BOUND, LENGTH, our_logits, their_logits
 import ring_attention as ra
 from ring_attention.data.tokenizers import ByteTokenizer
 from ring_attention.models.config import ModelConfig
-from ring_attention.models.hf.config import HFConfig
+from ring_attention.models.hf.config import ALL_BEFORE, HFConfig
 from ring_attention.models.hf.export import write_standard
 from ring_attention.models.rope import RopeConfig
 from ring_attention.models.transformer import abstract_parameters
@@ -57,7 +57,8 @@ def test_a_checkpoint_of_our_own_has_our_logits_in_transformers(tmp_path, family
     model, window = MODELS[family]
     params, mesh = _random(model), ra.make_mesh(devices=jax.devices()[:1])
     params = jax.tree.map(functools.partial(jnp.asarray, dtype=jnp.float32), params)
-    config = HFConfig(family=family, model=model, window=window, max_len=LENGTH)
+    attention = dataclasses.replace(ALL_BEFORE, window=window)
+    config = HFConfig(family=family, model=model, attention=attention, max_len=LENGTH)
     write_standard(params, config, "float32", tmp_path, lambda name, size: None, extra={}, most=most)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or most > 30_000
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()

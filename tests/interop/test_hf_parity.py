@@ -133,7 +133,7 @@ def require_equal_logits(folder, model, meshes):
     assert source.config.max_len == WINDOW
     for name in meshes:
         mesh = ra.make_mesh(**MESHES[name], devices=jax.devices()[: 1 if name == "alone" else 8])
-        ours = our_logits(source.config.model, load_parameters(source, mesh), mesh, source.config.window)
+        ours = our_logits(source.config.model, load_parameters(source, mesh), mesh, source.config.attention.window)
         assert np.abs(ours - theirs).max() < BOUND
 
 
@@ -223,7 +223,7 @@ def test_a_part_that_is_left_out_or_wrong_is_seen(tmp_path, control):
     family, rope, change = CONTROLS[control]
     model = make_checkpoint(tmp_path, family, rope, 1e4)
     source, mesh = open_source(tmp_path), ra.make_mesh(devices=jax.devices()[:1])
-    config, params, window = source.config.model, load_parameters(source, mesh), source.config.window
+    config, params, window = source.config.model, load_parameters(source, mesh), source.config.attention.window
     if callable(change):
         config, params = change(config, params)
     else:

@@ -5,7 +5,8 @@ import pytest
 
 from ring_attention.checks import ConfigError
 from ring_attention.models.config import ModelConfig
-from ring_attention.models.hf.config import FAMILIES, HFConfig, config_from_hf, config_to_hf, family_for, update_hf
+from ring_attention.models.hf.config import ALL_BEFORE, config_from_hf, config_to_hf, family_for, update_hf
+from ring_attention.models.hf.families import FAMILIES
 from ring_attention.models.rope import RopeConfig
 
 SHAPE = dict(
@@ -52,7 +53,7 @@ LLAMA_2_7B = {  # as published, but for the names of files
 
 def test_llama_2_7b_is_the_model_that_the_paper_describes():
     config = config_from_hf(LLAMA_2_7B)
-    assert (config.family, config.window, config.max_len) == ("llama", 0, 4096)
+    assert (config.family, config.attention.window, config.max_len) == ("llama", 0, 4096)
     assert config.model.num_parameters == 6_738_415_616
     assert config.model.rope == RopeConfig(theta=10_000.0)
     assert (config.model.head_dim, config.model.num_kv_heads) == (128, 32)
@@ -118,7 +119,7 @@ def test_the_three_ways_to_write_a_scaling_mean_the_same(table, rope):
     ],
 )
 def test_a_window_holds_in_all_layers_or_in_none(values, window):
-    assert config_from_hf(values).window == window
+    assert (config_from_hf(values).attention.window, config_from_hf(values).model.layers) == (window, ())
 
 
 PUBLISHED = {  # the keys that each has beside those of LLAMA_2_7B, as published
@@ -214,14 +215,14 @@ REFUSED = [
     (LLAMA, "quantization", {"group_size": 64, "bits": 4}, "bfloat16"),
     (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "finetuned": False}, "finetuned"),
     (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "attn_factor": 1.2}, "attn_factor"),
-    (LLAMA, "model_type", "gemma2", "llama, mistral, qwen2, qwen3"),
+    (LLAMA, "model_type", "gemma", "llama, mistral, qwen2, qwen3"),
     (LLAMA, "model_type", None, "llama, mistral, qwen2, qwen3"),
     (LLAMA, "model_type", ["llama"], "llama, mistral, qwen2, qwen3"),
     (LLAMA, "architectures", ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
     (LLAMA, "hidden_act", "gelu", "silu"),
-    (LLAMA, "attention_bias", True, "o_proj"),
-    (QWEN3, "attention_bias", True, "o_proj"),
-    (LLAMA, "mlp_bias", True, "feed-forward"),
+    (MISTRAL, "attention_bias", True, "no biases"),
+    (QWEN2, "attention_bias", True, "no biases"),
+    (QWEN3, "mlp_bias", True, "no biases"),
     (LLAMA, "pretraining_tp", 2, "set it to 1"),
     (LLAMA, "partial_rotary_factor", 0.5, "whole heads"),
     (LLAMA, "attention_dropout", 0.1, "0.0"),
@@ -229,7 +230,7 @@ REFUSED = [
     (LLAMA, "auto_map", {"AutoModel": "code.Model"}, "code"),
     (LLAMA, "final_logit_softcapping", 30.0, "logits"),
     (LLAMA, "attn_logit_softcapping", 50.0, "scores"),
-    (LLAMA, "sliding_window", 128, "llama has none"),
+    (LLAMA, "sliding_window", 128, "this family has none"),
     (LLAMA, "never_heard_of_it", 1, "not known"),
     (LLAMA, "num_local_experts", 8, "experts"),
     (LLAMA, "rope_scaling", {"rope_type": "longrope", "factor": 2.0}, "short_factor=None: is missing"),
@@ -256,14 +257,7 @@ REFUSED = [
     (LLAMA, "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.25}, "partial_rotary_factor"),
     (LLAMA, "rope_parameters", {"full_attention": {"rope_theta": 1e4}}, "full_attention"),
     (QWEN2, "use_mrope", True, "one axis"),
-    (QWEN2 | {"sliding_window": 64, "use_sliding_window": True}, "max_window_layers", 1, "2 of 3 layers"),
     (QWEN2 | {"sliding_window": 64, "max_window_layers": 0}, "use_sliding_window", "yes", "true or false"),
-    (
-        QWEN3 | {"sliding_window": 64, "use_sliding_window": True},
-        "layer_types",
-        ["sliding_attention", "full_attention", "full_attention"],
-        "1 of 3 layers",
-    ),
     (QWEN3, "layer_types", ["sliding_attention"] * 3, "without sliding_window"),
     (QWEN3, "layer_types", ["chunked_attention"] * 3, "chunked_attention"),
     (QWEN3, "layer_types", ["full_attention"], "each of 3 layers"),
@@ -302,6 +296,16 @@ ROPES = [
     RopeConfig(theta=1e6, scaling="yarn", factor=8.0, original_len=512, beta_fast=24.0, attention_factor=1.25),
     RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_len=512, low_freq_factor=2.0),
 ]
+SIZES = dict(
+    vocab_size=320,
+    num_hidden_layers=3,
+    hidden_size=96,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=24,
+    intermediate_size=144,
+    max_position_embeddings=4096,
+)
 OURS = ModelConfig(
     vocab_size=320, num_layers=3, model_dim=96, num_heads=6, num_kv_heads=2, head_dim=24, ffn_dim=144, rope=ROPES[0]
 )
@@ -311,20 +315,26 @@ OURS = ModelConfig(
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.scaling)
 @pytest.mark.parametrize("window", [0, 64])
 def test_back_and_forth_is_the_same_config(family, rope, window):
-    kind = FAMILIES[family]
-    model = dataclasses.replace(OURS, rope=rope, qkv_bias=kind.qkv_bias, qk_norm=kind.qk_norm, tied_embeddings=True)
-    config = HFConfig(family=family, model=model, window=window, max_len=4096)
-    if window and not kind.window_key:
+    row = FAMILIES[family]
+    given = config_from_hf(SIZES | {"model_type": family, "rope_theta": row.layers.thetas[1]})
+    kind = "default" if rope.scaling == "none" else rope.scaling
+    rope = (
+        rope if kind in row.rope.scalings else dataclasses.replace(ROPES[0], query_growth=given.model.rope.query_growth)
+    )
+    model = dataclasses.replace(given.model, rope=rope, layers=())
+    config = dataclasses.replace(given, model=model, attention=dataclasses.replace(given.attention, window=window))
+    if window and not row.layers.window:
         with pytest.raises(ConfigError, match="attention.window=64"):
             config_to_hf(config)
         return
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
-    assert family_for(model, window) == ("llama" if family == "mistral" and not window else family)
+    first = {"mistral": "llama", "olmo3": "olmo2"}.get(family, family) if not window else family
+    assert family_for(model, config.attention, 4096) == first
 
 
 def test_a_model_with_biases_and_norms_has_no_family():
-    with pytest.raises(ConfigError, match="model.qkv_bias=True"):
-        family_for(dataclasses.replace(OURS, qkv_bias=True, qk_norm=True), 0)
+    with pytest.raises(ConfigError, match="model.qk_norm=True: a model of the family 'qwen2' can only say False"):
+        family_for(dataclasses.replace(OURS, qkv_bias=True, qk_norm=True), ALL_BEFORE, 4096)
 
 
 @pytest.mark.parametrize(
@@ -345,5 +355,5 @@ def test_an_updated_config_keeps_every_other_key_and_the_way_its_rope_is_written
 
 def test_an_updated_config_has_the_window_of_the_model():
     before = config_from_hf(QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3})
-    after = dataclasses.replace(before, window=96)
+    after = dataclasses.replace(before, attention=dataclasses.replace(before.attention, window=96))
     assert config_from_hf(update_hf(QWEN2 | {"layer_types": ["full_attention"] * 3}, after)) == after

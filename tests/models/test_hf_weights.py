@@ -105,7 +105,7 @@ def test_every_number_lands_where_the_model_wants_it_on_any_mesh(tmp_path, famil
     want = _by_hand(values, tensors)
     assert jax.tree.structure(params) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, params, want)
-    specs = parameter_specs(source.config.model)
+    specs = parameter_specs(source.config.transformer)
     jax.tree.map(lambda x, spec: np.testing.assert_equal(x.sharding.spec, spec), params, specs)
     assert not np.array_equal(
         params["layers"]["attention"]["query"], want["layers"]["attention"]["query"][::-1]

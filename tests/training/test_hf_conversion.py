@@ -149,7 +149,7 @@ def test_export_config_refuses_what_no_family_computes():
             export_config(dataclasses.replace(CONFIG, **changes), None)
 
     assert export_config(CONFIG, None).family == "llama"  # the control
-    refused("attention.softcap=3.0: is another function", attention=AttentionConfig(softcap=3.0))
+    refused("attention.softcap=3.0: a model of the family", attention=AttentionConfig(softcap=3.0))
     refused("attention.strategy='sparse': is another", attention=AttentionConfig(strategy="sparse"))
     refused("model.qkv_bias=True: no family", model=dataclasses.replace(MODEL, qkv_bias=True, qk_norm=True))
 

@@ -273,6 +273,6 @@ def test_config_from_folder_needs_no_weights(stretched, tmp_path):
     (tmp_path / "config.json").write_text('{"version": 1}')
     with pytest.raises(ConfigError, match="is a folder without a config.json of Hugging Face; give a config file, or"):
         parsed(tmp_path)
-    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gemma2"}')
-    with pytest.raises(ConfigError, match=f"--config={tmp_path / 'hf'}: model_type='gemma2': is not implemented"):
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gemma"}')
+    with pytest.raises(ConfigError, match=f"--config={tmp_path / 'hf'}: model_type='gemma': is not implemented"):
         parsed(tmp_path / "hf")

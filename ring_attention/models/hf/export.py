@@ -1,6 +1,5 @@
 """From sharded arrays to the files of a checkpoint, a tensor at a time."""
 
-import dataclasses
 import json
 import shutil
 import struct
@@ -12,13 +11,12 @@ import jax
 import numpy as np
 
 from ring_attention.checks import ConfigError, printable, require_field
-from ring_attention.models.config import ModelConfig
 from ring_attention.models.hf.config import HFConfig, config_to_hf, update_hf
 from ring_attention.models.hf.files import inside
 from ring_attention.models.hf.header import DTYPES, parse_header
 from ring_attention.models.hf.loading import Progress
 from ring_attention.models.hf.manifest import Manifest
-from ring_attention.models.hf.names import TIED_COPY, Tensor, is_no_parameter, leaf, tensors_of
+from ring_attention.models.hf.names import Tensor, is_no_parameter, leaf, tensors_of
 from ring_attention.models.hf.source import CONFIG, INDEX, SINGLE, all_finite
 
 SHARD_BYTES = 5 * 10**9
@@ -53,7 +51,7 @@ def write_again(manifest: Manifest, params: Any, config: HFConfig, out: Path, pr
     updated = update_hf(values, config)
     if updated != values:
         _write_json(out / CONFIG, updated)
-    tensors = _with_tied_copy(config.model)
+    tensors = manifest.tensors
     for shard in manifest.shards:
         header = manifest.header(shard)
         target = inside(out, shard, said_by=manifest.path)
@@ -82,7 +80,7 @@ def write_standard(
       most: bytes of a file; a single tensor may be more.
     """
     _write_json(out / CONFIG, config_to_hf(config) | {"torch_dtype": dtype} | extra)
-    shards = _cut(tensors_of(config.model), numpy_dtype(dtype).itemsize, most)
+    shards = _cut(tensors_of(config), numpy_dtype(dtype).itemsize, most)
     places, total = {}, 0
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -106,24 +104,16 @@ def host_array(array: jax.Array, layer: int | None) -> np.ndarray:
     return whole
 
 
-def _with_tied_copy(model: ModelConfig) -> dict[str, Tensor]:
-    tensors = tensors_of(model)
-    if model.tied_embeddings:
-        embedding = next(tensor for tensor in tensors.values() if tensor.parameter == "embed")
-        tensors[TIED_COPY] = dataclasses.replace(embedding, name=TIED_COPY)
-    return tensors
-
-
 def _contents(
     header: bytes, path: Path, manifest: Manifest | None, tensors: dict[str, Tensor], params: Any
 ) -> Iterator[tuple[str, bytes | memoryview]]:
     """The name and the bytes of each tensor of the file at `path`, in their order there."""
     for name, entry in parse_header(header, path).items():
-        if is_no_parameter(name):
+        if name not in tensors and manifest is not None and is_no_parameter(name, manifest.config):
             yield name, manifest.tensor(name)
             continue
-        tensor = tensors[name]
-        values = tensor.to_tensor(host_array(leaf(params, tensor.parameter), tensor.layer))
+        parts = [part.to_tensor(host_array(leaf(params, part.parameter), part.layer)) for part in tensors[name].parts]
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
         dtype = DTYPES[entry.dtype]
         with np.errstate(over="ignore"):
             stored = values.astype(dtype, order="C")

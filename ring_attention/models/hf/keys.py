@@ -1,6 +1,7 @@
-"""Every key of config.json that is not translated: those that must have one value, and those that change nothing.
+"""Keys of config.json that are not translated: those that must have one value, and those that change nothing.
 
-A key that stands in neither table, nor is read by `config` and `rope`, is refused: it may change the function.
+A family that reads a key of these, or has other conditions for it, says so in its row (`families`). A key that stands
+in neither table, nor in the row, is refused: it may change the function.
 """
 
 from typing import Any, NamedTuple
@@ -25,11 +26,10 @@ _ABSENT = (None,)
 _RETRAINED = "set it to 0.0 in config.json to go on without it, logits do not change"
 
 FIXED: dict[str, Fixed] = {
-    "hidden_act": Fixed(("silu",), "only SwiGLU, which is 'silu', is implemented"),
-    "attention_bias": Fixed(_OFF, "it puts a bias on o_proj too, which is not implemented"),
-    "mlp_bias": Fixed(_OFF, "biases in the feed-forward are not implemented"),
+    "attention_bias": Fixed(_OFF, "models of this family have no biases there"),
+    "mlp_bias": Fixed(_OFF, "models of this family have no biases there"),
     "pretraining_tp": Fixed((None, 1), "products in slices are not implemented", "set it to 1, as transformers 5 does"),
-    "partial_rotary_factor": Fixed((None, 1), "rotary positions turn whole heads here"),
+    "partial_rotary_factor": Fixed((None, 1), "rotary positions turn whole heads in this family"),
     "attention_dropout": Fixed((None, 0), "dropout is not implemented in the model", _RETRAINED),
     "attention_probs_dropout_prob": Fixed((None, 0), "dropout is not implemented in the model", _RETRAINED),
     "hidden_dropout": Fixed((None, 0), "dropout is not implemented in the model", _RETRAINED),
@@ -50,14 +50,14 @@ FIXED: dict[str, Fixed] = {
     "quantization": Fixed(
         _ABSENT, "quantized weights are not implemented", "take the checkpoint in bfloat16, float16 or float32"
     ),
-    "final_logit_softcapping": Fixed(_ABSENT, "a cap on logits is not implemented"),
-    "attn_logit_softcapping": Fixed(_ABSENT, "a cap on attention scores is not translated"),
-    "query_pre_attn_scalar": Fixed(_ABSENT, "scores are divided by the root of head_dim here"),
-    "embedding_multiplier": Fixed((None, 1), "embeddings are not scaled here"),
-    "logits_scaling": Fixed((None, 1), "logits are not scaled here"),
-    "residual_multiplier": Fixed((None, 1), "the residual stream is not scaled here"),
-    "attention_multiplier": Fixed(_ABSENT, "scores are divided by the root of head_dim here"),
-    "no_rope_layers": Fixed((None, []), "every layer has rotary positions here"),
+    "final_logit_softcapping": Fixed(_ABSENT, "logits have no cap in this family"),
+    "attn_logit_softcapping": Fixed(_ABSENT, "attention scores have no cap in this family"),
+    "query_pre_attn_scalar": Fixed(_ABSENT, "scores are divided by the root of head_dim in this family"),
+    "embedding_multiplier": Fixed((None, 1), "embeddings are not scaled in this family"),
+    "logits_scaling": Fixed((None, 1), "logits are not scaled in this family"),
+    "residual_multiplier": Fixed((None, 1), "the residual stream is not scaled in this family"),
+    "attention_multiplier": Fixed(_ABSENT, "scores are divided by the root of head_dim in this family"),
+    "no_rope_layers": Fixed((None, []), "every layer has rotary positions in this family"),
     "is_causal": Fixed((None, True), "a token never sees those after it here"),
     "use_bidirectional_attention": Fixed(_OFF, "a token never sees those after it here"),
     "use_mrope": Fixed(_OFF, "positions have one axis here"),

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.checks import ConfigError, printable, require_choice
-from ring_attention.models.hf.names import TIED_COPY, Tensor
+from ring_attention.models.hf.names import Part, embedding_of
 from ring_attention.models.hf.source import CONFIG, Source, all_finite, expected
 from ring_attention.models.transformer import parameter_specs
 from ring_attention.parallel.sharding import check_fits, stored_shape
@@ -42,15 +42,16 @@ def load_parameters(source: Source, mesh: Mesh, dtype: str = "float32", progress
     """
     require_choice("dtype", dtype, ("float32", "bfloat16"))
     _require_fit(source, mesh)
-    specs = flatten_dict(parameter_specs(source.config.model), sep=".")
-    groups: dict[str, list[Tensor]] = {}
+    specs = flatten_dict(parameter_specs(source.config.transformer), sep=".")
+    groups: dict[str, list[tuple[str, Part]]] = {}
     for tensor in expected(source).values():
-        groups.setdefault(tensor.parameter, []).append(tensor)
+        for part in tensor.parts:
+            groups.setdefault(part.parameter, []).append((tensor.name, part))
     params = {}
-    for parameter in sorted(groups, key=lambda name: -np.prod(groups[name][0].shape)):  # while there is most room
+    for parameter in sorted(groups, key=lambda name: -np.prod(groups[name][0][1].shape)):  # while there is most room
         load = functools.partial(_load, source, mesh, specs[parameter], dtype, progress or (lambda name, size: None))
         params[parameter] = load(groups[parameter])
-    if TIED_COPY in source.stored and source.config.model.tied_embeddings:
+    if source.tied_copy in source.stored and source.config.model.tied_embeddings:
         _require_tied(source)
     return unflatten_dict(params, sep=".")
 
@@ -70,18 +71,22 @@ def _require_fit(source: Source, mesh: Mesh) -> None:
         raise ConfigError(f"{printable(str(source.path / CONFIG))}: {error}") from error
 
 
-def _load(source: Source, mesh: Mesh, spec: PartitionSpec, dtype: str, progress: Progress, tensors: list[Tensor]):
+def _load(
+    source: Source, mesh: Mesh, spec: PartitionSpec, dtype: str, progress: Progress, parts: list[tuple[str, Part]]
+):
     """One parameter, from the tensors of its layers or its only one."""
-    if tensors[0].layer is None:
-        array = _place(source, tensors[0], NamedSharding(mesh, spec), dtype)
-        progress(tensors[0].name, source.stored[tensors[0].name].num_bytes)
+
+    def read(name: str, part: Part, spec: PartitionSpec) -> jax.Array:
+        array = _place(source, name, part, NamedSharding(mesh, spec), dtype)
+        progress(name, source.stored[name].num_bytes * part.shape[0] // source.stored[name].shape[0])
         return array
-    shape = stored_shape((len(tensors), *tensors[0].parameter_shape), spec, mesh.shape)
+
+    if parts[0][1].layer is None:
+        return read(*parts[0], spec)
+    shape = stored_shape((len(parts), *parts[0][1].parameter_shape), spec, mesh.shape)
     array = _zeros_on(shape, dtype, NamedSharding(mesh, spec))()
-    for tensor in tensors:
-        layer = _place(source, tensor, NamedSharding(mesh, PartitionSpec(*spec[1:])), dtype)
-        array = _fill(array, layer, tensor.layer).block_until_ready()
-        progress(tensor.name, source.stored[tensor.name].num_bytes)
+    for name, part in parts:
+        array = _fill(array, read(name, part, PartitionSpec(*spec[1:])), part.layer).block_until_ready()
     return array
 
 
@@ -96,22 +101,22 @@ def _fill(array: jax.Array, layer: jax.Array, index: int) -> jax.Array:
     return lax.dynamic_update_index_in_dim(array, layer, index, 0)
 
 
-def _place(source: Source, tensor: Tensor, sharding: NamedSharding, dtype: str) -> jax.Array:
-    """A tensor on the devices: each part is read once, however many devices hold it."""
+def _place(source: Source, name: str, rows: Part, sharding: NamedSharding, dtype: str) -> jax.Array:
+    """Rows of a tensor on the devices: each part is read once, however many devices hold it."""
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    shape = stored_shape(tensor.parameter_shape, sharding.spec, sharding.mesh.shape)
+    shape = stored_shape(rows.parameter_shape, sharding.spec, sharding.mesh.shape)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     shards = []
-    with source.reading(tensor.name) as read:
+    with source.reading(name) as read:
         for bounds, holders in devices.items():
-            sizes = zip(bounds, tensor.parameter_shape, strict=True)
-            part = read(tensor.slices(tuple(slice(min(start, n), min(stop, n)) for (start, stop), n in sizes)))
-            part = tensor.to_parameter(part).astype(dtype, order="C")
+            sizes = zip(bounds, rows.parameter_shape, strict=True)
+            part = read(rows.slices(tuple(slice(min(start, n), min(stop, n)) for (start, stop), n in sizes)))
+            part = rows.to_parameter(part).astype(dtype, order="C")
             missing = [(0, stop - start - n) for (start, stop), n in zip(bounds, part.shape, strict=True)]
             part = np.pad(part, missing) if any(map(any, missing)) else part
-            _require_finite(source, tensor.name, part)
+            _require_finite(source, name, part)
             shards += [jax.device_put(part, device) for device in holders]
     array = jax.make_array_from_single_device_arrays(shape, sharding, shards)
     return array.block_until_ready()
@@ -126,16 +131,16 @@ def _require_finite(source: Source, name: str, part: np.ndarray) -> None:
 
 def _require_tied(source: Source) -> None:
     """Raise ConfigError unless the copy of a tied embedding equals it; a band of rows at a time."""
-    embedding = next(tensor for tensor in expected(source).values() if tensor.parameter == "embed")
+    embedding, copy = embedding_of(expected(source)), source.tied_copy
     rows, width = embedding.shape
     step = max(1, _BAND // width)
     for row in range(0, rows, step):
         band = slice(row, min(row + step, rows))
         parts = []
-        for name in (embedding.name, TIED_COPY):
+        for name in (embedding.name, copy):
             with source.reading(name) as read:
                 parts.append(read((band, slice(0, width))))
         if not np.array_equal(*parts):
-            path = source.path / source.stored[TIED_COPY].file
+            path = source.path / source.stored[copy].file
             what = f"is not {embedding.name}, though tie_word_embeddings is true"
-            raise ConfigError(f"{printable(str(path))}: tensor {TIED_COPY} {what}; set that to false in {CONFIG}")
+            raise ConfigError(f"{printable(str(path))}: tensor {copy} {what}; set that to false in {CONFIG}")

@@ -17,7 +17,7 @@ from ring_attention.checks import ConfigError, printable, require_field, shown
 from ring_attention.models.hf.config import HFConfig, config_from_hf
 from ring_attention.models.hf.files import inside, is_regular, read_json, require_regular
 from ring_attention.models.hf.header import DTYPES, Entry, parse_header, read_header
-from ring_attention.models.hf.names import TIED_COPY, is_no_parameter, tensors_of
+from ring_attention.models.hf.names import Tensor, embedding_of, is_no_parameter, prefixes_of, tensors_of, tied_copy
 from ring_attention.models.hf.source import CONFIG, Source
 
 FOLDER = "hf"
@@ -81,6 +81,17 @@ class Manifest:
         """What a header says of the tensors, in the order of their data."""
         return parse_header(self.header(shard), self.path / _HEADERS / shard)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are parameters, by name, and a copy of a tied embedding that may stand beside it."""
+        config = self.config
+        prefixes = prefixes_of(config, (name for shard in self.shards for name in self.entries(shard)))
+        tensors = tensors_of(config, prefixes)
+        if config.model.tied_embeddings:
+            copy = tied_copy(prefixes)
+            tensors[copy] = dataclasses.replace(embedding_of(tensors), name=copy)
+        return tensors
+
     def tensor(self, name: str) -> bytes:
         """The bytes of a tensor that is no parameter."""
         return (self.path / _TENSORS / name).read_bytes()
@@ -106,7 +117,7 @@ def write_manifest(source: Source, folder: Path) -> Manifest:
         (partial / _HEADERS / shard).write_bytes(header)
         with (source.path / shard).open("rb") as file:
             for name, entry in parse_header(header, source.path / shard).items():
-                if is_no_parameter(name):
+                if is_no_parameter(name, source.config):
                     file.seek(len(header) + entry.begin)
                     (partial / _TENSORS / name).write_bytes(file.read(entry.end - entry.begin))
     values = {
@@ -151,21 +162,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _require_tensors(manifest: Manifest) -> None:
     """Raise ConfigError unless the headers name just the tensors that config.json asks for, in their shapes."""
-    model = manifest.config.model
-    where, missing = printable(str(manifest.path)), tensors_of(model)
-    tied = next(tensor for tensor in missing.values() if tensor.parameter == "embed")
+    config, missing = manifest.config, manifest.tensors
+    where = printable(str(manifest.path))
     for shard in manifest.shards:
         for name, entry in manifest.entries(shard).items():
-            if is_no_parameter(name):
+            if is_no_parameter(name, config):
                 path = manifest.path / _TENSORS / name
                 fits = is_regular(path) and path.stat().st_size == entry.end - entry.begin
             else:
-                tensor = missing.pop(name, tied if name == TIED_COPY and model.tied_embeddings else None)
+                tensor = missing.pop(name, None)
                 fits = tensor is not None and entry.shape == tensor.shape and entry.dtype in DTYPES
             if not fits:
                 raise ConfigError(f"{where}: tensor {printable(name)} is none of the model of {CONFIG}; {_COPY}")
-    if missing:
-        raise ConfigError(f"{where}: tensor {next(iter(missing))} is missing; {_COPY}")
+    required = [name for name in missing if name in tensors_of(config, prefixes_of(config, manifest.tensors))]
+    if required:
+        raise ConfigError(f"{where}: tensor {required[0]} is missing; {_COPY}")
 
 
 def _others(source: Source) -> Iterator[str]:

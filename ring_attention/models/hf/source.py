@@ -18,7 +18,7 @@ from ring_attention.checks import ConfigError, one_line, printable, shown
 from ring_attention.models.hf.config import HFConfig, config_from_hf
 from ring_attention.models.hf.files import inside, is_regular, read_json, require_regular
 from ring_attention.models.hf.header import DTYPES
-from ring_attention.models.hf.names import TIED_COPY, Tensor, is_no_parameter, tensors_of
+from ring_attention.models.hf.names import Tensor, embedding_of, is_no_parameter, prefixes_of, tensors_of, tied_copy
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -61,6 +61,16 @@ class Source:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors that become parameters."""
         return sum(self.stored[name].num_bytes for name in expected(self))
+
+    @property
+    def tied_copy(self) -> str:
+        """The name of a tensor that may stand beside a tied embedding."""
+        return tied_copy(prefixes_of(self.config, self.stored))
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the tensors that are no parameters: of rotary frequencies, and of parts that are not text."""
+        return [name for name in self.stored if is_no_parameter(name, self.config)]
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Callable[[tuple[slice, ...]], np.ndarray]]:
@@ -156,18 +166,17 @@ def _tensors_in(path: Path) -> dict[str, Stored]:
 
 def _require_tensors(source: Source, listing: Path) -> None:
     """Raise ConfigError unless the files hold just the tensors that the config asks for; `listing` names them."""
-    wanted = tensors_of(source.config.model)
+    wanted, copy = expected(source), source.tied_copy
     for name in wanted:
         if name not in source.stored:
-            tie = "; tie_word_embeddings=true would do without it" if name == TIED_COPY else ""
+            tie = "; tie_word_embeddings=true would do without it" if name == copy else ""
             raise _wrong(listing, name, f"is missing{tie}", _DOWNLOAD)
-    embedding = next(tensor for tensor in wanted.values() if tensor.parameter == "embed")
     for name, stored in source.stored.items():
-        if is_no_parameter(name):
+        if is_no_parameter(name, source.config):
             continue
         tensor = wanted.get(name)
-        if tensor is None and name == TIED_COPY:
-            tensor = embedding
+        if tensor is None and name == copy:
+            tensor = embedding_of(wanted)
         path = source.path / stored.file
         if tensor is None:
             need = f"is not part of a {source.config.family} model of this config"
@@ -181,7 +190,7 @@ def _require_tensors(source: Source, listing: Path) -> None:
 
 def expected(source: Source) -> dict[str, Tensor]:
     """The tensors that become parameters, by name."""
-    return tensors_of(source.config.model)
+    return tensors_of(source.config, prefixes_of(source.config, source.stored))
 
 
 def all_finite(array: np.ndarray) -> bool:
