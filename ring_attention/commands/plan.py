@@ -129,13 +129,17 @@ def describe(
         f"{share.config.name}: {share.config.transformer.num_parameters:,} parameters, "
         f"{share.config.seq_len:,} tokens of context, {share.tokens:,} on each device; mesh {mesh or 'of one device'}"
     )
-    blocks = share.attention.blocks
-    kernel = f"attention kernel: {share.attention.kernel.name}, tiles of {blocks.q} x {blocks.kv} tokens"
-    console.print(f"{kernel}; {share.kernel_reason}" if share.kernel_reason else kernel, markup=False)
+    for group in share.groups:
+        kernel, blocks = share.attention_of(group.kind).kernel, share.attention_of(group.kind).blocks
+        of_kind = f" of {group.layers} layers, {group.name}" * (len(share.groups) > 1)
+        words = f"attention kernel{of_kind}: {kernel.name}, tiles of {blocks.q} x {blocks.kv} tokens"
+        reason = share.kernel_reason_of(group.kind)
+        console.print(f"{words}; {reason}" if reason else words, markup=False)
     console.print(f"model FLOPs of a step: {plan.model_flops:.3g}")
     show(report.hardware_table(plan), console)
     show(report.memory_table(plan, compiled and compiled.memory.total), console)
-    for table in (report.wire_table, report.hiding_table, report.strategy_table):
+    by_kind = (report.kind_table,) * (len(share.groups) > 1)
+    for table in (report.wire_table, *by_kind, report.hiding_table, report.strategy_table):
         show(table(plan), console)
     if compiled:
         describe_compiled(compiled, console)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.topology import Topology, find_topology
 from ring_attention.models.config import REMAT_POLICIES
+from ring_attention.parallel.mesh import TENSOR
 from ring_attention.planning import search
 from ring_attention.planning.plan import EQUAL, Candidate, by_strategy, candidate_of, strategies_of
 from ring_attention.planning.shares import Share, resolve_config_mesh
@@ -92,7 +93,7 @@ def _changed_once(own: Share) -> Iterator[Share]:
     config, setting = own.config, search.Setting.in_(own.config)
     yield from (by_strategy(own, strategy) for strategy in strategies_of(own))
     changes = [{"remat": remat} for remat in REMAT_POLICIES] + [{"offload": offload} for offload in search.OFFLOADS]
-    changes += [{"head_groups": groups} for groups in search.divisors(own.kv_heads)]
+    changes += [{"head_groups": groups} for groups in search.head_groups(config, own.mesh[TENSOR])]
     changes += [{"accumulation_steps": steps} for steps in search.divisors(config.batch_size)]
     for change in changes:
         yield search.with_setting(own, dataclasses.replace(setting, **change))

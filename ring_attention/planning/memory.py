@@ -8,6 +8,7 @@ shows prediction and compiler side by side.
 import dataclasses
 import operator
 
+from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.planning.shares import Share
@@ -71,7 +72,7 @@ class Memory:
 
 
 def memory_of(share: Share, strategy: Strategy) -> Memory:
-    """Predict the memory that a step needs of one device of the pod."""
+    """Predict the memory that a step needs of one device of the pod; `strategy` is that of the main kind of layer."""
     own, layers, offload = F32 * share.own_parameters, F32 * share.own_layers, share.config.optimizer.offload
     moments, others = layers * (offload != "none"), layers * (offload == "parameters")
     kept, host = kept_for_backward(share)
@@ -112,7 +113,7 @@ def _stream(share: Share) -> int:
 
 def _heads(share: Share, heads: int) -> int:
     """Bytes of an array of so many heads of this device's tokens."""
-    return share.batch * share.tokens * heads * share.model.head_dim * share.itemsize
+    return share.batch * share.tokens * heads * share.head_width * share.itemsize
 
 
 def on_host(share: Share) -> bool:
@@ -122,19 +123,22 @@ def on_host(share: Share) -> bool:
 
 def kept_for_backward(share: Share) -> tuple[int, int]:
     """Bytes that all layers keep for the backward pass, (on the device, on the host); see `ModelConfig.remat`."""
-    layers, statistics = share.model.num_layers, F32 * share.batch * share.tokens * share.heads
-    if share.keeps_rounding:
-        statistics += _heads(share, share.heads) // 4  # half a byte of a number of two bytes
-    inputs, out = layers * _stream(share), layers * (_heads(share, share.heads) + statistics)
+    layers, of_heads = share.model.num_layers, _heads(share, share.heads)
+    statistics = layers * F32 * share.batch * share.tokens * share.heads
+    rounded = sum(group.layers for group in share.groups if share.keeps_rounding(group.kind))
+    statistics += rounded * (of_heads // 4)  # half a byte of a number of two bytes
+    inputs, out = layers * _stream(share), layers * of_heads + statistics
     if share.model.remat == "full":
         return inputs, 0
     if share.model.remat == "attention":
         return inputs + out, 0
     if share.model.remat == "offload":  # lse stays, and what rounding took
-        return layers * statistics, inputs + out - layers * statistics
+        return statistics, inputs + out - statistics
     if share.model.remat == "offload_input":
         return 0, inputs
-    norms = 2 * 5 * _stream(share)  # each in float32, scaled in float32, and in the compute dtype
+    norms = (
+        {"both": 4, "parallel": 1}.get(share.model.norm_place, 2) * 5 * _stream(share)
+    )  # each in float32, scaled in float32, and in the compute dtype
     qkv, between = _heads(share, share.heads + 2 * share.kv_heads), 2 * _stream(share)
     weights = (share.attention_weights + share.ffn_weights) * share.itemsize  # as they were gathered
     hidden = 2 * share.batch * share.tokens * share.model.ffn_dim // share.mesh[TENSOR] * share.itemsize  # gate and up
@@ -173,15 +177,20 @@ def _layer(share: Share) -> int:
 def _exchange(share: Share, strategy: Strategy) -> int:
     """Bytes of keys and values at hand and on their way, and of their gradients in float32.
 
-    In a ring over slices of TPUs every device has room for what arrives by a link and for what comes from another
-    slice, and takes one of the two.
+    One layer is at work at a time; the kind that holds most decides. In a ring over slices of TPUs every device has
+    room for what arrives by a link and for what comes from another slice, and takes one of the two.
     """
     if share.ring == 1:
         return 0
     groups = share.model.head_groups  # of which one is computed at a time, in an attention of its own
-    work = share.work(heads=share.heads // groups, kv_heads=share.kv_heads // groups)
-    statistics = work.bytes_of(work.shard, work.heads, F32)
-    arriving = max(strategy.memory_bytes(work) - statistics, 2 * work.bytes_of(work.shard, work.kv_heads))
+
+    def arriving_in(kind: LayerKind) -> int:
+        work = share.work(kind, heads=share.heads // groups, kv_heads=share.kv_heads // groups)
+        statistics = work.bytes_of(work.shard, work.heads, F32)
+        held = share.strategy_of(kind, strategy).memory_bytes(work) - statistics
+        return max(held, 2 * work.bytes_of(work.shard, work.kv_heads))
+
+    arriving = max(arriving_in(group.kind) for group in share.groups)
     ways = 2 if share.slice_mesh[SEQUENCE] < share.ring else 1
     return ways * (arriving + arriving * F32 // share.itemsize)
 

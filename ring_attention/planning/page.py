@@ -11,10 +11,11 @@ import numpy as np
 
 from ring_attention.hardware.chips import GiB
 from ring_attention.planning.advice import Advice, seconds
-from ring_attention.planning.attention_times import Seconds, add_up
+from ring_attention.planning.attention_times import Seconds
 from ring_attention.planning.plan import Plan
-from ring_attention.planning.report import hardware_rows
-from ring_attention.planning.step_times import priced_steps
+from ring_attention.planning.report import KIND_COLUMNS, hardware_rows, kind_cells
+from ring_attention.planning.shares import LayerGroup
+from ring_attention.planning.step_times import KindTime, priced_steps
 from ring_attention.planning.strategy_map import StrategyMap
 
 WIDTH = 960
@@ -132,25 +133,31 @@ def _axis(left: int, scale: float, most: float, height: int) -> str:
 
 
 def _timeline(plan: Plan) -> str:
-    """What a device computes, and what its link carries meanwhile, of both passes of a layer's attention."""
-    drawn, y = [], 0
-    words = []
-    for backward in (False, True):
-        steps = priced_steps(plan.own.share, plan.own.strategy, backward)
+    """What a device computes, and what its link carries meanwhile, of both passes of a layer's attention, by kind."""
+    several = len(plan.share.groups) > 1
+    table = _table((*KIND_COLUMNS, ""), [(*cells, "") for cells in kind_cells(plan)]) if several else ""
+    legend = [("var(--p1)", "computing"), ("var(--s0)", "keys, values, swapped heads"), ("var(--p5)", "gradients")]
+    kinds = zip(plan.share.groups, plan.own.time.kinds, strict=True)
+    return table + "".join(_kind_timeline(plan, group, time, several) for group, time in kinds) + _legend(legend)
+
+
+def _kind_timeline(plan: Plan, group: LayerGroup, time: KindTime, several: bool) -> str:
+    drawn, words, y = [], [], 0
+    strategy = plan.share.strategy_of(group.kind)
+    for name, times in (("forward", time.forward), ("backward", time.backward)):
+        steps = priced_steps(plan.share, strategy, name == "backward", group.kind)
         shown: list[Seconds | None] = list(steps)
         if len(steps) > 2 * SHOWN + 1:
             shown = [*steps[:SHOWN], None, *steps[-SHOWN:]]
-        times = add_up(steps)
         waiting = times.exposed / times.total if times.total else 0.0
-        name = "backward" if backward else "forward"
         words.append(f"{name} {_short(times.total)}, {waiting:.0%} of it waiting")
         drawn.append(f'<text x="0" y="{y + 14}" font-weight="600">{name}</text>')
         drawn.append(_pass(shown, len(steps) - 2 * SHOWN, y + 22))
         y += 104
-    legend = [("var(--p1)", "computing"), ("var(--s0)", "keys, values, swapped heads"), ("var(--p5)", "gradients")]
     places = f"{plan.share.ring} devices" if plan.share.ring > 1 else "one device"
-    line = f"{plan.own.label} on {places}: {'; '.join(words)}."
-    return f'<p class="soft">{escape(line)}</p>' + _svg(y, drawn) + _legend(legend)
+    label = f"{group.layers} layers, {group.name}: {strategy.name}" if several else plan.own.label
+    line = f"{label} on {places}: {'; '.join(words)}."
+    return f'<p class="soft">{escape(line)}</p>' + _svg(y, drawn)
 
 
 def _pass(shown: list[Seconds | None], left_out: int, y: int) -> str:

@@ -7,6 +7,7 @@ from flax.traverse_util import flatten_dict
 from ring_attention.checks import require_field
 from ring_attention.hardware.chips import Chip
 from ring_attention.hardware.topology import Topology
+from ring_attention.parallel.mesh import TENSOR
 from ring_attention.parallel.ring import SingleDevice
 from ring_attention.parallel.strategies import STRATEGIES, scheduled
 from ring_attention.parallel.strategy import Strategy
@@ -14,10 +15,10 @@ from ring_attention.planning.hiding import Hiding, hiding_of
 from ring_attention.planning.memory import Memory, memory_of
 from ring_attention.planning.shares import Share
 from ring_attention.planning.step_times import StepTime, step_time
+from ring_attention.training.attend import check_kind
 from ring_attention.training.attention_config import STRATEGY_OPTIONS
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict, spelt
-from ring_attention.training.validate import check_attention
 
 EQUAL = 0.02
 """Steps whose predicted times differ by no more than this part count as equally fast."""
@@ -178,10 +179,12 @@ def candidates_of(share: Share, strategies: list[Strategy] | None = None) -> lis
 
 
 def strategies_of(share: Share) -> list[Strategy]:
-    """List every exact strategy that this mesh, shape and kernel can run; see `validate.check_attention`.
+    """List every exact strategy that this mesh, shape and kernel can run; see `attend.check_kind`.
 
     Where "auto" would take a fused kernel for some of them, those for which it would not are left out.
     """
+    if share.main_kind.is_local:
+        return [share.strategy]  # no layer is of `attention.strategy`
     work = share.work()
     both_ways = share.topology.chip.links > 1  # one link, into a switch, carries no more if it sends both ways
     known = [STRATEGIES[name] for name in scheduled(work)] if share.ring > 1 else [SingleDevice()]
@@ -192,12 +195,17 @@ def strategies_of(share: Share) -> list[Strategy]:
 
 
 def _can_run(share: Share) -> bool:
-    if share.config.attention.impl == "auto" and share.attention.kernel.platform:
-        return True  # "auto" takes a fused kernel only where kernel and strategy can do what is asked
-    try:
-        check_attention(share.config, share.mesh, share.strategy, share.attention.kernel)
-    except ValueError:
-        return False
+    attention, layout = share.config.attention, share.config.attention.make_layout(share.ring)
+    parts = share.mesh[TENSOR] * share.model.head_groups
+    for group in share.groups:
+        kernel = share.attention_of(group.kind).kernel
+        if attention.impl == "auto" and kernel.platform:
+            continue  # "auto" takes a fused kernel only where kernel and strategy can do what is asked
+        options = dict(strategy=share.strategy_of(group.kind), kernel=kernel)
+        try:
+            check_kind(attention, share.model, group.kind, layout, share.tokens, parts, **options)
+        except ValueError:
+            return False
     return True
 
 

@@ -67,15 +67,21 @@ def draw_memory(plan: Plan, path: Path, measured: int | None = None) -> None:
 
 
 def draw_timeline(plan: Plan, path: Path) -> None:
-    """Draw a layer's ring on one device, forward and backward: what it computes above, what its link carries below."""
-    figure, rows = _figure(11, 4.6, rows=2)
-    for axes, backward in zip(rows, (False, True), strict=True):
-        steps = priced_steps(plan.share, Ring(duplex=plan.share.config.attention.duplex), backward)
+    """Draw a layer's ring on one device, forward and backward: what it computes above, what its link carries below.
+
+    Each kind of layer has a ring of its own, as far as it reaches.
+    """
+    groups, ring = plan.share.groups, Ring(duplex=plan.share.config.attention.duplex)
+    figure, rows = _figure(11, 4.6 * len(groups), rows=2 * len(groups))
+    passes = [(group, backward) for group in groups for backward in (False, True)]
+    for axes, (group, backward) in zip(rows, passes, strict=True):
+        steps = priced_steps(plan.share, ring, backward, group.kind)
         shown = steps if len(steps) <= 2 * SHOWN else [*steps[:SHOWN], None, *steps[-SHOWN:]]
         _draw_steps(axes, shown, len(steps) - 2 * SHOWN)
         waiting = add_up(steps).exposed / add_up(steps).total
+        of_kind = f"{group.layers} layers, {group.name}, " * (len(groups) > 1)
         axes.set_title(
-            f"{'backward' if backward else 'forward'}: {waiting:.0%} waiting for the link",
+            f"{of_kind}{'backward' if backward else 'forward'}: {waiting:.0%} waiting for the link",
             loc="left",
         )
         axes.set_yticks([1, 0], ["device", "link"])

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from ring_attention.hardware.chips import GiB
 from ring_attention.hardware.paper import PAPER_TABLE_2
-from ring_attention.hardware.rates import wires_of
+from ring_attention.hardware.rates import Wires, wires_of
 from ring_attention.planning.advice import ADVISED, Advice
 from ring_attention.planning.hiding import paper_tokens, tokens_to_hide
 from ring_attention.planning.plan import Plan
@@ -32,7 +32,7 @@ def hardware_rows(plan: Plan) -> list[tuple[str, str]]:
     parts = ("matmul", "of its operations in dense layers"), ("memory", "of its HBM's rate"), ("link", "of a link's")
     reached = ", ".join(f"{getattr(reach, name):.0%} {words}" for name, words in parts)
     rows.append((f"reached: {reached}, {reach.network:.0%} of the network's", reach.source))
-    rate = topology.kernel_rate(plan.share.attention.kernel.name, plan.share.model.head_dim)
+    rate = topology.kernel_rate(plan.share.attention.kernel.name, plan.share.head_width)
     words = f"attention by {rate.kernel}: {pace.forward / 1e12:.0f} and {pace.backward / 1e12:.0f} TFLOP/s, forward and"
     return [*rows, (f"{words} backward", rate.source)]
 
@@ -79,13 +79,70 @@ def wire_table(plan: Plan) -> Table:
         table.add_column(name)
     for name in ("GB", "alone, ms"):
         table.add_column(name, justify="right")
-    way = schedule_of(share, share.strategy).steps[0].way  # in which attention's strategy sends first
-    groups = [(share.ring, share.mesh["tp"], way), (share.owners, share.mesh["tp"], "gather")]
-    groups += [(share.mesh["tp"], 1, "gather"), (share.mesh["dp"], share.devices // share.mesh["dp"], "gather")]
-    for (name, size), (group, stride, way) in zip(sent_bytes(share).items(), groups, strict=True):
+    tp, dp = share.mesh["tp"], share.mesh["dp"]
+    groups = [(share.ring, tp), (share.owners, tp), (tp, 1), (dp, share.devices // dp)]
+    for row, ((name, size), (group, stride)) in enumerate(zip(sent_bytes(share).items(), groups, strict=True)):
         if size:
             wires = wires_of(share.topology, group, stride)
-            table.add_row(name, wires.kind, f"{size / 1e9:.2f}", f"{size / getattr(wires, way) * 1e3:.0f}")
+            alone = size / wires.gather if row else _attention_alone(plan, wires)
+            table.add_row(name, wires.kind, f"{size / 1e9:.2f}", f"{alone * 1e3:.0f}")
+    return table
+
+
+def _attention_alone(plan: Plan, wires: Wires) -> float:
+    """The seconds that wires take for what attention sends, each kind of layer in the way in which it sends first."""
+    share, seconds = plan.share, 0.0
+    for group, time in zip(share.groups, plan.own.time.kinds, strict=True):
+        way = schedule_of(share, share.strategy_of(group.kind), kind=group.kind).steps[0].way
+        seconds += time.sent / getattr(wires, way)
+    return seconds
+
+
+def kind_rows(plan: Plan) -> list[dict]:
+    """What each kind of layer adds to a step of the config as it is: its attention's seconds, bytes and shares."""
+    sent = sent_bytes(plan.share).values()
+    of_attention = sum(kind.sent for kind in plan.own.time.kinds)
+    return [
+        dict(
+            kind=kind.name,
+            layers=kind.layers,
+            strategy=kind.strategy,
+            attention_seconds=kind.compute + kind.waits,
+            sent_bytes=kind.sent,
+            share_of_attention=kind.sent / max(of_attention, 1),
+            share_of_wire=kind.sent / max(sum(sent), 1),
+        )
+        for kind in plan.own.time.kinds
+    ]
+
+
+KIND_COLUMNS = ("kind of layer", "layers", "strategy", "attention, s", "MiB sent", "of attention's", "of all sent")
+
+
+def kind_cells(plan: Plan) -> list[tuple[str, ...]]:
+    """Word `kind_rows`, a cell for each of `KIND_COLUMNS`."""
+    return [
+        (
+            row["kind"],
+            str(row["layers"]),
+            row["strategy"],
+            _seconds(row["attention_seconds"]),
+            f"{row['sent_bytes'] / 2**20:,.1f}",
+            f"{row['share_of_attention']:.2%}",
+            f"{row['share_of_wire']:.2%}",
+        )
+        for row in kind_rows(plan)
+    ]
+
+
+def kind_table(plan: Plan) -> Table:
+    """Tabulate what each kind of layer computes and sends."""
+    table = Table(title="Attention by kind of layer", caption="of a device in a step, waits for transfers included")
+    for name in KIND_COLUMNS:
+        left = name in ("kind of layer", "strategy")
+        table.add_column(name, justify="left" if left else "right")
+    for cells in kind_cells(plan):
+        table.add_row(*cells)
     return table
 
 
@@ -191,9 +248,7 @@ def as_json(plan: Plan, advice: Advice | None = None) -> dict:
         "model_flops": plan.model_flops,
         "hardware": {k: v for k, v in dataclasses.asdict(share.topology.chip).items() if k != "kinds"},
         "reach": dataclasses.asdict(share.topology.reach),
-        "attention_rate": dataclasses.asdict(
-            share.topology.kernel_rate(share.attention.kernel.name, share.model.head_dim)
-        ),
+        "attention_rate": dataclasses.asdict(share.topology.kernel_rate(share.attention.kernel.name, share.head_width)),
         "memory": {
             "parts": plan.memory.parts,
             "total": plan.memory.total,
@@ -201,6 +256,7 @@ def as_json(plan: Plan, advice: Advice | None = None) -> dict:
             "available": share.topology.chip.memory,
         },
         "sent_bytes": sent_bytes(share),
+        "kinds": kind_rows(plan),
         "tokens_to_hide": [dataclasses.asdict(row) for row in plan.hiding],
         "strategies": [candidate(c) for c in plan.candidates],
         "recommended": plan.recommended and plan.recommended.label,

@@ -80,6 +80,11 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
+def head_groups(config: TrainConfig, tp: int) -> list[int]:
+    """List into how many parts the heads of one of `tp` devices can be computed; see `ModelConfig.head_groups`."""
+    return [1] if config.model.qk_norm_across else divisors(config.model.num_kv_heads // tp)
+
+
 def meshes(config: TrainConfig, topology: Topology) -> list[MeshConfig]:
     """List the meshes worth trying: tp inside a host or a slice; dp not at all, over these, or as the config has it.
 
@@ -102,7 +107,7 @@ def steps_of(config: TrainConfig, topology: Topology) -> Iterator[Share]:
     """
     for mesh in meshes(config, topology):
         most = config.batch_size // (mesh.dp * mesh.fsdp)
-        for groups in divisors(config.model.num_kv_heads // mesh.tp):
+        for groups in head_groups(config, mesh.tp):
             setting = Setting(remat="full", head_groups=groups, accumulation_steps=most, offload=OFFLOADS[0])
             try:  # by a strategy that every mesh can run
                 share = Share.of(with_strategy(dataclasses.replace(setting.of(config), mesh=mesh), Ring()), topology)

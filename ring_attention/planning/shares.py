@@ -3,20 +3,41 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 from ring_attention.attention.device_kind import DeviceKind
 from ring_attention.attention.kernels import find_kernel
 from ring_attention.attention.kernels.choose import Choice, choose
-from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.hardware.topology import Topology
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.layer_kinds import LayerKind, LayerLoop
 from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_mesh_shape
 from ring_attention.parallel.strategy import Context, Strategy
 from ring_attention.parallel.workload import Workload
+from ring_attention.training.attend import mask_spec_of, reach_of
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.validate import validate_config
+
+
+class LayerGroup(NamedTuple):
+    """The layers of a model that cost a device the same.
+
+    Attributes:
+      kind: of these layers, completed by the section attention; its rotary embedding, which costs nothing, left out.
+      layers: how many there are.
+    """
+
+    kind: LayerKind
+    layers: int
+
+    @property
+    def name(self) -> str:
+        """What these layers see, in words."""
+        bounds = [f"window {self.kind.window:,}"] * bool(self.kind.window)
+        bounds += [f"chunks of {self.kind.chunk:,}"] * bool(self.kind.chunk)
+        return ", ".join(bounds) or "global"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,39 +74,56 @@ class Share:
         """The config's model."""
         return self.config.model
 
+    @functools.cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The kinds of layers that cost differently: those of `attention.strategy` first, which reach farthest."""
+        model, attention = self.model, self.config.attention
+        of_all = (attention.window, attention.chunk, attention.softcap, attention.sinks)
+        return _groups_of(model.kinds, model.num_layers, *of_all)
+
+    @property
+    def main_kind(self) -> LayerKind:
+        """The kind of the first of `groups`."""
+        return self.groups[0].kind
+
     @property
     def strategy(self) -> Strategy:
-        """The config's strategy of attention, with its options."""
-        return self.config.attention.make_strategy()
+        """The strategy of the main kind of layer, with its options."""
+        return self.strategy_of(self.main_kind)
+
+    def strategy_of(self, kind: LayerKind, strategy: Strategy | None = None) -> Strategy:
+        """The strategy of layers of a kind, where `strategy` takes the place of `attention.strategy`."""
+        attention = self.config.attention
+        return attention.make_local_strategy() if kind.is_local else strategy or attention.make_strategy()
 
     @property
     def attention(self) -> Context:
-        """The kernel and the tiles that attention has on the pod; "auto" chooses as there, but tests no kernel."""
-        return self._attention[0]
+        """The kernel and the tiles that the main kind's attention has on the pod; see `attention_of`."""
+        return self.attention_of(self.main_kind)
 
-    @property
-    def kernel_reason(self) -> str:
-        """Why "auto" takes no faster kernel on the pod; "" where it takes the fastest, or one is named."""
-        return self._attention[1]
+    def attention_of(self, kind: LayerKind) -> Context:
+        """The kernel and the tiles of layers of a kind on the pod; "auto" chooses as there, but tests no kernel."""
+        return self._attention_of(kind)[0]
 
-    @property
-    def _attention(self) -> tuple[Context, str]:
+    def kernel_reason_of(self, kind: LayerKind) -> str:
+        """Why "auto" takes no faster kernel for them on the pod; "" where it takes the fastest, or one is named."""
+        return self._attention_of(kind)[1]
+
+    def _attention_of(self, kind: LayerKind) -> tuple[Context, str]:
         model = self.model
-        shape = (self.batch, self.tokens, self.heads // model.head_groups, model.head_dim)
+        shape = (self.batch, self.tokens, self.heads // model.head_groups, self.head_width)
         kv_heads = self.kv_heads // model.head_groups
-        return _choose_attention(
-            self.config.attention, self.ring, _kind_of(self.topology), shape, model.compute_dtype, kv_heads
-        )
+        device = _kind_of(self.topology)
+        return _choose_attention(self.config.attention, kind, self.ring, device, shape, model.compute_dtype, kv_heads)
 
     @property
     def itemsize(self) -> int:
         """The bytes of an activation's element."""
         return 2 if self.model.compute_dtype == "bfloat16" else 4
 
-    @property
-    def keeps_rounding(self) -> bool:
-        """Whether what rounding took from the output of attention is kept for the backward pass."""
-        return self.itemsize < 4 and self.attention.kernel.float32_out
+    def keeps_rounding(self, kind: LayerKind) -> bool:
+        """Whether what rounding took from the output of such layers' attention is kept for the backward pass."""
+        return self.itemsize < 4 and self.attention_of(kind).kernel.float32_out
 
     @property
     def devices(self) -> int:
@@ -137,9 +175,15 @@ class Share:
         return self.model.num_kv_heads // self.mesh[TENSOR]
 
     @property
+    def head_width(self) -> int:
+        """The width of a head in attention, where the shorter of keys and values is padded."""
+        return max(self.model.head_dim, self.model.value_dim)
+
+    @property
     def attention_weights(self) -> int:
         """Elements of one layer's attention weights, gathered: query, key, value and out."""
-        return 2 * self.model.model_dim * self.model.head_dim * (self.heads + self.kv_heads)
+        model = self.model
+        return model.model_dim * (model.head_dim + model.value_dim) * (self.heads + self.kv_heads)
 
     @property
     def ffn_weights(self) -> int:
@@ -151,12 +195,22 @@ class Share:
         """Elements of the embedding, or of the unembedding, gathered."""
         return self.model.vocab_size * self.model.model_dim // self.mesh[TENSOR]
 
+    @functools.cached_property
+    def vectors(self) -> int:
+        """Parameters of norms, biases and sinks of all layers that this device keeps: no owner shares them out."""
+        model, h, k = self.model, self.heads, self.kv_heads
+        M, D, E = model.model_dim, model.head_dim, model.value_dim
+        norms = {"both": 4, "parallel": 1}.get(model.norm_place, 2) * M
+        norms += (D * (h + k) if model.qk_norm_across else 2 * D) * model.qk_norm
+        biases = (D * (h + k) + E * k) * model.qkv_bias + M * model.out_bias
+        biases += (2 * model.ffn_dim // self.mesh[TENSOR] + M) * model.ffn_bias
+        return model.num_layers * (norms + biases) + sum(h * group.layers for group in self.groups if group.kind.sinks)
+
     @property
     def own_layers(self) -> int:
-        """Parameters of layers that this device keeps: its share of their matrices, and all norms."""
-        layers, model = self.model.num_layers, self.model
-        matrices = layers * (self.attention_weights + self.ffn_weights)
-        return matrices // model.model_dim * self.width + 2 * layers * model.model_dim
+        """Parameters of layers that this device keeps: its share of their matrices, and `vectors`."""
+        matrices = self.model.num_layers * (self.attention_weights + self.ffn_weights)
+        return matrices // self.model.model_dim * self.width + self.vectors
 
     @property
     def own_parameters(self) -> int:
@@ -164,22 +218,34 @@ class Share:
         vocabulary = self.model.vocab_tables * self.vocab_weights // self.model.model_dim * self.width
         return self.own_layers + vocabulary + self.model.model_dim
 
-    def work(self, **changes) -> Workload:
-        """Describe one layer's attention, for the strategies' own figures."""
-        attention = self.config.attention
+    def work(self, kind: LayerKind | None = None, **changes) -> Workload:
+        """Describe one layer's attention, by default of the main kind, for the strategies' own figures."""
         fields = dict(
             seq_len=self.config.seq_len,
             devices=self.ring,
             heads=self.heads,
             kv_heads=self.kv_heads,
-            head_dim=self.model.head_dim,
+            head_dim=self.head_width,
             batch=self.batch,
             itemsize=self.itemsize,
-            layout=attention.layout,
-            window=attention.window or None,
+            layout=self.config.attention.layout,
+            window=reach_of(self.config.attention, kind or self.main_kind),
             segments=True,
         )
         return Workload(**(fields | changes))
+
+
+@functools.lru_cache(maxsize=256)
+def _groups_of(
+    kinds: tuple[LayerKind, ...], num_layers: int, window: int, chunk: int, softcap: float, sinks: bool
+) -> tuple[LayerGroup, ...]:
+    of_all = LayerKind(window=window, chunk=chunk, softcap=softcap, sinks=sinks)
+    layers: dict[LayerKind, int] = {}
+    for run in LayerLoop.of([kind.completed(of_all) for kind in kinds], num_layers).runs:
+        kind = dataclasses.replace(run.kind, rope=None)
+        layers[kind] = layers.get(kind, 0) + len(run.numbers)
+    groups = [LayerGroup(kind, number) for kind, number in layers.items()]
+    return tuple(sorted(groups, key=lambda group: (group.kind.is_local, -(group.kind.reach or math.inf))))
 
 
 def _kind_of(topology: Topology) -> DeviceKind:
@@ -188,7 +254,13 @@ def _kind_of(topology: Topology) -> DeviceKind:
 
 @functools.lru_cache(maxsize=16_384)
 def _choose_attention(
-    attention: AttentionConfig, ring: int, kind: DeviceKind, shape: tuple[int, ...], dtype: str, kv_heads: int
+    attention: AttentionConfig,
+    layers: LayerKind,
+    ring: int,
+    kind: DeviceKind,
+    shape: tuple[int, ...],
+    dtype: str,
+    kv_heads: int,
 ) -> tuple[Context, str]:
     """Choose kernel and tiles for one device's attention, and say why "auto" takes no faster kernel."""
     reasons = [""]
@@ -199,7 +271,7 @@ def _choose_attention(
         return find_kernel(choice.impl)
 
     context = choose_context(
-        attention.make_strategy(),
+        attention.make_local_strategy() if layers.is_local else attention.make_strategy(),
         attention.impl,
         attention.block_sizes,
         axis_name=SEQUENCE,
@@ -208,7 +280,7 @@ def _choose_attention(
         shape=shape,
         dtype=dtype,
         kv_heads=kv_heads,
-        make_mask=lambda: MaskSpec(scale=1.0, window=attention.window or None, softcap=attention.softcap or None),
+        make_mask=lambda: mask_spec_of(attention, layers, shape[2]),
         choose=choose_untested,
     )
     return context, reasons[-1]

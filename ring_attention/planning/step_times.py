@@ -4,6 +4,7 @@ import dataclasses
 
 from ring_attention.checks import ConfigError
 from ring_attention.hardware.rates import Wires, wires_of
+from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR
 from ring_attention.parallel.ring import SingleDevice
 from ring_attention.parallel.strategies import scheduled
@@ -12,7 +13,7 @@ from ring_attention.parallel.wires import blocks_of_a_link
 from ring_attention.parallel.workload import Schedule
 from ring_attention.planning.attention_times import Pace, Seconds, Times, add_up, price_steps
 from ring_attention.planning.memory import host_traffic, kept_for_backward
-from ring_attention.planning.shares import Share
+from ring_attention.planning.shares import LayerGroup, Share
 
 RERUN = ("full", "offload_input")
 """Policies under which the backward pass of a layer runs its attention once more."""
@@ -22,6 +23,30 @@ LAYER_PASSES, LOGIT_PASSES = 4.3, 8.8
 keys, values and hidden) forward and, twice, backward; and over the logits in float32. Fitted to eight training steps on
 an H100, which they bring to 0.94 to 1.05 of what was measured (docs/planner.md).
 """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KindTime:
+    """What the attention of the layers of one kind takes in a training step.
+
+    Attributes:
+      name: of the kind, in words.
+      layers: how many there are.
+      strategy: of their attention, by name.
+      compute: seconds of computing, of all these layers, both passes.
+      waits: seconds of waiting for the strategy's transfers.
+      sent: bytes that a device sends of keys, values and their gradients.
+      forward, backward: of one layer of one micro-batch.
+    """
+
+    name: str
+    layers: int
+    strategy: str
+    compute: float
+    waits: float
+    sent: int
+    forward: Times
+    backward: Times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +64,7 @@ class StepTime:
         for the state that it keeps, which the update reads and writes.
       memory_bound: what waits for the device's memory: norms, activation functions, the logits' softmax, and the
         optimizer's update, which reads and writes all that it keeps.
-      forward, backward: of one layer's attention.
+      kinds: attention by kind of layer, of which `attention` and `attention_waits` are the sums.
     """
 
     dense: float
@@ -49,8 +74,7 @@ class StepTime:
     sums_wait: float
     host_wait: float
     memory_bound: float
-    forward: Times
-    backward: Times
+    kinds: tuple[KindTime, ...]
 
     @property
     def total(self) -> float:
@@ -58,45 +82,46 @@ class StepTime:
         return sum(getattr(self, field.name) for field in dataclasses.fields(self) if field.type is float)
 
 
-def pace_of(share: Share) -> Pace:
-    """Work out how fast one device of the pod computes attention."""
-    topology, blocks = share.topology, share.attention.blocks
-    rate = topology.kernel_rate(share.attention.kernel.name, share.model.head_dim)
+def pace_of(share: Share, kind: LayerKind | None = None) -> Pace:
+    """Work out how fast one device of the pod computes attention, by default of the main kind of layer."""
+    topology, attention = share.topology, share.attention_of(kind or share.main_kind)
+    rate = topology.kernel_rate(attention.kernel.name, share.head_width)
     return Pace(
         forward=topology.chip.flops * rate.forward,
         backward=topology.chip.flops * rate.backward,
         memory=topology.reached.memory_bandwidth,
-        tile=min(blocks.q, blocks.kv),
+        tile=min(attention.blocks.q, attention.blocks.kv),
         call=rate.call,
         call_backward=rate.call_backward,
     )
 
 
-def schedule_of(share: Share, strategy: Strategy, backward: bool = False) -> Schedule:
-    """Ask the strategy for the schedule of one layer's attention, of one micro-batch.
+def schedule_of(share: Share, strategy: Strategy, backward: bool = False, kind: LayerKind | None = None) -> Schedule:
+    """Ask the strategy for the schedule of one layer's attention, of one micro-batch; by default of the main kind.
 
     Raises:
       ConfigError: for a strategy whose schedule is not known.
     """
-    work = share.work()
+    work = share.work(kind)
     schedule = (strategy if work.devices > 1 else SingleDevice()).schedule(work, backward)  # one device computes alone
     if schedule is None:
+        field = "local_strategy" if kind and kind.is_local else "strategy"
         raise ConfigError(
-            f"attention.strategy={strategy.name!r}: the planner does not know how long it takes on {share.ring} "
+            f"attention.{field}={strategy.name!r}: the planner does not know how long it takes on {share.ring} "
             f"devices; plan with one of {', '.join(scheduled(work))}"
         )
     return schedule
 
 
-def priced_steps(share: Share, strategy: Strategy, backward: bool) -> list[Seconds]:
+def priced_steps(share: Share, strategy: Strategy, backward: bool, kind: LayerKind | None = None) -> list[Seconds]:
     """Price the steps of `schedule_of`, in seconds."""
-    schedule = schedule_of(share, strategy, backward)
-    return price_steps(schedule, pace_of(share), ring_wires(share, schedule.width))
+    schedule = schedule_of(share, strategy, backward, kind)
+    return price_steps(schedule, pace_of(share, kind), ring_wires(share, schedule.width))
 
 
-def attention_times(share: Share, strategy: Strategy, backward: bool) -> Times:
+def attention_times(share: Share, strategy: Strategy, backward: bool, kind: LayerKind | None = None) -> Times:
     """Predict one layer's attention, of one micro-batch; raises ConfigError as `schedule_of` does."""
-    return add_up(priced_steps(share, strategy, backward))
+    return add_up(priced_steps(share, strategy, backward, kind))
 
 
 def ring_wires(share: Share, width: int = 1) -> Wires:
@@ -114,19 +139,34 @@ def ring_wires(share: Share, width: int = 1) -> Wires:
     return dataclasses.replace(wires, hop=hop, swap=wires_of(topology, width, tp).swap)
 
 
+def _kind_time(share: Share, group: LayerGroup, strategy: Strategy) -> KindTime:
+    """Predict the attention of the layers of one kind."""
+    forward, backward = (attention_times(share, strategy, back, group.kind) for back in (False, True))
+    passes = 1 + (share.model.remat in RERUN)  # whole layers run once more, attention too
+    each, repeats = group.layers, share.config.optimizer.accumulation_steps
+    return KindTime(
+        name=group.name,
+        layers=each,
+        strategy=strategy.name,
+        compute=repeats * (each * (passes * forward.compute + backward.compute)),
+        waits=repeats * (each * (passes * forward.exposed + backward.exposed)),
+        sent=attention_bytes(share, group, strategy),
+        forward=forward,
+        backward=backward,
+    )
+
+
 def step_time(share: Share, strategy: Strategy) -> StepTime:
-    """Predict the whole step; the share's own strategy is not used."""
+    """Predict the whole step, where `strategy` takes the place of `attention.strategy`."""
     config, model, chip = share.config, share.model, share.topology.reached
     layers, repeats = model.num_layers, config.optimizer.accumulation_steps
-    forward, backward = (attention_times(share, strategy, back) for back in (False, True))
-    again = int(model.remat in RERUN)  # whole layers run once more, attention too
+    kinds = tuple(_kind_time(share, group, share.strategy_of(group.kind, strategy)) for group in share.groups)
     tokens = share.batch * share.tokens
     rerun = 0 if model.remat == "none" else 2
     products = tokens * layers * (share.attention_weights + share.ffn_weights) * (6 + rerun)
     products += tokens * share.vocab_weights * 6
     dense = products / chip.flops
-    attention = layers * ((1 + again) * forward.compute + backward.compute)
-    waits = layers * ((1 + again) * forward.exposed + backward.exposed)
+    attention = sum(kind.compute for kind in kinds) / repeats
     gradients, in_layers = data_seconds(share), repeats == 1  # those of one micro-batch are summed layer by layer
     weights = weights_seconds(share) + gradients * in_layers
     crossing, of_update = host_traffic(share)
@@ -134,13 +174,12 @@ def step_time(share: Share, strategy: Strategy) -> StepTime:
     return StepTime(
         dense=repeats * dense,
         attention=repeats * attention,
-        attention_waits=repeats * waits,
+        attention_waits=sum(kind.waits for kind in kinds),
         weights_wait=repeats * max(weights - attention, 0.0),
         sums_wait=repeats * tensor_seconds(share) + (0.0 if in_layers else gradients),
         host_wait=repeats * max(crossing / chip.host_link - dense - attention, 0.0) + of_update / chip.host_link,
         memory_bound=repeats * passes_seconds(share) + 7 * 4 * share.own_parameters / chip.memory_bandwidth,
-        forward=forward,
-        backward=backward,
+        kinds=kinds,
     )
 
 
@@ -148,7 +187,7 @@ def passes_seconds(share: Share) -> float:
     """Predict the seconds in which a micro-batch's arrays pass through memory, outside of matrix products."""
     model, tokens = share.model, share.batch * share.tokens
     tp = share.mesh[TENSOR]
-    heads = model.head_dim * (share.heads + 2 * share.kv_heads)
+    heads = share.head_width * (share.heads + 2 * share.kv_heads)
     arrays = tokens * (model.model_dim + heads + model.ffn_dim // tp) * share.itemsize
     layers = LAYER_PASSES * (3 + (model.remat != "none")) * model.num_layers * arrays
     logits = LOGIT_PASSES * 4 * tokens * model.vocab_size // tp
@@ -192,17 +231,20 @@ def data_seconds(share: Share) -> float:
     return sent / wires_of(share.topology, share.mesh[DATA], beside).gather if sent else 0.0
 
 
+def attention_bytes(share: Share, group: LayerGroup, strategy: Strategy) -> int:
+    """Count the bytes of keys, values and their gradients that one device sends in a step, of one kind of layer."""
+    work, passes = share.work(group.kind), group.layers * share.config.optimizer.accumulation_steps
+    forward = strategy.sent_bytes(work) * (1 + (share.model.remat in RERUN))
+    return passes * (forward + strategy.sent_bytes(work, backward=True))
+
+
 def sent_bytes(share: Share) -> dict[str, int]:
     """Count the bytes that one device sends in a step, by purpose."""
-    strategy = share.strategy
-    passes = share.model.num_layers * share.config.optimizer.accumulation_steps
-    forward = strategy.sent_bytes(share.work()) * (1 + (share.model.remat in RERUN))
-    attention = passes * (forward + strategy.sent_bytes(share.work(), backward=True))
-    sums = sums_bytes(share)
+    repeats, sums = share.config.optimizer.accumulation_steps, sums_bytes(share)
+    attention = sum(attention_bytes(share, group, share.strategy_of(group.kind)) for group in share.groups)
     return {
         f"attention ({SEQUENCE})": attention,
-        f"weights and their gradients ({FSDP}, {SEQUENCE})": weights_bytes(share)
-        * share.config.optimizer.accumulation_steps,
-        f"activations ({TENSOR})": sums[TENSOR] * share.config.optimizer.accumulation_steps,
+        f"weights and their gradients ({FSDP}, {SEQUENCE})": weights_bytes(share) * repeats,
+        f"activations ({TENSOR})": sums[TENSOR] * repeats,
         f"gradients ({DATA})": sums[DATA],
     }

@@ -63,7 +63,6 @@ def check_kinds(
     shard_len: int,
     head_parts: int,
     *,
-    strategy: Strategy | None = None,
     kernel: Kernel | None = None,
 ) -> None:
     """Raise ValueError unless strategies, and a kernel under them, can do what each kind of layer asks on a device.
@@ -76,18 +75,38 @@ def check_kinds(
       layout: of the sequence.
       shard_len: tokens of a device.
       head_parts: parts that the heads of a layer are computed in, by devices and by groups.
-      strategy: takes the place of `attention.strategy`.
       kernel: takes the place of `attention.impl`.
     """
+    kernel = kernel or find_kernel(attention.impl)
+    for kind in {run.kind: None for run in model.loop.runs}:
+        chosen = attention.make_local_strategy() if kind.is_local else attention.make_strategy()
+        check_kind(attention, model, kind, layout, shard_len, head_parts, strategy=chosen, kernel=kernel)
+
+
+def check_kind(
+    attention: AttentionConfig,
+    model: ModelConfig,
+    kind: LayerKind,
+    layout: SequenceLayout,
+    shard_len: int,
+    head_parts: int,
+    *,
+    strategy: Strategy,
+    kernel: Kernel,
+) -> None:
+    """Raise ValueError unless strategy and kernel can do what layers of a kind ask; the others as in `check_kinds`."""
     heads, kv_heads = model.num_heads // head_parts, model.num_kv_heads // head_parts
     width = max(model.head_dim, model.value_dim)
-    kernel = kernel or find_kernel(attention.impl)
     context = Context(axis_name=SEQUENCE, layout=layout, kernel=kernel, blocks=BlockSizes())
-    for kind in {run.kind: None for run in model.loop.runs}:
-        mask = mask_spec_of(attention, kind, heads)
-        kernel.check(mask, jax.ShapeDtypeStruct((1, heads, shard_len, width), model.compute_dtype))
-        chosen = attention.make_local_strategy() if kind.is_local else strategy or attention.make_strategy()
-        chosen.check(context, (1, shard_len, heads, width), kv_heads, mask)
+    mask = mask_spec_of(attention, kind, heads)
+    kernel.check(mask, jax.ShapeDtypeStruct((1, heads, shard_len, width), model.compute_dtype))
+    strategy.check(context, (1, shard_len, heads, width), kv_heads, mask)
+
+
+def reach_of(attention: AttentionConfig, kind: LayerKind) -> int | None:
+    """How many tokens a token of such layers may see in training, itself among them; None for no bound."""
+    bounds = [bound for bound in (kind.reach, attention.max_segment_len) if bound]
+    return min(bounds) if bounds else None
 
 
 def mask_spec_of(attention: AttentionConfig, kind: LayerKind, heads: int) -> MaskSpec:
@@ -95,11 +114,10 @@ def mask_spec_of(attention: AttentionConfig, kind: LayerKind, heads: int) -> Mas
     drop = None
     if attention.dropout_rate:
         drop = Dropout(rate=attention.dropout_rate, seeds=np.zeros(2), batch=np.zeros(1), heads=np.zeros(heads))
-    seen = mask_of(kind)
     return MaskSpec(
         scale=1.0,
-        window=seen["window"],
-        extra=seen["extra_mask"],
+        window=reach_of(attention, kind),
+        extra=mask_of(kind)["extra_mask"],
         softcap=kind.softcap or None,
         slopes=np.zeros(heads) if attention.alibi else None,
         dropout=drop,

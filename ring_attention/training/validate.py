@@ -16,7 +16,6 @@ from ring_attention.hardware.chips import GiB
 from ring_attention.parallel.host_memory import PINNED_HOST
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import TOKEN_AXES, check_fits
-from ring_attention.parallel.strategy import Strategy
 from ring_attention.training.attend import check_kinds
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
@@ -77,14 +76,12 @@ def _check_sizes(config: TrainConfig) -> None:
         )
 
 
-def check_attention(
-    config: TrainConfig, mesh_shape: dict[str, int], strategy: Strategy | None = None, kernel: Kernel | None = None
-) -> None:
+def check_attention(config: TrainConfig, mesh_shape: dict[str, int], kernel: Kernel | None = None) -> None:
     """Raise ValueError unless strategies and kernel, by default the config's, can do what it asks on each device."""
     layout = config.attention.make_layout(mesh_shape[SEQUENCE])
     parts = mesh_shape[TENSOR] * config.model.head_groups
-    options = dict(strategy=strategy, kernel=kernel)
-    check_kinds(config.attention, config.transformer, layout, config.seq_len // layout.ring_size, parts, **options)
+    shard_len = config.seq_len // layout.ring_size
+    check_kinds(config.attention, config.transformer, layout, shard_len, parts, kernel=kernel)
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -39,7 +39,7 @@ def test_measured_rates_change_the_times_that_they_are_of(tmp_path):
         (1 / 4e14 + 2.5 / 3e14) / (1 / (0.63 * 989.4e12) + 2.5 / (0.55 * 989.4e12)), rel=0.03
     )
     assert measured.dense / published.dense == pytest.approx(0.7 * 989.4e12 / 5e14)
-    assert _measured(tmp_path, attention=8e14).forward.compute < measured.forward.compute
+    assert _measured(tmp_path, attention=8e14).kinds[0].forward.compute < measured.kinds[0].forward.compute
     assert _measured(tmp_path, link=2e9).attention_waits > 10 * measured.attention_waits
     assert _measured(tmp_path, link=None).attention_waits == pytest.approx(
         _measured(tmp_path, link=0.8 * 450e9).attention_waits

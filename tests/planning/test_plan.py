@@ -219,7 +219,7 @@ def test_planning_names_no_strategy():
 
 def test_a_plan_has_the_kernel_and_the_tiles_that_auto_takes_on_the_pod():
     tpu = make_plan(load_config(TPU), find_topology("v5e:16x16")).share
-    assert (tpu.attention.kernel.name, tpu.kernel_reason) == ("splash", "")
+    assert (tpu.attention.kernel.name, tpu.kernel_reason_of(tpu.main_kind)) == ("splash", "")
     assert (tpu.attention.blocks.q, tpu.attention.blocks.kv) == (512, 1024)
     config = load_config(GPU)
     gpu = make_plan(config, find_topology("h100:1x8")).share
@@ -227,7 +227,7 @@ def test_a_plan_has_the_kernel_and_the_tiles_that_auto_takes_on_the_pod():
     capped = dataclasses.replace(config, attention=dataclasses.replace(config.attention, softcap=30.0))
     gpu = make_plan(capped, find_topology("h100:1x8")).share
     assert gpu.attention.kernel.name == "xla"
-    assert "has no softcap" in gpu.kernel_reason
+    assert "has no softcap" in gpu.kernel_reason_of(gpu.main_kind)
 
 
 def test_a_kernel_of_nvidias_is_refused_on_amds_gpus():

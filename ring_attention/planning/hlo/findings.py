@@ -19,11 +19,11 @@ def whole_sequences(program: Program, share: Share) -> list[str]:
     have. Weights are sharded over the ring as well and gathered too: what has the sides of a weight of the config is
     taken for one, so an activation that has the same sides is overlooked.
     """
-    schedule = share.strategy.schedule(share.work())
-    hops_only = schedule is not None and schedule.ways <= {HOP, BOTH_WAYS}
+    schedules = [share.strategy_of(group.kind).schedule(share.work(group.kind)) for group in share.groups]
+    hops_only = all(schedule is not None and schedule.ways <= {HOP, BOTH_WAYS} for schedule in schedules)
     kinds = ["all-gather"] + ["all-reduce", "all-to-all"] * hops_only
     tokens, lines = share.config.seq_len, []
-    keys = share.batch * tokens * share.kv_heads * share.model.head_dim
+    keys = share.batch * tokens * share.kv_heads * share.head_width
     for item in collectives_in(program):
         if item.kind not in kinds or SEQUENCE not in axes_of(item, share.slice_mesh).split("+"):
             continue
@@ -81,9 +81,10 @@ def _sides(array: Array) -> tuple[int, ...]:
 def _weights(share: Share) -> set[tuple[int, ...]]:
     """List the sides of the model's gathered weights, those of one layer and of all layers stacked."""
     model, tp = share.model, share.mesh[TENSOR]
-    M, D = model.model_dim, model.head_dim
-    of_layers = [(M, share.heads, D), (M, share.kv_heads, D), (M, model.ffn_dim // tp), (M,)]
-    stacked = [(model.num_layers, *sides) for sides in of_layers]
+    M, widths = model.model_dim, {model.head_dim, model.value_dim}
+    of_heads = [(M, heads, width) for heads in (share.heads, share.kv_heads) for width in widths]
+    of_layers = [*of_heads, (M, model.ffn_dim // tp), (M,)]
+    stacked = [(*layers, *sides) for layers in _stacks(share) for sides in of_layers]
     shapes = [*of_layers, *stacked, (M, model.vocab_size // tp)]
     return {_sides(Array("f32", shape)) for shape in shapes}
 
@@ -92,4 +93,11 @@ def _model_sizes(share: Share) -> set[int]:
     model, tp = share.model, share.mesh[TENSOR]
     widths = {model.model_dim, model.ffn_dim // tp, model.vocab_size // tp, model.head_dim, model.head_dim // 2}
     heads, kv_heads = share.heads, share.kv_heads
-    return widths | {share.batch, heads, kv_heads, heads // kv_heads, model.num_layers}
+    widths |= {model.value_dim, *(number for layers in _stacks(share) for number in layers)}
+    return widths | {share.batch, heads, kv_heads, heads // kv_heads}
+
+
+def _stacks(share: Share) -> set[tuple[int, ...]]:
+    """The leading sides that stacks of layers have: all of a run, or those of one period, and of each period."""
+    runs = share.config.transformer.loop.runs
+    return {sides for run in runs for sides in ((len(run.numbers),), (run.periods, run.length), (run.length,))}
