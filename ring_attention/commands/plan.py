@@ -35,7 +35,6 @@ from ring_attention.commands.program import invocation
 from ring_attention.hardware.chips import CHIPS, GPU_MEMORY_FRACTION, GiB
 from ring_attention.hardware.topology import find_topology
 from ring_attention.json_files import write_json
-from ring_attention.models.hf.presets import PRESETS
 from ring_attention.planning import compile_report, report
 from ring_attention.planning.advice import Advice, advise, in_words
 from ring_attention.planning.compile_report import CompileReport, longest_compiled, make_report
@@ -143,7 +142,6 @@ def describe(
         show(table(plan), console)
     if compiled:
         describe_compiled(compiled, console)
-    _describe_differences(flags, console)
     if plan.recommended is None:
         console.print(f"[red]On this mesh nothing fits[/red]: {plan.reason}.")
     else:
@@ -161,13 +159,6 @@ def describe(
             console.print(advised.command, soft_wrap=True, markup=False)  # whole, so that it can be pasted
     elif plan.recommended:
         console.print(command(plan.recommended, share.config, flags), soft_wrap=True, markup=False)
-
-
-def _describe_differences(flags: list[str], console: Console) -> None:
-    """Say what a well-known model has that the one planned here has not, as far as that changes its cost."""
-    preset = PRESETS.get(split_path(flags, DEFAULT_CONFIG)[0])
-    if preset and preset.differs:
-        console.print(f"[bold]Planned as the closest model that is implemented[/bold]: {preset.differs}.")
 
 
 def spoken(plan: Plan, advice: Advice | None, flags: list[str]) -> list[Advised]:

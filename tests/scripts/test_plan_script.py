@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shlex
 
 import pytest
@@ -125,10 +126,12 @@ def test_plan_of_a_folder_needs_its_config_json_alone(tmp_path):
     assert (config.seq_len, config.model.qk_norm) == (2**17, True)
 
 
-def test_plan_says_how_a_model_that_is_not_implemented_differs_from_the_closest():
-    done = _plan("gemma-3-27b", "--no_search", "--topology=v5p:4x4x4")
-    assert "52 of its 62 layers see the last 1,024 tokens only" in " ".join(done.stdout.split())
-    assert "closest" not in _plan("qwen3-32b", "--no_search", "--topology=v5p:4x4x4").stdout
+def test_plan_says_what_each_kind_of_layer_sends():
+    words = " ".join(_plan("gemma-3-27b", "--no_search", "--topology=v5p:4x4x4", "--tokens=1M").stdout.split())
+    assert "Attention by kind of layer" in words
+    assert re.search(r"global │ 10 │ ring │ .*window │ 52 │ ring ", words)
+    assert "attention kernel of 52 layers, window 1,024: splash" in words
+    assert "by kind of layer" not in _plan("qwen3-32b", "--no_search", "--topology=v5p:4x4x4").stdout
 
 
 def test_plan_takes_the_network_that_it_is_told():

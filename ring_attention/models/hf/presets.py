@@ -16,29 +16,31 @@ class Preset:
     Attributes:
       source: the repository on Hugging Face whose config.json has these values.
       values: of that config.json, as far as they say what the model computes.
-      differs: where the model is another and this is the closest that is implemented: what that changes in cost.
     """
 
     source: str
     values: dict[str, Any]
-    differs: str = ""
 
 
-def _preset(source: str, family: str, sizes: str, *, differs: str = "", **others) -> Preset:
+def _preset(source: str, family: str, sizes: str, **others) -> Preset:
     """A row; `sizes`: layers, width, query heads, key/value heads, head_dim, feed-forward, vocabulary, positions."""
     names = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size"
     names += " vocab_size max_position_embeddings"
     values: dict[str, Any] = dict(zip(names.split(), map(int, sizes.split()), strict=True))
-    return Preset(source=source, values={"model_type": family, "dtype": "bfloat16"} | values | others, differs=differs)
+    return Preset(source=source, values={"model_type": family, "dtype": "bfloat16"} | values | others)
 
 
 _LLAMA = dict(rms_norm_eps=1e-5, rope_theta=10_000.0)
 _LLAMA3 = dict(rms_norm_eps=1e-5, rope_theta=500_000.0, rope_scaling=_LLAMA3_ROPE)
 _LLAMA32 = _LLAMA3 | dict(rope_scaling=_LLAMA3_ROPE | dict(factor=32.0), tie_word_embeddings=True)
 _QWEN = dict(rms_norm_eps=1e-6, rope_theta=1_000_000.0, use_sliding_window=False)
-_GEMMA3 = (
-    "52 of its 62 layers see the last 1,024 tokens only, and here all 62 see all, so that attention is planned at up "
-    "to 6.2 times its own time; its memory is as planned, but for two more norms a layer"
+_GEMMA3 = dict(
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    rope_local_base_freq=10_000.0,
+    rope_scaling=dict(rope_type="linear", factor=8.0),
+    sliding_window=1024,
+    query_pre_attn_scalar=168,
 )
 
 PRESETS = types.MappingProxyType(
@@ -77,12 +79,7 @@ PRESETS = types.MappingProxyType(
         "qwen3-14b": _preset("Qwen/Qwen3-14B", "qwen3", "40 5120 40 8 128 17408 151936 40960", **_QWEN),
         "qwen3-32b": _preset("Qwen/Qwen3-32B", "qwen3", "64 5120 64 8 128 25600 151936 40960", **_QWEN),
         "gemma-3-27b": _preset(
-            "google/gemma-3-27b-pt",
-            "qwen3",
-            "62 5376 32 16 128 21504 262208 131072",
-            differs=_GEMMA3,
-            tie_word_embeddings=True,
-            **_QWEN,
+            "google/gemma-3-27b-pt", "gemma3_text", "62 5376 32 16 128 21504 262208 131072", **_GEMMA3
         ),
     }
 )
