@@ -89,7 +89,7 @@ def attend_cached(
       cache: of B rows.
       mask: how a query and a key make a weight.
       q_positions: int32 [B,T].
-      kv_positions: int32 [s], of the slots, the same in each row.
+      kv_positions: int32 [B or 1, s], of the slots; a slot at FARTHEST is not seen, whatever it holds.
       size: slots of a tile.
 
     Returns:
@@ -128,17 +128,17 @@ def _over_tiles(static: tuple[int, bool], q, k, v, others, *, seen_alone: bool) 
     visited = _visited(mask, q_positions, kv_positions, size)
     slopes = None if mask.slopes is None else rearrange(mask.slopes, "(K G) -> 1 K G 1 1", K=cache.num_kv_heads)
     visited, state = vary_over((visited, SoftmaxState.empty(q.shape)), axes_of((q, k, v, others)))
-    queries = Tokens(q_positions[:, None, None, :, None])  # against slots [1,1,1,1,s]
+    queries = Tokens(q_positions[:, None, None, :, None])  # against slots [B or 1,1,1,1,s]
 
     def take(number, state):
         wanted = number * size
         start = jnp.minimum(wanted, cache.slots - size)  # the last tile may reach back into the one before
         k, v = cache.read(start, size, q.dtype)
-        positions = lax.dynamic_slice_in_dim(kv_positions, start, size)
+        positions = lax.dynamic_slice_in_dim(kv_positions, start, size, axis=1)
         slots = start + jnp.arange(size, dtype=jnp.int32)
-        positions = jnp.where(slots < wanted, FARTHEST, positions)  # those taken already
+        positions = jnp.where(slots[None] < wanted, FARTHEST, positions)  # those taken already
         block = BlockScores(
-            mask, queries, Tokens(positions[None, None, None, None]), slopes, batch=None, heads=None, masked=True
+            mask, queries, Tokens(positions[:, None, None, None]), slopes, batch=None, heads=None, masked=True
         )
         scores, _ = block.scores(jnp.einsum("BKGTD,BKsD->BKGTs", q, k, preferred_element_type=jnp.float32))
         return jax.vmap(jax.vmap(online_softmax.update))(state, scores, v)
@@ -151,6 +151,6 @@ def _over_tiles(static: tuple[int, bool], q, k, v, others, *, seen_alone: bool) 
 
 def _visited(mask: MaskSpec, q_positions: jax.Array, kv_positions: jax.Array, size: int) -> Worklist:
     """The tiles of slots of which any row may see one."""
-    keys = Tokens(kv_positions[None]).pad(-kv_positions.size % size)
+    keys = Tokens(kv_positions).pad(-kv_positions.shape[1] % size)
     tiles = BlockPair(Tokens(q_positions).tiles(q_positions.shape[1]), Tokens(keys.positions).tiles(size), mask)
     return Worklist.of((tile_kinds(tiles) != EMPTY).any((0, 1)))

@@ -23,6 +23,7 @@ class ScoreArgs(TypedDict, total=False):
     scale: float | None
     sinks: jax.Array | None
     alibi_slopes: jax.Array | None
+    extra_mask: Mask | None
 
 
 class MaskArgs(ScoreArgs, total=False):
@@ -32,7 +33,6 @@ class MaskArgs(ScoreArgs, total=False):
     segment_ids: jax.Array | None
     dropout_rate: float
     dropout_key: jax.Array | None
-    extra_mask: Mask | None
 
 
 MASK_DEFAULTS: dict[str, Any] = dict(

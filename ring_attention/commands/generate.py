@@ -91,6 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("top_p", type=float, default=1.0, help="only the likeliest that make up so much of the probability")
     flag("seed", type=int, default=0, help="of sampling; prompts of a file have seed, seed+1, ...")
     flag("stop", action="append", default=[], help="a text that ends a continuation (\\n is a line break); repeatable")
+    flag("chunk", type=int, help="tokens of a prompt that are read at once; by default all of them")
     flag("capacity", type=int, help="tokens that the cache has room for; by default what is needed")
     flag("batch_size", type=int, default=8, help="prompts of a .jsonl file that are continued together")
     flag("tokenizer", help="path of tokenizer.json, where it is not where the run found it")
@@ -188,7 +189,7 @@ def open_generator(args: argparse.Namespace, trained: TrainedModel, tokenizer: T
     with as_mistakes(ValueError):
         mesh = open_mesh(args)
         sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        settings = dict(attention=attention, sampling=sampling, vocab_size=tokenizer.vocab_size)
+        settings = dict(attention=attention, sampling=sampling, vocab_size=tokenizer.vocab_size, chunk=args.chunk)
         return Generator.of(trained, mesh=mesh, capacity=capacity, **settings)
 
 

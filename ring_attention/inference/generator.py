@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.checks import is_whole, require, require_integers, shown
-from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, cache_bytes, cache_dtype, cached_dim
-from ring_attention.inference.programs import ROWS, Plan, Rows, make_prefill, make_step
+from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, cache_bytes
+from ring_attention.inference.programs import ROWS, Plan, Rows, make_cache, make_extend, make_prefill, make_step
 from ring_attention.inference.sampling import Sampling
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.transformer import abstract_parameters, parameter_specs, resized_parameters
@@ -45,6 +45,7 @@ class Generator:
         attention: AttentionConfig | None = None,
         sampling: Sampling | None = None,
         vocab_size: int | None = None,
+        chunk: int | None = None,
     ):
         """Check that everything fits together; compiles nothing.
 
@@ -59,15 +60,20 @@ class Generator:
             is striped. The ring by default.
           sampling: how tokens are chosen; the likeliest by default.
           vocab_size: the tokenizer's: tokens from there on never come. The model's by default.
+          chunk: tokens of a prompt that are read at once, rounded up to a multiple of sp; the tokens that come are the
+            same. Weights then stay where they are, no strategy is used, and the memory that reading takes is that of
+            one chunk, however long the prompt. All of it at once by default.
 
         Raises:
           ValueError: for what does not fit.
         """
         self._plan = _plan(
-            model, mesh, capacity=capacity, attention=attention, sampling=sampling, vocab_size=vocab_size
+            model, mesh, capacity=capacity, attention=attention, sampling=sampling, vocab_size=vocab_size, chunk=chunk
         )
         self._params, self._mesh = _placed(params, self._plan.model, mesh), mesh
         self._layout = SequenceLayout("striped", mesh.shape[SEQUENCE])
+        self._chunk = None if chunk is None else self._layout.padded_length(chunk)
+        self.extend_program = functools.lru_cache(maxsize=16)(self._compile_extend)
         self.prefill_program = functools.lru_cache(maxsize=16)(self._compile_prefill)
         self.step_program = functools.lru_cache(maxsize=16)(self._compile_step)
 
@@ -80,18 +86,22 @@ class Generator:
 
     @property
     def slots(self) -> int:
-        """Number of tokens of a row that a device has room for."""
+        """Number of tokens of a row that a device has room for, in layers that see all of them."""
         return self._layout.padded_length(self._plan.capacity) // self._layout.ring_size
 
     def cache_bytes(self, rows: int) -> int:
         """Return the bytes of a device's share of the cache for so many rows."""
         rows = self._padded_rows(rows) // self._mesh.shape[DATA]
-        return cache_bytes(self._plan.model, rows, self.slots, self._mesh.shape[TENSOR])
+        shape = self._mesh.shape
+        return cache_bytes(self._plan.model, rows, self._plan.capacity, shape[SEQUENCE], shape[TENSOR])
 
     def compile(self, prompts: Sequence[np.ndarray]) -> None:
         """Compile what `generate` needs for prompts of these lengths and this number, so that it need not."""
         rows = self._padded_rows(len(prompts))
-        self.prefill_program(rows, self._padded_prompt(max(map(len, prompts), default=1)))
+        if self._chunk is None:
+            self.prefill_program(rows, self._padded_prompt(max(map(len, prompts), default=1)))
+        else:
+            self.extend_program(rows)
         self.step_program(rows)
 
     def generate(
@@ -139,6 +149,8 @@ class Generator:
         """Return (cache, rows) after the prompts, each padded at its end; rows that only fill up dp hold one token."""
         lengths = np.ones(self._padded_rows(len(prompts)), np.int32)
         lengths[: len(prompts)] = [prompt.size for prompt in prompts]
+        if self._chunk is not None:
+            return self._prefill_by_chunks(prompts, lengths, np.resize(seeds, lengths.size), self._chunk)
         tokens = np.zeros((lengths.size, self._padded_prompt(lengths.max())), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: prompt.size] = prompt
@@ -148,21 +160,39 @@ class Generator:
         lengths, seeds = jax.device_put((lengths, np.resize(seeds, lengths.size)), by_row)
         return self.prefill_program(*tokens.shape)(self._params, tokens, lengths, seeds)
 
+    def _prefill_by_chunks(self, prompts: list[np.ndarray], lengths: np.ndarray, seeds: np.ndarray, chunk: int):
+        """Return what `_prefill` does, from one chunk of the prompts after the other."""
+        tokens = np.zeros((lengths.size, -(-int(lengths.max()) // chunk) * chunk), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: prompt.size] = prompt
+        by_row = NamedSharding(self._mesh, ROWS)
+        rows = Rows(*jax.device_put((np.zeros_like(lengths), lengths, seeds), by_row))
+        cache, extend = make_cache(self._plan, self._mesh, lengths.size)(), self.extend_program(lengths.size)
+        for first in range(0, tokens.shape[1], chunk):
+            piece = jax.device_put(tokens[:, first : first + chunk], by_row)
+            cache, rows = extend(self._params, cache, rows, piece, np.int32(first))
+        return cache, rows
+
     def _compile_prefill(self, rows: int, tokens: int) -> jax.stages.Compiled:
         prompts = self._abstract((rows, tokens), np.int32, PartitionSpec(DATA, SEQUENCE))
         by_row = (self._abstract((rows,), dtype, ROWS) for dtype in (np.int32, np.uint32))
         return make_prefill(self._plan, self._mesh).lower(self._params, prompts, *by_row).compile()
 
     def _compile_step(self, rows: int) -> jax.stages.Compiled:
-        model, slots = self._plan.model, self.slots * self._layout.ring_size
-        caches = {}
-        for run in model.loop.runs:
-            shape = (len(run.numbers), rows, model.num_kv_heads, slots, cached_dim(model))
-            keys = self._abstract(shape, cache_dtype(model), CACHE_SPEC)
-            caches[run.name] = KeyValueCache(keys, keys)
-        by_row = (self._abstract((rows,), dtype, ROWS) for dtype in (np.int32, np.int32, np.uint32))
         step = make_step(self._plan, self._mesh)
-        return step.lower(self._params, caches, Rows(*by_row)).compile()
+        return step.lower(self._params, *self._abstract_state(rows)).compile()
+
+    def _compile_extend(self, rows: int) -> jax.stages.Compiled:
+        pieces = self._abstract((rows, self._chunk), np.int32, ROWS)
+        first = self._abstract((), np.int32, PartitionSpec())
+        extend = make_extend(self._plan, self._mesh)
+        return extend.lower(self._params, *self._abstract_state(rows), pieces, first).compile()
+
+    def _abstract_state(self, rows: int) -> tuple[dict[str, KeyValueCache], Rows]:
+        """Return shapes of the cache and of its rows."""
+        caches = jax.eval_shape(make_cache(self._plan, self._mesh, rows))
+        caches = jax.tree.map(lambda x: self._abstract(x.shape, x.dtype, CACHE_SPEC), caches)
+        return caches, Rows(*(self._abstract((rows,), dtype, ROWS) for dtype in (np.int32, np.int32, np.uint32)))
 
     def _abstract(self, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
@@ -208,8 +238,11 @@ def _plan(
     attention: AttentionConfig | None = None,
     sampling: Sampling | None = None,
     vocab_size: int | None = None,
+    chunk: int | None = None,
 ) -> Plan:
     """Return what the programs are compiled for; raises ValueError for what does not fit."""
+    fits = chunk is None or is_whole(chunk, 1) and chunk <= MOST_TOKENS
+    require(fits, f"chunk={shown(chunk)} must be a whole number of tokens, 1 or more; leave it out to read all at once")
     attention = dataclasses.replace(attention or AttentionConfig(), layout="striped", speeds="", impl="auto")
     plan = Plan(
         model=attention.completed(model),

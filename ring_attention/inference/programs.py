@@ -1,4 +1,4 @@
-"""The two programs of generation, written for one device of the mesh: a prompt's prefill, and the step of a token.
+"""The programs of generation, written for one device of the mesh: a prompt's prefill, whole or a piece, and a step.
 
 Prefill is the forward pass of training: tokens are sharded over the ring, weights are gathered where they are used, and
 any exact strategy brings queries and keys together; it leaves keys and values in the cache. A step has one token a row,
@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache
+from ring_attention.attention.cached import Cache
+from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, is_circle
 from ring_attention.inference.sampling import Sampling, sample
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.products import GATHERED, Stationary
 from ring_attention.models.transformer import Transformer, model_builder, parameter_specs
 from ring_attention.parallel.decode import decode_attention_shard
+from ring_attention.parallel.extend import extend_attention_shard, own_stripe
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, compiler_options
-from ring_attention.training.attend import attention_of, scores_of
+from ring_attention.training.attend import attention_of, mask_of, scores_of
 from ring_attention.training.config import AttentionConfig
 
 ROWS = PartitionSpec(DATA)
@@ -69,20 +71,24 @@ def make_prefill(plan: Plan, mesh: Mesh):
     """
     build, P = model_builder(plan.model), mesh.shape[SEQUENCE]
     attend_all, layout = attention_of(plan.attention, plan.model, P), SequenceLayout("striped", P)
-    slots = layout.padded_length(plan.capacity) // P
 
     def on_device(params, tokens_bt, lengths_b, seeds_b):
         (b, t), me, model = tokens_bt.shape, lax.axis_index(SEQUENCE), build(params)
+        positions_bt = jnp.broadcast_to(layout.shard_positions(me, t), (b, t))
 
         def attend(q, k, v, this, cache, run, place):
-            cache = cache | {run.name: cache[run.name].with_prompt(place, k, v)}
-            return attend_all(q, k, v, this, segment_ids=None), cache
+            held = cache[run.name]
+            if is_circle(run.kind, plan.capacity):
+                held = held.with_tokens(place, k, v, positions_bt, lengths_b, circle=True)
+            else:
+                held = held.with_prompt(place, k, v)
+            return attend_all(q, k, v, this, segment_ids=None), cache | {run.name: held}
 
         hidden_btM, cache = model.with_cache(
             tokens_bt,
-            positions=jnp.broadcast_to(layout.shard_positions(me, t), (b, t)),
+            positions=positions_bt,
             length=plan.capacity,
-            cache={run.name: KeyValueCache.empty(plan.model, run, b, slots) for run in plan.model.loop.runs},
+            cache={run.name: KeyValueCache.empty(plan.model, run, b, plan.capacity) for run in plan.model.loop.runs},
             attend=attend,
             products=GATHERED,
         )
@@ -119,11 +125,12 @@ def make_step(plan: Plan, mesh: Mesh):
         model = build(params)
 
         def attend(q, k, v, this, cache, run, place):
-            here = cache[run.name].with_token(place, k[:, 0], v[:, 0], rows.positions)
-            scores = scores_of(plan.attention, plan.model, this, q.shape[2])
-            window = run.kind.reach
-            out = decode(q, here.k, here.v, layer=place, lengths=rows.positions + 1, window=window, **scores)
-            return out, cache | {run.name: here}
+            circle, lengths = is_circle(run.kind, plan.capacity), rows.positions + 1
+            held = cache[run.name].with_tokens(place, k, v, rows.positions[:, None], lengths, circle=circle)
+            settings = scores_of(plan.attention, plan.model, this, q.shape[2]) | mask_of(run.kind)
+            slots = held.positions(lengths) if circle else None
+            out = decode(q, held.k, held.v, layer=place, lengths=lengths, slot_positions=slots, **settings)
+            return out, cache | {run.name: held}
 
         hidden_b1M, cache = model.with_cache(
             rows.tokens[:, None],
@@ -140,6 +147,71 @@ def make_step(plan: Plan, mesh: Mesh):
     state = _state_specs(plan)
     sharded = jax.shard_map(on_device, mesh=mesh, in_specs=(parameter_specs(plan.model), *state), out_specs=state)
     return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=compiler_options(mesh))
+
+
+def make_extend(plan: Plan, mesh: Mesh):
+    """Return extend(params, cache, rows, tokens, first) -> (cache, rows), compiled for `mesh`: a piece of the prompts.
+
+    tokens int32 [B,T] are those at positions first, first+1, ... of each prompt, the same on all devices of a ring,
+    which T divides; `rows.positions` are the prompts' lengths, from which on there is padding. The row of a prompt that
+    ends in the piece gets the token after it. The cache is written in place.
+
+    Weights stay where they are, as in `make_step`, and activations of T tokens travel: what is said there of a token,
+    times T. What a device holds at once grows with T, and not with the prompt.
+    """
+    build = model_builder(plan.model)
+
+    def on_device(params, cache, rows, tokens_bT, first):
+        (b, T), model = tokens_bT.shape, build(params)
+        positions_bT = jnp.broadcast_to(first + jnp.arange(T, dtype=jnp.int32), (b, T))
+        before, after = jnp.minimum(rows.positions, first), jnp.minimum(rows.positions, first + T)
+
+        def attend(q, k, v, this, cache, run, place):
+            held = cache[run.name]
+            out = extend_attention_shard(
+                q,
+                k,
+                v,
+                Cache(held.k, held.v, place, heads_first=True),
+                first=first,
+                slot_positions=held.positions(before),
+                axis_name=SEQUENCE,
+                block_sizes=plan.attention.block_sizes,
+                **scores_of(plan.attention, plan.model, this, q.shape[2]),
+                **mask_of(run.kind),
+            )
+            own = [own_stripe(x, SEQUENCE) for x in (k, v, positions_bT)]
+            held = held.with_tokens(place, *own, after, circle=is_circle(run.kind, plan.capacity))
+            return out, cache | {run.name: held}
+
+        hidden_bTM, cache = model.with_cache(
+            tokens_bT,
+            positions=positions_bT,
+            length=plan.capacity,
+            cache=cache,
+            attend=attend,
+            products=Stationary(plan.model.model_dim),
+        )
+        last_b = rows.positions - 1 - first
+        last_bM = hidden_bTM[jnp.arange(b), jnp.clip(last_b, 0, T - 1)]
+        found_b = _next_tokens(plan, model, last_bM, rows.seeds, rows.positions)
+        tokens_b = jnp.where((last_b >= 0) & (last_b < T), found_b, rows.tokens)
+        return cache, Rows(tokens_b, rows.positions, rows.seeds)
+
+    state = _state_specs(plan)
+    specs = (parameter_specs(plan.model), *state, PartitionSpec(DATA), PartitionSpec())
+    sharded = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=state)
+    return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=compiler_options(mesh))
+
+
+def make_cache(plan: Plan, mesh: Mesh, rows: int):
+    """Return make() -> an empty cache for so many rows on `mesh`, a dict by the names of the runs of layers."""
+    b = rows // mesh.shape[DATA]
+
+    def on_device():
+        return {run.name: KeyValueCache.empty(plan.model, run, b, plan.capacity) for run in plan.model.loop.runs}
+
+    return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(), out_specs=_state_specs(plan)[0]))
 
 
 def _state_specs(plan: Plan) -> tuple[dict[str, KeyValueCache], Rows]:

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from ring_attention.attention import online_softmax
 from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes, as_blocks
+from ring_attention.attention.blockwise import FARTHEST
 from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.derivatives import only_reverse_mode
 from ring_attention.attention.device_kind import DeviceKind, kind_here, kind_of_mesh
@@ -47,6 +48,7 @@ def decode_attention_shard(
     axis_name: str = "sp",
     layer: jax.Array | None = None,
     heads_first: bool = False,
+    slot_positions: jax.Array | None = None,
     layout: str | SequenceLayout = "striped",
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
@@ -60,6 +62,9 @@ def decode_attention_shard(
       v_cache: [B,s,K,D].
       lengths: int32 [B], of this device's rows.
       axis_name: the axis that the cache is sharded over.
+      slot_positions: int32 [B,s], the positions of the tokens that this device's slots hold, -1 where they hold none;
+        those of the layout by default. A cache that is written in a circle holds a row's newest tokens alone, and then
+        lengths may be more than its slots.
       layer: int32; the caches are then those of all layers, with an axis L before, and this one is read where it lies.
       others: as in `decode_attention`; sinks and alibi_slopes [H] are those of this device's heads.
 
@@ -73,24 +78,39 @@ def decode_attention_shard(
     layout = as_layout(layout, lax.axis_size(axis_name))
     cache = Cache(k_cache, v_cache, layer, heads_first)
     k_shape, v_shape = (_global_shape(x, q, cache, layout.ring_size) for x in (k_cache, v_cache))
-    _check(q, k_shape, v_shape, lengths, layout, impl)
-    mask, size = checked_mask_args(arguments, q.shape[2]), _tile(block_sizes, kind_here(q), q, cache)
-    return _attend_to_slots(q, cache, lengths, axis_name=axis_name, layout=layout, size=size, mask=mask)
+    _check(q, k_shape, v_shape, lengths, layout, impl, circle=slot_positions is not None)
+    mask, size = checked_mask_args(arguments, q.shape[2]), tile_size(block_sizes, kind_here(q), q, cache)
+    if slot_positions is None:
+        slot_positions = layout.shard_positions(lax.axis_index(axis_name), cache.slots)[None]
+    else:
+        require_integers("slot_positions", slot_positions, (q.shape[0], cache.slots), "Bs")
+    return attend_to_parts(q, [(cache, slot_positions)], _newest(lengths, q), axis_name=axis_name, size=size, mask=mask)
 
 
-def _attend_to_slots(
-    q: jax.Array, cache: Cache, lengths: jax.Array, *, axis_name: str, layout: SequenceLayout, size: int, mask: dict
-) -> jax.Array:
-    """Attention to the slots of all devices, of arguments that were checked; `size` slots are read at once."""
+def _newest(lengths: jax.Array, q: jax.Array) -> jax.Array:
+    """int32 [B,T], the positions of queries that are the newest tokens of rows of these lengths."""
     T = q.shape[1]
-    state = attend_cached(
-        q,
-        cache,
-        mask=make_mask_spec(q, **mask),
-        q_positions=lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None],
-        kv_positions=layout.shard_positions(lax.axis_index(axis_name), cache.slots),
-        size=size,
-    )
+    return lengths.astype(jnp.int32)[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None]
+
+
+def attend_to_parts(
+    q: jax.Array,
+    parts: list[tuple[Cache, jax.Array]],
+    q_positions: jax.Array,
+    *,
+    axis_name: str,
+    size: int,
+    mask: dict,
+) -> jax.Array:
+    """Attention to the slots of all devices, of arguments that were checked; `size` slots are read at once.
+
+    A part is a cache and the positions of its slots, int32 [B or 1, s], -1 where a slot holds nothing.
+    """
+    spec, states = make_mask_spec(q, **mask), []
+    for cache, positions in parts:
+        positions = jnp.where(positions < 0, FARTHEST, positions)
+        states.append(attend_cached(q, cache, mask=spec, q_positions=q_positions, kv_positions=positions, size=size))
+    state = functools.reduce(lambda x, y: online_softmax.merge(x, *online_softmax.finalize(y)), states)
     out, _ = attention_sinks.finalize(_merged(state, axis_name), as_sinks(mask["sinks"]))
     return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
@@ -160,6 +180,7 @@ def decode_attention(
       softcap, scale: as in `context_attention`.
       sinks: [H], a logit for each head that takes part in the softmax but has no value; counted once.
       alibi_slopes: [H]; a score falls by the slope for each position of distance.
+      extra_mask: a `Mask`, a condition on positions beside the window.
       impl: "auto" or "xla"; the kernels for training have no form for a few queries.
       block_sizes: of which `kv`, slots that are read at once, counts; chosen for the device by default.
 
@@ -184,7 +205,7 @@ def decode_attention(
     check_spec(spec, mesh, axis_name, q, k_shape)
     mask = checked_mask_args(arguments, q.shape[2])
     sinks, alibi_slopes = mask.pop("sinks"), mask.pop("alibi_slopes")
-    settings = dict(axis_name=axis_name, layout=layout, size=_tile(block_sizes, kind_of_mesh(mesh), q, cache))
+    settings = dict(axis_name=axis_name, layout=layout, size=tile_size(block_sizes, kind_of_mesh(mesh), q, cache))
     with only_reverse_mode():
         return _sharded(mesh, spec, heads_first, **settings, **mask)(q, k_cache, v_cache, lengths, sinks, alibi_slopes)
 
@@ -210,7 +231,8 @@ def _sharded(
         def on_shards(q, k_cache, v_cache, lengths, sinks, alibi_slopes):
             here = mask | dict(sinks=sinks, alibi_slopes=alibi_slopes)
             slots = Cache(k_cache, v_cache, None, heads_first)
-            return _attend_to_slots(q, slots, lengths, axis_name=axis_name, layout=layout, size=size, mask=here)
+            parts = [(slots, layout.shard_positions(lax.axis_index(axis_name), slots.slots)[None])]
+            return attend_to_parts(q, parts, _newest(lengths, q), axis_name=axis_name, size=size, mask=here)
 
         of_heads = PartitionSpec(heads)
         in_specs = (queries, cache, cache, PartitionSpec(batch), of_heads, of_heads)
@@ -228,19 +250,19 @@ def _known_spec(cache, mesh: Mesh | AbstractMesh, heads_first: bool) -> Partitio
     return PartitionSpec(batch, slots, heads, features)
 
 
-def _tile(block_sizes: BlockSizes | None, kind: DeviceKind, q: jax.Array, cache: Cache) -> int:
+def tile_size(block_sizes: BlockSizes | None, kind: DeviceKind, q: jax.Array, cache: Cache) -> int:
     """How many slots are read at once."""
     slots = slots_of(kind, q.shape[3], q.shape[2] // cache.num_kv_heads)
     return as_blocks(block_sizes, BlockSizes(kv=slots)).kv
 
 
-def _check(q, k_cache, v_cache, lengths, layout: SequenceLayout, impl: str) -> None:
+def _check(q, k_cache, v_cache, lengths, layout: SequenceLayout, impl: str, *, circle: bool = False) -> None:
     """Raise ValueError unless shapes and dtypes fit each other, and the caches of a device the layout."""
     require_attention_shapes(q, k_cache, v_cache)
     require_attention_dtypes(q, k_cache, v_cache)
     (B, T, *_), S = q.shape, k_cache.shape[1]
     layout.check_length(S)
     require(T <= S, f"q holds T={T} new tokens, the cache has S={S} slots; give the tokens that are in the cache")
-    require_integers("lengths", lengths, (B,), "B", least=0, most=S)
+    require_integers("lengths", lengths, (B,), "B", least=0, most=2**31 - 1 if circle else S)
     kernel = find_kernel(impl).name
     require(kernel == "xla", f'impl={impl!r} computes whole shards, not a few queries; use impl="auto"')

@@ -79,10 +79,11 @@ def prompts(lengths=LENGTHS):
     return [rng.integers(0, MODEL.vocab_size, length) for length in lengths]
 
 
-def generated(model, attention, shape, capacity=CAPACITY, sampling=None, vocab_size=None, **arguments):
+def generated(model, attention, shape, capacity=CAPACITY, sampling=None, vocab_size=None, chunk=None, **arguments):
     """Tokens of each row; None where it has ended."""
-    settings = dict(mesh=open_mesh(shape), capacity=capacity, sampling=sampling, vocab_size=vocab_size)
-    return _written(Generator(model, parameters(model), attention=attention, **settings), **arguments)
+    settings = dict(mesh=open_mesh(shape), capacity=capacity, sampling=sampling, vocab_size=vocab_size, chunk=chunk)
+    params = parameters((attention or AttentionConfig()).completed(model))
+    return _written(Generator(model, params, attention=attention, **settings), **arguments)
 
 
 def _written(writer, new=NEW, lengths=LENGTHS, stop=(), seeds=0):
@@ -95,14 +96,18 @@ def likeliest(model, attention, rows):
     tokens = np.zeros((len(rows), CAPACITY), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
-    mesh, build = open_mesh(dict(sp=1)), model_builder(attention.completed(model))
-    attend = attention_of(dataclasses.replace(attention, layout="contiguous"), attention.completed(model), 1)
+    model = attention.completed(model)
+    mesh, build = open_mesh(dict(sp=1)), model_builder(model)
+    attend = attention_of(dataclasses.replace(attention, layout="contiguous"), model, 1)
 
     def on_device(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(CAPACITY), tokens.shape)
         return build(params).logits(tokens, positions=positions, segment_ids=None, attend=attend)
 
-    specs, out = (parameter_specs(model), Spec(("dp", "fsdp"), "sp")), Spec(("dp", "fsdp"), "sp", "tp")
+    specs, out = (
+        (parameter_specs(model), Spec(("dp", "fsdp"), "sp")),
+        Spec(("dp", "fsdp"), "sp", "tp"),
+    )
     run = quickly(jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out))
     return np.asarray(run(parameters(model), tokens)).argmax(-1)
 
@@ -240,13 +245,13 @@ def test_generate_gives_no_tokens_unknown_to_the_tokenizer():
 
 
 def _token_goes_elsewhere(patch):
-    with_token = KeyValueCache.with_token
-    mutant = lambda self, layer, k, v, positions: with_token(self, layer, k, v, positions + 1)  # noqa: E731
-    patch.setattr(KeyValueCache, "with_token", mutant)
+    with_tokens = KeyValueCache.with_tokens
+    mutant = lambda self, layer, k, v, at, ends, **rest: with_tokens(self, layer, k, v, at + 1, ends + 1, **rest)  # noqa: E731
+    patch.setattr(KeyValueCache, "with_tokens", mutant)
 
 
 def _token_is_not_kept(patch):
-    patch.setattr(KeyValueCache, "with_token", lambda self, *_: self)
+    patch.setattr(KeyValueCache, "with_tokens", lambda self, *_, **__: self)
 
 
 def _prompt_goes_to_another_layer(patch):
@@ -310,9 +315,9 @@ def test_generate_mutants_are_seen(mutate, monkeypatch):
 def test_cache_holds_what_was_promised():
     assert cached.as_bits(jnp.ones(2, jnp.bfloat16)).dtype == jnp.uint16
     assert cached.as_bits(jnp.ones(2)).dtype == jnp.float32
-    assert cache.cache_bytes(MODEL, rows=3, slots=10, tensor=2) == 2 * 2 * 3 * 10 * 1 * 6 * 4
+    assert cache.cache_bytes(MODEL, rows=3, capacity=39, devices=4, tensor=2) == 2 * 2 * 3 * 10 * 1 * 6 * 4
     half = dataclasses.replace(MODEL, compute_dtype="bfloat16")
-    assert cache.cache_bytes(half, rows=3, slots=10, tensor=1) == 2 * 2 * 3 * 10 * 2 * 6 * 2
+    assert cache.cache_bytes(half, rows=3, capacity=10, devices=1, tensor=1) == 2 * 2 * 3 * 10 * 2 * 6 * 2
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
