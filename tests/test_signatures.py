@@ -13,8 +13,8 @@ from ring_attention.parallel.context import ContextArgs, SequenceArgs
 from ring_attention.parallel.shard import ShardArgs
 from ring_attention.parallel.strategies import StrategyOptions
 
-SCORES = dict(window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None)
-MASK = SCORES | dict(causal=True, segment_ids=None, dropout_rate=0.0, dropout_key=None, extra_mask=None)
+SCORES = dict(window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, extra_mask=None)
+MASK = SCORES | dict(causal=True, segment_ids=None, dropout_rate=0.0, dropout_key=None)
 KERNEL = dict(impl="auto", block_sizes=None)
 SHARDED = dict(axis_name="sp", layout="contiguous", max_segment_len=None) | MASK | KERNEL
 OFFSETS = dict(batch_offset=0, head_offset=0, seq_len=None)
@@ -34,7 +34,7 @@ ARGUMENTS = {
     "blockwise_attention": MASK | KERNEL | TOKENS,
     "reference_attention": MASK | TOKENS | dict(stride=None),
     "decode_attention": CACHE | GLOBAL,
-    "decode_attention_shard": CACHE | dict(layer=None),
+    "decode_attention_shard": CACHE | dict(layer=None, slot_positions=None),
 }
 
 

@@ -336,7 +336,7 @@ def test_decode_attention_skips_tiles_that_no_row_sees():
             causal=True,
             dropout_rate=0.0,
         )
-        positions = ra.SequenceLayout("striped", 4).shard_positions(me, 64)
+        positions = ra.SequenceLayout("striped", 4).shard_positions(me, 64)[None]
         found = cached._visited(mask, jnp.array(lengths)[:, None] - 1, positions, 16)
         return found.items[: found.count].tolist()
 
