@@ -14,8 +14,14 @@ from ring_attention.models.hf.facts import UnsayableError, facts_of, kinds_by_la
 from ring_attention.models.hf.families import FAMILIES, WRAPPERS
 from ring_attention.models.hf.known import SIZES, family_of, require_known, text_of
 from ring_attention.models.hf.layer_ropes import ropes_from_hf, ropes_to_hf
-from ring_attention.models.hf.layer_types import kinds_of, reduced, windows_from_hf, windows_to_hf
-from ring_attention.models.hf.rope import ROPE_KEYS
+from ring_attention.models.hf.layer_types import (
+    kinds_of,
+    positions_from_hf,
+    positions_to_hf,
+    reduced,
+    windows_from_hf,
+    windows_to_hf,
+)
 from ring_attention.models.hf.values import whole
 from ring_attention.models.layer_kinds import LayerKind
 
@@ -93,7 +99,8 @@ def _of_text(values: Mapping[str, Any]) -> HFConfig:
     softcap = fields.pop("attention.softcap", 0.0)
     windows = windows_from_hf(values, family.layers, layers)
     ropes = ropes_from_hf(values, family.layers, max_len, family.rope)
-    of_all, period = reduced(kinds_of(windows, family.layers, ropes))
+    positions = positions_from_hf(values, family.layers, windows)
+    of_all, period = reduced(kinds_of(windows, positions, ropes))
     model = ModelConfig(
         vocab_size=whole(values, "vocab_size"),
         num_layers=layers,
@@ -153,7 +160,7 @@ def update_hf(values: Mapping[str, Any], config: HFConfig) -> dict[str, Any]:
         changed |= _windows_to_hf(config)
     if read().facts["model.rope"] != now["model.rope"]:  # some scalings begin at max_position_embeddings
         nested = changed.get("rope_parameters") is not None
-        for key in (*ROPE_KEYS, family.layers.local_theta):
+        for key in (*family.rope.keys, family.layers.local_theta, family.layers.positions):
             changed.pop(key, None)
         changed |= _ropes_to_hf(config, nested=nested)
     require_same(config.family, now, read().facts)
@@ -204,4 +211,5 @@ def _ropes_to_hf(config: HFConfig, *, nested: bool = False) -> dict[str, Any]:
     turned = [kind for kind in kinds_by_layer(config.transformer) if kind.rope and kind.rope.fraction]
     ropes = [next((kind.rope for kind in turned if bool(kind.window) is local), None) for local in (False, True)]
     full, sliding = (rope or ropes[0] or ropes[1] or config.model.rope for rope in ropes)
-    return ropes_to_hf(full, sliding, family.layers, config.max_len, family.rope, nested=nested)
+    ropes = ropes_to_hf(full, sliding, family.layers, config.max_len, family.rope, nested=nested)
+    return ropes | positions_to_hf(kinds_by_layer(config.transformer), family.layers)

@@ -50,6 +50,12 @@ def root_divisor(name: str, field: str) -> Key:
     return Key(name=name, fields=(field,), read=lambda v, k: number(v, k) ** -0.5, write=write)
 
 
+def score_scale(name: str) -> Key:
+    """Return the key of what scores are multiplied by."""
+    fields = ("attention_scale",)
+    return Key(name=name, fields=fields, read=lambda v, k: number(v, k, 1.0), write=lambda x, model: model.score_scale)
+
+
 def cap(name: str, field: str) -> Key:
     """Return the key of a soft cap, null for none."""
     return Key(name=name, fields=(field,), read=lambda v, k: number(v, k, 0.0), write=lambda x, model: x or None)

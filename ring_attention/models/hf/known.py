@@ -7,7 +7,6 @@ from ring_attention.checks import printable, require_field
 from ring_attention.models.hf.families import FAMILIES, WRAPPERS
 from ring_attention.models.hf.family import Family, Wrapper
 from ring_attention.models.hf.keys import FIXED, IGNORED
-from ring_attention.models.hf.rope import ROPE_KEYS
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -25,7 +24,10 @@ _TIED = "tie_word_embeddings"
 
 
 def family_of(values: Mapping[str, Any]) -> str:
-    """The model type, which must be that of the architecture."""
+    """The row that the model type means; it must be that of the architecture.
+
+    As `transformers` has it, a Mistral model with the key `layer_types` is a Ministral one.
+    """
     known = f"known are {', '.join((*FAMILIES, *WRAPPERS))}"
     model_type = values.get("model_type")
     require_field(
@@ -36,7 +38,7 @@ def family_of(values: Mapping[str, Any]) -> str:
         "take a checkpoint of one of these",
     )
     _require_architecture(values, FAMILIES[model_type].architecture)
-    return model_type
+    return "ministral" if model_type == "mistral" and "layer_types" in values else model_type
 
 
 def _require_architecture(values: Mapping[str, Any], need: str) -> None:
@@ -69,7 +71,13 @@ def text_of(values: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
 def require_known(values: Mapping[str, Any], family: Family) -> None:
     """Raise ConfigError for the first key that asks for what is not implemented, or is not known at all."""
     _require_no_code(values, family)
-    read = {*SIZES, "max_position_embeddings", *ROPE_KEYS, *family.layers.keys, *(key.name for key in family.keys)}
+    read = {
+        *SIZES,
+        "max_position_embeddings",
+        *family.rope.keys,
+        *family.layers.keys,
+        *(key.name for key in family.keys),
+    }
     for key, value in values.items():
         if key == "auto_map" or key in read or key in family.unread:
             continue

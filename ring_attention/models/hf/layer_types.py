@@ -28,6 +28,10 @@ class LayerTypes:
       thetas: the bases of layers that see all and of those with a window, where no key says them.
       local_theta: the older key of the base of those with a window.
       full_without_positions: whether layers that see all have no rotary embedding.
+      positions: a key that lists for each layer whether it has a rotary embedding, 1 or 0; where the types of layers
+        are not listed, those without have the window.
+      positions_period: a key that says the same where they are not listed: each layer whose number is one less than a
+        multiple of it, by default 4, has none.
     """
 
     window: bool = False
@@ -40,12 +44,15 @@ class LayerTypes:
     thetas: tuple[float, float] = (10_000.0, 10_000.0)
     local_theta: str = ""
     full_without_positions: bool = False
+    positions: str = ""
+    positions_period: str = ""
 
     @property
     def keys(self) -> frozenset[str]:
         """The keys that are read."""
         always = {"sliding_window", "use_sliding_window", "layer_types", "max_window_layers"}
-        return frozenset(always | {self.switch, self.first, self.period_key, self.local_theta} - {""})
+        own = {self.switch, self.first, self.period_key, self.local_theta, self.positions, self.positions_period}
+        return frozenset(always | own - {""})
 
 
 def windows_from_hf(values: Mapping[str, Any], rule: LayerTypes, layers: int) -> list[int]:
@@ -64,7 +71,8 @@ def windows_from_hf(values: Mapping[str, Any], rule: LayerTypes, layers: int) ->
     if kinds is None:
         first = whole(values, rule.first) if rule.first and values.get(rule.first) else 0
         period = whole(values, rule.period_key, rule.period) if rule.period_key else rule.period
-        sees_all = lambda i: i < first or bool(period) and (i + 1) % period == 0  # noqa: E731
+        turned = _listed_positions(values, rule, layers) if rule.positions else [False] * layers
+        sees_all = lambda i: i < first or turned[i] or bool(period) and (i + 1) % period == 0  # noqa: E731
         require_field(
             size > 0 or not period, "sliding_window", values.get("sliding_window"), "is missing", "give its size"
         )
@@ -82,6 +90,29 @@ def windows_from_hf(values: Mapping[str, Any], rule: LayerTypes, layers: int) ->
         need = "is not read in this family, whose layers are alike"
         require_field(windows == unlisted, "layer_types", kinds, need, "take it out of config.json")
     return windows
+
+
+def positions_from_hf(values: Mapping[str, Any], rule: LayerTypes, windows: Sequence[int]) -> list[bool]:
+    """Whether each layer has a rotary embedding."""
+    if rule.full_without_positions:
+        return [bool(window) for window in windows]
+    return _listed_positions(values, rule, len(windows)) if rule.positions else [True] * len(windows)
+
+
+def _listed_positions(values: Mapping[str, Any], rule: LayerTypes, layers: int) -> list[bool]:
+    listed = values.get(rule.positions)
+    if listed is None:
+        period = whole(values, rule.positions_period, 4)
+        return [(layer + 1) % period != 0 for layer in range(layers)]
+    fits = isinstance(listed, list) and len(listed) >= layers and all(each in (0, 1) for each in listed)
+    need = f"must be 1 or 0 for each of {layers} layers"
+    require_field(fits, rule.positions, listed, need, "correct config.json")
+    return [bool(each) for each in listed[:layers]]
+
+
+def positions_to_hf(kinds: Sequence[LayerKind], rule: LayerTypes) -> dict[str, Any]:
+    """The keys for which layers have a rotary embedding, as far as the family has one."""
+    return {rule.positions: [int(bool(kind.rope and kind.rope.fraction)) for kind in kinds]} if rule.positions else {}
 
 
 def windows_to_hf(windows: Sequence[int], rule: LayerTypes) -> dict[str, Any]:
@@ -104,10 +135,12 @@ def windows_to_hf(windows: Sequence[int], rule: LayerTypes) -> dict[str, Any]:
     return keys
 
 
-def kinds_of(windows: Sequence[int], rule: LayerTypes, ropes: tuple[RopeConfig, RopeConfig]) -> list[LayerKind]:
-    """The kind of each layer; `ropes` are those of layers without and with a window."""
-    full = NO_POSITIONS if rule.full_without_positions else ropes[0]
-    return [LayerKind(window=window, rope=ropes[1] if window else full) for window in windows]
+def kinds_of(
+    windows: Sequence[int], positions: Sequence[bool], ropes: tuple[RopeConfig, RopeConfig]
+) -> list[LayerKind]:
+    """The kind of each layer; `ropes` are those of layers without and with a window, `positions` says who has one."""
+    each = zip(windows, positions, strict=True)
+    return [LayerKind(window=window, rope=ropes[bool(window)] if turned else NO_POSITIONS) for window, turned in each]
 
 
 def reduced(kinds: Sequence[LayerKind]) -> tuple[LayerKind, tuple[LayerKind, ...]]:

@@ -1,7 +1,8 @@
 """Which tensor of a Hugging Face checkpoint is which parameter, and how its axes lie.
 
 A parameter is named by its path in the model's tree, joined by dots. A pattern says, as einops does, how the axes of
-the tensor become those of the parameter (of one layer of it): letters as in `ring_attention`, `(H D)` is one axis.
+the tensor become those of the parameter (of one layer of it): letters as in `ring_attention`, `(H D)` is one axis, and
+D is (d p) or (p d), of the d = D/2 pairs of p = 2 numbers that rotary positions turn.
 """
 
 import dataclasses
@@ -98,7 +99,7 @@ class Part:
     @property
     def parameter_shape(self) -> tuple[int, ...]:
         """The shape of the parameter, or of one layer of it."""
-        return tuple(self.sizes[x] for x in self._sides()[1].split())
+        return tuple(np.prod([self.sizes[x] for x in axis], dtype=int).item() for axis in _axes(self._sides()[1]))
 
     def to_parameter(self, tensor: np.ndarray) -> np.ndarray:
         """These rows, or a slice of them that `slices` gave, with the parameter's axes; a view where that can be."""
@@ -112,9 +113,8 @@ class Part:
     def slices(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """The slice of the whole tensor that becomes `index` of the parameter, which takes whole heads."""
         left, right = self._sides()
-        bounds = {
-            letter: part.indices(self.sizes[letter])[:2] for letter, part in zip(right.split(), index, strict=True)
-        }
+        axes = zip(_axes(right), index, strict=True)
+        bounds = {axis[0]: part.indices(self.sizes[axis[0]])[:2] for axis, part in axes if len(axis) == 1}
         slices = []
         for first, *rest in _axes(left):
             step = np.prod([self.sizes[letter] for letter in rest], dtype=int).item()
@@ -123,7 +123,7 @@ class Part:
         return (rows, *slices[1:])
 
     def _inner(self) -> dict[str, int]:
-        """The sizes that einops cannot see: of the inner letter of an axis with two."""
+        """The sizes that einops cannot see: of the inner letters of an axis with several."""
         return {letter: self.sizes[letter] for axis in _axes(self._sides()[0]) for letter in axis[1:]}
 
     def _sides(self) -> tuple[str, str]:
@@ -153,7 +153,7 @@ def tensors_of(config: HFConfig, prefixes: tuple[str, str] = PLAIN) -> dict[str,
     """The tensors that a checkpoint of this model holds, by name, in the order of its layers."""
     model, (body, head) = config.transformer, prefixes
     letters = dict(V="vocab_size", M="model_dim", H="num_heads", K="num_kv_heads", D="head_dim", F="ffn_dim")
-    sizes = {letter: getattr(model, field) for letter, field in letters.items()}
+    sizes = {letter: getattr(model, field) for letter, field in letters.items()} | dict(d=model.head_dim // 2, p=2)
     table = NAMES | dict(FAMILIES[config.family].names)
     order = list(NAMES)
     found: list[tuple[int, int, str, Part]] = []

@@ -54,10 +54,15 @@ class RopeFacts:
     query_growth: bool = False
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def inner_keys(self) -> tuple[str, ...]:
         """Further keys of the section with the scaling."""
         partial = ("partial_rotary_factor",) if self.partial else ()
         return partial + (("llama_4_scaling_beta", "max_position_embeddings") if self.query_growth else ())
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of config.json that are read."""
+        return ROPE_KEYS + (("partial_rotary_factor",) if self.partial else ())
 
 
 PLAIN = RopeFacts()
@@ -87,7 +92,7 @@ def rope_from_hf(
     for key, value in given.items():
         harmless = key in _HARMLESS and value in _HARMLESS[key]
         require_field(
-            value is None or key in _SCALINGS[kind] or key in facts.keys or harmless,
+            value is None or key in _SCALINGS[kind] or key in facts.inner_keys or harmless,
             f"{section}.{printable(key)}",
             value,
             f"is not implemented for rope_type={kind!r}",
