@@ -95,17 +95,6 @@ FAMILIES = {
         defaults=_MISTRAL,
         layers=LayerTypes(window=True),
     ),
-    "ministral": Family(
-        architecture="MinistralForCausalLM", defaults=_MISTRAL, layers=LayerTypes(window=True, listed=True)
-    ),
-    "ministral3": Family(
-        architecture="Ministral3ForCausalLM",
-        defaults=dict(
-            num_key_value_heads=8, head_dim=128, max_position_embeddings=262_144, rms_norm_eps=1e-5, vocab_size=131_072
-        ),
-        layers=LayerTypes(window=True),
-        rope=RopeFacts(scalings=("yarn",), query_growth=True),
-    ),
     "qwen2": Family(architecture="Qwen2ForCausalLM", model=dict(qkv_bias=True), defaults=_QWEN, layers=_QWEN_LAYERS),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -160,6 +149,17 @@ FAMILIES = {
         defaults=_OLMO | dict(sliding_window=4096),
         layers=LayerTypes(window=True, listed=True, period=4, rope_by_type=True, thetas=(5e5, 5e5)),
         names=_OLMO_NAMES,
+    ),
+    "ministral": Family(
+        architecture="MinistralForCausalLM", defaults=_MISTRAL, layers=LayerTypes(window=True, listed=True)
+    ),
+    "ministral3": Family(
+        architecture="Ministral3ForCausalLM",
+        defaults=dict(
+            num_key_value_heads=8, head_dim=128, max_position_embeddings=262_144, rms_norm_eps=1e-5, vocab_size=131_072
+        ),
+        layers=LayerTypes(window=True),
+        rope=RopeFacts(scalings=("yarn",), query_growth=True),
     ),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM",

@@ -63,8 +63,8 @@ def text_of(values: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
             _require_fixed(key, value, FIXED[key])
         elif not known:
             _require_known_key(key, value, False)
-    if values.get(_TIED) is not None:
-        text.setdefault(_TIED, values[_TIED])
+    if values.get(_TIED) is not None:  # it is the one that transformers goes by
+        text[_TIED] = values[_TIED]
     return text
 
 
