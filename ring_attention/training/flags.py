@@ -225,7 +225,7 @@ def _unknown_flag(arg: str) -> ConfigError:
 def _read_text(field: str, text: str, *, example: Any) -> Any:
     """Return the value of `field` that `text` spells, or raise ConfigError; `example` is a value it may have."""
     kind = field_kinds()[field]
-    readers = {int: int, float: float, str: str, bool: {"true": True, "false": False}.get}
+    readers = {int: int, float: float, str: str, bool: lambda x: {"true": True, "false": False}.get(x.lower())}
     try:
         value = (json.loads if is_list(kind) else readers[kind])(text)
     except ValueError:

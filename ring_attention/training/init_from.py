@@ -1,6 +1,7 @@
 """What a run begins with: parameters drawn at random, or the trained model that `init_from` names."""
 
 import dataclasses
+import shlex
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,15 +19,16 @@ from ring_attention.models.hf.files import is_regular, read_json
 from ring_attention.models.hf.manifest import FOLDER, write_manifest
 from ring_attention.models.hf.presets import PRESETS, REFUSED
 from ring_attention.models.hf.source import CONFIG, is_hf_folder
+from ring_attention.models.transformer import abstract_parameters
 from ring_attention.training.checkpoints import written_steps
 from ring_attention.training.config import OptimizerConfig, TrainConfig
-from ring_attention.training.config_values import config_from_dict, config_to_dict, field_default
+from ring_attention.training.config_values import config_from_dict, config_to_dict, field_default, spelt
 from ring_attention.training.processes import is_first
 from ring_attention.training.run_folder import RunFolder, read_config
 from ring_attention.training.state import TrainState, make_state, state_with
 from ring_attention.training.trained_model import TrainedModel, config_of, open_trained_model
 
-_OF_ATTENTION = ("attention.window", "attention.chunk", "attention.sinks", "attention.softcap")
+_OF_ATTENTION = tuple(f"attention.{name}" for name in ("window", "chunk", "sinks", "softcap", "alibi"))
 """Fields of attention that follow from the model that a run begins with, and may be set to something else."""
 
 _STEPS = 100
@@ -37,7 +39,8 @@ def find_initial(config: TrainConfig) -> TrainedModel | None:
     """Return the trained model that `config.init_from` names, None if it names none; reads no arrays.
 
     Raises:
-      ConfigError: if there is none, its model is another but for rope and FREE_MODEL_FIELDS, or its tokens are others.
+      ConfigError: if there is none, its model is another but for FREE_MODEL_FIELDS, rope and what layers see, or its
+        tokens are others.
     """
     if not config.init_from:
         return None
@@ -45,15 +48,7 @@ def find_initial(config: TrainConfig) -> TrainedModel | None:
         trained = open_trained_model(config.init_from)
     except ConfigError as error:
         raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
-    theirs = flatten_dict(config_to_dict(trained.config)["model"], sep=".")
-    ours = flatten_dict(config_to_dict(config)["model"], sep=".")
-    free = lambda field: field in FREE_MODEL_FIELDS or field.startswith("rope.")  # noqa: E731
-    wrong = [field for field, value in ours.items() if value != theirs[field] and not free(field)]
-    if wrong:
-        got = ", ".join(f"model.{field}={ours[field]!r}" for field in wrong)
-        need = f"init_from={config.init_from!r} holds a model with {', '.join(repr(theirs[field]) for field in wrong)}"
-        remedy = f"use {' '.join(f'--config.model.{field}={theirs[field]}' for field in wrong)}"
-        raise ConfigError(f"{got}: {need}; {remedy}")
+    _require_same_model(config, trained.config)
     tokenizer = trained.config.data.tokenizer
     from_init = f"the parameters of init_from={config.init_from!r} were trained with"
     require_field(
@@ -73,13 +68,39 @@ def find_initial(config: TrainConfig) -> TrainedModel | None:
     return trained
 
 
+def _require_same_model(config: TrainConfig, trained: TrainConfig) -> None:
+    """Raise ConfigError unless the parameters of `trained` are those of a model that computes as `config` says."""
+    theirs, ours = (flatten_dict(config_to_dict(x), sep=".") for x in (trained, config))
+    in_files = ("model.layers", "attention.sinks")  # say which parameters there are, and what layers see, which is free
+    free = {f"model.{name}" for name in FREE_MODEL_FIELDS}.union(in_files)
+    fixed = [f for f in ours if f.startswith("model.") and not f.startswith("model.rope.") and f not in free]
+    wrong = [field for field in fixed if ours[field] != theirs[field]]
+    if not wrong and _parameters(config) != _parameters(trained):
+        wrong = [field for field in in_files if ours[field] != theirs[field]]
+    if wrong:
+        got = ", ".join(f"{field}={_words(ours[field])}" for field in wrong)
+        held = ", ".join(_words(theirs[field]) for field in wrong)
+        remedy = " ".join(shlex.quote(f"--config.{field}={_words(theirs[field])}") for field in wrong)
+        raise ConfigError(f"{got}: init_from={config.init_from!r} holds a model with {held}; use {remedy}")
+
+
+def _words(value: Any) -> str:
+    """Return a value as messages have it: a list as on a command line."""
+    return spelt(value) if isinstance(value, list) else repr(value)
+
+
+def _parameters(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter, by its path."""
+    return {path: x.shape for path, x in flatten_dict(abstract_parameters(config.transformer), sep=".").items()}
+
+
 def describe_initial(config: TrainConfig, trained: TrainedModel) -> list[str]:
     """Return lines that say where a run begins, and what it changes of the model."""
     lines = [f"Beginning with the parameters of {trained.checkpoint}."]
     theirs = flatten_dict(config_to_dict(trained.config), sep=".")
     for field, ours in flatten_dict(config_to_dict(config), sep=".").items():
-        if ours != theirs[field] and (field in _OF_ATTENTION or field.startswith("model.rope.")):
-            lines.append(f"{field} was {theirs[field]!r} and is {ours!r}.")
+        if ours != theirs[field] and (field in _OF_ATTENTION or field.startswith(("model.rope.", "model.layers"))):
+            lines.append(f"{field} was {_words(theirs[field])} and is {_words(ours)}.")
     made_for = trained.config.seq_len
     if config.model.rope == trained.model.rope and config.seq_len > made_for:
         lines.append(
