@@ -22,8 +22,17 @@ PARAMETERS = {
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
     "gemma-3-27b": 27_432_406_640 - 416_866_032 - 6_194_304,  # without the vision tower and its projection
+    "ministral-8b": 8_019_808_256,
+    "mistral-small-24b": 23_572_403_200,
+    "smollm3-3b": 3_075_098_624,
+    "phi-4": 14_659_507_200,
+    "phi-4-mini": 3_836_021_760,
+    "granite-3.1-2b": 2_533_531_648,
+    "granite-3.1-8b": 8_170_848_256,
+    "command-r7b": 8_028_033_024,
 }
-"""Name -> parameters that the page of the model's repository states for its safetensors files."""
+"""Name -> parameters that the page of the model's repository states for its safetensors files; from "ministral-8b" on,
+those that the model has which transformers builds of the same values."""
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -48,3 +57,18 @@ def test_a_model_that_nothing_here_is_like_is_refused_with_the_reason(name):
 def test_a_misspelt_preset_is_recognised():
     with pytest.raises(ConfigError, match=r"did you mean llama-3\.1-8b\?"):
         load_config("llama-3.1-8")
+
+
+def test_layers_without_positions_are_those_that_their_makers_say():
+    smollm3, command = (load_config(name).transformer for name in ("smollm3-3b", "command-r7b"))
+    for model, window in ((smollm3, 0), (command, 4096)):
+        kinds = [run.kind for run in model.loop.periodic for _ in range(run.length)]
+        assert [kind.rope.fraction for kind in kinds] == [1.0, 1.0, 1.0, 0.0]
+        assert [kind.window for kind in kinds] == [window] * 3 + [0]
+
+
+def test_phi_4_mini_turns_three_quarters_of_a_head_by_longrope():
+    rope = load_config("phi-4-mini").model.rope
+    assert (rope.rotary_dim(128), rope.factor, rope.original_len) == (96, 32.0, 4096)
+    assert rope.magnitude == pytest.approx(1.190238, abs=1e-6)
+    assert len(rope.long_factors) == len(rope.short_factors) == 48

@@ -151,7 +151,10 @@ def test_export_config_refuses_what_no_family_computes():
     assert export_config(CONFIG, None).family == "llama"  # the control
     refused("attention.softcap=3.0: a model of the family", attention=AttentionConfig(softcap=3.0))
     refused("attention.strategy='sparse': is another", attention=AttentionConfig(strategy="sparse"))
-    refused("model.qk_norm=True: a model of the family 'qwen2'", model=dataclasses.replace(MODEL, qkv_bias=True, qk_norm=True))
+    refused(
+        "model.qk_norm=True: a model of the family 'qwen2'",
+        model=dataclasses.replace(MODEL, qkv_bias=True, qk_norm=True),
+    )
 
 
 def test_export_of_stretched_model_has_new_length_and_scaling(folders):

@@ -42,6 +42,24 @@ _GEMMA3 = dict(
     sliding_window=1024,
     query_pre_attn_scalar=168,
 )
+_PHI4_MINI_LONG = (
+    "1 1.118320672 1.250641126 1.398617824 1.564103225 1.74916897 1.956131817 2.187582649 2.446418898 2.735880826 "
+    "3.059592084 3.421605075 3.826451687 4.279200023 4.785517845 5.351743533 5.984965424 6.693110555 7.485043894 "
+    "8.370679318 9.36110372 10.4687158 11.70738129 13.09260651 14.64173252 16.37415215 18.31155283 20.47818807 "
+    "22.90118105 25.61086418 28.64115884 32.03 32.1 32.13 32.23 32.6 32.61 32.64 32.66 32.7 32.71 32.93 32.97 33.28 "
+    "33.49 33.5 44.16 47.77"
+)
+_PHI4_MINI_ROPE = dict(
+    type="longrope", short_factor=[1.0] * 48, long_factor=[float(factor) for factor in _PHI4_MINI_LONG.split()]
+)
+_GRANITE = dict(
+    rms_norm_eps=1e-5,
+    rope_theta=5_000_000.0,
+    embedding_multiplier=12.0,
+    residual_multiplier=0.22,
+    tie_word_embeddings=True,
+)
+_MISTRAL = dict(rms_norm_eps=1e-5, rope_theta=100_000_000.0)
 
 PRESETS = types.MappingProxyType(
     {
@@ -80,6 +98,77 @@ PRESETS = types.MappingProxyType(
         "qwen3-32b": _preset("Qwen/Qwen3-32B", "qwen3", "64 5120 64 8 128 25600 151936 40960", **_QWEN),
         "gemma-3-27b": _preset(
             "google/gemma-3-27b-pt", "gemma3_text", "62 5376 32 16 128 21504 262208 131072", **_GEMMA3
+        ),
+        "ministral-8b": _preset(
+            "mistralai/Ministral-8B-Instruct-2410",
+            "mistral",
+            "36 4096 32 8 128 12288 131072 32768",
+            sliding_window=32_768,
+            **_MISTRAL,
+        ),
+        "mistral-small-24b": _preset(
+            "mistralai/Mistral-Small-24B-Base-2501",
+            "mistral",
+            "40 5120 32 8 128 32768 131072 32768",
+            sliding_window=None,
+            **_MISTRAL,
+        ),
+        "smollm3-3b": _preset(
+            "HuggingFaceTB/SmolLM3-3B",
+            "smollm3",
+            "36 2048 16 4 128 11008 128256 65536",
+            rms_norm_eps=1e-6,
+            rope_theta=5_000_000.0,
+            no_rope_layer_interval=4,
+            tie_word_embeddings=True,
+        ),
+        "phi-4": _preset(
+            "microsoft/phi-4",
+            "phi3",
+            "40 5120 40 10 128 17920 100352 16384",
+            rms_norm_eps=1e-5,
+            rope_theta=250_000.0,
+            original_max_position_embeddings=16_384,
+            sliding_window=None,
+        ),
+        "phi-4-mini": _preset(
+            "microsoft/Phi-4-mini-instruct",
+            "phi3",
+            "32 3072 24 8 128 8192 200064 131072",
+            rms_norm_eps=1e-5,
+            rope_theta=10_000.0,
+            rope_scaling=_PHI4_MINI_ROPE,
+            original_max_position_embeddings=4096,
+            partial_rotary_factor=0.75,
+            sliding_window=262_144,
+            tie_word_embeddings=True,
+        ),
+        "granite-3.1-2b": _preset(
+            "ibm-granite/granite-3.1-2b-base",
+            "granite",
+            "40 2048 32 8 64 8192 49155 131072",
+            attention_multiplier=0.015625,
+            logits_scaling=8.0,
+            **_GRANITE,
+        ),
+        "granite-3.1-8b": _preset(
+            "ibm-granite/granite-3.1-8b-base",
+            "granite",
+            "40 4096 32 8 128 12800 49155 131072",
+            attention_multiplier=0.0078125,
+            logits_scaling=16.0,
+            **_GRANITE,
+        ),
+        "command-r7b": _preset(
+            "CohereForAI/c4ai-command-r7b-12-2024",
+            "cohere2",
+            "32 4096 32 8 128 14336 256000 132096",
+            layer_norm_eps=1e-5,
+            rope_theta=50_000.0,
+            logit_scale=0.25,
+            sliding_window=4096,
+            sliding_window_pattern=4,
+            tie_word_embeddings=True,
         ),
     }
 )
