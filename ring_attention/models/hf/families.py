@@ -64,7 +64,10 @@ _PHI_NAMES = {
     "layers.feedforward.gate": (_GATE_UP, "F M -> M F"),
     "layers.feedforward.up": (_GATE_UP, "F M -> M F"),
 }
-_PHI_PLAIN = Fixed((None, False, 1), "transformers does not read it")
+_PHI_FIXED = {
+    key: Fixed(allowed, "transformers does not read it, and computes without it")
+    for key, allowed in dict(full_attn_mod=(None, 1), interpolate_factor=(None, 1), lm_head_bias=(None, False)).items()
+}
 _COHERE_NAMES = {  # pairs lie side by side in the files, and as the two halves of a head here
     "layers.attention.query": (_LAYER + "self_attn.q_proj.weight", "(H d p) M -> M H (p d)"),
     "layers.attention.key": (_LAYER + "self_attn.k_proj.weight", "(K d p) M -> M K (p d)"),
@@ -72,7 +75,7 @@ _COHERE_NAMES = {  # pairs lie side by side in the files, and as the two halves 
     "layers.attention.key_bias": (_LAYER + "self_attn.k_proj.bias", "(K d p) -> K (p d)"),
 }
 _COHERE_FIXED = {
-    key: Fixed((None, value), "transformers does not read it, and computes what this value means")
+    key: Fixed((None, value), "transformers does not read it, and computes without it")
     for key, value in dict(
         order_of_interleaved_layers="local_attn_first",
         position_embedding_type="rope_gptj",
@@ -181,7 +184,7 @@ FAMILIES = {
         layers=LayerTypes(window=True),
         rope=RopeFacts(scalings=("default", "longrope"), partial=True),
         names=_PHI_NAMES,
-        fixed={key: _PHI_PLAIN for key in ("full_attn_mod", "interpolate_factor", "lm_head_bias")},
+        fixed=_PHI_FIXED,
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
