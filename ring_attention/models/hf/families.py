@@ -234,6 +234,7 @@ WRAPPERS = {
             *("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"),
             *("boi_token_id", "eoi_token_id", "image_token_id"),
         ),
+        fixed={"final_logit_softcapping": Fixed((None,), "no version of transformers caps the logits of this class")},
         tensors=("vision_tower.", "multi_modal_projector."),
     ),
     "mistral3": Wrapper(

@@ -131,10 +131,12 @@ class Wrapper:
       architecture: its class.
       texts: families that its text part may be of; the first where it says nothing.
       keys: keys beside `text_config` that say nothing of the text part.
+      fixed: keys of the text part with but one value within this.
       tensors: how names of tensors begin that are of other parts, with and without "model." before.
     """
 
     architecture: str
     texts: tuple[str, ...]
     keys: tuple[str, ...]
+    fixed: Mapping[str, Fixed] = dataclasses.field(default_factory=dict)
     tensors: tuple[str, ...]

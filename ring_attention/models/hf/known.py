@@ -57,6 +57,8 @@ def text_of(values: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
     need = f"is not implemented within {values['model_type']!r}; known are {', '.join(wrapper.texts)}"
     require_field(model_type in wrapper.texts, "text_config.model_type", model_type, need, _TAKE_TEXT)
     text.pop("architectures", None)
+    for key, fixed in wrapper.fixed.items():
+        _require_fixed(key, text.get(key), fixed)
     for key, value in values.items():
         known = key in ("text_config", _TIED, *wrapper.keys) or key in IGNORED
         if not known and key in FIXED:
