@@ -1,4 +1,4 @@
-"""Import a Hugging Face checkpoint: Llama 2 and 3, Mistral, Qwen2, Qwen3, from a local folder of safetensors files.
+"""Import a Hugging Face checkpoint of a family in docs/long_context.md, from a local folder of safetensors files.
 
 `python scripts/import_hf.py --help` says more. The code is in ring_attention/commands/import_hf.py.
 """

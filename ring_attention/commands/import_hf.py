@@ -1,4 +1,4 @@
-"""Import a Hugging Face checkpoint: Llama 2 and 3, Mistral, Qwen2, Qwen3, from a local folder of safetensors files.
+"""Import a Hugging Face checkpoint of a family in docs/long_context.md, from a local folder of safetensors files.
 
   python scripts/import_hf.py Llama-3.2-1B --out=runs/llama
   python train.py --config=configs/NAME.py --config.init_from=runs/llama ...
@@ -29,6 +29,11 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     source = open_source(args.folder)
     print(describe(source))
+    if source.config.wrapper:
+        print(
+            f"Of the {source.config.wrapper} model the text part alone: {len(source.left_out)} tensors of other parts are "
+            "kept beside it for export_hf.py, and take part in nothing else."
+        )
     with tensor_progress("Reading", source.tensor_bytes) as progress:
         kept = import_hf(source, args.out, make_mesh(sp=jax.device_count()), progress)
     for name in kept.left_out:

@@ -30,6 +30,19 @@ PARAMETERS = {
     "granite-3.1-2b": 2_533_531_648,
     "granite-3.1-8b": 8_170_848_256,
     "command-r7b": 8_028_033_024,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 4_300_079_472 - 416_866_032 - 2_950_272,  # without the vision tower and its projection
+    "gemma-3-12b": 12_187_325_040 - 416_866_032 - 4_424_832,
+    "gemma-3-27b": 27_432_406_640 - 416_866_032 - 6_194_304,
+    "olmo-2-1b": 1_484_916_736,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-2-13b": 13_716_198_400,
+    "olmo-2-32b": 32_234_279_936,
+    "olmo-3-7b": 7_298_011_136,
+    "olmo-3-32b": 32_233_522_176,
 }
 """Name -> parameters that the page of the model's repository states for its safetensors files; from "ministral-8b" on,
 those that the model has which transformers builds of the same values."""

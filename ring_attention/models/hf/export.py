@@ -16,7 +16,7 @@ from ring_attention.models.hf.files import inside
 from ring_attention.models.hf.header import DTYPES, parse_header
 from ring_attention.models.hf.loading import Progress
 from ring_attention.models.hf.manifest import Manifest
-from ring_attention.models.hf.names import Tensor, is_no_parameter, leaf, tensors_of
+from ring_attention.models.hf.names import Tensor, leaf, tensors_of
 from ring_attention.models.hf.source import CONFIG, INDEX, SINGLE, all_finite
 
 SHARD_BYTES = 5 * 10**9
@@ -109,7 +109,7 @@ def _contents(
 ) -> Iterator[tuple[str, bytes | memoryview]]:
     """The name and the bytes of each tensor of the file at `path`, in their order there."""
     for name, entry in parse_header(header, path).items():
-        if name not in tensors and manifest is not None and is_no_parameter(name, manifest.config):
+        if name not in tensors and manifest is not None:
             yield name, manifest.tensor(name)
             continue
         parts = [part.to_tensor(host_array(leaf(params, part.parameter), part.layer)) for part in tensors[name].parts]

@@ -78,7 +78,7 @@ def activation(name: str = "hidden_act") -> Key:
         return ours[value or "silu"]
 
     theirs = {field: value for value, field in ours.items()}
-    return Key(name=name, fields=("activation",), read=read, write=lambda x, model: theirs.get(x, x))
+    return Key(name=name, fields=("activation",), read=read, write=lambda x, model: theirs.get(x, "silu"))
 
 
 def _whole(x: float) -> float:

@@ -56,8 +56,11 @@ _NO_PARAMETER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq
 
 def is_no_parameter(name: str, config: HFConfig) -> bool:
     """Whether a tensor is no parameter of a model, but is kept: rotary frequencies, or a part that is not text."""
+    if _NO_PARAMETER.fullmatch(name):
+        return True
     others = WRAPPERS[config.wrapper].tensors if config.wrapper else ()
-    return _NO_PARAMETER.fullmatch(name) is not None or name.removeprefix("model.").startswith(others)
+    file_name = re.fullmatch(r"[\w.]+", name, re.ASCII) is not None  # which it becomes
+    return file_name and name.removeprefix("model.").startswith(others)
 
 
 def prefixes_of(config: HFConfig, stored: Iterable[str]) -> tuple[str, str]:

@@ -34,13 +34,25 @@ _LLAMA = dict(rms_norm_eps=1e-5, rope_theta=10_000.0)
 _LLAMA3 = dict(rms_norm_eps=1e-5, rope_theta=500_000.0, rope_scaling=_LLAMA3_ROPE)
 _LLAMA32 = _LLAMA3 | dict(rope_scaling=_LLAMA3_ROPE | dict(factor=32.0), tie_word_embeddings=True)
 _QWEN = dict(rms_norm_eps=1e-6, rope_theta=1_000_000.0, use_sliding_window=False)
+_GEMMA2 = dict(rms_norm_eps=1e-6, rope_theta=10_000.0, sliding_window=4096)
 _GEMMA3 = dict(
     rms_norm_eps=1e-6,
     rope_theta=1_000_000.0,
     rope_local_base_freq=10_000.0,
     rope_scaling=dict(rope_type="linear", factor=8.0),
     sliding_window=1024,
-    query_pre_attn_scalar=168,
+)
+_OLMO = dict(rms_norm_eps=1e-6, rope_theta=500_000.0)
+_OLMO3 = _OLMO | dict(
+    sliding_window=4096,
+    rope_scaling=dict(
+        rope_type="yarn",
+        factor=8.0,
+        original_max_position_embeddings=8192,
+        attention_factor=1.2079441541679836,
+        beta_fast=32.0,
+        beta_slow=1.0,
+    ),
 )
 _PHI4_MINI_LONG = (
     "1 1.118320672 1.250641126 1.398617824 1.564103225 1.74916897 1.956131817 2.187582649 2.446418898 2.735880826 "
@@ -96,8 +108,14 @@ PRESETS = types.MappingProxyType(
         "qwen3-8b": _preset("Qwen/Qwen3-8B", "qwen3", "36 4096 32 8 128 12288 151936 40960", **_QWEN),
         "qwen3-14b": _preset("Qwen/Qwen3-14B", "qwen3", "40 5120 40 8 128 17408 151936 40960", **_QWEN),
         "qwen3-32b": _preset("Qwen/Qwen3-32B", "qwen3", "64 5120 64 8 128 25600 151936 40960", **_QWEN),
-        "gemma-3-27b": _preset(
-            "google/gemma-3-27b-pt", "gemma3_text", "62 5376 32 16 128 21504 262208 131072", **_GEMMA3
+        "gemma-2-2b": _preset("google/gemma-2-2b", "gemma2", "26 2304 8 4 256 9216 256000 8192", **_GEMMA2),
+        "gemma-2-9b": _preset("google/gemma-2-9b", "gemma2", "42 3584 16 8 256 14336 256000 8192", **_GEMMA2),
+        "gemma-2-27b": _preset(
+            "google/gemma-2-27b",
+            "gemma2",
+            "46 4608 32 16 128 36864 256000 8192",
+            query_pre_attn_scalar=144,
+            **_GEMMA2,
         ),
         "ministral-8b": _preset(
             "mistralai/Ministral-8B-Instruct-2410",
@@ -170,6 +188,29 @@ PRESETS = types.MappingProxyType(
             sliding_window_pattern=4,
             tie_word_embeddings=True,
         ),
+        "gemma-3-1b": _preset(
+            "google/gemma-3-1b-pt",
+            "gemma3_text",
+            "26 1152 4 1 256 6912 262144 32768",
+            **_GEMMA3 | dict(rope_scaling=None, sliding_window=512),
+        ),
+        "gemma-3-4b": _preset("google/gemma-3-4b-pt", "gemma3_text", "34 2560 8 4 256 10240 262208 131072", **_GEMMA3),
+        "gemma-3-12b": _preset(
+            "google/gemma-3-12b-pt", "gemma3_text", "48 3840 16 8 256 15360 262208 131072", **_GEMMA3
+        ),
+        "gemma-3-27b": _preset(
+            "google/gemma-3-27b-pt",
+            "gemma3_text",
+            "62 5376 32 16 128 21504 262208 131072",
+            query_pre_attn_scalar=168,
+            **_GEMMA3,
+        ),
+        "olmo-2-1b": _preset("allenai/OLMo-2-0425-1B", "olmo2", "16 2048 16 16 128 8192 100352 4096", **_OLMO),
+        "olmo-2-7b": _preset("allenai/OLMo-2-1124-7B", "olmo2", "32 4096 32 32 128 11008 100352 4096", **_OLMO),
+        "olmo-2-13b": _preset("allenai/OLMo-2-1124-13B", "olmo2", "40 5120 40 40 128 13824 100352 4096", **_OLMO),
+        "olmo-2-32b": _preset("allenai/OLMo-2-0325-32B", "olmo2", "64 5120 40 8 128 27648 100352 4096", **_OLMO),
+        "olmo-3-7b": _preset("allenai/Olmo-3-1025-7B", "olmo3", "32 4096 32 32 128 11008 100278 65536", **_OLMO3),
+        "olmo-3-32b": _preset("allenai/Olmo-3-1125-32B", "olmo3", "64 5120 40 8 128 27648 100278 65536", **_OLMO3),
     }
 )
 """Name -> Preset."""
