@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
     print(describe(source))
     if source.config.wrapper:
         print(
-            f"Of the {source.config.wrapper} model the text part alone: {len(source.left_out)} tensors of other parts are "
-            "kept beside it for export_hf.py, and take part in nothing else."
+            f"Of the {source.config.wrapper} model the text part alone: {len(source.left_out)} tensors of other parts "
+            "are kept beside it for export_hf.py, and take part in nothing else."
         )
     with tensor_progress("Reading", source.tensor_bytes) as progress:
         kept = import_hf(source, args.out, make_mesh(sp=jax.device_count()), progress)

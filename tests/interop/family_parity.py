@@ -37,19 +37,21 @@ AXES = ("dp", "fsdp", "sp")
 BATCH = Spec(("dp", "fsdp"), "sp")
 
 
-def make_checkpoint(folder, config_class, model_class, values):
+def make_checkpoint(folder, config_class, model_class, values, seed=0):
     """Save a checkpoint in shards; every norm and bias is one that matters. Return the model, in float32."""
     config = getattr(transformers, config_class)(**values)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    gemma = "gemma" in config.model_type  # whose norms are 1 + weight, and whose embeddings are multiplied by 8
     model = getattr(transformers, model_class)._from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.normal_(0.0 if "gemma" in config.model_type else 1.0, 0.3)
+                parameter.normal_(0.0 if gemma else 1.0, 0.3)
             elif parameter.ndim == 1:
                 parameter.normal_(0, 0.5)
             else:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5 if "embed" not in name else 0.5)
+                embedding = 0.08 if gemma else 0.5
+                parameter.normal_(0, parameter.shape[-1] ** -0.5 if "embed" not in name else embedding)
     model.save_pretrained(folder, max_shard_size="60KB")
     return model
 

@@ -145,7 +145,7 @@ REFUSED = [
     (of("olmo2"), "sliding_window", 64, "this family has none"),
     (of("olmo2"), "clip_qkv", 8.0, "not known"),
     (of("qwen2"), "layer_types", listed("wwwwffff"), "sliding_window"),
-    (of("mistral"), "layer_types", listed("wfwfwfwf"), "alike"),
+    (of("phi3", sliding_window=64), "layer_types", listed("wfwfwfwf"), "alike"),
     (of("llama"), "final_logit_softcapping", 30.0, "in this family"),
     (of("llama"), "query_pre_attn_scalar", 64, "in this family"),
     (WRAPPED, "architectures", ["Gemma3ForSequenceClassification"], "Gemma3ForConditionalGeneration"),
