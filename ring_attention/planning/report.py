@@ -148,9 +148,9 @@ def kind_table(plan: Plan) -> Table:
 
 def hiding_table(plan: Plan) -> Table:
     """Tabulate the tokens that a device must hold so that nobody waits for the ring, beside those that it holds."""
-    t = plan.share.tokens
+    t, of_kind = plan.share.tokens, f", {plan.share.groups[0].name} layers" * (len(plan.share.groups) > 1)
     table = Table(
-        title="Tokens of a device from which a ring waits for nothing",
+        title=f"Tokens of a device from which a ring waits for nothing{of_kind}",
         caption=f"here {t:,} tokens; a hop's computation beside the link's time for what travels meanwhile",
     )
     table.add_column("attention")

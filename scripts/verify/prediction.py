@@ -107,6 +107,7 @@ CASES = [
         ("h100:1x1", f"llama-3.1-8b num_layers=4 vocab_size=8192 sp=1 seq_len=8192 {_OFFLOADED}"),
         ("h100:1x8", f"llama-3.1-70b sp=8 seq_len=262144 head_groups=8 {_OFFLOADED}"),
         ("v5p:2x2x2", f"llama-3.1-8b sp=8 seq_len=524288 block_q=512 block_kv=512 {_OFFLOADED}"),
+        ("v5p:4x4x8", "gemma3_27b"),
     )
 ]
 
