@@ -9,7 +9,6 @@ it is for seeing every step from a folder to a fine-tuned folder work.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -22,11 +21,9 @@ from ring_attention.checks import local_path
 from ring_attention.commands.arguments import Parser
 from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents
-from ring_attention.models.config import ModelConfig
-from ring_attention.models.hf.config import FAMILIES, HFConfig
+from ring_attention.models.hf.config import FAMILIES, config_from_hf
 from ring_attention.models.hf.export import write_standard
 from ring_attention.models.hf.manifest import TOKENIZER
-from ring_attention.models.rope import RopeConfig
 from ring_attention.models.transformer import Transformer
 from ring_attention.training.hf_conversion import new_folder
 
@@ -34,17 +31,22 @@ VOCABULARY, WINDOW = 4096, 1024
 DOCUMENTS = 100
 """Files that the tokenizer is trained on."""
 
-SMALL = ModelConfig(
+SMALL = dict(
     vocab_size=VOCABULARY,
-    num_layers=4,
-    model_dim=192,
-    num_heads=6,
-    num_kv_heads=2,
+    num_hidden_layers=4,
+    hidden_size=192,
+    num_attention_heads=6,
+    num_key_value_heads=2,
     head_dim=32,
-    ffn_dim=512,
-    rope=RopeConfig(theta=10_000.0),
-    tied_embeddings=True,
+    intermediate_size=512,
+    max_position_embeddings=WINDOW,
+    tie_word_embeddings=True,
 )
+"""Keys of config.json; the rest is as the family has it where it is absent."""
+
+YARN = dict(rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=WINDOW // 4)
+OF_FAMILIES = {"ministral3": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}, "olmo3": {"rope_theta": 5e5}}
+"""Further keys of families that need them."""
 
 
 def main(argv: list[str]) -> None:
@@ -52,8 +54,12 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     jax.config.update("jax_platforms", "cpu")
     family = FAMILIES[args.family]
-    model = dataclasses.replace(SMALL, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm)
-    config = HFConfig(family=args.family, model=model, window=0, max_len=WINDOW)
+    values = SMALL | {"model_type": args.family, "architectures": [family.architecture]}
+    if "sliding_window" in family.defaults:
+        values["sliding_window"] = WINDOW // 4
+    values |= OF_FAMILIES.get(args.family, {})
+    config = config_from_hf(values)
+    model = config.transformer
     with new_folder(args.out, 4 * model.num_parameters, "--out") as partial:
         start = write_tokenizer(partial)
         params = nnx.to_pure_dict(nnx.state(Transformer(model, nnx.Rngs(args.seed)), nnx.Param))
