@@ -21,7 +21,7 @@ from ring_attention.checks import local_path
 from ring_attention.commands.arguments import Parser
 from ring_attention.data.config import DataConfig
 from ring_attention.data.sources import open_documents
-from ring_attention.models.hf.config import FAMILIES, config_from_hf
+from ring_attention.models.hf.config import FAMILIES, HFConfig, config_from_hf
 from ring_attention.models.hf.export import write_standard
 from ring_attention.models.hf.manifest import TOKENIZER
 from ring_attention.models.transformer import Transformer
@@ -53,12 +53,7 @@ def main(argv: list[str]) -> None:
     """Train the tokenizer, draw the weights, write the folder."""
     args = parse(argv)
     jax.config.update("jax_platforms", "cpu")
-    family = FAMILIES[args.family]
-    values = SMALL | {"model_type": args.family, "architectures": [family.architecture]}
-    if "sliding_window" in family.defaults:
-        values["sliding_window"] = WINDOW // 4
-    values |= OF_FAMILIES.get(args.family, {})
-    config = config_from_hf(values)
+    config = small_config(args.family)
     model = config.transformer
     with new_folder(args.out, 4 * model.num_parameters, "--out") as partial:
         start = write_tokenizer(partial)
@@ -66,6 +61,15 @@ def main(argv: list[str]) -> None:
         tokens = {"bos_token_id": start, "eos_token_id": start}
         write_standard(params, config, args.dtype, partial, lambda name, size: None, extra=tokens)
     print(f"Written: {args.out}, {args.family}, {model.num_parameters:,} random parameters.")
+
+
+def small_config(family: str) -> HFConfig:
+    """Return a small model of a family; layers that have a window unless they are told otherwise see 256 tokens."""
+    row = FAMILIES[family]
+    values = SMALL | {"model_type": family, "architectures": [row.architecture]}
+    if "sliding_window" in row.defaults:
+        values["sliding_window"] = WINDOW // 4
+    return config_from_hf(values | OF_FAMILIES.get(family, {}))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

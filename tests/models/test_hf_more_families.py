@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ring_attention.checks import ConfigError
-from ring_attention.models.hf.config import config_from_hf, update_hf
+from ring_attention.commands.make_small_hf import small_config
+from ring_attention.models.hf.config import FAMILIES, config_from_hf, config_to_hf, update_hf
 from ring_attention.models.hf.names import tensors_of
 
 SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2)
@@ -106,6 +107,13 @@ def test_keys_as_published_are_read_and_left_as_they_are(name):
     config = config_from_hf(ALL[name])
     assert update_hf(ALL[name], config) == ALL[name]
     assert update_hf(json.loads(json.dumps(ALL[name])), config) == ALL[name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_small_checkpoint_of_every_family_can_be_made(family):
+    config = small_config(family)
+    assert config_from_hf(config_to_hf(config)).facts == config.facts
+    assert config.transformer.num_parameters < 3e6
 
 
 def _positions(values):
