@@ -129,6 +129,7 @@ def config_to_hf(config: HFConfig) -> dict[str, Any]:
     written = {
         "architectures": [FAMILIES[config.family].architecture],
         "model_type": config.family,
+        "pad_token_id": None,  # the defaults of some classes lie beyond a small vocabulary
         **{key: getattr(model, field) for key, field in SIZES.items()},
         _LENGTH: config.max_len,
         **_keys_to_hf(config),
