@@ -111,15 +111,16 @@ def cache_dtype(model: ModelConfig) -> jnp.dtype:
     return jax.eval_shape(as_bits, jax.ShapeDtypeStruct((), model.compute_dtype)).dtype
 
 
-def cache_bytes(model: ModelConfig, rows: int, capacity: int, devices: int, tensor: int) -> int:
-    """Return the bytes of a device's share: 2 * b * s * K/tp * D numbers in the compute dtype, of each layer.
+def cache_bytes(model: ModelConfig, run: Run, rows: int, capacity: int, devices: int, tensor: int) -> int:
+    """Return the bytes of a device's share: 2 * b * s * K/tp * D numbers in the compute dtype, of each layer of a run.
 
     Args:
-      model: of `AttentionConfig.completed`.
+      model: its shape.
+      run: of layers of one kind, that says how far its tokens see.
       rows: b, of the device.
       capacity: tokens of a row, shared by so many `devices` of a ring.
       devices: of a ring.
       tensor: devices that share the heads.
     """
-    slots = sum(len(run.numbers) * slots_of(run.kind, capacity, devices) for run in model.loop.runs)
+    slots = len(run.numbers) * slots_of(run.kind, capacity, devices)
     return 2 * rows * slots * model.num_kv_heads // tensor * cached_dim(model) * cache_dtype(model).itemsize

@@ -1,6 +1,5 @@
 """Text token by token: prompts in, tokens out as they come."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,15 +10,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.checks import is_whole, require, require_integers, shown
 from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, cache_bytes
-from ring_attention.inference.programs import ROWS, Plan, Rows, make_cache, make_extend, make_prefill, make_step
+from ring_attention.inference.plan import make_plan
+from ring_attention.inference.programs import ROWS, Rows, make_cache, make_extend, make_prefill, make_step
 from ring_attention.inference.sampling import Sampling
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.transformer import abstract_parameters, parameter_specs, resized_parameters
-from ring_attention.parallel.layouts import MOST_TOKENS, SequenceLayout
-from ring_attention.parallel.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
-from ring_attention.parallel.sharding import check_fits
-from ring_attention.parallel.strategies import STRATEGIES
-from ring_attention.training.attend import check_kinds, strategies_of
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.mesh import DATA, SEQUENCE, TENSOR
 from ring_attention.training.config import AttentionConfig
 from ring_attention.training.trained_model import TrainedModel
 
@@ -67,7 +64,7 @@ class Generator:
         Raises:
           ValueError: for what does not fit.
         """
-        self._plan = _plan(
+        self._plan = make_plan(
             model, mesh, capacity=capacity, attention=attention, sampling=sampling, vocab_size=vocab_size, chunk=chunk
         )
         self._params, self._mesh = _placed(params, self._plan.model, mesh), mesh
@@ -81,7 +78,7 @@ class Generator:
     def of(trained: TrainedModel, *, mesh: Mesh, capacity: int, **others) -> "Generator":
         """Make the generator of a trained model, parameters in the compute dtype; `others` as for `Generator`."""
         model, settings = trained.config.model, {"capacity": capacity, "attention": trained.config.attention} | others
-        _plan(model, mesh, **settings)  # what does not fit is said before anything is read
+        make_plan(model, mesh, **settings)  # what does not fit is said before anything is read
         return Generator(model, trained.load(mesh, dtype=model.compute_dtype), mesh=mesh, **settings)
 
     @property
@@ -91,9 +88,13 @@ class Generator:
 
     def cache_bytes(self, rows: int) -> int:
         """Return the bytes of a device's share of the cache for so many rows."""
-        rows = self._padded_rows(rows) // self._mesh.shape[DATA]
-        shape = self._mesh.shape
-        return cache_bytes(self._plan.model, rows, self._plan.capacity, shape[SEQUENCE], shape[TENSOR])
+        return sum(self.cache_bytes_by_run(rows).values())
+
+    def cache_bytes_by_run(self, rows: int) -> dict[str, int]:
+        """Return the bytes of a device's share for so many rows, of each run of `ModelConfig.loop` by name."""
+        plan, shape = self._plan, self._mesh.shape
+        sizes = (self._padded_rows(rows) // shape[DATA], plan.capacity, shape[SEQUENCE], shape[TENSOR])
+        return {name: cache_bytes(plan.model, run, *sizes) for name, run in plan.runs.items()}
 
     def compile(self, prompts: Sequence[np.ndarray]) -> None:
         """Compile what `generate` needs for prompts of these lengths and this number, so that it need not."""
@@ -228,60 +229,6 @@ def _seeds(seeds: int | Sequence[int], rows: int) -> np.ndarray:
     fits = isinstance(given, Sequence) and len(given) == rows and all(is_whole(s, 0) and s < 2**32 for s in given)
     require(fits, f"seeds={shown(seeds)} must be a number from 0 to 2**32-1, or one for each of {rows} rows; use 0")
     return np.array(given, np.uint32)
-
-
-def _plan(
-    model: ModelConfig,
-    mesh: Mesh,
-    *,
-    capacity: int,
-    attention: AttentionConfig | None = None,
-    sampling: Sampling | None = None,
-    vocab_size: int | None = None,
-    chunk: int | None = None,
-) -> Plan:
-    """Return what the programs are compiled for; raises ValueError for what does not fit."""
-    fits = chunk is None or is_whole(chunk, 1) and chunk <= MOST_TOKENS
-    require(fits, f"chunk={shown(chunk)} must be a whole number of tokens, 1 or more; leave it out to read all at once")
-    attention = dataclasses.replace(attention or AttentionConfig(), layout="striped", speeds="", impl="auto")
-    plan = Plan(
-        model=attention.completed(model),
-        attention=attention,
-        capacity=capacity,
-        sampling=sampling or Sampling(),
-        vocab_size=model.vocab_size if vocab_size is None else vocab_size,
-    )
-    _check(plan, mesh)
-    return plan
-
-
-def _check(plan: Plan, mesh: Mesh) -> None:
-    """Raise ValueError unless the model, its attention and the mesh can generate together."""
-    model, shape = plan.model, mesh.shape
-    has = f"mesh has the axes {dict(shape)}"
-    require(tuple(shape) == AXES, f"{has}, need {', '.join(AXES)}; make it with make_mesh")
-    require(
-        shape[FSDP] == 1,
-        f"{has}; generation needs fsdp=1: shard rows over dp, the cache and the parameters over sp, heads over tp",
-    )
-    capacity = f"capacity={shown(plan.capacity)}"
-    fits = is_whole(plan.capacity, 1) and plan.capacity <= MOST_TOKENS
-    require(fits, f"{capacity} must be a whole number of tokens, 1 to {MOST_TOKENS}; give prompt and continuation room")
-    fits = is_whole(plan.vocab_size, 1) and plan.vocab_size <= model.vocab_size
-    require(fits, f"vocab_size={shown(plan.vocab_size)} must be 1 to model.vocab_size={model.vocab_size}; leave it out")
-    check_fits("model.num_heads", model.num_heads, "heads", shape)
-    check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", shape)
-    check_fits("model.ffn_dim", model.ffn_dim, "ffn", shape)
-    check_fits("model.vocab_size", model.vocab_size, "vocab", shape)
-    exact = [name for name, known in STRATEGIES.items() if known.exact]
-    for strategy in strategies_of(plan.attention, model):
-        require(
-            strategy.exact,
-            f"strategy={strategy.name!r} is not exact, so that a cache would hold other keys; use {', '.join(exact)}",
-        )
-    layout = SequenceLayout("striped", shape[SEQUENCE])
-    slots = layout.padded_length(plan.capacity) // layout.ring_size
-    check_kinds(plan.attention, model, layout, slots, shape[TENSOR])
 
 
 def _placed(params: Any, model: ModelConfig, mesh: Mesh) -> Any:

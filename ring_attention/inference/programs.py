@@ -16,8 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ring_attention.attention.cached import Cache
 from ring_attention.inference.cache import CACHE_SPEC, KeyValueCache, is_circle
-from ring_attention.inference.sampling import Sampling, sample
-from ring_attention.models.config import ModelConfig
+from ring_attention.inference.plan import Plan
+from ring_attention.inference.sampling import sample
 from ring_attention.models.products import GATHERED, Stationary
 from ring_attention.models.transformer import Transformer, model_builder, parameter_specs
 from ring_attention.parallel.decode import decode_attention_shard
@@ -25,7 +25,6 @@ from ring_attention.parallel.extend import extend_attention_shard, own_stripe
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, compiler_options
 from ring_attention.training.attend import attention_of, mask_of, scores_of
-from ring_attention.training.config import AttentionConfig
 
 ROWS = PartitionSpec(DATA)
 
@@ -44,25 +43,6 @@ class Rows(NamedTuple):
     seeds: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The static facts that the programs of generation are compiled for.
-
-    Attributes:
-      model: its shape.
-      attention: its attention; the layout is striped.
-      capacity: tokens of a row, which the rotary scalings "dynamic" and "longrope" go by.
-      sampling: how tokens are chosen.
-      vocab_size: tokens of the tokenizer; the model may have more, whose scores are left out.
-    """
-
-    model: ModelConfig
-    attention: AttentionConfig
-    capacity: int
-    sampling: Sampling
-    vocab_size: int
-
-
 def make_prefill(plan: Plan, mesh: Mesh):
     """Return prefill(params, tokens, lengths, seeds) -> (cache, rows), compiled for `mesh`.
 
@@ -70,25 +50,26 @@ def make_prefill(plan: Plan, mesh: Mesh):
     [B] are theirs. The rows hold the token after each prompt.
     """
     build, P = model_builder(plan.model), mesh.shape[SEQUENCE]
-    attend_all, layout = attention_of(plan.attention, plan.model, P), SequenceLayout("striped", P)
+    layout, one_document = SequenceLayout("striped", P), dataclasses.replace(plan.attention, max_segment_len=0)
+    attend_all = attention_of(one_document, plan.model, P)
 
     def on_device(params, tokens_bt, lengths_b, seeds_b):
         (b, t), me, model = tokens_bt.shape, lax.axis_index(SEQUENCE), build(params)
         positions_bt = jnp.broadcast_to(layout.shard_positions(me, t), (b, t))
 
         def attend(q, k, v, this, cache, run, place):
-            held = cache[run.name]
-            if is_circle(run.kind, plan.capacity):
+            held, kind = cache[run.name], plan.runs[run.name].kind
+            if is_circle(kind, plan.capacity):
                 held = held.with_tokens(place, k, v, positions_bt, lengths_b, circle=True)
             else:
                 held = held.with_prompt(place, k, v)
-            return attend_all(q, k, v, this, segment_ids=None), cache | {run.name: held}
+            return attend_all(q, k, v, this._replace(kind=kind), segment_ids=None), cache | {run.name: held}
 
         hidden_btM, cache = model.with_cache(
             tokens_bt,
             positions=positions_bt,
             length=plan.capacity,
-            cache={run.name: KeyValueCache.empty(plan.model, run, b, plan.capacity) for run in plan.model.loop.runs},
+            cache={name: KeyValueCache.empty(plan.model, run, b, plan.capacity) for name, run in plan.runs.items()},
             attend=attend,
             products=GATHERED,
         )
@@ -125,9 +106,9 @@ def make_step(plan: Plan, mesh: Mesh):
         model = build(params)
 
         def attend(q, k, v, this, cache, run, place):
-            circle, lengths = is_circle(run.kind, plan.capacity), rows.positions + 1
+            circle, lengths = is_circle(plan.runs[run.name].kind, plan.capacity), rows.positions + 1
             held = cache[run.name].with_tokens(place, k, v, rows.positions[:, None], lengths, circle=circle)
-            settings = scores_of(plan.attention, plan.model, this, q.shape[2]) | mask_of(run.kind)
+            settings = scores_of(plan.attention, plan.model, this, q.shape[2]) | mask_of(plan.runs[run.name].kind)
             slots = held.positions(lengths) if circle else None
             out = decode(q, held.k, held.v, layer=place, lengths=lengths, slot_positions=slots, **settings)
             return out, cache | {run.name: held}
@@ -167,22 +148,22 @@ def make_extend(plan: Plan, mesh: Mesh):
         before, after = jnp.minimum(rows.positions, first), jnp.minimum(rows.positions, first + T)
 
         def attend(q, k, v, this, cache, run, place):
-            held = cache[run.name]
+            held, kind = cache[run.name], plan.runs[run.name].kind
+            own, circle = [own_stripe(x, SEQUENCE) for x in (k, v, positions_bT)], is_circle(kind, plan.capacity)
+            written = held.with_tokens(place, *own, after, circle=circle)
+            seen = held if circle else written  # to write what is read already, compilers would copy all of it
             out = extend_attention_shard(
                 q,
-                k,
-                v,
-                Cache(held.k, held.v, place, heads_first=True),
+                Cache(seen.k, seen.v, place, heads_first=True),
+                own=(k, v) if circle else None,
                 first=first,
-                slot_positions=held.positions(before),
+                slot_positions=seen.positions(before if circle else after),
                 axis_name=SEQUENCE,
                 block_sizes=plan.attention.block_sizes,
                 **scores_of(plan.attention, plan.model, this, q.shape[2]),
-                **mask_of(run.kind),
+                **mask_of(kind),
             )
-            own = [own_stripe(x, SEQUENCE) for x in (k, v, positions_bT)]
-            held = held.with_tokens(place, *own, after, circle=is_circle(run.kind, plan.capacity))
-            return out, cache | {run.name: held}
+            return out, cache | {run.name: written}
 
         hidden_bTM, cache = model.with_cache(
             tokens_bT,
@@ -209,14 +190,14 @@ def make_cache(plan: Plan, mesh: Mesh, rows: int):
     b = rows // mesh.shape[DATA]
 
     def on_device():
-        return {run.name: KeyValueCache.empty(plan.model, run, b, plan.capacity) for run in plan.model.loop.runs}
+        return {name: KeyValueCache.empty(plan.model, run, b, plan.capacity) for name, run in plan.runs.items()}
 
     return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(), out_specs=_state_specs(plan)[0]))
 
 
 def _state_specs(plan: Plan) -> tuple[dict[str, KeyValueCache], Rows]:
     """PartitionSpecs of the caches, by the names of their runs, and of the rows."""
-    caches = {run.name: KeyValueCache(CACHE_SPEC, CACHE_SPEC) for run in plan.model.loop.runs}
+    caches = {name: KeyValueCache(CACHE_SPEC, CACHE_SPEC) for name in plan.runs}
     return caches, Rows(ROWS, ROWS, ROWS)
 
 

@@ -1,5 +1,6 @@
-"""Attention of consecutive tokens that are not in a sharded cache yet: to those in it, and to each other."""
+"""Attention of consecutive tokens to a sharded cache of those before them, and to each other."""
 
+import functools
 from typing import Unpack
 
 import jax
@@ -14,14 +15,16 @@ from ring_attention.attention.mask_spec import checked_mask_args
 from ring_attention.checks import require
 from ring_attention.parallel.decode import attend_to_parts, tile_size
 
+QUERIES = 256
+"""Tokens whose scores with a tile of slots, and whose outputs of all devices, exist at once."""
+
 
 @lists_arguments(MASK_DEFAULTS)
 def extend_attention_shard(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     cache: Cache,
     *,
+    own: tuple[jax.Array, jax.Array] | None = None,
     first: int | jax.Array,
     slot_positions: jax.Array,
     axis_name: str = "sp",
@@ -30,14 +33,14 @@ def extend_attention_shard(
 ) -> jax.Array:
     """Attention of T consecutive tokens of each row to a cache of those before them, and to each other.
 
-    For use inside a `shard_map`. They are not in the cache yet: one that is written in a circle would lose what the
-    first of them see. Each device attends to its slots and to every P-th of the tokens; one all-gather of float32
-    [B,T,H,D+1] brings the parts together.
+    For use inside a `shard_map`. A cache that is written in a circle must not hold them yet: it would have lost what
+    the first of them see. Each device attends to its slots and to every P-th of the tokens, with some queries at a time;
+    all-gathers of together float32 [B,T,H,D+1] bring the parts together.
 
     Args:
       q: [B,T,H,D], the same on all P devices of the axis, which T divides.
-      k, v: [B,T,K,D], the same on all devices of the axis.
       cache: this device's slots.
+      own: keys and values [B,T,K,D] of the tokens, the same on all devices of the axis; None: they are in the cache.
       first: int32, the position of the first token, a multiple of P.
       slot_positions: int32 [B,s], as in `decode_attention_shard`.
       axis_name, block_sizes, others: as in `decode_attention_shard`.
@@ -52,11 +55,21 @@ def extend_attention_shard(
     P, T = lax.axis_size(axis_name), q.shape[1]
     require(T % P == 0, f"q holds T={T} tokens, need a multiple of the {P} devices; pad them")
     positions = first + jnp.arange(T, dtype=jnp.int32)[None]
-    piece = Cache(own_stripe(k, axis_name), own_stripe(v, axis_name))
     mask, size = checked_mask_args(arguments, q.shape[2]), tile_size(block_sizes, kind_here(q), q, cache)
-    parts = [(cache, slot_positions), (piece, own_stripe(positions, axis_name))]
-    positions = jnp.broadcast_to(positions, q.shape[:2])
-    return attend_to_parts(q, parts, positions, axis_name=axis_name, size=size, mask=mask)
+    parts = [(cache, slot_positions)]
+    if own is not None:
+        parts.append((Cache(*(own_stripe(x, axis_name) for x in own)), own_stripe(positions, axis_name)))
+    attend = functools.partial(attend_to_parts, parts=parts, axis_name=axis_name, size=size, mask=mask)
+    if T <= QUERIES:
+        return attend(q, q_positions=jnp.broadcast_to(positions, q.shape[:2]))
+    padded = jnp.pad(q, ((0, 0), (0, -T % QUERIES), (0, 0), (0, 0)))
+
+    def some(start):
+        at = jnp.broadcast_to(first + start + jnp.arange(QUERIES, dtype=jnp.int32), (q.shape[0], QUERIES))
+        return attend(lax.dynamic_slice_in_dim(padded, start, QUERIES, axis=1), q_positions=at)
+
+    out = lax.map(some, jnp.arange(0, padded.shape[1], QUERIES, dtype=jnp.int32))
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :T]
 
 
 def own_stripe(x: jax.Array, axis_name: str) -> jax.Array:

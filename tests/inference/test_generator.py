@@ -315,9 +315,10 @@ def test_generate_mutants_are_seen(mutate, monkeypatch):
 def test_cache_holds_what_was_promised():
     assert cached.as_bits(jnp.ones(2, jnp.bfloat16)).dtype == jnp.uint16
     assert cached.as_bits(jnp.ones(2)).dtype == jnp.float32
-    assert cache.cache_bytes(MODEL, rows=3, capacity=39, devices=4, tensor=2) == 2 * 2 * 3 * 10 * 1 * 6 * 4
+    run = MODEL.loop.runs[0]
+    assert cache.cache_bytes(MODEL, run, rows=3, capacity=39, devices=4, tensor=2) == 2 * 2 * 3 * 10 * 1 * 6 * 4
     half = dataclasses.replace(MODEL, compute_dtype="bfloat16")
-    assert cache.cache_bytes(half, rows=3, capacity=10, devices=1, tensor=1) == 2 * 2 * 3 * 10 * 2 * 6 * 2
+    assert cache.cache_bytes(half, run, rows=3, capacity=10, devices=1, tensor=1) == 2 * 2 * 3 * 10 * 2 * 6 * 2
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
@@ -330,6 +331,7 @@ def test_cache_holds_what_was_promised():
         (dict(shape=dict(sp=2, tp=4)), "model.num_kv_heads=2 is not divisible by tp=4"),
         (dict(capacity=0), "capacity=0 must be a whole number of tokens"),
         (dict(capacity=48), "a prompt of 37 tokens and max_new_tokens=12 do not fit capacity=48; use capacity=49"),
+        (dict(chunk=0), "chunk=0 must be a whole number of tokens"),
         (dict(new=0), "max_new_tokens=0 must be a whole number"),
         (dict(vocab_size=41), "vocab_size=41 must be 1 to model.vocab_size=40"),
         (dict(lengths=()), "got no prompts"),

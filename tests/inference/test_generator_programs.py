@@ -12,9 +12,11 @@ from jax.sharding import PartitionSpec as Spec
 import ring_attention as ra
 from ring_attention.attention import cached
 from ring_attention.hardware.pods import pod_devices
-from ring_attention.inference import cache, generator, programs
+from ring_attention.inference import cache, programs
 from ring_attention.inference.generator import Generator
+from ring_attention.inference.plan import make_plan
 from ring_attention.models.config import ModelConfig
+from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.models.transformer import abstract_parameters, parameter_specs
 from ring_attention.planning.hlo import compiled
 from ring_attention.training.config import AttentionConfig
@@ -101,6 +103,49 @@ def test_cache_as_bits_is_not_widened_in_half_precision(monkeypatch):
         assert temporaries() > 2 * held, "the control: all of it in float32"
 
 
+# --- Layers that differ, prompts in pieces ----------------------------------------------------------------------------
+
+WINDOW, CHUNK, PIECE = 100, 30, 64
+KINDS = dataclasses.replace(
+    MODEL,
+    num_layers=4,
+    layers=(LayerKind(window=WINDOW), LayerKind(window=WINDOW), LayerKind(), LayerKind(chunk=CHUNK)),
+)
+
+
+@functools.cache
+def _writer_by_kinds(capacity):
+    mesh = ra.make_mesh(sp=2, tp=2, devices=jax.devices()[:4])
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_parameters(AttentionConfig().completed(KINDS)))
+    attention = AttentionConfig(block_kv=128)
+    return Generator(KINDS, params, mesh=mesh, capacity=capacity, attention=attention, chunk=PIECE)
+
+
+def test_cache_of_each_kind_is_what_its_tokens_see():
+    a_slot = 2 * ROWS * K // 2 * D * 4  # bytes of a device of tp=2, on each layer; sp=2 shares the slots
+    for capacity in (1000, 4000):
+        writer = _writer_by_kinds(capacity)
+        held = {"run0": 2 * WINDOW // 2 * a_slot, "run1": capacity // 2 * a_slot, "run2": CHUNK // 2 * a_slot}
+        assert writer.cache_bytes_by_run(ROWS) == held
+        for program in (writer.step_program(ROWS), writer.extend_program(ROWS)):
+            assert compiled.memory_of(program).aliased == sum(held.values()) + 3 * 4 * ROWS, "it is written in place"
+    assert _writer_by_kinds(80).cache_bytes_by_run(ROWS)["run0"] == 2 * 40 * a_slot, "no more than the capacity"
+    grown = _writer_by_kinds(4000).cache_bytes(ROWS) - _writer_by_kinds(1000).cache_bytes(ROWS)
+    assert grown == 3000 // 2 * a_slot, "bytes a token: those of the one layer that sees all"
+
+
+def test_memory_of_a_piece_of_a_prompt_does_not_grow_with_the_prompt():
+    def temporaries(program):
+        return compiled.memory_of(program).temporaries
+
+    short, long = (_writer_by_kinds(capacity) for capacity in (1000, 4000))
+    piece = [temporaries(writer.extend_program(ROWS)) for writer in (short, long)]
+    positions = 4 * ROWS * (4000 - 1000) // 2  # int32, of the slots of a device
+    assert piece[1] - piece[0] <= 2 * positions, "and nothing else: no copy of the cache"
+    whole = [temporaries(writer.prefill_program(ROWS, tokens)) for writer, tokens in ((short, 512), (long, 2048))]
+    assert whole[1] > 3 * whole[0], "the control: a prompt that is read at once"
+
+
 @pytest.mark.pod
 @pytest.mark.parametrize(("sp", "tp"), [(8, 1), (2, 4)])
 def test_cache_is_not_copied_by_the_compiler_for_a_pod(sp, tp):
@@ -115,7 +160,7 @@ def test_cache_is_not_copied_by_the_compiler_for_a_pod(sp, tp):
         compute_dtype="bfloat16",
     )
     mesh = ra.make_mesh(sp=sp, tp=tp, devices=pod_devices("v5e:2x4"))
-    plan, rows, slots = generator._plan(model, mesh, capacity=sp * 4096), 4, 4096
+    plan, rows, slots = make_plan(model, mesh, capacity=sp * 4096), 4, 4096
 
     def abstract(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -128,6 +173,6 @@ def test_cache_is_not_copied_by_the_compiler_for_a_pod(sp, tp):
         params, {"layers": cache.KeyValueCache(keys, keys)}, programs.Rows(*by_row)
     )
     memory = compiled.memory_of(step.compile())
-    held = cache.cache_bytes(model, rows, slots, tp)
+    held = cache.cache_bytes(model, model.loop.runs[0], rows, sp * slots, sp, tp)
     assert memory.aliased >= held
     assert memory.temporaries < held / 8
