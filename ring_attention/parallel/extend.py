@@ -34,8 +34,8 @@ def extend_attention_shard(
     """Attention of T consecutive tokens of each row to a cache of those before them, and to each other.
 
     For use inside a `shard_map`. A cache that is written in a circle must not hold them yet: it would have lost what
-    the first of them see. Each device attends to its slots and to every P-th of the tokens, with some queries at a time;
-    all-gathers of together float32 [B,T,H,D+1] bring the parts together.
+    the first of them see. Each device attends to its slots and to every P-th of `own`, some queries at a time; together
+    float32 [P,B,T,H,D+1] are gathered to bring the parts together.
 
     Args:
       q: [B,T,H,D], the same on all P devices of the axis, which T divides.

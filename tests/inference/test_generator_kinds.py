@@ -105,12 +105,14 @@ def _slots_are_too_few(patch):
     patch.setattr(cache, "slots_of", lambda kind, *sizes: slots_of(kind, *sizes) - bool(kind.reach))
 
 
-def _positions_shift(change):
-    def mutate(patch):
-        positions = KeyValueCache.positions
-        patch.setattr(KeyValueCache, "positions", lambda self, lengths: positions(self, lengths + change))
+def _circle_is_a_slot_off(patch):
+    positions = KeyValueCache.positions
+    patch.setattr(KeyValueCache, "positions", lambda self, lengths: jnp.roll(positions(self, lengths), 1, axis=1))
 
-    return mutate
+
+def _newest_token_is_not_known(patch):
+    positions = KeyValueCache.positions
+    patch.setattr(KeyValueCache, "positions", lambda self, lengths: positions(self, lengths - 1))
 
 
 def _padding_takes_slots(patch):
@@ -156,8 +158,8 @@ def _documents_have_no_end(patch):
 
 MUTANTS = [
     ("windows", 6, _slots_are_too_few),
-    ("windows", None, _positions_shift(1)),
-    ("windows", None, _positions_shift(-1)),
+    ("windows", None, _circle_is_a_slot_off),
+    ("windows", None, _newest_token_is_not_known),
     ("windows", None, _padding_takes_slots),
     ("windows", 18, _padding_takes_slots),
     ("windows", 18, _oldest_tokens_of_a_piece_stay),
