@@ -18,6 +18,7 @@ from ring_attention.models.hf.loading import load_parameters
 from ring_attention.models.hf.source import open_source
 from ring_attention.models.rope import RopeConfig, frequencies, rotary_tables
 from ring_attention.models.transformer import Transformer, parameter_specs
+from ring_attention.training.attend import attention_of
 from ring_attention.training.config import AttentionConfig
 from ring_attention.training.trained_model import open_trained_model
 
@@ -109,7 +110,9 @@ def their_logits(model, first=0, length=LENGTH):
 
 def our_logits(config, params, mesh, window, first=0, length=LENGTH):
     layout = ra.SequenceLayout("zigzag", mesh.shape["sp"])
-    attend = functools.partial(ra.ring_attention_shard, layout=layout, window=window or None)
+    attention = AttentionConfig(layout="zigzag", window=window or 0)
+    config = attention.completed(config)
+    attend = attention_of(attention, config, mesh.shape["sp"])
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
     spec = Spec(("dp", "fsdp"), "sp")
 
