@@ -41,7 +41,7 @@ class KeyValueCache(NamedTuple):
         For use inside a `shard_map` over the whole mesh.
         """
         slots, heads = slots_of(run.kind, capacity, lax.axis_size(SEQUENCE)), model.num_kv_heads
-        shape = (len(run.numbers), rows, heads // lax.axis_size(TENSOR), slots, cached_dim(model))
+        shape = (run.count, rows, heads // lax.axis_size(TENSOR), slots, cached_dim(model))
         zeros = vary_over(jnp.zeros(shape, cache_dtype(model)), frozenset(AXES))
         return KeyValueCache(zeros, zeros)
 
@@ -122,5 +122,5 @@ def cache_bytes(model: ModelConfig, run: Run, rows: int, capacity: int, devices:
       devices: of a ring.
       tensor: devices that share the heads.
     """
-    slots = len(run.numbers) * slots_of(run.kind, capacity, devices)
+    slots = run.count * slots_of(run.kind, capacity, devices)
     return 2 * rows * slots * model.num_kv_heads // tensor * cached_dim(model) * cache_dtype(model).itemsize

@@ -180,7 +180,7 @@ class ModelConfig:
         layer += (D * (H + K) + self.value_dim * K) * self.qkv_bias + M * self.out_bias
         layer += (2 * self.ffn_dim + M) * self.ffn_bias
         layer += (D * (H + K) if self.qk_norm_across else 2 * D) * self.qk_norm
-        sinks = sum(H * len(run.numbers) for run in self.loop.runs if run.kind.sinks)
+        sinks = sum(H * run.count for run in self.loop.runs if run.kind.sinks)
         return self.num_layers * layer + sinks + self.vocab_tables * self.vocab_size * M + M
 
     @property
@@ -190,7 +190,7 @@ class ModelConfig:
 
     def visible_pairs(self, lengths) -> int:
         """How many (query, key) pairs the attention of all layers together sees in documents of these lengths."""
-        return sum(run.kind.visible_pairs(lengths) * len(run.numbers) for run in self.loop.runs)
+        return sum(run.kind.visible_pairs(lengths) * run.count for run in self.loop.runs)
 
     def training_flops(self, tokens: int, visible_pairs: int) -> float:
         """Floating-point operations of a training step: 6 per weight and token, plus attention's own.

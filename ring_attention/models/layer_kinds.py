@@ -77,14 +77,18 @@ class Run:
     Attributes:
       path: keys of the stack in the tree of parameters.
       kind: of these layers.
-      numbers: the number of each layer in the model, in the order of the stack.
-      periods: how often so many of them follow each other.
+      first: number of the first of them in the model.
+      length: how many follow each other.
+      periods: how often they do.
+      period: layers from one time to the next.
     """
 
     path: tuple[str, ...]
     kind: LayerKind
-    numbers: tuple[int, ...]
+    first: int
+    length: int
     periods: int = 1
+    period: int = 0
 
     @property
     def name(self) -> str:
@@ -92,9 +96,15 @@ class Run:
         return self.path[-1]
 
     @property
-    def length(self) -> int:
-        """How many of them follow each other."""
-        return len(self.numbers) // self.periods
+    def count(self) -> int:
+        """How many layers the stack holds."""
+        return self.length * self.periods
+
+    @property
+    def numbers(self) -> list[int]:
+        """The number of each layer in the model, in the order of the stack."""
+        starts = (self.first + number * self.period for number in range(self.periods))
+        return [start + place for start in starts for place in range(self.length)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +132,16 @@ class LayerLoop:
     def of(kinds: Sequence[LayerKind], num_layers: int) -> "LayerLoop":
         """The loop of a model of so many layers, in which a period of these kinds is repeated."""
         if len(set(kinds[:num_layers])) == 1:
-            return LayerLoop((), (Run(("layers",), kinds[0], tuple(range(num_layers))),))
+            return LayerLoop((), (Run(("layers",), kinds[0], 0, num_layers),))
         periods, left = divmod(num_layers, len(kinds))
-        periodic = _runs(RUNS[0], kinds, range(periods), 0) if periods else ()
-        return LayerLoop(periodic, _runs(RUNS[1], kinds[:left], range(1), periods * len(kinds)))
+        periodic = _runs(RUNS[0], kinds, periods, 0) if periods else ()
+        return LayerLoop(periodic, _runs(RUNS[1], kinds[:left], 1, periods * len(kinds)))
 
 
-def _runs(name: str, kinds: Sequence[LayerKind], periods: range, first: int) -> tuple[Run, ...]:
+def _runs(name: str, kinds: Sequence[LayerKind], periods: int, first: int) -> tuple[Run, ...]:
     runs = []
     for kind, same in itertools.groupby(range(len(kinds)), key=kinds.__getitem__):
         places = list(same)
-        numbers = tuple(first + period * len(kinds) + place for period in periods for place in places)
-        runs.append(Run(("layers", f"{name}{len(runs)}"), kind, numbers, len(periods)))
+        path = ("layers", f"{name}{len(runs)}")
+        runs.append(Run(path, kind, first + places[0], len(places), periods, len(kinds)))
     return tuple(runs)

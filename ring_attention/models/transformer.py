@@ -146,7 +146,7 @@ class Transformer(nnx.Module):
 
         def stack_of(run: Run):
             definition, arrays = nnx.split(self.layers if len(run.path) == 1 else getattr(self.layers, run.path[1]))
-            places = np.arange(len(run.numbers), dtype=np.int32)
+            places = np.arange(run.count, dtype=np.int32)
             return definition, (arrays, np.array(run.numbers, np.int32), places)
 
         def through_run(carry, run: Run, definition, layers):
@@ -240,7 +240,7 @@ class Transformer(nnx.Module):
 
 def _stack(config: ModelConfig, run: Run, rngs: nnx.Rngs) -> Layer:
     """One Layer whose parameters have a leading axis, of the layers of a run."""
-    make = nnx.split_rngs(splits=len(run.numbers))(nnx.vmap(lambda rngs: Layer(config, run.kind, rngs)))
+    make = nnx.split_rngs(splits=run.count)(nnx.vmap(lambda rngs: Layer(config, run.kind, rngs)))
     return make(rngs)
 
 

@@ -243,7 +243,7 @@ def _groups_of(
     layers: dict[LayerKind, int] = {}
     for run in LayerLoop.of([kind.completed(of_all) for kind in kinds], num_layers).runs:
         kind = dataclasses.replace(run.kind, rope=None)
-        layers[kind] = layers.get(kind, 0) + len(run.numbers)
+        layers[kind] = layers.get(kind, 0) + run.count
     groups = [LayerGroup(kind, number) for kind, number in layers.items()]
     return tuple(sorted(groups, key=lambda group: (group.kind.is_local, -(group.kind.reach or math.inf))))
 

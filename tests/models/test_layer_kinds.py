@@ -38,7 +38,11 @@ def test_every_layer_has_the_kind_of_its_place_in_the_period(kinds, layers):
     order = [*itertools.chain(*in_period), *itertools.chain(*(run.numbers for run in loop.rest))]
     assert order == list(range(layers))
     assert len({run.path for run in loop.runs}) == len(loop.runs)
-    assert all(len(run.numbers) == run.periods * run.length for run in loop.runs)
+    assert all(len(run.numbers) == run.count for run in loop.runs)
+
+
+def test_a_loop_of_very_many_layers_is_told_at_once():
+    assert LayerLoop.of((NEAR, FAR), 2**40).runs[1].count == LayerLoop.of((NEAR,), 2**39).runs[0].count == 2**39
 
 
 def test_layers_that_are_alike_are_one_stack_whatever_the_period():

@@ -100,4 +100,4 @@ def _model_sizes(share: Share) -> set[int]:
 def _stacks(share: Share) -> set[tuple[int, ...]]:
     """The leading sides that stacks of layers have: all of a run, or those of one period, and of each period."""
     runs = share.config.transformer.loop.runs
-    return {sides for run in runs for sides in ((len(run.numbers),), (run.periods, run.length), (run.length,))}
+    return {sides for run in runs for sides in ((run.count,), (run.periods, run.length), (run.length,))}
