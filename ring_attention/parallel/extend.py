@@ -58,7 +58,8 @@ def extend_attention_shard(
     mask, size = checked_mask_args(arguments, q.shape[2]), tile_size(block_sizes, kind_here(q), q, cache)
     parts = [(cache, slot_positions)]
     if own is not None:
-        parts.append((Cache(*(own_stripe(x, axis_name) for x in own)), own_stripe(positions, axis_name)))
+        k, v, places = (own_stripe(x, axis_name) for x in (*own, positions))
+        parts.append((Cache(k, v), places))
     attend = functools.partial(attend_to_parts, parts=parts, axis_name=axis_name, size=size, mask=mask)
     if T <= QUERIES:
         return attend(q, q_positions=jnp.broadcast_to(positions, q.shape[:2]))
