@@ -12,6 +12,7 @@ from ring_attention.inference import cache, programs
 from ring_attention.inference.cache import KeyValueCache
 from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.models.rope import RopeConfig
+from ring_attention.parallel import extend
 
 NEAR, NOWHERE = LayerKind(window=9), LayerKind(rope=RopeConfig(fraction=0.0))
 MODELS = {
@@ -71,6 +72,7 @@ SLOW += [(name, "dp2_sp2_tp2", chunk) for name in MODELS for chunk in (None, 4)]
 @pytest.fixture(autouse=True)
 def _compile_quickly(monkeypatch):
     monkeypatch.setattr(programs, "compiler_options", lambda mesh: OPTIONS)
+    monkeypatch.setattr(extend, "QUERIES", 4)  # so that pieces take several turns
 
 
 @pytest.mark.parametrize(

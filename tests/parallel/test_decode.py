@@ -14,6 +14,7 @@ from ring_helpers import quickly
 
 import ring_attention as ra
 from ring_attention.attention import cached, online_softmax, sinks
+from ring_attention.attention.mask import Chunks
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.parallel import decode
 from ring_attention.parallel.layouts import LAYOUT_KINDS
@@ -95,6 +96,16 @@ ALONE = [("striped", name) for name in EXTRAS if name not in ("plain", "all")]
 @pytest.mark.parametrize(("layout", "extras"), [*itertools.product(LAYOUT_KINDS, ("plain", "all")), *ALONE])
 def test_decode_attention_is_as_exact_as_dense_attention(layout, extras):
     assert _unchanged(extras, layout) <= 2
+
+
+def test_decode_attention_takes_a_mask_of_ones_own():
+    q, k, v = _draw(0)
+    lengths = np.array(LENGTHS[0], np.int32)
+    got = _decode(q, k, v, lengths, mesh=_mesh(4), extra_mask=Chunks(16))
+    positions = lengths[:, None] - T + np.arange(T)
+    error = lambda size: np.abs(got - ra.reference_attention(q, k, v, q_positions=positions, extra_mask=Chunks(size)))  # noqa: E731
+    assert error(16).max() < 1e-5
+    assert error(15).max() > 1e-2, "the control"
 
 
 @pytest.mark.parametrize(("P", "dtype"), [(1, "float16"), (8, "bfloat16")])
