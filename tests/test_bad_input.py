@@ -371,7 +371,7 @@ CONFIGURATIONS = [
     Row("a flag of dashes", flags("---"), "--", "no such flag", "write --config=PATH"),
     Row("a stray word", flags("tiny"), "'tiny'", "is not a flag", "write --config=PATH"),
     Row("text for a number", given("num_steps=1e3"), "='1e3'", "a whole number", "--config.num_steps="),
-    Row("Python for a switch", given("attention.duplex=True"), "='True'", "true or false", ".duplex=false"),
+    Row("a number for a switch", given("attention.duplex=1"), "='1'", "true or false", ".duplex=false"),
     Row("no file", flags("--config=configs/tinny.py"), "--config=configs/tinny.py", "no such file", "did you mean"),
     Row("a file without a config", config_file("x = 1"), "mine.py", "defines no get_config", "add `def get_config()"),
     Row("a file with another thing", config_file("get_config = dict"), "returned dict", "get_config", "let it"),

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/hybrid_cpu.py
 
-Cost: about four minutes on two CPU cores. Result: 2.49 bits per byte on held-out text (Python 3.11); all_global below has
-2.85 and all_window 2.48 (docs/long_context.md).
+Cost: about four minutes on two CPU cores. Result: 2.49 bits per byte on held-out text (Python 3.11); all_global below
+has 2.85 and all_window 2.48 (docs/long_context.md).
 
 The same model with other layers, by flags:
 

@@ -127,14 +127,15 @@ class Attention(nnx.Module):
             sinks = lax.dynamic_slice_in_dim(self.sinks.gathered(jnp.float32), group * heads, heads)
         return ThisAttention(self.kind, number, (lax.axis_index(TENSOR) * self.groups + group) * heads, sinks)
 
-    def project(self, x_btM: jax.Array, rotary: Rotary, products: Products) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [b,t,h,D], and keys and values [b,t,k,D], of this device's heads; queries and keys are turned."""
-        return self._padded(*self._heads(x_btM, self._ready(x_btM.dtype, products), rotary, products))
-
-    def combine(self, out_bthD: jax.Array, products: Products) -> jax.Array:
-        """What attention's output over this device's heads adds to the residual stream, [b,t,M]."""
-        out, weight = out_bthD[..., : self.value_dim], products.ready(self.out, out_bthD.dtype)
-        return self._produce("bthd,hdm->btm", out, weight, products)
+    def with_cache(
+        self, x_btM: jax.Array, rotary: Rotary, number: jax.Array, attend: Callable, products: Products
+    ) -> tuple[jax.Array, Any]:
+        """What attention adds to the residual stream, and the cache; `attend(q, k, v, this) -> (out, cache)`."""
+        weights = self._ready(x_btM.dtype, products)
+        q, k, v = self._padded(*self._heads(x_btM, weights, rotary, products))
+        out, cache = attend(q, k, v, self.this(number, q.shape[2]))
+        out, weight = out[..., : self.value_dim], products.ready(self.out, out.dtype)
+        return self._produce("bthd,hdm->btm", out, weight, products), cache
 
     def _produce(self, equation: str, out, weight, products: Products) -> jax.Array:
         y_btM = products.produce(equation, out, weight)
@@ -218,28 +219,17 @@ class Layer(nnx.Module):
             self.feedforward_out_norm = Norm(config)
 
     def __call__(
-        self, x_btM: jax.Array, rotary: Rotary, segment_ids: jax.Array | None, number: jax.Array, attend: Attend
-    ) -> jax.Array:
-        """The residual stream after this layer, [b,t,M]; `number` is the layer's."""
-        added = lambda x: (self.attention(x, rotary, segment_ids, number, attend), None)  # noqa: E731
-        return self._around(x_btM, added, GATHERED)[0]
-
-    def with_cache(
-        self, x_btM: jax.Array, rotary: Rotary, number: jax.Array, attend: Callable, products: Products
+        self, x_btM: jax.Array, attended: Callable[[Attention, jax.Array], tuple], products: Products = GATHERED
     ) -> tuple[jax.Array, Any]:
-        """The residual stream after this layer, and the cache; `attend(q, k, v, this) -> (out, cache)`."""
+        """The residual stream after this layer, [b,t,M], and what else attention gives.
 
-        def added(x):
-            q, k, v = self.attention.project(x, rotary, products)
-            out, cache = attend(q, k, v, self.attention.this(number, q.shape[2]))
-            return self.attention.combine(out, products), cache
-
-        return self._around(x_btM, added, products)
-
-    def _around(self, x_btM: jax.Array, attended: Callable, products: Products) -> tuple[jax.Array, Any]:
-        """Norms, attention (`attended(x) -> (out, others)`) and feed-forward; (the residual stream, others)."""
+        Args:
+          x_btM: before it.
+          attended: attended(attention, x) -> (what attention adds, others), of this layer's attention.
+          products: of the feed-forward.
+        """
         normed = x_btM if self.place == "after" else self.attention_norm(x_btM)
-        out, others = attended(normed)
+        out, others = attended(self.attention, normed)
         if self.place == "parallel":
             return x_btM + self._scaled(out + self.feedforward(normed, products)), others
         x_btM += self._scaled(self.attention_out_norm(out) if self.place in ("after", "both") else out)

@@ -13,7 +13,7 @@ from jax import lax
 from ring_attention.attention.varying import vary_over
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.layer_kinds import LayerKind, Run
-from ring_attention.models.layers import Attend, Layer, Norm, ThisAttention
+from ring_attention.models.layers import Attend, Attention, Layer, Norm, ThisAttention
 from ring_attention.models.loss import Logits, chunked_cross_entropy, weighted_cross_entropy
 from ring_attention.models.products import GATHERED, Products
 from ring_attention.models.remat import name_input, rematerialised
@@ -122,7 +122,10 @@ class Transformer(nnx.Module):
         rotary = self._rotary(positions, length)
 
         def run_layer(x_btM, build, layer, run: Run, number, place):
-            x_btM = build(on_device(layer))(name_input(x_btM), rotary(run.kind), segment_ids, number, attend)
+            def attended(attention: Attention, x_btM):
+                return attention(x_btM, rotary(run.kind), segment_ids, number, attend), None
+
+            x_btM, _ = build(on_device(layer))(name_input(x_btM), attended)
             return x_btM, None if observe is None else observe(x_btM)
 
         x_btM, observed = self._through_layers(x_btM, run_layer, self.config.remat)
@@ -214,7 +217,10 @@ class Transformer(nnx.Module):
             def attend_here(q, k, v, this: ThisAttention):
                 return attend(q, k, v, this, cache, run, place)
 
-            return build(layer).with_cache(x_btM, rotary(run.kind), number, attend_here, products), None
+            def attended(attention: Attention, x_btM):
+                return attention.with_cache(x_btM, rotary(run.kind), number, attend_here, products)
+
+            return build(layer)(x_btM, attended, products), None
 
         (x_btM, cache), _ = self._through_layers((x_btM, cache), run_layer)
         return self.norm(x_btM), cache

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(args.rows, 1, args.heads, args.head_dim), *[(args.rows, args.slots, args.kv_heads, args.head_dim)] * 2]
     arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    slots, cache = jnp.arange(args.slots), 2 * arrays[1].nbytes / 2**20
+    slots, cache = jnp.arange(args.slots)[None], 2 * arrays[1].nbytes / 2**20
     sizes = f"B={args.rows} S={args.slots} H={args.heads} K={args.kv_heads} D={args.head_dim}"
     table = Table(title=f"{sizes}\ncache {cache:.0f} MiB of float32")
     for column in ("filled", "way", "ms", "temporary MiB"):
