@@ -112,9 +112,11 @@ def export_config(config: TrainConfig, values: Mapping[str, Any] | None) -> HFCo
       ConfigError: naming the field, if no family of Hugging Face computes what the model does.
     """
     attention = config.attention
-    exact = STRATEGIES[attention.strategy].exact
     other = "is another function than the models of Hugging Face have"
-    require_field(exact, "attention.strategy", attention.strategy, other, "train with attention.strategy=ring")
+    for name in ("strategy", "local_strategy"):
+        value = getattr(attention, name)
+        exact = not value or STRATEGIES[value].exact
+        require_field(exact, f"attention.{name}", value, other, f"train with attention.{name}=ring")
     require_field(not attention.alibi, "attention.alibi", attention.alibi, other, "train without it")
     before = config_from_hf(values) if values else None
     rope = config.model.rope

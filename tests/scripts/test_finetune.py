@@ -106,7 +106,10 @@ MISTAKES = [
     (["{small}", DATA, "--out={}/out", "--config.model.num_layers=3"], "holds a model with 4; use --config.model.num"),
     (["{small}", DATA, "--out={}/out", "--config.data.tokenizer=bytes"], "were trained with other tokens; use"),
     (["{small}", DATA, "--out={}/out", "--config.init_from=docs"], "is what the run begins with"),
-    (["{small}", DATA, "--out={}/out", "--config.attention.softcap=30"], "is another function than the models"),
+    (
+        ["{small}", DATA, "--out={}/out", "--config.attention.softcap=30"],
+        "a model of the family 'qwen3' can only say 0.0",
+    ),
     (["{small}", DATA, "--out={}/out", "--config.model.rope.scaling=yarn"], "give the window that the model"),
 ]
 
