@@ -46,8 +46,8 @@ EXTRAS = {
         "ruff>=0.15",
         "setuptools>=77.0.3",
     ],
-    # The other side of tests/interop and `scripts.benchmarks training`; torch as it was tried. transformers 5.0 turns whole
-    # heads of Phi-4-mini, and mixes two generations of keys in what it writes of OLMo 3.
+    # The other side of tests/interop and `scripts.benchmarks training`; torch as it was tried. transformers 5.0 turns
+    # whole heads of Phi-4-mini, and mixes two generations of keys in what it writes of OLMo 3.
     "interop": [*TRAIN, "torch==2.13.0", "transformers>=5.14"],
     # Compilers for hardware that is not there, for scripts/plan.py --compile and `scripts.verify`: those that
     # the installed JAX names as its own. XLA for GPU calls ptxas, which is in nvidia-cuda-nvcc, with nvidia-nvvm.
