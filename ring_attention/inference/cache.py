@@ -70,12 +70,8 @@ class KeyValueCache(NamedTuple):
             keep &= positions_bt >= newest - s * P
             slots %= s
         slots = jnp.where(keep, slots, s)[:, None]  # past the end: dropped
-        at = (
-            layer,
-            jnp.arange(b)[:, None, None],
-            jnp.arange(k)[:, None],
-            slots,
-        )  # slots stay last
+        rows, heads = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
+        at = (layer, rows, heads, slots)  # heads one by one, so that slots stay last
         new = (as_bits(jnp.swapaxes(x, 1, 2)) for x in (k_btkD, v_btkD))
         return KeyValueCache(*(x.at[at].set(part, mode="drop") for x, part in zip(self, new, strict=True)))
 

@@ -130,3 +130,12 @@ def their_continuation(model, prompt, new):
     tokens = torch.as_tensor(prompt)[None]
     options = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(tokens))
     return model.generate(tokens, **options)[0, prompt.size :].tolist()
+
+
+def require_their_gradients(folder, model, **axes):
+    """Fail unless our gradient of each tensor is that of torch, on a mesh with these axes."""
+    theirs, ours = their_gradients(model), OurModel(folder, mesh_of(**axes)).gradients()
+    assert set(ours) == set(theirs)
+    for name, want in theirs.items():
+        assert np.linalg.norm(want) > 0
+        assert np.linalg.norm(ours[name] - want) < 1e-4 * np.linalg.norm(want), name
