@@ -29,7 +29,7 @@ TRAIN = [
     "rich>=14.3",
     "tensorboardX>=2.6.5",
     "matplotlib>=3.10.7",
-    "tokenizers>=0.22.2",
+    "tokenizers>=0.23.1",
     "safetensors>=0.8",
 ]
 """What models, data, training, inference, evaluation, planning and the scripts need beside it."""
