@@ -156,23 +156,27 @@ def require_integers(
 
 
 def require_attention_shapes(q, k, v) -> None:
-    """Raise ValueError unless q is [B,T,H,D], k and v are [B,S,K,D] with the same B and D, and K divides H."""
+    """Raise ValueError unless q is [B,T,H,D], k [B,S,K,D] and v [B,S,K,D_v] with the same B, and K divides H."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_array(name, x)
     axes = "need 4: [batch, tokens, heads, head_dim]; reshape it before the call"
     require(q.ndim == 4, f"q has {q.ndim} axes with shape {q.shape}, {axes}")
     B, _, H, D = q.shape
     require_shape("k", k.shape, (B, None, None, D), "BSKD")
-    require(
-        v.shape[:-1] != k.shape[:-1] or v.shape == k.shape,
-        f"v has head_dim {v.shape[-1:]} and k {k.shape[-1:]}, need the same; pad the narrower with zeros, give scale= "
-        "of the width that the keys had, and cut the output to that of the values",
-    )
-    require_shape("v", v.shape, k.shape, "BSKD")
-    for name, x in (("q", q), ("k", k)):
+    require_shape("v", v.shape, (*k.shape[:3], None), "BSKD")
+    for name, x in (("q", q), ("k", k), ("v", v)):
         require(0 not in x.shape, f"{name} has shape {x.shape}, need at least 1 of everything; leave out empty batches")
     K, remedy = k.shape[2], "repeat heads of k and v, or use others"
     require(H % K == 0, f"q has H={H} heads and k has K={K}; K must divide H (grouped queries); {remedy}")
+
+
+def require_same_head_dim(where: str, k, v) -> None:
+    """Raise ValueError unless values are as wide as keys, for `where`, which cannot do others."""
+    require(
+        k.shape[-1] == v.shape[-1],
+        f"v has head_dim {v.shape[-1:]} and k {k.shape[-1:]}, {where} needs the same; pad the narrower with zeros, "
+        "give scale= of the width that the keys had, and cut the output to that of the values",
+    )
 
 
 def require_attention_dtypes(q, k, v) -> None:

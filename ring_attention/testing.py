@@ -47,11 +47,22 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 def random_qkv(
-    seed: int, B: int, T: int, H: int, K: int, D: int, dtype: str = "float32", S: int | None = None
+    seed: int,
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    D: int,
+    dtype: str = "float32",
+    S: int | None = None,
+    D_v: int | None = None,
 ) -> list[jax.Array]:
-    """Return normally distributed q [B,T,H,D], k and v [B,S,K,D], where S is T by default, and a cotangent of out."""
+    """Return normally distributed q [B,T,H,D], k [B,S,K,D] and v [B,S,K,D_v], and a cotangent of out [B,T,H,D_v].
+
+    S is T by default, and D_v is D.
+    """
     rng = np.random.default_rng(seed)
-    shapes = [(B, T, H, D), (B, S or T, K, D), (B, S or T, K, D), (B, T, H, D)]
+    shapes = [(B, T, H, D), (B, S or T, K, D), (B, S or T, K, D_v or D), (B, T, H, D_v or D)]
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
@@ -107,7 +118,7 @@ def dense_attention(
 
     Products are in the dtype of q, the softmax is in float32.
 
-    Takes the arguments of `reference_attention` but for `return_lse`, and returns out [B,T,H,D] in the dtype of q.
+    Takes the arguments of `reference_attention` but for `return_lse`, and returns out [B,T,H,D_v] in the dtype of q.
     """
     B, T, H, D = q.shape
     q_positions = _positions(q_positions, T)[:, None, :, None]
@@ -175,8 +186,8 @@ def assert_as_exact_as_dense(attention, q, k, v, dout, *, limit: float = 2.0, **
     """Assert that an attention is at most `limit` times as far from the oracle as a dense one in the same dtype.
 
     Args:
-      attention: a function of (q, k, v) that returns out [B,T,H,D], or its (out, dq, dk, dv) themselves.
-      q: queries [B,T,H,D]; k and v are [B,S,K,D], and dout, a cotangent of out, is [B,T,H,D].
+      attention: a function of (q, k, v) that returns out [B,T,H,D_v], or its (out, dq, dk, dv) themselves.
+      q: queries [B,T,H,D]; k is [B,S,K,D], v [B,S,K,D_v], and dout, a cotangent of out, [B,T,H,D_v].
       limit: the largest ratio of the two errors.
       mask: keyword arguments of `reference_attention`, which `attention` must have, too.
 

@@ -16,7 +16,7 @@ from ring_attention.attention.kernels.choose import choose_kernel
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel
 from ring_attention.attention.kernels.tile_sizes import tiles_of
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
-from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec
+from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec, scale_gradient
 from ring_attention.attention.masks import BlockPair, Runs, Tokens
 from ring_attention.attention.on_shards import Shards, on_shards, shards_of
 from ring_attention.attention.online_softmax import SoftmaxState
@@ -68,8 +68,9 @@ def blockwise_attention(
     Args:
       q: [B,T,H,D], float32, bfloat16 or float16.
       k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads. S may differ from T.
-      v: [B,S,K,D]. As in dense attention, hidden keys and values must be finite, too: 0 times NaN is NaN. What is not
-        reaches all queries that see it and may reach others of the same sequence and head, by tiles.
+      v: [B,S,K,D_v]; D_v may differ from D. As in dense attention, hidden keys and values must be finite, too: 0 times
+        NaN is NaN. What is not reaches all queries that see it and may reach others of the same sequence and head, by
+        tiles.
       causal: a query sees the keys at its own position and before; otherwise all of them.
       window: a query sees itself and the window-1 positions before it, and after it where causal is False.
       segment_ids: integers [B,T]; a query sees the keys of its own segment only.
@@ -77,7 +78,8 @@ def blockwise_attention(
       q_positions: integers [T] or [B,T], nearer to 0 than 2**30, for masks, ALiBi and dropout; 0, 1, 2, ... by default.
       kv_positions: integers [S] or [B,S].
       softcap: scores x become softcap * tanh(x / softcap).
-      scale: of the products of queries and keys; D**-0.5 by default.
+      scale: of the products of queries and keys; D**-0.5 by default. A number, or a floating array [] that is traced,
+        to which a gradient flows.
       sinks: [H], a logit for each head that takes part in the softmax but has no value; can be differentiated.
       alibi_slopes: [H]; a score falls by the slope for each position of distance. Constants: no gradient flows to them.
       dropout_rate: of weights; which ones depends on their batch row, head and positions alone, not on tile sizes.
@@ -88,7 +90,7 @@ def blockwise_attention(
       return_lse: also return the lse.
 
     Returns:
-      out [B,T,H,D] in the dtype of q; 0, with zero gradients, where a query sees no key. With `return_lse` also the
+      out [B,T,H,D_v] in the dtype of q; 0, with zero gradients, where a query sees no key. With `return_lse` also the
       natural logarithm of the sum of exponentials, float32 [B,T,H], -inf there. Both can be differentiated.
 
     Raises:
@@ -106,13 +108,13 @@ def blockwise_attention(
     require(segment_ids is not None or kv_segment_ids is None, "kv_segment_ids needs segment_ids; give both or neither")
     _check_tokens("q", q_positions, segment_ids, B, T)
     _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
-    kind, checked = kind_here(q), checked_mask_args(arguments, H)
+    kind, checked = kind_here(q), checked_mask_args(arguments, H, traced_scale=True)
     make_mask = functools.partial(make_mask_spec, q, **checked)
     queries, keys = (Tokens(None, runs=_runs(x, length)) for x, length in ((q_positions, T), (kv_positions, S)))
 
     def accepts(kernel: Kernel) -> None:
         mask = jax.eval_shape(make_mask)
-        kernel.check(mask, jax.ShapeDtypeStruct((B, H, T, D), q.dtype))
+        kernel.check(mask, jax.ShapeDtypeStruct((B, H, T, max(D, v.shape[3])), q.dtype))
         require(
             kernel.differentiates_lse or not return_lse,
             f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
@@ -121,7 +123,7 @@ def blockwise_attention(
 
     kernel = choose_kernel(impl, kind, accepts)
     accepts(kernel)
-    blocks = as_blocks(block_sizes, tiles_of(kernel.name, kind, D, H // k.shape[2]))
+    blocks = as_blocks(block_sizes, tiles_of(kernel.name, kind, max(D, v.shape[3]), H // k.shape[2]))
     pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
     sinks = as_sinks(checked["sinks"])
     static = _Static(kernel=kernel, blocks=blocks), shards_of(q, k, (v, pair, sinks))
@@ -140,15 +142,14 @@ def _attend_shards(static_and_shards: tuple[_Static, Shards | None], *args):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, q, k, v, pair: BlockPair, sinks):
-    """Out [B,H,T,D] and lse [B,H,T]; all arrays have heads before tokens."""
+    """Out [B,H,T,D_v] and lse [B,H,T]; all arrays have heads before tokens."""
     out, _, lse = _finished(static, q, k, v, pair, sinks)
     return out, lse
 
 
 def _finished(static: _Static, q, k, v, pair: BlockPair, sinks):
     """(out, what rounding took from it, lse), undecorated: the forward rule must let tangents through, for Hessians."""
-    state = vary_together(SoftmaxState.empty(q.shape), q)[0]
-    state = static.kernel.forward(q, k, v, pair, state, static.blocks)
+    state = static.kernel.forward(q, k, v, pair, SoftmaxState.before(q, v), static.blocks)
     out, lse = attention_sinks.finalize(state, sinks)
     return *rounded(out, q.dtype, keep=static.kernel.float32_out), lse
 
@@ -163,7 +164,10 @@ def _attend_backward(static: _Static, residuals, cotangents):
     stats = GlobalStats.of(out, lse, *cotangents, rounding=rounding)
     nothing = vary_together(jnp.zeros(q.shape, jnp.float32), q)[0]
     grads = static.kernel.backward(q, k, v, stats, pair, nothing, static.blocks)
-    return *(differentiated_once(grad.astype(q.dtype)) for grad in grads), None, attention_sinks.gradient(sinks, stats)
+    of_scale = scale_gradient(pair.mask, q, grads[0])
+    of_pair = None if of_scale is None else dataclasses.replace(pair, queries=None, keys=None, mask=of_scale)
+    grads = (differentiated_once(grad.astype(q.dtype)) for grad in grads)
+    return *grads, of_pair, attention_sinks.gradient(sinks, stats)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

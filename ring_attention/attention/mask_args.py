@@ -20,7 +20,7 @@ class ScoreArgs(TypedDict, total=False):
 
     window: int | None
     softcap: float | None
-    scale: float | None
+    scale: float | jax.Array | None
     sinks: jax.Array | None
     alibi_slopes: jax.Array | None
     extra_mask: Mask | None

@@ -8,11 +8,15 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ring_attention.attention.dropout import Dropout, seeds_of
 from ring_attention.attention.mask import Mask
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs
 from ring_attention.checks import is_number, is_whole, require, require_shape, shown
+
+LEAST_SCALE = 1e-20
+"""A scale that is data counts as no nearer to 0 than this."""
 
 
 def _static(**kwargs):
@@ -36,7 +40,8 @@ class MaskSpec:
     A query sees the keys that all of them show.
 
     Attributes:
-      scale: of the products.
+      scale: of the products, where it is known as the program is traced.
+      traced_scale: float32 [], takes the place of `scale` where that is data; None where it is not.
       causal: a query sees its own position and those before it; otherwise all of them.
       window: a query sees positions less than this far away; None for no bound.
       min_distance: a query sees only positions at least this far away; 0 for all.
@@ -56,6 +61,17 @@ class MaskSpec:
     slopes: jax.Array | None = None
     dropout: Dropout | None = None
     extra: Mask | None = _static(default=None)
+    traced_scale: jax.Array | None = None
+
+    @property
+    def factor(self) -> float | jax.Array:
+        """What products of queries and keys are multiplied by: the scale, whether it is data or not.
+
+        Data is kept from 0 by so little that no score shows it: the scale's gradient is found by division.
+        """
+        if self.traced_scale is None:
+            return self.scale
+        return jnp.where(jnp.abs(self.traced_scale) < LEAST_SCALE, LEAST_SCALE, self.traced_scale)
 
     def of_heads(self, start: int | jax.Array, number: int) -> "MaskSpec":
         """The specification for `number` of the heads, from `start` on."""
@@ -90,9 +106,11 @@ def make_mask_spec(
             batch=batch.astype(jnp.int32),
             heads=heads.astype(jnp.int32),
         )
-    slopes = mask["alibi_slopes"]
+    slopes, scale = mask["alibi_slopes"], mask["scale"]
+    data = _is_data(scale)
     return MaskSpec(
-        scale=D**-0.5 if mask["scale"] is None else float(mask["scale"]),
+        scale=D**-0.5 if scale is None or data else float(scale),
+        traced_scale=jnp.asarray(scale, jnp.float32) if data else None,
         causal=bool(mask["causal"]),
         window=bounded(mask["window"]),
         seq_len=seq_len,
@@ -103,21 +121,55 @@ def make_mask_spec(
     )
 
 
-def checked_mask_args(arguments: Mapping[str, Any], heads: int) -> dict[str, Any]:
+def checked_mask_args(arguments: Mapping[str, Any], heads: int, *, traced_scale: bool = False) -> dict[str, Any]:
     """`arguments` with the defaults of those left out, as plain values and arrays [H].
 
-    Segment ids are not looked at: their shape is that of the function that takes them.
+    Segment ids are not looked at: their shape is that of the function that takes them. With `traced_scale` the scale
+    may be a number that JAX is still tracing, and stays one.
 
     Raises:
       ValueError: for values out of range, and for sinks or slopes that are not one for each of the query heads.
     """
     mask: dict[str, Any] = {**MASK_DEFAULTS, **arguments}
+    scale = mask["scale"]
+    if traced_scale and _is_data(scale):
+        _check_traced_scale(scale)
+        mask["scale"] = None
     names = ("causal", "window", "softcap", "scale", "dropout_rate", "dropout_key")
     check_mask_spec(*(mask[name] for name in names))
     _check_extra(mask["extra_mask"])
     mask |= {name: of_heads(name, mask[name], heads) for name in ("sinks", "alibi_slopes")}
     mask |= {name: None if mask[name] is None else float(mask[name]) for name in ("softcap", "scale")}
+    mask["scale"] = scale if mask["scale"] is None else mask["scale"]
     return mask | dict(causal=bool(mask["causal"]), dropout_rate=float(mask["dropout_rate"]))
+
+
+def scale_gradient(mask: MaskSpec, q: jax.Array, dq: jax.Array) -> MaskSpec | None:
+    """The cotangent of a mask specification whose scale is data, as a `custom_vjp` returns it; None where it is not.
+
+    Scores are scale * q.k, so the scale's gradient is the sum of q * dq, over the scale.
+
+    Args:
+      mask: the specification.
+      q: queries [B,H,t,D].
+      dq: float32, their gradients.
+    """
+    if mask.traced_scale is None:
+        return None
+    of_scale = jnp.einsum("bhtd,bhtd->", q.astype(jnp.float32), dq.astype(jnp.float32)) / mask.factor
+    return dataclasses.replace(mask, slopes=None, dropout=None, traced_scale=of_scale)
+
+
+def _is_data(scale) -> bool:
+    """Whether this is an array whose value is not known as the program is traced."""
+    return isinstance(scale, Tracer)
+
+
+def _check_traced_scale(scale) -> None:
+    """Raise ValueError unless this is one number with a fraction."""
+    fits = scale.shape == () and jnp.issubdtype(scale.dtype, jnp.floating)
+    got = f"scale is {scale.dtype}{list(scale.shape)}"
+    require(fits, f"{got}, need one number of a floating dtype; for one each head multiply q by it")
 
 
 def as_sinks(sinks) -> jax.Array | None:

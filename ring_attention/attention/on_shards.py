@@ -65,10 +65,10 @@ def on_shards(attend: Callable, static, shards: Shards, args: tuple) -> tuple[ja
     """`attend(static, *args)` on each device, for its own sequences and heads.
 
     Args:
-      attend: gives out [B,H,T,D] and lse [B,H,T].
+      attend: gives out [B,H,T,D_v] and lse [B,H,T].
       static: hashable.
       shards: what `shards_of` found.
-      args: q [B,H,T,D], k and v [B,K,S,D], the block pair, and sinks [H] or None.
+      args: q [B,H,T,D], k [B,K,S,D], v [B,K,S,D_v], the block pair, and sinks [H] or None.
     """
     return _on_shards(attend, static, shards._replace(mesh=auto_mesh(shards.mesh)), args)
 
@@ -89,7 +89,13 @@ def _on_shards(attend: Callable, static, shards: Shards, args: tuple):
 def _specs_of_pair(pair: BlockPair, spec: PartitionSpec):
     """The specs of a block pair's arrays: what has one row for all sequences is everywhere."""
     batch, heads = (PartitionSpec(entry) for entry in spec)
-    places = {"batch": batch, "heads": heads, "slopes": heads, "seeds": PartitionSpec()}
+    places = {
+        "batch": batch,
+        "heads": heads,
+        "slopes": heads,
+        "seeds": PartitionSpec(),
+        "traced_scale": PartitionSpec(),
+    }
 
     def of(path, x):
         last = path[-1].name

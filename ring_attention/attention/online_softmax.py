@@ -10,12 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ring_attention.attention.varying import axes_of, vary_over
+
 
 class SoftmaxState(NamedTuple):
     """Statistics of the scores seen so far.
 
     Attributes:
-      acc: float32 [..., r, D], sum over keys of exp(score - max) * value.
+      acc: float32 [..., r, D_v], sum over keys of exp(score - max) * value.
       max: float32 [..., r], the largest score so far, -inf before the first.
       sum: float32 [..., r], sum over keys of exp(score - max).
     """
@@ -26,11 +28,16 @@ class SoftmaxState(NamedTuple):
 
     @staticmethod
     def empty(shape: tuple[int, ...]) -> "SoftmaxState":
-        """No key seen; `shape` is that of the output, [..., r, D]."""
+        """No key seen; `shape` is that of the output, [..., r, D_v]."""
         rows = shape[:-1]
         return SoftmaxState(
             jnp.zeros(shape, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32)
         )
+
+    @staticmethod
+    def before(q: jax.Array, v: jax.Array) -> "SoftmaxState":
+        """No key seen by queries q [..., r, D] of values v [..., D_v]; inside a shard_map it varies as q does."""
+        return vary_over(SoftmaxState.empty((*q.shape[:-1], v.shape[-1])), axes_of(q))
 
 
 def finite(max_r: jax.Array) -> jax.Array:

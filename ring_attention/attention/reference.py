@@ -24,7 +24,7 @@ class _Arguments:
     q_positions: Any = None
     kv_positions: Any = None
     softcap: float | None = None
-    scale: float | None = None
+    scale: Any = None  # a number
     sinks: Any = None
     alibi_slopes: Any = None
     dropout_rate: float = 0.0
@@ -72,8 +72,8 @@ def reference_attention(
     (`sinks` [H]), which has no value. Then weights are dropped.
 
     Returns:
-      float64 out [B,T,H,D]; with `return_lse` also float64 lse [B,T,H]. out is 0 where a query sees no key, and lse is
-      then the sink, or -inf without.
+      float64 out [B,T,H,D_v]; with `return_lse` also float64 lse [B,T,H]. out is 0 where a query sees no key, and lse
+      is then the sink, or -inf without.
 
     Raises:
       ValueError: for values out of range and shapes that do not fit.
@@ -87,15 +87,18 @@ def reference_attention(
     return (out, np.swapaxes(weights.lse, 1, 2)) if return_lse else out
 
 
-def reference_gradients(q, k, v, dout, **arguments) -> tuple[np.ndarray, ...]:
-    """float64 gradients (dq [B,T,H,D], dk [B,S,K,D], dv [B,S,K,D]) for the cotangent `dout` [B,T,H,D] of out.
+def reference_gradients(q, k, v, dout, *, dlse=None, **arguments) -> tuple[np.ndarray, ...]:
+    """float64 gradients (dq [B,T,H,D], dk [B,S,K,D], dv [B,S,K,D_v]) for the cotangent `dout` [B,T,H,D_v] of out.
 
-    With `sinks` a fourth, dsinks [H]. `arguments` as in `reference_attention`; ALiBi's slopes have no gradient.
+    `dlse` [B,T,H] is that of lse, 0 by default. With `sinks` a fourth, dsinks [H]. `arguments` as in
+    `reference_attention`; ALiBi's slopes have no gradient.
     """
     weights, dout = _weigh(q, k, v, _Arguments(**arguments)), _float64(dout)
     dv = np.einsum("bhts,bthd->bshd", weights.p * weights.dropped, dout)
     dp = np.einsum("bthd,bshd->bhts", dout, _expand(v, q)) * weights.dropped
     mean_BHT = (weights.p * dp).sum(-1)  # the sum of dout * out over D; the sink's own dp is 0
+    if dlse is not None:  # the derivative of lse by a score, a sink's too, is the weight
+        mean_BHT = mean_BHT - np.swapaxes(_float64(dlse), 1, 2)
     ds = weights.p * (dp - mean_BHT[..., None])
     dsinks_H = -(weights.p_sink * mean_BHT).sum((0, 2))
     dqk = ds * weights.slope

@@ -18,7 +18,7 @@ def rounded(exact: jax.Array, dtype: jax.typing.DTypeLike, keep: bool = True) ->
     """Round the output of attention, and say what that took from it.
 
     Args:
-      exact: float32 [B,H,t,D].
+      exact: float32 [B,H,t,D_v], with D for D_v from here on.
       dtype: of q.
       keep: whether what rounding takes is of use to the backward pass.
 

@@ -38,7 +38,7 @@ class BlockScores(NamedTuple):
 
     def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """float32 scores, -inf where hidden, and d score / d (scale * product), None where that is 1 everywhere."""
-        mask, scores, slope = self.mask, products * self.mask.scale, None
+        mask, scores, slope = self.mask, products * self.mask.factor, None
         if mask.softcap is not None:
             bent = jnp.tanh(scores / mask.softcap)
             scores, slope = mask.softcap * bent, 1 - bent**2

@@ -22,6 +22,7 @@ from ring_attention.attention.mask_spec import make_mask_spec
 from ring_attention.checks import (
     require_attention_dtypes,
     require_attention_shapes,
+    require_same_head_dim,
 )
 from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
@@ -128,6 +129,7 @@ def context_attention(
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
+    require_same_head_dim("context_attention", k, v)
     given, mesh = mesh, find_mesh(mesh, axis_name)
     require_as_many_keys(q, k)
     layout = as_layout(layout, mesh.shape[axis_name])

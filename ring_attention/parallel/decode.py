@@ -30,6 +30,7 @@ from ring_attention.checks import (
     require_attention_dtypes,
     require_attention_shapes,
     require_integers,
+    require_same_head_dim,
     shown,
 )
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
@@ -260,6 +261,7 @@ def _check(q, k_cache, v_cache, lengths, layout: SequenceLayout, impl: str, *, c
     """Raise ValueError unless shapes and dtypes fit each other, and the caches of a device the layout."""
     require_attention_shapes(q, k_cache, v_cache)
     require_attention_dtypes(q, k_cache, v_cache)
+    require_same_head_dim("a cache", k_cache, v_cache)
     (B, T, *_), S = q.shape, k_cache.shape[1]
     layout.check_length(S)
     require(T <= S, f"q holds T={T} new tokens, the cache has S={S} slots; give the tokens that are in the cache")

@@ -20,6 +20,7 @@ from ring_attention.checks import (
     require_attention_dtypes,
     require_attention_shapes,
     require_integers,
+    require_same_head_dim,
 )
 from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
@@ -94,6 +95,7 @@ def context_attention_shard(
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
+    require_same_head_dim("context_attention", k, v)
     require_as_many_keys(q, k)
     layout = as_layout(layout, _axis_size(axis_name))
     layout.check_length(q.shape[1] * layout.ring_size)

@@ -41,6 +41,7 @@ def _weights(q, k, lse, scale, part):
 
 
 def _attention(q, k, v, part, pair):
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]  # they take one head dim
     weights, lse, _ = _weights(q, k, None, pair.mask.scale, part)
     v = jnp.repeat(v, q.shape[1] // v.shape[1], 1)
     return jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v), lse
@@ -48,6 +49,7 @@ def _attention(q, k, v, part, pair):
 
 def _gradients(q, out, lse, dout, k, v, part, pair):
     K, dtype, scale = k.shape[1], q.dtype, pair.mask.scale
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] == out.shape[-1] == dout.shape[-1]
     p, _, k = _weights(q, k, lse, scale, part)
     v, dout = jnp.repeat(v, q.shape[1] // K, 1).astype(jnp.float32), dout.astype(jnp.float32)
     delta = jnp.sum(dout * out.astype(jnp.float32), -1, keepdims=True)
@@ -91,6 +93,13 @@ def test_cudnn_attends_on_one_device_in_a_single_call():
     assert Bound(qkv, window=33).too_large(results(attend, qkv)) == {}
     with pytest.raises(ValueError, match="impl='cudnn' cannot differentiate the lse; leave return_lse out"):
         attend(*qkv[:3], return_lse=True)
+
+
+@pytest.mark.parametrize("widths", [(24, 16), (16, 24)], ids=["narrower", "wider"])
+def test_cudnn_takes_values_of_another_head_dim(widths):
+    qkv = random_qkv(0, 1, T, H, K, widths[0], dtype="bfloat16", D_v=widths[1])
+    attend = functools.partial(ra.blockwise_attention, impl="cudnn", window=33)
+    assert Bound(qkv, window=33).too_large(results(attend, qkv)) == {}
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -144,6 +153,8 @@ def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
         attend(alibi_slopes=jnp.ones(4))
     with pytest.raises(ValueError, match='impl="cudnn" has no dropout_rate'):
         attend(dropout_rate=0.1, dropout_key=jax.random.key(0))
+    with pytest.raises(ValueError, match='impl="cudnn" has no traced scale'):
+        jax.eval_shape(lambda x: ra.blockwise_attention(q, q, q, scale=x, impl="cudnn"), 0.5)
     with pytest.raises(ValueError, match="takes bfloat16 or float16, got float32"):
         ra.blockwise_attention(*[q.astype("float32")] * 3, impl="cudnn")
     with pytest.raises(ValueError, match="head dims that are multiples of 8, at most 256, got 12"):

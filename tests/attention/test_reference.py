@@ -13,7 +13,7 @@ from ring_attention.attention.dropout import seeds_of
 from ring_attention.attention.reference import reference_gradients
 from ring_attention.testing import NAMES, dense_attention, oracle, random_qkv, relative_error
 
-B, T, S, H, K, D = 2, 5, 7, 4, 2, 3
+B, T, S, H, K, D, D_V = 2, 5, 7, 4, 2, 3, 4
 KEY = jax.random.key(5)
 kept = quickly(dropout.kept, static_argnums=0)
 SINKS = np.array([0.7, -1.2, 0.1, 2.0])
@@ -67,7 +67,7 @@ CASES = {
 def _inputs():
     """q, k, v and a cotangent, float64."""
     rng = np.random.default_rng(0)
-    shapes = [(B, T, H, D), (B, S, K, D), (B, S, K, D), (B, T, H, D)]
+    shapes = [(B, T, H, D), (B, S, K, D), (B, S, K, D_V), (B, T, H, D_V)]
     return [rng.standard_normal(shape) for shape in shapes]
 
 
@@ -97,10 +97,10 @@ def _score_by_hand(q_D, k_D, distance, h, a):
 
 
 def _row_by_hand(q, k, v, b, t, h, a):
-    """(out [D], lse) of one query, one key at a time."""
+    """(out [D_V], lse) of one query, one key at a time."""
     q_at = np.broadcast_to(a.get("q_positions", np.arange(T)), (B, T))[b]
     k_at = np.broadcast_to(a.get("kv_positions", np.arange(S)), (B, S))[b]
-    out, total, query = [0.0] * D, 0.0, int(q_at[t])
+    out, total, query = [0.0] * D_V, 0.0, int(q_at[t])
     for s in range(S):
         key = int(k_at[s])
         if a.get("causal", True) and key > query:
@@ -140,16 +140,21 @@ def _difference(loss, x, direction, step=1e-6):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_reference_gradients_are_slopes_of_the_output(case):
+def test_reference_gradients_are_slopes_of_the_output_and_lse(case):
     q, k, v, dout = _inputs()
     arguments = dict(CASES[case])
     moving = [q, k, v]
     if "sinks" in arguments:
         arguments["sinks"] = arguments["sinks"].copy()
         moving.append(arguments["sinks"])
-    gradients = reference_gradients(q, k, v, dout, **arguments)
-    loss = lambda: (dout * ra.reference_attention(q, k, v, **arguments)).sum()  # noqa: E731
     rng = np.random.default_rng(1)
+    dlse = rng.standard_normal((B, T, H))
+    gradients = reference_gradients(q, k, v, dout, dlse=dlse, **arguments)
+
+    def loss():
+        out, lse = ra.reference_attention(q, k, v, return_lse=True, **arguments)
+        return (dout * out).sum() + (dlse * np.where(np.isfinite(lse), lse, 0)).sum()
+
     for got, x in zip(gradients, moving, strict=True):
         for direction in rng.standard_normal((8, *x.shape)):  # a number that is wrong shows in each of them
             np.testing.assert_allclose((got * direction).sum(), _difference(loss, x, direction), atol=1e-8)

@@ -115,6 +115,16 @@ def test_splash_backward_is_exact_for_every_head_dim(groups, head_dim, dtype, mo
     assert Bound(qkv, **mask).too_large(results(_attend(**mask), qkv)) == {}
 
 
+@pytest.mark.parametrize(
+    ("widths", "groups"), [((192, 128), 1), pytest.param((64, 128), 0, marks=pytest.mark.slow)], ids=["MLA", "wider"]
+)
+def test_splash_takes_values_of_another_head_dim(widths, groups, monkeypatch):
+    monkeypatch.setattr(splash, "fused_groups", lambda _, q, kv_heads, softcap: groups)
+    qkv, scale = random_qkv(0, 1, 200, H, K, widths[0], dtype="bfloat16", D_v=widths[1]), 0.125
+    attend, bound = _attend(), Bound(qkv, scale=scale)
+    assert bound.too_large(results(lambda q, k, v, scale: attend(q, k, v, scale=scale), qkv, scale=scale)) == {}
+
+
 @pytest.mark.parametrize("mask", [{}, dict(causal=False)], ids=["causal", "bidirectional"])
 def test_splash_computes_sequences_of_one_mask_in_one_launch(mask):
     qkv = random_qkv(0, 3, 200, H, K, D, dtype="bfloat16")

@@ -202,7 +202,8 @@ def test_make_mesh_refuses_devices_that_are_none(devices):
         ra.make_mesh(devices=devices)
 
 
-def test_attention_refuses_values_narrower_than_keys():
+def test_a_cache_refuses_values_narrower_than_keys():
     q, k, v, _ = random_qkv(0, B, T, H, K, D)
-    with pytest.raises(ValueError, match=r"v has head_dim \(4,\) and k \(8,\), need the same; pad the narrower"):
-        ra.blockwise_attention(q, k, v[..., :4])
+    refused = r"v has head_dim \(4,\) and k \(8,\), a cache needs the same; pad the narrower"
+    with pytest.raises(ValueError, match=refused):
+        ra.decode_attention(q[:, :1], k, v[..., :4], mesh=ra.make_mesh(sp=2, devices=jax.devices()[:2]), lengths=None)

@@ -1,11 +1,11 @@
 """What every kernel promises, so that a ring does not know which one it runs. Heads come first, tokens second to last.
 
 forward(q, k, v, pair, state, blocks) -> state
-    q [B,H,t,D]; k, v [B,K,s,D]; `state` [B,H,t,D], the softmax state of the keys seen in earlier block pairs, to go on
-    from.
+    q [B,H,t,D]; k [B,K,s,D]; v [B,K,s,D_v]; `state` [B,H,t,D_v], the softmax state of the keys seen in earlier block
+    pairs, to go on from.
 backward(q, k, v, stats, pair, dq, blocks) -> (dq, dk, dv)
     this pair's part of the gradients of the whole attention, all float32: dq [B,H,t,D] is what earlier pairs gave, to
-    add to; dk and dv [B,K,s,D] are of this pair alone.
+    add to; dk [B,K,s,D] and dv [B,K,s,D_v] are of this pair alone.
 """
 
 import inspect
@@ -63,7 +63,8 @@ class Kernel(NamedTuple):
     Attributes:
       name: by which it is chosen.
       forward, backward: as above.
-      check: (mask, q), of which it reads the shape [B,H,t,D] and the dtype; raises ValueError for what it cannot do.
+      check: (mask, q), of which it reads the shape [B,H,t,D], D being the wider of the two head dims, and the dtype;
+        raises ValueError for what it cannot do.
       check_pair: (pair), of which it reads the mask and the runs of queries and keys, so that it costs no tracing;
         raises ValueError where the kernel cannot compute such a pair.
       platform: of the devices that it runs on, as `jax.Device.platform` has it; None for all.
@@ -95,10 +96,10 @@ class GlobalStats(NamedTuple):
     With the out and lse of the pair alone it would be the gradient of a smaller attention.
 
     Attributes:
-      out: [B,H,t,D] in the dtype of q; None where queries were sent here without it, since delta says enough.
+      out: [B,H,t,D_v] in the dtype of q; None where queries were sent here without it, since delta says enough.
       lse: float32 [B,H,t].
-      dout: [B,H,t,D] cotangent of out.
-      delta: float32 [B,H,t], sum over D of dout * out, less the cotangent of lse (Dao et al. 2022, appendix B.2).
+      dout: [B,H,t,D_v] cotangent of out.
+      delta: float32 [B,H,t], sum over D_v of dout * out, less the cotangent of lse (Dao et al. 2022, appendix B.2).
     """
 
     out: jax.Array | None

@@ -50,6 +50,7 @@ def check(mask: MaskSpec, q) -> None:
         "alibi_slopes": mask.slopes,
         "dropout_rate": mask.dropout,
         "extra_mask": mask.extra,
+        "traced scale": mask.traced_scale,
     }.items():
         require(value is None, f'impl="cudnn" has no {name}; leave it out, or use impl="xla"')
     dtype = jnp.dtype(q.dtype).name

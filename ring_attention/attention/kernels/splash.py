@@ -78,7 +78,7 @@ def _forward(q, k, v, pair: BlockPair, state: SoftmaxState, blocks: BlockSizes, 
     def one(pair: BlockPair, after, q, k, v):
         found = []
         for call in calls_for(pair, blocks):
-            require_memory("forward", call.tiles, q, call.capped)
+            require_memory("forward", call.tiles, _widest(q, v), call.capped)
             info, within = call.mask_info(by_keys=False)
             sizes = library().BlockSizes(block_q=call.tile_q, block_kv=call.tile_kv)
             arrays = dict(fwd_mask_info=info, segment_ids=call.segments())
@@ -111,7 +111,7 @@ def _backward(q, k, v, stats: GlobalStats, pair: BlockPair, dq, blocks: BlockSiz
             of_queries.append(here[:, : q.shape[1]].astype(jnp.float32))
             of_keys.append([x[:, : call.length].astype(jnp.float32) for x in gradients])
         dk, dv = (jnp.concatenate(parts, 1) for parts in zip(*of_keys, strict=True))
-        return sum(of_queries) * pair.mask.scale, dk, dv
+        return sum(of_queries) * pair.mask.factor, dk, dv
 
     # A row that sees nothing has lse -inf; its scores are all hidden, so any finite number will do.
     arrays = (_scaled(q, pair.mask), k, v, online_softmax.finite(stats.lse), stats.dout, stats.delta)
@@ -134,16 +134,17 @@ def _gradients(call: Call, arrays: dict, after, interpret: bool):
         mask_function=within,
     )
     run = functools.partial(library()._splash_attention_bwd_dkv, bkv_compute=call.tile_kv, **settings)
-    if groups := fused_groups(call.tiles, arrays["q"], arrays["k"].shape[0], call.capped):
-        require_memory("fused", call.tiles, arrays["q"], call.capped)
+    widest = _widest(arrays["q"], arrays["v"])
+    if groups := fused_groups(call.tiles, widest, arrays["k"].shape[0], call.capped):
+        require_memory("fused", call.tiles, widest, call.capped)
         fused = functools.partial(run, use_fused_bwd_kernel=True)
 
         def in_one(some: dict, after):
             return launch(fused, some | dict(mask_info=by_keys), call, products=5, after=after)
 
         return _in_groups(groups, in_one, arrays, after)
-    require_memory("dq", call.tiles, arrays["q"], call.capped)
-    require_memory("dkv", call.tiles, arrays["q"], call.capped)
+    require_memory("dq", call.tiles, widest, call.capped)
+    require_memory("dkv", call.tiles, widest, call.capped)
     by_queries, _ = call.mask_info(by_keys=False)
     run_dq = functools.partial(library()._splash_attention_bwd_dq, **settings)
     run_dkv = functools.partial(run, use_fused_bwd_kernel=False)
@@ -167,9 +168,14 @@ def _outlasts_transfers(q, k) -> bool:
     return q.shape[1] >= LONG_HOPS * k.shape[1]
 
 
+def _widest(q, v) -> jax.ShapeDtypeStruct:
+    """Queries as wide as the wider of the two head dims, by which the memory of tiles is told."""
+    return jax.ShapeDtypeStruct((*q.shape[:-1], max(q.shape[-1], v.shape[-1])), q.dtype)
+
+
 def _scaled(q, mask: MaskSpec):
     """The kernels do not scale."""
-    return (q.astype(jnp.float32) * mask.scale).astype(q.dtype)
+    return (q.astype(jnp.float32) * mask.factor).astype(q.dtype)
 
 
 SPLASH = Kernel("splash", _forward, _backward, check=check, check_pair=check_pair, platform="tpu", merge_waits=True)

@@ -224,7 +224,7 @@ def launch(kernel: Callable, arrays: dict, call: Call, products: int, after=None
     with _check_vma(False):
         jaxpr, shapes = jax.make_jaxpr(lambda arrays: kernel(**arrays), return_shape=True)(arrays)
         cost = CostEstimate(
-            flops=2 * products * _pairs(arrays["q"], call) * arrays["q"].shape[-1],
+            flops=products * _pairs(arrays["q"], call) * (arrays["q"].shape[-1] + arrays["v"].shape[-1]),
             transcendentals=_pairs(arrays["q"], call),
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, shapes))),
         )

@@ -55,18 +55,20 @@ def forward(calls: Calls, q, k, v, pair: BlockPair, state: SoftmaxState, blocks:
     q, k, v, pair, state = vary_together(q, k, v, pair, state)
 
     def fused(part: StaticTile, *mask):
-        return calls.attention(part.of_queries(q), part.of_keys(k), part.of_keys(v), part, _pair_of(part, pair), *mask)
+        arrays = _as_wide(part.of_queries(q), part.of_keys(k), part.of_keys(v))
+        out, lse = calls.attention(*arrays, part, _pair_of(part, pair), *mask)
+        return out[..., : v.shape[-1]], lse
 
     def tiled(part: StaticTile, *_):
         here = part.of_queries(q)
-        empty = vary_together(SoftmaxState.empty(here.shape), q)[0]
+        empty = SoftmaxState.before(here, v)
         statistics = xla.forward(here, part.of_keys(k), part.of_keys(v), _pair_of(part, pair), empty, blocks)
         out, lse = online_softmax.finalize(statistics)
         return out.astype(q.dtype), lse
 
     def none(part: StaticTile, *_):
-        rows = part.of_queries(q)
-        return jnp.zeros_like(rows), jnp.full_like(rows[..., 0], -jnp.inf, jnp.float32)
+        acc, lowest, _ = SoftmaxState.before(part.of_queries(q), v)
+        return acc.astype(q.dtype), lowest
 
     def attend(part: StaticTile):
         out, lse = _choose(calls, part, pair, fused, tiled, none)
@@ -84,7 +86,7 @@ def forward(calls: Calls, q, k, v, pair: BlockPair, state: SoftmaxState, blocks:
     def alone(static_tiles):
         nothing = vary_together(none(StaticTile(0, q.shape[2], 0, 0, OTHER)), q)[0]
         if any(x.shares_queries(y) for x, y in itertools.combinations(static_tiles, 2)):
-            out, lse = online_softmax.finalize(merge(vary_together(SoftmaxState.empty(q.shape), q)[0], static_tiles))
+            out, lse = online_softmax.finalize(merge(SoftmaxState.before(q, v), static_tiles))
             return out.astype(q.dtype), lse
         for part in static_tiles:
             nothing = tuple(map(part.into_queries, nothing, attend(part)))
@@ -106,8 +108,10 @@ def backward(calls: Calls, q, k, v, stats: GlobalStats, pair: BlockPair, dq, blo
     lse = jnp.where(unseeing, UNSEEING, stats.lse)
 
     def fused(part: StaticTile, *mask):
-        of_queries = map(part.of_queries, (q, stats.out, lse, stats.dout))
-        return calls.gradients(*of_queries, part.of_keys(k), part.of_keys(v), part, _pair_of(part, pair), *mask)
+        of_queries, of_keys = map(part.of_queries, (q, stats.out, stats.dout)), map(part.of_keys, (k, v))
+        q_here, out, dout, *kv = _as_wide(*of_queries, *of_keys)
+        grads = calls.gradients(q_here, out, part.of_queries(lse), dout, *kv, part, _pair_of(part, pair), *mask)
+        return tuple(grad[..., : x.shape[-1]] for grad, x in zip(grads, (q, k, v), strict=True))
 
     def tiled(part: StaticTile, *_):
         here, q_here = jax.tree.map(part.of_queries, stats), part.of_queries(q)
@@ -133,6 +137,12 @@ def backward(calls: Calls, q, k, v, stats: GlobalStats, pair: BlockPair, dq, blo
         return add(dq, plans[0])
     here, dk, dv = (x.astype(jnp.float32) for x in _branch(plans, number, alone))
     return dq + here, dk, dv
+
+
+def _as_wide(*arrays):
+    """The arrays, those with narrower heads filled up with zeros: these kernels take one head dim for q, k and v."""
+    widest = max(x.shape[-1] for x in arrays)
+    return [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, widest - x.shape[-1])]) for x in arrays]
 
 
 def _branch(plans, number, follow: Callable):

@@ -41,6 +41,7 @@ def check(mask: MaskSpec, q) -> None:
         "alibi_slopes": mask.slopes,
         "dropout_rate": mask.dropout,
         "extra_mask": mask.extra,
+        "traced scale": mask.traced_scale,
     }.items():
         require(value is None, f'impl="tokamax" has no {name}; leave it out, or use impl="xla"')
     dtype, D, generation = jnp.dtype(q.dtype).name, q.shape[-1], _generation(gpu_here(None))

@@ -59,8 +59,8 @@ def backward(q_BHtD, k_BKsD, v_BKsD, stats: GlobalStats, pair: BlockPair, dq_BHt
     of_queries = (q_BHtD, stats.dout, online_softmax.finite(stats.lse), stats.delta, dq_BHtD)
     arrays = [tiling.pad_queries(_group(x, K)) for x in of_queries]
     arrays += [tiling.pad_keys(x) for x in (k_BKsD, v_BKsD)]
-    zeros = jnp.zeros_like(_turn(arrays[-1]), jnp.float32)
-    tiling, *of_queries, dq, k, v, dk, dv = vary_together(tiling, *arrays, zeros, zeros)
+    arrays += [jnp.zeros_like(_turn(x), jnp.float32) for x in arrays[-2:]]
+    tiling, *of_queries, dq, k, v, dk, dv = vary_together(tiling, *arrays)
 
     def begin(row: Tile, grads):
         q, dout, *statistics = [row.of_queries(x) for x in of_queries]
@@ -88,21 +88,22 @@ def backward(q_BHtD, k_BKsD, v_BKsD, stats: GlobalStats, pair: BlockPair, dq_BHt
 
 
 def _gradients(block: BlockScores, q_GtD, dout_GtD, lse_Gt, delta_Gt, q_DGt, dout_DGt, k_sD, v_sD):
-    """(dq [G,t,D], dk [D,s], dv [D,s]) of one tile."""
-    dtype, (G, t, D), s = q_GtD.dtype, q_GtD.shape, k_sD.shape[0]
+    """(dq [G,t,D], dk [D,s], dv [D_v,s]) of one tile."""
+    dtype, (G, t, D), (s, D_v) = q_GtD.dtype, q_GtD.shape, v_sD.shape
 
     def product(x, y):
         return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
-    products = [product(x.reshape(-1, D), y.T).reshape(G, t, s) for x, y in ((q_GtD, k_sD), (dout_GtD, v_sD))]
+    pairs = ((q_GtD.reshape(-1, D), k_sD), (dout_GtD.reshape(-1, D_v), v_sD))
+    products = [product(x, y.T).reshape(G, t, s) for x, y in pairs]
     (scores_Gts, slope), dp_Gts, factor = block.scores(products[0]), products[1], block.dropout_factor()
     p_Gts = jnp.exp(scores_Gts - lse_Gt[..., None])
     counted_Gts = p_Gts if factor is None else p_Gts * factor
     dp_Gts = dp_Gts if factor is None else dp_Gts * factor
-    ds_Gts = p_Gts * (dp_Gts - delta_Gt[..., None]) * block.mask.scale
+    ds_Gts = p_Gts * (dp_Gts - delta_Gt[..., None]) * block.mask.factor
     ds_Gts = ds_Gts if slope is None else ds_Gts * slope
     ds_rs, counted_rs = (x.astype(dtype).reshape(-1, s) for x in (ds_Gts, counted_Gts))
-    dk_Ds, dv_Ds = product(q_DGt.reshape(D, -1), ds_rs), product(dout_DGt.reshape(D, -1), counted_rs)
+    dk_Ds, dv_Ds = product(q_DGt.reshape(D, -1), ds_rs), product(dout_DGt.reshape(D_v, -1), counted_rs)
     return product(ds_rs, k_sD).reshape(G, t, D), dk_Ds, dv_Ds
 
 
