@@ -7,6 +7,7 @@ those few.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,7 +17,7 @@ from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
-from ring_attention.parallel.strategy import Context, Strategy
+from ring_attention.parallel.strategy import Context, ShardTokens, Strategy
 from ring_attention.parallel.workload import GATHER, Schedule, Step, Workload
 
 HEADS, TOKENS = 1, 2
@@ -54,14 +55,14 @@ class AllGather(Strategy):
         queries, keys = context.layout.runs(q_shape[1]), context.layout.all_runs(q_shape[1])
         context.kernel.check_pair(BlockPair(Tokens(None, runs=queries), Tokens(None, runs=keys), mask))
 
-    def forward(self, context: Context, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
+    def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:
         """The softmax state of this device's queries over all keys, a part of the heads at a time."""
         groups = self._groups(k.shape[HEADS])
-        keys, parts = _keys(context, segments, q.shape[TOKENS]), _split(groups, k, v)
+        keys, parts = _keys(context, tokens.keys, k.shape[TOKENS]), _split(groups, k, v)
 
         def work(group, kv, q):
             state = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
-            pair = _pair(context, me, mask, keys, segments, group, q)
+            pair = _pair(context, me, tokens, keys, group, q)
             return context.kernel.forward(q, *_in_order(context, kv), pair, state, context.blocks)
 
         def step(ready, group_and_q):
@@ -76,19 +77,19 @@ class AllGather(Strategy):
         ends = work(last, ready, q[last])
         return SoftmaxState(*(_join(_append(x, end)) for x, end in zip(results, ends, strict=True)))
 
-    def backward(self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
+    def backward(self, context: Context, me, q, k, v, tokens: ShardTokens, stats: GlobalStats):
         """Gradients. Each device finds those of all keys by its queries; they are summed on the way to their owners.
 
         While a part of the heads is computed, the next one arrives and the gradients of the one before are on their
         way.
         """
         groups = self._groups(k.shape[HEADS])
-        keys, parts, last = _keys(context, segments, q.shape[TOKENS]), _split(groups, k, v), groups - 1
+        keys, parts, last = _keys(context, tokens.keys, k.shape[TOKENS]), _split(groups, k, v), groups - 1
         of_queries = _split(groups, q, *stats)
 
         def work(group, kv, of_queries):
             q, *stats = of_queries
-            pair = _pair(context, me, mask, keys, segments, group, q)
+            pair = _pair(context, me, tokens, keys, group, q)
             nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
             kv = _in_order(context, kv)
             dq, *dkv = context.kernel.backward(q, *kv, GlobalStats(*stats), pair, nothing, context.blocks)
@@ -154,21 +155,20 @@ def _in_order(context: Context, arrays, back: bool = False):
     return [context.layout.in_order(x, TOKENS, back=back) for x in arrays]
 
 
-def _keys(context: Context, segments, shard_len: int) -> Tokens:
-    """Positions and segments of all keys, in the order in which kernels compute them."""
+def _keys(context: Context, keys: Tokens, shard_len: int) -> Tokens:
+    """All keys' tokens, in the order in which kernels compute them."""
     layout = context.layout
-    if segments is not None:
-        segments = layout.in_order(lax.all_gather(segments, context.axis_name, axis=1, tiled=True), 1)
+    keys = jax.tree.map(lambda x: layout.in_order(lax.all_gather(x, context.axis_name, axis=1, tiled=True), 1), keys)
+    if keys.positions is not None:
+        return keys
     positions = layout.in_order(layout.all_positions(shard_len).reshape(1, -1), 1)
-    return Tokens(positions, segments, layout.all_runs(shard_len))
+    return dataclasses.replace(keys, positions=positions, runs=layout.all_runs(shard_len))
 
 
-def _pair(context: Context, me, mask: MaskSpec, keys: Tokens, segments, group, q) -> BlockPair:
+def _pair(context: Context, me, tokens: ShardTokens, keys: Tokens, group, q) -> BlockPair:
     """The pair of this device's queries of a group of heads and all keys."""
-    heads, shard_len = q.shape[HEADS], q.shape[TOKENS]
-    positions = context.layout.shard_positions(me, shard_len)[None]
-    queries = Tokens(positions, segments, context.layout.runs(shard_len))
-    return BlockPair(queries, keys, mask.of_heads(group * heads, heads))
+    heads, queries = q.shape[HEADS], context.placed(tokens.queries, me, q.shape[TOKENS])
+    return BlockPair(queries, keys, tokens.mask.of_heads(group * heads, heads))
 
 
 def _split(groups: int, *arrays):

@@ -34,8 +34,9 @@ class SequenceLayout:
       striped     every ring_size-th token, from token i on (Brandon et al. 2023, Striped Attention), even too; stripes
                   of more than one token with `stripe`.
       dealt       of n*ring_size equal chunks those n that `chunks[i]` names; see `for_speeds`.
+      given       tokens whose positions are an array beside them, which travels with keys; see `for_documents`.
 
-    Positions are exact integers computed from the shard's index, so no device ever has to send them.
+    Positions of the others are exact integers computed from the shard's index, so no device ever has to send them.
     """
 
     kind: str
@@ -44,7 +45,7 @@ class SequenceLayout:
     chunks: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
-        require_choice("layout", self.kind, (*LAYOUT_KINDS, "dealt") if self.chunks else LAYOUT_KINDS)
+        require_choice("layout", self.kind, (*LAYOUT_KINDS, "dealt" if self.chunks else "given"))
         ring_size = shown(self.ring_size)
         require(is_whole(self.ring_size, 1), f"ring_size={ring_size} must be positive and whole; use mesh.shape['sp']")
         require(
@@ -124,10 +125,11 @@ class SequenceLayout:
     def chunks_per_shard(self) -> int:
         """How many runs of consecutive tokens a shard holds, where their number does not depend on its length."""
         require(self.kind != "striped", "striped shards have no fixed number of chunks; use contiguous or zigzag")
-        return len(self.chunks[0]) if self.chunks else {"contiguous": 1, "zigzag": 2}[self.kind]
+        return len(self.chunks[0]) if self.chunks else 2 if self.kind == "zigzag" else 1
 
     def shard_positions(self, shard: int | jax.Array, shard_len: int) -> jax.Array:
         """Natural positions, int32 [shard_len], of the tokens that shard number `shard` holds (it may be traced)."""
+        require(self.kind != "given", 'layout="given" needs positions; give positions=, or another layout')
         offset = jnp.arange(shard_len, dtype=jnp.int32)
         if self.kind == "striped":
             if self.stripe == 1:
@@ -156,8 +158,10 @@ class SequenceLayout:
         )
 
     def runs(self, shard_len: int, start: int = 0, stop: int | None = None) -> Runs | None:
-        """The tokens from `start` to `stop` of any shard, as runs; None for stripes, which are many short runs."""
+        """The tokens from `start` to `stop` of any shard, as runs; None for stripes, many short ones, and for given."""
         stop, shards = shard_len if stop is None else stop, range(self.ring_size)
+        if self.kind == "given":
+            return None
         if self.kind == "striped":
             starts = tuple((shard + self.ring_size * start,) for shard in shards)
             return Runs((stop - start,), self.ring_size, starts) if self.stripe == 1 else None
@@ -174,7 +178,7 @@ class SequenceLayout:
         Whole chunks are moved. Stripes stay as they are: their tokens are spaced as those of a shard, and kernels ask
         for that.
         """
-        if self.kind == "striped" or not (order := self._order_of_chunks()):
+        if self.kind in ("striped", "given") or not (order := self._order_of_chunks()):
             return x
         chunks = x.reshape(*x.shape[:axis], len(order), -1, *x.shape[axis + 1 :])
         return chunks.take(np.argsort(order) if back else np.array(order), axis=axis).reshape(x.shape)
@@ -219,6 +223,8 @@ class SequenceLayout:
         if size == 1:
             return self
         places = self.ring_size // size
+        if self.kind == "given":
+            return SequenceLayout("given", places)
         if places == 1:
             return SequenceLayout("contiguous", 1)
         require(

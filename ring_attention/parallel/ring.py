@@ -15,10 +15,12 @@ from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
+from ring_attention.parallel import counted_ring
+from ring_attention.parallel.hops import count_hops
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring_pass import RingPass
 from ring_attention.parallel.routes import Route, plan_routes, token_hops
-from ring_attention.parallel.strategy import Context, Strategy
+from ring_attention.parallel.strategy import Context, ShardTokens, Strategy
 from ring_attention.parallel.workload import BOTH_WAYS, HOP, Schedule, Step, Workload, later_part
 
 
@@ -63,9 +65,27 @@ class Ring(Strategy):
         """The kernel must be able to compute every block pair."""
         check_pairs(context, mask, q_shape[1], duplex=self.duplex)
 
-    def forward(self, context: Context, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
+    def attend(self, context: Context, q, k, v, tokens: ShardTokens, sinks) -> jax.Array:
+        """Out [B,H,t,D]; how far keys travel is counted where arrays tell it."""
+        if tokens.hops is None and self._counts(context, tokens, q.shape[2]):
+            tokens = dataclasses.replace(tokens, hops=count_hops(context, tokens, q.shape[2]))
+        return super().attend(context, q, k, v, tokens, sinks)
+
+    def _counts(self, context: Context, tokens: ShardTokens, shard_len: int) -> bool:
+        """Whether arrays may tell that keys need not travel as far as layout and mask alone would have them.
+
+        Stripes of a document lie on every device. Where a window cuts shards, the parts go no farther than it reaches.
+        """
+        fixed = self.duplex or self.unroll or context.layout.kind == "striped"
+        routes = self._plan(context, tokens.mask, shard_len)
+        whole = [(route.start, route.stop) for route in routes] == [(0, shard_len)]
+        return not fixed and whole and bool(jax.tree.leaves((tokens.queries, tokens.keys)))
+
+    def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:
         """The softmax state of this device's queries over all keys that they see, as the blocks come by."""
-        ring = self._ring_pass(context, me, q, segments, mask)
+        ring = self._ring_pass(context, me, q, tokens)
+        if tokens.hops is not None:
+            return counted_ring.forward(ring, q, k, v, tokens.hops)
 
         def take(state, block, pair: BlockPair):
             return context.kernel.forward(q, *block[:2], pair, state, context.blocks)
@@ -85,14 +105,16 @@ class Ring(Strategy):
         state, _ = ring.run(advance, (state, arriving), first=1)
         return state
 
-    def backward(self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
+    def backward(self, context: Context, me, q, k, v, tokens: ShardTokens, stats: GlobalStats):
         """Gradients. dK and dV of a block follow it around the ring, each hop's part added, and are then sent back.
 
         While a hop is computed, what the hop before gave is on its way. The local keys are computed while nothing else
         could be: one half while the first block arrives, the other while the gradients of remote keys return. Left to
         itself a compiler may put them beside a transfer that has a hop already, so what follows is made to wait.
         """
-        ring, kernel = self._ring_pass(context, me, q, segments, mask), context.kernel
+        ring, kernel = self._ring_pass(context, me, q, tokens), context.kernel
+        if tokens.hops is not None:
+            return counted_ring.backward(ring, q, k, v, stats, tokens.hops)
 
         def gradients(dq, block, pair: BlockPair):
             dq, *dblock = kernel.backward(q, *block[:2], stats, pair, dq, context.blocks)
@@ -135,12 +157,13 @@ class Ring(Strategy):
             dk, dv = (_with_part(ring.routes[i], x, part) for x, part in zip((dk, dv), parts, strict=True))
         return dq, dk, dv
 
-    def _ring_pass(self, context: Context, me, q, segments, mask: MaskSpec) -> RingPass:
+    def _ring_pass(self, context: Context, me, q, tokens: ShardTokens) -> RingPass:
         length = q.shape[2]
-        routes = plan_routes(context.layout, length, causal=mask.causal, window=mask.window, duplex=self.duplex)
-        return RingPass(
-            context=context, me=me, mask=mask, segments=segments, length=length, routes=routes, unroll=self.unroll
-        )
+        routes = self._plan(context, tokens.mask, length)
+        return RingPass(context=context, me=me, tokens=tokens, length=length, routes=routes, unroll=self.unroll)
+
+    def _plan(self, context: Context, mask: MaskSpec, shard_len: int) -> tuple[Route, ...]:
+        return plan_routes(context.layout, shard_len, causal=mask.causal, window=mask.window, duplex=self.duplex)
 
     def memory_bytes(self, work: Workload) -> int:
         """What travels of K and V, twice where it goes on, and the statistics of the queries in float32."""

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.parallel.routes import Route
-from ring_attention.parallel.strategy import Context
+from ring_attention.parallel.strategy import Context, ShardTokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +25,7 @@ class RingPass:
     Attributes:
       context: devices and layout. Where several devices share a place, each is in a ring of its own, with its heads.
       me: int32, this device's number.
-      mask: how a query and a key make a weight.
-      segments: int32 [B,t] of this device's tokens, or None.
+      tokens: this device's, and the mask.
       length: t, tokens of a shard.
       routes: which part of each shard goes how far, and which way.
       unroll: write the steps out rather than loop over them.
@@ -35,8 +33,7 @@ class RingPass:
 
     context: Context
     me: jax.Array
-    mask: MaskSpec
-    segments: jax.Array | None
+    tokens: ShardTokens
     length: int
     routes: tuple[Route, ...]
     unroll: bool
@@ -55,32 +52,38 @@ class RingPass:
         pairs = [(i, (i + shift * self.context.width) % devices) for i in range(devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.context.axis_name, pairs), tree)
 
-    def remote_pair(self, number: int, segments, step) -> BlockPair:
-        """The pair of local queries and the keys, with these segments, that came along route `number` in this step."""
-        layout, route = self.context.layout, self.routes[number]
-        source = lax.rem(self._place() - route.direction * step + layout.ring_size, np.int32(layout.ring_size))
-        keys = layout.shard_positions(source, self.length)[None, route.start : route.stop]
-        runs = layout.runs(self.length, route.start, route.stop)
-        return BlockPair(self._queries(), Tokens(keys, segments, runs), self.mask, diagonal=False)
+    def remote_pair(self, number: int, keys: Tokens, step) -> BlockPair:
+        """The pair of local queries and the keys that came along route `number` in this step."""
+        route = self.routes[number]
+        keys = self.keys_from(route.direction * step, keys, route.start, route.stop)
+        return BlockPair(self._queries(), keys, self.tokens.mask, diagonal=False)
+
+    def pair_from(self, shift, keys: Tokens) -> BlockPair:
+        """The pair of local queries and all keys of the device `shift` places before; traced, between -P and P."""
+        return BlockPair(self._queries(), self.keys_from(shift, keys), self.tokens.mask)
+
+    def keys_from(self, shift, keys: Tokens, start: int = 0, stop: int | None = None) -> Tokens:
+        """Those keys, some of the shard of the device `shift` places before, with their positions."""
+        P = np.int32(self.context.layout.ring_size)
+        return self.context.placed(keys, lax.rem(self._place() - shift + P, P), self.length, start, stop)
 
     def local_pair(self, start: int, stop: int) -> BlockPair:
         """The pair of local queries and the local keys from `start` to `stop`."""
-        queries, runs = self._queries(), self.context.layout.runs(self.length, start, stop)
-        positions, segments = (None if x is None else x[:, start:stop] for x in (queries.positions, self.segments))
-        return BlockPair(queries, Tokens(positions, segments, runs), self.mask, diagonal=True)
+        keys = jax.tree.map(lambda x: x[:, start:stop], self.tokens.keys)
+        keys = self.context.placed(keys, self._place(), self.length, start, stop)
+        return BlockPair(self._queries(), keys, self.tokens.mask, diagonal=True)
 
     def _queries(self) -> Tokens:
-        positions = self.context.layout.shard_positions(self._place(), self.length)[None]
-        return Tokens(positions, self.segments, self.context.layout.runs(self.length))
+        return self.context.placed(self.tokens.queries, self._place(), self.length)
 
     def _place(self):
         """The number of this device's place in the ring."""
         return lax.div(self.me, np.int32(self.context.width))
 
     def part(self, number: int, k, v) -> tuple:
-        """Keys, values and segments of this device that leave along route `number`."""
+        """Keys and values of this device that leave along route `number`, and what is said of them."""
         here = slice(self.routes[number].start, self.routes[number].stop)
-        return k[:, :, here], v[:, :, here], None if self.segments is None else self.segments[:, here]
+        return k[:, :, here], v[:, :, here], jax.tree.map(lambda x: x[:, here], self.tokens.keys)
 
     def pass_on(self, number: int, tree):
         """One hop along a route."""
@@ -112,6 +115,13 @@ class RingPass:
             carry = advance(carry, last, active=active, going_on=[i for i in active if hops[i] > last])
             first = last + 1
         return carry
+
+    @property
+    def one_way(self) -> bool:
+        """Whether no query sees keys of a later place, whatever the arrays say."""
+        tokens, mask = self.tokens, self.tokens.mask
+        more = jax.tree.leaves(dataclasses.replace(tokens.queries, segments=None))  # positions, or what else they see
+        return mask.causal and self.context.layout.kind == "contiguous" and not more
 
     @property
     def longer_routes(self) -> list[int]:

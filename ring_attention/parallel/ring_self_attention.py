@@ -16,12 +16,10 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from ring_attention.attention.mask_spec import MaskSpec
-from ring_attention.attention.masks import Tokens
 from ring_attention.attention.online_softmax import finite
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.attention.weights import BlockScores
-from ring_attention.parallel.strategy import Context, Strategy
+from ring_attention.parallel.strategy import Context, ShardTokens, Strategy
 from ring_attention.parallel.workload import Workload
 
 
@@ -144,12 +142,12 @@ class RingSelfAttention(Strategy):
     communication = "2 n d_kv (P-1)/P; backward an all-reduce of all dK and dV besides"
     claim = ("O(n/P) claimed", "O(n P)")
 
-    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
+    def attend(self, context: Context, q, k, v, tokens: ShardTokens, sinks):
         """Out [B,H,t,D] in the dtype of q, from whole rows of scores."""
         circle = _Circle(axis_name=context.axis_name, devices=context.devices)
         t, K = q.shape[2], k.shape[1]
         q_BKGtD = rearrange(q, "B (K G) t D -> B K G t D", K=K)
-        block = _scores(context, segments, mask, t, K)
+        block = _scores(context, tokens, t, K)
         scores, _ = block.scores(ring_qk(circle, q_BKGtD, k))
         sinks_1KG11 = jnp.float32(-jnp.inf) if sinks is None else sinks.reshape(1, K, -1, 1, 1)
         top = lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks_1KG11))
@@ -173,13 +171,13 @@ class RingSelfAttention(Strategy):
         return sent + work.segment_bytes(others)
 
 
-def _scores(context: Context, segments, mask: MaskSpec, shard_len: int, kv_heads: int) -> BlockScores:
+def _scores(context: Context, tokens: ShardTokens, shard_len: int, kv_heads: int) -> BlockScores:
     """The scores of this device's queries and all keys, for arrays [B,K,G,t,T]."""
     me = lax.axis_index(context.axis_name)
-    queries = Tokens(context.layout.shard_positions(me, shard_len)[None], segments)
-    positions = context.layout.all_positions(shard_len).reshape(1, -1)
-    if segments is not None:
-        segments = lax.all_gather(segments, context.axis_name, axis=1, tiled=True)
+    queries, mask = context.placed(tokens.queries, me, shard_len), tokens.mask
+    keys = jax.tree.map(lambda x: lax.all_gather(x, context.axis_name, axis=1, tiled=True), tokens.keys)
+    if keys.positions is None:
+        keys = dataclasses.replace(keys, positions=context.layout.all_positions(shard_len).reshape(1, -1))
     drop = mask.dropout
 
     def of_heads(x_H):
@@ -188,7 +186,7 @@ def _scores(context: Context, segments, mask: MaskSpec, shard_len: int, kv_heads
     return BlockScores(
         mask,
         jax.tree.map(lambda x: x[:, None, None, :, None], queries),
-        jax.tree.map(lambda x: x[:, None, None, None, :], Tokens(positions, segments)),
+        jax.tree.map(lambda x: x[:, None, None, None, :], keys),
         of_heads(mask.slopes),
         None if drop is None else drop.batch[:, None, None, None, None],
         of_heads(None if drop is None else drop.heads),

@@ -69,7 +69,7 @@ def _cuts(layout: SequenceLayout, shard_len: int, causal: bool, window: int | No
 
     Dealt shards are not cut: of their many chunks one or another is needed nearly everywhere.
     """
-    if window is None or layout.kind in ("striped", "dealt"):
+    if window is None or layout.kind in ("striped", "dealt", "given"):
         return set()
     chunk = shard_len // layout.chunks_per_shard
     rest = (window - 1) % chunk
@@ -81,7 +81,7 @@ def _needed_shifts(layout: SequenceLayout, shard_len: int, start: int, stop: int
     """Every s = 1 ... P-1 such that some device needs these tokens of the device s places before it."""
     P = layout.ring_size
     shifts = np.arange(1, P)
-    if window is None:
+    if window is None or layout.kind == "given":
         return shifts.tolist()
     if layout.kind == "striped":  # the nearest tokens of shards s apart are so many stripes apart, less a token
         near = lambda stripes: (stripes - 1) * layout.stripe + 1 < window  # noqa: E731

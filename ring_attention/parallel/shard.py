@@ -14,6 +14,7 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, defaults_of, lists_arguments
 from ring_attention.attention.mask_spec import as_sinks, bounded, check_window, checked_mask_args, make_mask_spec
+from ring_attention.attention.masks import Tokens
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
     require,
@@ -25,7 +26,7 @@ from ring_attention.checks import (
 from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.strategies import StrategyOptions, find_strategy
-from ring_attention.parallel.strategy import Context, Strategy
+from ring_attention.parallel.strategy import Context, ShardTokens, Strategy
 
 
 class ShardArgs(MaskArgs, StrategyOptions, total=False):
@@ -129,19 +130,20 @@ def mask_and_options(arguments, q_shape: tuple[int, ...], max_segment_len: int |
     return mask | dict(window=bounded(_shorter(mask["window"], max_segment_len, segment_ids))), options
 
 
-def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, **offsets) -> tuple:
+def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, *, positions=None, **offsets) -> tuple:
     """What `Strategy.attend` takes, of a device's slices q [B,t,H,D], k and v [B,t,K,D]: heads before tokens.
 
     Raises ValueError for what the kernel or the strategy cannot do.
     """
-    (B, t, H, D), segments = q.shape, mask["segment_ids"]
-    segments = None if segments is None else segments.astype(jnp.int32)
+    (B, t, H, D), given = q.shape, (positions, mask["segment_ids"])
+    own = Tokens(*(None if x is None else x.astype(jnp.int32) for x in given))
     spec = make_mask_spec(q, **mask, **offsets)
     context.kernel.check(spec, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
     strategy.check(context, (B, t, H, D), k.shape[2], spec)
-    arrays = (q, k, v, segments, spec, as_sinks(mask["sinks"]), lax.axis_index(context.axis_name))
-    q, k, v, *others, _ = vary_together(*arrays)
-    return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), *others
+    arrays = (q, k, v, own, spec, as_sinks(mask["sinks"]), lax.axis_index(context.axis_name))
+    q, k, v, own, spec, sinks, _ = vary_together(*arrays)
+    tokens = ShardTokens(queries=own, keys=own, mask=spec)
+    return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), tokens, sinks
 
 
 def require_as_many_keys(q, k) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -21,7 +22,7 @@ from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
 from ring_attention.parallel.ring import Ring, check_pairs
-from ring_attention.parallel.strategy import Context, Strategy, closest_divisor
+from ring_attention.parallel.strategy import Context, ShardTokens, Strategy, closest_divisor
 from ring_attention.parallel.workload import Workload
 
 TOKENS = 2
@@ -45,8 +46,6 @@ class FarPart:
         P, r = self.context.devices, self.residues
 
         def convert(x):
-            if x is None:
-                return None
             axis = 1 if x.ndim == 2 else TOKENS
             B, before, after = x.shape[0], x.shape[1:axis], x.shape[axis + 1 :]
             x = x.reshape(B, *before, -1, P, r, *after)
@@ -69,16 +68,18 @@ class FarPart:
 
         return [convert(x) for x in arrays]
 
-    def pair(self, me, mask: MaskSpec, q, segments) -> BlockPair:
+    def pair(self, me, tokens: ShardTokens, q) -> BlockPair:
         """All tokens of each residue among each other, without those that are near."""
         r, n = self.residues, q.shape[TOKENS]
         shard_len = n * self.stride // self.context.devices
         of_residue_0 = self.context.layout.all_positions(shard_len).reshape(-1, self.stride)[:, 0]
         residues = me * r + jnp.arange(r, dtype=jnp.int32)
         batch = q.shape[0] // r
-        tokens = Tokens(jnp.tile(residues[:, None] + of_residue_0[None], (batch, 1)), segments)
+        positions, mask = jnp.tile(residues[:, None] + of_residue_0[None], (batch, 1)), tokens.mask
+        sides = jax.tree.map(lambda x: self.to_residues(x)[0], (tokens.queries, tokens.keys))
+        sides = (dataclasses.replace(side, positions=positions) for side in sides)
         dropout = mask.dropout and dataclasses.replace(mask.dropout, batch=jnp.repeat(mask.dropout.batch, r))
-        return BlockPair(tokens, tokens, dataclasses.replace(mask, min_distance=self.stride, dropout=dropout))
+        return BlockPair(*sides, dataclasses.replace(mask, min_distance=self.stride, dropout=dropout))
 
 
 def near_window(window: int | None, stride: int) -> int:
@@ -114,8 +115,8 @@ class Sparse(Strategy):
         """Residues must be shared out evenly."""
         layout, P, shard_len = context.layout, context.devices, q_shape[1]
         require(
-            layout.kind != "striped",
-            'strategy="sparse" cuts shards into runs of consecutive tokens, but layout="striped" has none; '
+            layout.kind not in ("striped", "given"),
+            f'strategy="sparse" cuts shards into runs of consecutive tokens, but layout="{layout.kind}" has none; '
             'use "contiguous" or "zigzag"',
         )
         chunk, chunks = shard_len // layout.chunks_per_shard, P * layout.chunks_per_shard
@@ -135,31 +136,32 @@ class Sparse(Strategy):
         residues = Tokens(None)
         context.kernel.check_pair(BlockPair(residues, residues, dataclasses.replace(mask, min_distance=stride)))
 
-    def forward(self, context: Context, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
+    def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:
         """The softmax state of this device's queries over all keys that they see, near ones first."""
-        far = self._far_part(context, mask, q.shape[TOKENS])
-        state = Ring().forward(context, me, q, k, v, segments, self._near_mask(far.stride, mask))
-        q, k, v, segments = far.to_residues(q, k, v, segments)
+        far = self._far_part(context, tokens.mask, q.shape[TOKENS])
+        state = Ring().forward(context, me, q, k, v, self._near(far.stride, tokens))
+        q, k, v = far.to_residues(q, k, v)
         empty = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
-        found = context.kernel.forward(q, k, v, far.pair(me, mask, q, segments), empty, context.blocks)
+        found = context.kernel.forward(q, k, v, far.pair(me, tokens, q), empty, context.blocks)
         return online_softmax.merge(state, *far.to_tokens(*online_softmax.finalize(found)))
 
-    def backward(self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats):
+    def backward(self, context: Context, me, q, k, v, tokens: ShardTokens, stats: GlobalStats):
         """Gradients of both parts, each with the statistics of all keys."""
-        far = self._far_part(context, mask, q.shape[TOKENS])
-        near = Ring().backward(context, me, q, k, v, segments, self._near_mask(far.stride, mask), stats)
-        q, k, v, segments, dout, lse, delta = far.to_residues(q, k, v, segments, stats.dout, stats.lse, stats.delta)
+        far = self._far_part(context, tokens.mask, q.shape[TOKENS])
+        near = Ring().backward(context, me, q, k, v, self._near(far.stride, tokens), stats)
+        q, k, v, dout, lse, delta = far.to_residues(q, k, v, stats.dout, stats.lse, stats.delta)
         nothing = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
-        pair, stats = far.pair(me, mask, q, segments), GlobalStats(None, lse, dout, delta)
+        pair, stats = far.pair(me, tokens, q), GlobalStats(None, lse, dout, delta)
         found = context.kernel.backward(q, k, v, stats, pair, nothing, context.blocks)
         return tuple(x + y for x, y in zip(near, far.to_tokens(*found), strict=True))
 
     def _far_part(self, context: Context, mask: MaskSpec, shard_len: int) -> FarPart:
         return FarPart(context=context, stride=self.stride_of(mask.seq_len or context.devices * shard_len))
 
-    def _near_mask(self, stride: int, mask: MaskSpec) -> MaskSpec:
-        """The mask of what is seen because it is near."""
-        return dataclasses.replace(mask, window=near_window(mask.window, stride))
+    def _near(self, stride: int, tokens: ShardTokens) -> ShardTokens:
+        """The tokens with the mask of what is seen because it is near."""
+        mask = dataclasses.replace(tokens.mask, window=near_window(tokens.mask.window, stride))
+        return dataclasses.replace(tokens, mask=mask)
 
     def memory_bytes(self, work: Workload) -> int:
         """q, k and v by residues, and the statistics of both parts in float32."""

@@ -7,7 +7,7 @@ residuals and the gradients of sinks are the same whichever it is: `attention_ov
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 from jax import lax
@@ -18,6 +18,7 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.derivatives import differentiated_once
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel
 from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.rounding import rounded
 from ring_attention.parallel.layouts import SequenceLayout
@@ -53,9 +54,44 @@ class Context:
         """P, the number of devices that hold the sequence."""
         return self.layout.ring_size * self.width
 
+    def placed(self, tokens: Tokens, place, shard_len: int, start: int = 0, stop: int | None = None) -> Tokens:
+        """The `tokens` that stand from `start` to `stop` in the shard of a place, with positions by the layout.
+
+        Those that have positions keep them: these travelled with them.
+        """
+        if tokens.positions is not None:
+            return tokens
+        positions = self.layout.shard_positions(place, shard_len)[None, start:stop]
+        return dataclasses.replace(tokens, positions=positions, runs=self.layout.runs(shard_len, start, stop))
+
+
+class Hops(NamedTuple):
+    """How often a ring passes keys on, to the next place and to the one before: int32, the same on all devices."""
+
+    forth: jax.Array
+    back: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardTokens:
+    """What is said of a device's own tokens, and how its queries see the keys of all devices.
+
+    Attributes:
+      queries, keys: arrays [B,t] of this device's tokens, of which those of keys travel with them. Positions are None
+        where the layout and the device's number tell them.
+      mask: how a query and a key make a weight.
+      hops: of a ring, where the arrays tell them; None for as many as the layout and the mask need.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    mask: MaskSpec
+    hops: Hops | None = None
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attention_over_shards(strategy: "Strategy", context: Context, q, k, v, segments, mask, sinks) -> jax.Array:
+def attention_over_shards(strategy: "Strategy", context: Context, q, k, v, tokens: ShardTokens, sinks) -> jax.Array:
     """Attention of this device's queries to all keys that they see, by the two passes of a strategy.
 
     Args:
@@ -63,43 +99,42 @@ def attention_over_shards(strategy: "Strategy", context: Context, q, k, v, segme
       context: where it runs.
       q: [B,H,t,D].
       k, v: [B,K,t,D].
-      segments: int32 [B,t] or None.
-      mask: how a query and a key make a weight.
+      tokens: where queries and keys stand, and the mask.
       sinks: float32 [H] or None.
 
     Returns:
       Out [B,H,t,D] in the dtype of q.
     """
-    state = strategy.forward(context, *_bound(context, q, k, v, segments, mask))
+    state = strategy.forward(context, *_bound(context, q, k, v, tokens))
     return attention_sinks.finalize(state, sinks)[0].astype(q.dtype)
 
 
-def _bound(context: Context, q, k, v, segments, mask: MaskSpec) -> tuple:
-    """(me, q, k, v, segments, mask), where this device's number, segments and mask seem to depend on k.
+def _bound(context: Context, q, k, v, tokens: ShardTokens) -> tuple:
+    """(me, q, k, v, tokens), where this device's number and tokens seem to depend on k.
 
     They are the same in every layer. Where layers are a loop, JAX lifts what follows from such values alone out of it
     and keeps it: where the tokens of each hop stand, which of its tiles are computed, an array for every hop of the
     ring.
     """
-    me, k, segments, mask = lax.optimization_barrier((lax.axis_index(context.axis_name), k, segments, mask))
-    return me, q, k, v, segments, mask
+    me, k, tokens = lax.optimization_barrier((lax.axis_index(context.axis_name), k, tokens))
+    return me, q, k, v, tokens
 
 
-def _forward(strategy: "Strategy", context: Context, q, k, v, segments, mask: MaskSpec, sinks):
+def _forward(strategy: "Strategy", context: Context, q, k, v, tokens: ShardTokens, sinks):
     # Not by the decorated function: what a forward rule computes must let tangents through, for Hessians.
-    state = strategy.forward(context, *_bound(context, q, k, v, segments, mask))
+    state = strategy.forward(context, *_bound(context, q, k, v, tokens))
     out, lse = attention_sinks.finalize(state, sinks)
     out, rounding = rounded(out, q.dtype, keep=context.kernel.float32_out)
     out, lse, rounding = map(checkpoint_name, (out, lse, rounding), SAVED_NAMES)
-    return out, (q, k, v, segments, mask, sinks, out, lse, rounding)
+    return out, (q, k, v, tokens, sinks, out, lse, rounding)
 
 
 def _backward(strategy: "Strategy", context: Context, residuals, dout):
-    q, k, v, segments, mask, sinks, out, lse, rounding = residuals
+    q, k, v, tokens, sinks, out, lse, rounding = residuals
     stats = GlobalStats.of(out, lse, dout, rounding=rounding)
-    grads = strategy.backward(context, *_bound(context, q, k, v, segments, mask), stats=stats)
+    grads = strategy.backward(context, *_bound(context, q, k, v, tokens), stats=stats)
     grads = (differentiated_once(grad.astype(x.dtype)) for grad, x in zip(grads, (q, k, v), strict=True))
-    return *grads, None, None, attention_sinks.gradient(sinks, stats)
+    return *grads, None, attention_sinks.gradient(sinks, stats)
 
 
 attention_over_shards.defvjp(_forward, _backward)
@@ -134,9 +169,9 @@ class Strategy:
         """Raise ValueError for what it cannot do. q_shape is that of a shard, [B,t,H,D]."""
 
     attend = functools.partialmethod(attention_over_shards)
-    """attend(context, q, k, v, segments, mask, sinks) -> out; by `attention_over_shards`, or in a way of its own."""
+    """attend(context, q, k, v, tokens, sinks) -> out; by `attention_over_shards`, or in a way of its own."""
 
-    def forward(self, context: Context, me, q, k, v, segments, mask: MaskSpec) -> SoftmaxState:
+    def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:
         """The softmax state of this device's queries over all keys that they see.
 
         Args:
@@ -144,13 +179,12 @@ class Strategy:
           me: int32, this device's number along the axis.
           q: [B,H,t,D].
           k, v: [B,K,t,D].
-          segments: int32 [B,t] or None.
-          mask: how a query and a key make a weight.
+          tokens: where queries and keys stand, and the mask.
         """
         raise NotImplementedError
 
     def backward(
-        self, context: Context, me, q, k, v, segments, mask: MaskSpec, stats: GlobalStats
+        self, context: Context, me, q, k, v, tokens: ShardTokens, stats: GlobalStats
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float32 gradients of this device's q, k and v, given the statistics of its queries over all keys."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ from ring_attention.checks import require
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring import Ring, check_pairs
 from ring_attention.parallel.routes import plan_routes, token_hops
-from ring_attention.parallel.strategy import Context, Strategy, closest_divisor
+from ring_attention.parallel.strategy import Context, ShardTokens, Strategy, closest_divisor
 from ring_attention.parallel.workload import SWAP, Schedule, Step, Workload
 
 HEADS, TOKENS = 1, 2
@@ -47,17 +47,17 @@ class Swap:
         """The way back."""
         return self._all_to_all(self._sort(x_BHtD, TOKENS, np.argsort(self.order)), TOKENS, HEADS)
 
-    def gather(self, segments_Bt):
-        """The segment ids of all tokens, [B,size*t].
+    def gather(self, x_Bt):
+        """What is said of all tokens, [B,size*t].
 
         In groups they go as copies in an all-to-all, of as many bytes: libtpu 0.0.42 ends the process where an
         all-gather has groups of eight along the cycle of v5e:16x16 ("Failed to create limited ICI routing replica info
         table").
         """
         if self.groups is None:
-            gathered = lax.all_gather(segments_Bt, self.axis_name, axis=1, tiled=True)
+            gathered = lax.all_gather(x_Bt, self.axis_name, axis=1, tiled=True)
         else:
-            copies = jnp.repeat(segments_Bt[:, None], len(self.groups[0]), axis=1)
+            copies = jnp.repeat(x_Bt[:, None], len(self.groups[0]), axis=1)
             gathered = self._all_to_all(copies, 1, 2)[:, 0]
         return self._sort(gathered, 1, self.order)
 
@@ -108,7 +108,7 @@ class Usp(Strategy):
         places = context.layout.merged(size)  # raises where it cannot be merged
         check_pairs(dataclasses.replace(context, layout=places, width=size), mask, size * q_shape[1])
 
-    def attend(self, context: Context, q, k, v, segments, mask: MaskSpec, sinks):
+    def attend(self, context: Context, q, k, v, tokens: ShardTokens, sinks):
         """Swap heads for tokens among neighbours, go around the ring of their places, and swap back."""
         (_, H, t, _), K, P = q.shape, k.shape[HEADS], context.devices
         U = self.size(P, H, K)
@@ -118,13 +118,14 @@ class Usp(Strategy):
             order=_order(context.layout, U, t),
         )
         first = lax.rem(lax.axis_index(context.axis_name), np.int32(U)) * (H // U)
-        mask = mask.of_heads(first, H // U)
         sinks = None if sinks is None else lax.dynamic_slice_in_dim(sinks, first, H // U)
         copies = kv_copies(K, U)
         k, v = (repeat_heads(x, copies) for x in (k, v))
         merged = dataclasses.replace(context, layout=context.layout.merged(U), width=U)
-        segments = None if segments is None else swap.gather(segments)
-        out = Ring().attend(merged, *map(swap.heads_for_tokens, (q, k, v)), segments, mask, sinks)
+        keys = jax.tree.map(swap.gather, tokens.keys)
+        queries = keys if tokens.queries is tokens.keys else jax.tree.map(swap.gather, tokens.queries)
+        tokens = ShardTokens(queries=queries, keys=keys, mask=tokens.mask.of_heads(first, H // U))
+        out = Ring().attend(merged, *map(swap.heads_for_tokens, (q, k, v)), tokens, sinks)
         return swap.tokens_for_heads(out)
 
     def memory_bytes(self, work: Workload) -> int:
@@ -220,6 +221,8 @@ repeat_heads.defvjp(_repeat_forward, _repeat_backward)
 
 def _order(layout: SequenceLayout, size: int, shard_len: int) -> np.ndarray:
     """How to sort the tokens of `size` neighbours: the same for each such group, see `SequenceLayout.merged`."""
+    if layout.kind == "given":
+        return np.arange(size * shard_len)
     positions = layout.positions(layout.ring_size * shard_len)[: size * shard_len]
     wanted = layout.merged(size).positions(layout.ring_size * shard_len)[: size * shard_len]
     order = np.argsort(positions)

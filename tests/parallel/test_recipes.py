@@ -5,6 +5,7 @@ import pathlib
 import re
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ring_helpers import ring_mesh
 
 import ring_attention as ra
 from ring_attention.attention.mask import Mask
-from ring_attention.attention.masks import BlockPair, Tokens
+from ring_attention.attention.masks import BlockPair
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.hardware.rates import Wires
@@ -37,23 +38,23 @@ class Broadcast(Strategy):
     memory = "2 n d_kv"
     communication = "2 n d_kv (P-1)/P"
 
-    def _pair(self, context, me, q, segments, mask):
+    def _pair(self, context, me, q, tokens):
         t, layout = q.shape[2], context.layout
-        queries = Tokens(layout.shard_positions(me, t)[None], segments, layout.runs(t))
-        ids = None if segments is None else lax.all_gather(segments, context.axis_name, axis=1, tiled=True)
-        return BlockPair(queries, Tokens(layout.all_positions(t).reshape(1, -1), ids, layout.all_runs(t)), mask)
+        keys = jax.tree.map(lambda x: lax.all_gather(x, context.axis_name, axis=1, tiled=True), tokens.keys)
+        keys = dataclasses.replace(keys, positions=layout.all_positions(t).reshape(1, -1), runs=layout.all_runs(t))
+        return BlockPair(context.placed(tokens.queries, me, t), keys, tokens.mask)
 
     def _keys(self, context, *arrays):
         return [lax.all_gather(x, context.axis_name, axis=2, tiled=True) for x in arrays]
 
-    def forward(self, context, me, q, k, v, segments, mask):
+    def forward(self, context, me, q, k, v, tokens):
         state = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
-        pair = self._pair(context, me, q, segments, mask)
+        pair = self._pair(context, me, q, tokens)
         return context.kernel.forward(q, *self._keys(context, k, v), pair, state, context.blocks)
 
-    def backward(self, context, me, q, k, v, segments, mask, stats):
+    def backward(self, context, me, q, k, v, tokens, stats):
         zero = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
-        pair = self._pair(context, me, q, segments, mask)
+        pair = self._pair(context, me, q, tokens)
         dq, *dkv = context.kernel.backward(q, *self._keys(context, k, v), stats, pair, zero, context.blocks)
         return dq, *(lax.psum_scatter(x, context.axis_name, scatter_dimension=2, tiled=True) for x in dkv)
 

@@ -1,0 +1,117 @@
+"""A ring whose number of hops is known as it runs (`hops`): loops of as many steps, what is not needed is not sent.
+
+Keys first go from place to place until they have been wherever later places need them, then the own keys start again
+the other way. In the loops a block is sent on while it is computed with, as in any ring.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ring_attention.attention.kernels.contract import GlobalStats
+from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.attention.varying import axes_of, vary_over
+from ring_attention.parallel.ring_pass import RingPass
+from ring_attention.parallel.strategy import Hops
+
+FORTH, BACK = 1, -1
+
+
+def forward(ring: RingPass, q, k, v, hops: Hops) -> SoftmaxState:
+    """The softmax state of this device's queries over all keys that they see."""
+    kernel, own = ring.context.kernel, (k, v, ring.tokens.keys)
+
+    def take(state, block, shift):
+        return kernel.forward(q, *block[:2], ring.pair_from(shift, block[2]), state, ring.context.blocks)
+
+    def step(direction: int):
+        def advance(number, carry):
+            state, block, shift = carry
+            leaving = block
+            if direction == BACK:  # the first to leave are the own keys, while the last that came forth are used
+                leaving = jax.tree.map(lambda mine, x: jnp.where(number == 0, mine, x), own, block)
+            following = ring.send(leaving, direction)
+            state, following = ring.after(state, following)
+            return take(state, block, shift), following, direction * (number + 1)
+
+        return advance
+
+    carry = (vary_over(SoftmaxState.empty(q.shape), axes_of(q)), own, np.int32(0))
+    carry = _repeat(hops.forth, step(FORTH), carry)
+    if not ring.one_way:
+        carry = _repeat(hops.back, step(BACK), carry)
+    return take(*carry)
+
+
+def backward(ring: RingPass, q, k, v, stats: GlobalStats, hops: Hops):
+    """Gradients. dK and dV follow their block a hop behind it, each hop's part added, and are then sent home."""
+    own = (k, v, ring.tokens.keys)
+    dq = vary_over(jnp.zeros(q.shape, jnp.float32), axes_of(q))
+    nothing = vary_over(tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v)), axes_of((q, k)))
+    dq, here, gathered = _stream(ring, q, stats, (dq, own, nothing, nothing), hops.forth, FORTH)
+    dkv = jax.tree.map(jnp.add, here, _sent_home(ring, gathered, hops.forth, FORTH))
+    if not ring.one_way:
+        first = _repeat(jnp.minimum(hops.back, 1), lambda _, block: ring.send(block, BACK), own)
+        dq, _, gathered = _stream(ring, q, stats, (dq, first, nothing, nothing), hops.back, BACK)
+        dkv = jax.tree.map(jnp.add, dkv, _sent_home(ring, gathered, hops.back, BACK))
+    return dq, *dkv
+
+
+def _stream(ring: RingPass, q, stats: GlobalStats, carry, hops, direction: int):
+    """(dq, earlier, gathered) after so many hops: gradients of the block that was there first, and of the last one.
+
+    Forth the first one are the own keys; where there is no hop they are the last, and `earlier` is nothing. Back the
+    first one came with the first hop. There are loops of one step where others would branch, as transfers in a branch
+    would not run beside the computation.
+
+    Args:
+      ring: the pass.
+      q, stats: of this device's queries.
+      carry: dq, the first block, and twice zeros like the float32 gradients of its keys and values.
+      hops: int32.
+      direction: of the hops.
+    """
+    kernel, first = ring.context.kernel, 0 if direction == FORTH else 1
+
+    def gradients(dq, block, number):
+        pair = ring.pair_from(direction * number, block[2])
+        dq, *dkv = kernel.backward(q, *block[:2], stats, pair, dq, ring.context.blocks)
+        return dq, tuple(dkv)
+
+    def step(*, passes_on: bool, gathers: bool):
+        def advance(number, carry):
+            dq, block, earlier, gathered = carry
+            following = ring.send(block, direction) if passes_on else block
+            dq, following = ring.after(dq, following)
+            arriving = lax.optimization_barrier(ring.send(gathered, direction)) if gathers else None
+            dq, here = gradients(dq, block, number)
+            if gathers:
+                return dq, following, earlier, jax.tree.map(jnp.add, arriving, here)
+            return dq, following, gathered, here
+
+        return advance
+
+    several = hops >= 2
+    carry = _repeat(jnp.minimum(hops, 2), step(passes_on=True, gathers=False), carry, first)
+    carry = _repeat(hops, step(passes_on=True, gathers=True), carry, 2)
+    carry = _repeat(jnp.where(several, hops + 1, 0), step(passes_on=False, gathers=True), carry, hops)
+    carry = _repeat(
+        jnp.where(several, 0, hops + 1), step(passes_on=False, gathers=False), carry, jnp.maximum(hops, first)
+    )
+    dq, _, earlier, gathered = carry
+    return dq, earlier, gathered
+
+
+def _sent_home(ring: RingPass, tree, hops, direction: int):
+    """What travelled so many hops sent back where it came from, by powers of two: a transfer has a fixed length."""
+    for power in range((ring.context.layout.ring_size - 1).bit_length()):
+        far = -direction * 2**power
+        tree = _repeat((hops >> power) & 1, lambda _, tree, far=far: ring.send(tree, far), tree)
+    return tree
+
+
+def _repeat(stop, step, carry, start=0):
+    """`step(number, carry)` for the numbers from `start` up to `stop`, of which neither need be known."""
+    start, stop = (jnp.asarray(x, jnp.int32) for x in (start, stop))
+    return lax.fori_loop(start, stop, step, carry)
