@@ -38,9 +38,9 @@ def forward(ring: RingPass, q, k, v, hops: Hops) -> SoftmaxState:
         return advance
 
     carry = (vary_over(SoftmaxState.empty(q.shape), axes_of(q)), own, np.int32(0))
-    carry = _repeat(hops.forth, step(FORTH), carry)
+    carry = lax.fori_loop(np.int32(0), hops.forth, step(FORTH), carry)
     if not ring.one_way:
-        carry = _repeat(hops.back, step(BACK), carry)
+        carry = lax.fori_loop(np.int32(0), hops.back, step(BACK), carry)
     return take(*carry)
 
 

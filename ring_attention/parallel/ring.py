@@ -65,21 +65,17 @@ class Ring(Strategy):
         """The kernel must be able to compute every block pair."""
         check_pairs(context, mask, q_shape[1], duplex=self.duplex)
 
-    def attend(self, context: Context, q, k, v, tokens: ShardTokens, sinks) -> jax.Array:
-        """Out [B,H,t,D]; how far keys travel is counted where arrays tell it."""
-        if tokens.hops is None and self._counts(context, tokens, q.shape[2]):
-            tokens = dataclasses.replace(tokens, hops=count_hops(context, tokens, q.shape[2]))
-        return super().attend(context, q, k, v, tokens, sinks)
-
-    def _counts(self, context: Context, tokens: ShardTokens, shard_len: int) -> bool:
-        """Whether arrays may tell that keys need not travel as far as layout and mask alone would have them.
+    def prepared(self, context: Context, tokens: ShardTokens, shard_len: int) -> ShardTokens:
+        """The tokens with the number of hops, where arrays may tell that keys need not travel as far as they could.
 
         Stripes of a document lie on every device. Where a window cuts shards, the parts go no farther than it reaches.
         """
         fixed = self.duplex or self.unroll or context.layout.kind == "striped"
         routes = self._plan(context, tokens.mask, shard_len)
         whole = [(route.start, route.stop) for route in routes] == [(0, shard_len)]
-        return not fixed and whole and bool(jax.tree.leaves((tokens.queries, tokens.keys)))
+        if fixed or not whole or not jax.tree.leaves((tokens.queries, tokens.keys)):
+            return tokens
+        return dataclasses.replace(tokens, hops=count_hops(context, tokens, shard_len))
 
     def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:
         """The softmax state of this device's queries over all keys that they see, as the blocks come by."""

@@ -142,7 +142,7 @@ def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, *
     strategy.check(context, (B, t, H, D), k.shape[2], spec)
     arrays = (q, k, v, own, spec, as_sinks(mask["sinks"]), lax.axis_index(context.axis_name))
     q, k, v, own, spec, sinks, _ = vary_together(*arrays)
-    tokens = ShardTokens(queries=own, keys=own, mask=spec)
+    tokens = strategy.prepared(context, ShardTokens(queries=own, keys=own, mask=spec), t)
     return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), tokens, sinks
 
 

@@ -168,6 +168,10 @@ class Strategy:
     def check(self, context: Context, q_shape: tuple[int, ...], kv_heads: int, mask: MaskSpec) -> None:
         """Raise ValueError for what it cannot do. q_shape is that of a shard, [B,t,H,D]."""
 
+    def prepared(self, context: Context, tokens: ShardTokens, shard_len: int) -> ShardTokens:
+        """The tokens of this device with what the strategy finds out of them, once for both passes."""
+        return tokens
+
     attend = functools.partialmethod(attention_over_shards)
     """attend(context, q, k, v, tokens, sinks) -> out; by `attention_over_shards`, or in a way of its own."""
 

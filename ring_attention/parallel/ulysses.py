@@ -125,7 +125,8 @@ class Usp(Strategy):
         keys = jax.tree.map(swap.gather, tokens.keys)
         queries = keys if tokens.queries is tokens.keys else jax.tree.map(swap.gather, tokens.queries)
         tokens = ShardTokens(queries=queries, keys=keys, mask=tokens.mask.of_heads(first, H // U))
-        out = Ring().attend(merged, *map(swap.heads_for_tokens, (q, k, v)), tokens, sinks)
+        ring, tokens = Ring(), Ring().prepared(merged, tokens, U * t)
+        out = ring.attend(merged, *map(swap.heads_for_tokens, (q, k, v)), tokens, sinks)
         return swap.tokens_for_heads(out)
 
     def memory_bytes(self, work: Workload) -> int:

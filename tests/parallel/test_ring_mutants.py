@@ -13,7 +13,7 @@ from ring_attention.attention import kernels, online_softmax, sinks
 from ring_attention.attention.kernels.contract import GlobalStats
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.weights import BlockScores
-from ring_attention.parallel import context, ring, shard
+from ring_attention.parallel import context, counted_ring, ring, shard
 from ring_attention.parallel.ring_pass import RingPass
 from ring_attention.testing import NAMES, random_qkv, random_segments
 
@@ -60,6 +60,20 @@ def _gradients_are_not_sent_back(patch):
     patch.setattr(RingPass, "send_back", lambda self, number, tree: tree)
 
 
+def _gradients_are_not_sent_home(patch):
+    patch.setattr(counted_ring, "_sent_home", lambda ring, tree, hops, direction: tree)
+
+
+def _fewer_hops(patch):
+    count = ring.count_hops
+
+    def mutant(*args):
+        hops = count(*args)
+        return hops._replace(forth=hops.forth - 1)
+
+    patch.setattr(ring, "count_hops", mutant)
+
+
 # --- Where tokens stand -----------------------------------------------------------------------------------------------
 
 
@@ -69,6 +83,11 @@ def _wrong_source(patch):
 
     pair = RingPass.remote_pair
     patch.setattr(RingPass, "remote_pair", mutant)
+
+
+def _wrong_shift(patch):
+    pair = RingPass.pair_from
+    patch.setattr(RingPass, "pair_from", lambda self, shift, keys: pair(self, -shift, keys))
 
 
 def _positions_of_another_layout(patch):
@@ -209,6 +228,7 @@ T, GRADIENTS = 48, NAMES[1:]
 FORWARD = ("out",)
 """Of a mistake of the forward pass, for which that alone is compiled; it shows in the gradients as well."""
 BASES = {
+    "whole": (dict(sp=3), "zigzag", {}),
     "packed": (dict(sp=3), "zigzag", dict(segment_ids=random_segments(16, 2, T, count=2))),
     "window": (dict(sp=3), "contiguous", dict(window=7)),
     "sinks": (dict(sp=2), "striped", dict(sinks=[0.7, -1.2, 0.1, 2.0])),
@@ -216,32 +236,35 @@ BASES = {
 }
 MUTANTS = {
     "rotates the wrong way": (_wrong_way, "packed", FORWARD),
-    "takes the visitor for another shard": (_wrong_source, "packed", FORWARD),
+    "takes the visitor for another shard": (_wrong_source, "whole", FORWARD),
     "positions of another layout": (_positions_of_another_layout, "packed", FORWARD),
     "segments do not travel": (_segments_stay_at_home, "packed", FORWARD),
-    "a hop is missing": (_routes(more_hops=-1), "packed", FORWARD),
-    "a hop too many": (_routes(more_hops=1), "packed", FORWARD),
+    "a hop is missing": (_routes(more_hops=-1), "whole", FORWARD),
+    "a hop too many": (_routes(more_hops=1), "whole", FORWARD),
     "a token of a shard stays local": (_routes(window=-1), "window", FORWARD),
     "a window one token too wide": (_window(1), "window", FORWARD),
     "a window one token too narrow": (_window(-1), "window", FORWARD),
+    "the count of hops is one short": (_fewer_hops, "packed", FORWARD),
+    "takes the counted visitor for another shard": (_wrong_shift, "packed", FORWARD),
+    "dK and dV are not sent home": (_gradients_are_not_sent_home, "packed", ("dk", "dv")),
     "hops weigh alike": (_hops_weigh_alike, "packed", FORWARD),
     "the lse in bfloat16": (_lse_in_bfloat16, "packed", GRADIENTS),
     "backward with the hop's own lse": (_lse_of_the_hop, "packed", GRADIENTS),
-    "stale keys and values in the backward pass": (_stale_keys_in_the_backward_pass, "packed", GRADIENTS),
-    "a hop is missing in the backward pass": (_without_a_hop_of_the_backward_pass(3), "packed", GRADIENTS),
+    "stale keys and values in the backward pass": (_stale_keys_in_the_backward_pass, "whole", GRADIENTS),
+    "a hop is missing in the backward pass": (_without_a_hop_of_the_backward_pass(3), "whole", GRADIENTS),
     "the later local keys are missing in the backward pass": (
         _without_a_hop_of_the_backward_pass(1),
-        "packed",
+        "whole",
         GRADIENTS,
     ),
     "the earlier local keys are missing in the backward pass": (
         _without_a_hop_of_the_backward_pass(4),
-        "packed",
+        "whole",
         GRADIENTS,
     ),
     "dK and dV are swapped": (_dk_and_dv_swapped, "packed", ("dk", "dv")),
-    "dK and dV stay behind": (_gradients_stay_behind, "packed", ("dk", "dv")),
-    "dK and dV are not sent back": (_gradients_are_not_sent_back, "packed", ("dk", "dv")),
+    "dK and dV stay behind": (_gradients_stay_behind, "whole", ("dk", "dv")),
+    "dK and dV are not sent back": (_gradients_are_not_sent_back, "whole", ("dk", "dv")),
     "dQ of the last hop alone": (_dq_of_the_last_hop_alone, "packed", ("dq",)),
     "one query head of each group": (_one_query_head_of_each_group, "packed", GRADIENTS),
     "sinks are forgotten": (_no_sinks, "sinks", ALL_NAMES),
