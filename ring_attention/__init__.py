@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_MODULES` says the sam
     from ring_attention.attention.blocks import BlockSizes as BlockSizes
     from ring_attention.attention.blockwise import blockwise_attention as blockwise_attention
     from ring_attention.attention.feedforward import blockwise_feedforward as blockwise_feedforward
+    from ring_attention.attention.intervals import Intervals as Intervals
     from ring_attention.attention.mask import Mask as Mask
     from ring_attention.attention.reference import reference_attention as reference_attention
     from ring_attention.parallel.context import context_attention as context_attention
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "BlockSizes": "attention.blocks",
+    "Intervals": "attention.intervals",
     "Mask": "attention.mask",
     "SAVED_NAMES": "parallel.strategy",
     "STRATEGIES": "parallel.strategies",

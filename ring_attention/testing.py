@@ -20,6 +20,7 @@ import numpy as np
 
 from ring_attention.attention.dropout import kept, seeds_of
 from ring_attention.attention.mask import Mask
+from ring_attention.attention.mask_args import Window
 from ring_attention.attention.reference import reference_attention, reference_gradients
 from ring_attention.parallel.context import context_attention
 from ring_attention.parallel.layouts import SequenceLayout
@@ -100,7 +101,7 @@ def dense_attention(
     v,
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: Window = None,
     stride: int | None = None,
     segment_ids=None,
     kv_segment_ids=None,
@@ -113,6 +114,10 @@ def dense_attention(
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
     extra_mask: Mask | None = None,
+    intervals=None,
+    kv_valid=None,
+    kv_lengths=None,
+    kv_bias=None,
 ) -> jax.Array:
     """Attend with the whole matrix of scores at once, as most people write it.
 
@@ -132,8 +137,11 @@ def dense_attention(
     if alibi_slopes is not None:
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
         scores = scores - slopes[:, None, None] * jnp.abs(ahead)
+    if kv_bias is not None:
+        scores = scores + jax.lax.stop_gradient(jnp.asarray(kv_bias, jnp.float32))[:, None, None]
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-    mask = _dense_mask(ahead, causal, window, stride, segment_ids, kv_segment_ids)
+    mask = _dense_band(ahead, k_positions, causal, window, intervals)
+    mask = mask & _dense_mask(ahead, k_positions, stride, segment_ids, kv_segment_ids, kv_valid, kv_lengths)
     if extra_mask is not None:
         mask = mask & extra_mask.visible(q_positions, k_positions)
     p = _dense_softmax(scores, mask, sinks)
@@ -149,15 +157,31 @@ def _positions(positions, tokens: int) -> jax.Array:
     return jnp.atleast_2d(jnp.arange(tokens) if positions is None else jnp.asarray(positions, jnp.int32))
 
 
-def _dense_mask(ahead, causal: bool, window: int | None, stride: int | None, segment_ids, kv_segment_ids) -> jax.Array:
-    """Bool [B or 1,1,T,S]: which query sees which key; `ahead`, of that shape, is how far it stands after the key."""
+def _dense_band(ahead, k_positions, causal: bool, window: Window, intervals) -> jax.Array:
+    """Bool [B or 1,1,T,S]: what causal, window and intervals show; `ahead` is how far a query stands after a key."""
     mask = ahead >= 0 if causal else jnp.ones(ahead.shape, bool)
     if window is not None:
-        mask = mask & (jnp.abs(ahead) < window)
+        left, right = window if isinstance(window, tuple) else (window - 1, window - 1)
+        mask = mask if left is None else mask & (ahead <= left)
+        mask = mask if right is None else mask & (-ahead <= right)
+    if intervals is not None:
+        start, stop = (jnp.asarray(x)[:, None, :, None] for x in intervals)
+        inside = (start <= k_positions) & (k_positions < stop)
+        mask = mask | inside if causal else mask & inside
+    return mask
+
+
+def _dense_mask(ahead, k_positions, stride: int | None, segment_ids, kv_segment_ids, kv_valid, kv_lengths) -> jax.Array:
+    """Bool [B or 1,1,T or 1,S]: what all other conditions leave."""
+    mask = jnp.ones((1, 1, 1, 1), bool)
     if stride is not None:
-        mask = mask & ((jnp.abs(ahead) < stride) | (ahead % stride == 0))
+        mask = (jnp.abs(ahead) < stride) | (ahead % stride == 0)
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :])
+    if kv_valid is not None:
+        mask = mask & jnp.asarray(kv_valid)[:, None, None, :]
+    if kv_lengths is not None:
+        mask = mask & (k_positions < jnp.asarray(kv_lengths)[:, None, None, None])
     return mask
 
 

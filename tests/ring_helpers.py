@@ -43,6 +43,7 @@ def results(attend, qkv, sinks=None, jit=quickly, **arguments):
 _TRACED = (
     *("window", "stride", "alibi_slopes", "dropout_key"),
     *("segment_ids", "kv_segment_ids", "q_positions", "kv_positions"),
+    *("intervals", "kv_valid", "kv_lengths", "kv_bias"),
 )
 """Arguments that may be traced. Softcap and scale may, too, but the compiler rounds constants differently."""
 

@@ -15,17 +15,22 @@ from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.kernels.choose import choose_kernel
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel
 from ring_attention.attention.kernels.tile_sizes import tiles_of
-from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
+from ring_attention.attention.mask_args import TOKEN_DEFAULTS, TokenArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec, scale_gradient
-from ring_attention.attention.masks import BlockPair, Runs, Tokens
+from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.attention.on_shards import Shards, on_shards, shards_of
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.rounding import rounded
+from ring_attention.attention.token_args import (
+    check_positions,
+    check_token_args,
+    key_tokens,
+    query_tokens,
+    runs_of,
+    segments_of_keys,
+)
 from ring_attention.attention.varying import vary_together
-from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes, require_integers
-
-FARTHEST = 2**30
-"""Positions lie closer to 0 than this, so that the distance of two fits 32 bits."""
+from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class _Static:
     blocks: BlockSizes
 
 
-@lists_arguments(MASK_DEFAULTS)
+@lists_arguments(TOKEN_DEFAULTS)
 def blockwise_attention(
     q: jax.Array,
     k: jax.Array,
@@ -46,7 +51,7 @@ def blockwise_attention(
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
     return_lse: bool = False,
-    **arguments: Unpack[MaskArgs],
+    **arguments: Unpack[TokenArgs],
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention on one device, a tile of scores at a time (Rabe & Staats 2021; Dao et al. 2022).
 
@@ -72,7 +77,8 @@ def blockwise_attention(
         NaN is NaN. What is not reaches all queries that see it and may reach others of the same sequence and head, by
         tiles.
       causal: a query sees the keys at its own position and before; otherwise all of them.
-      window: a query sees itself and the window-1 positions before it, and after it where causal is False.
+      window: a query sees itself and the window-1 positions before it, and after it where causal is False; or
+        (left, right), which is so many before and after it, None for all of them.
       segment_ids: integers [B,T]; a query sees the keys of its own segment only.
       kv_segment_ids: integers [B,S], those of the keys; `segment_ids` where T = S.
       q_positions: integers [T] or [B,T], nearer to 0 than 2**30, for masks, ALiBi and dropout; 0, 1, 2, ... by default.
@@ -85,6 +91,11 @@ def blockwise_attention(
       dropout_rate: of weights; which ones depends on their batch row, head and positions alone, not on tile sizes.
       dropout_key: a `jax.random` key, needed with dropout.
       extra_mask: a `Mask`, a further condition on positions; a query sees the keys that it shows, too.
+      intervals: `ra.Intervals` or (start, stop), integers [B,T] or [1,T], the positions from `start` to before `stop`
+        that each query sees: beside what `causal` and `window` show, or, where causal is False, of what these show.
+      kv_valid: bool [B,S], False for keys that nobody sees, such as padding.
+      kv_lengths: integers [B]; keys at positions from here on are not seen.
+      kv_bias: floats [B,S], added to the scores of a key; -inf hides it. Constants: no gradient flows to them.
       impl: name of a kernel, or "auto": the fastest that can do this on these devices (docs/kernels.md).
       block_sizes: sizes of a tile; chosen for the kernel and the device by default.
       return_lse: also return the lse.
@@ -100,17 +111,13 @@ def blockwise_attention(
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
     (B, T, H, D), S, segment_ids = q.shape, k.shape[1], arguments.get("segment_ids")
-    if kv_segment_ids is None and segment_ids is not None:
-        require(
-            T == S, f"segment_ids covers T={T} queries, but there are S={S} keys; give kv_segment_ids [B,S] as well"
-        )
-        kv_segment_ids = segment_ids
-    require(segment_ids is not None or kv_segment_ids is None, "kv_segment_ids needs segment_ids; give both or neither")
-    _check_tokens("q", q_positions, segment_ids, B, T)
-    _check_tokens("kv", kv_positions, kv_segment_ids, B, S)
+    kv_segment_ids = segments_of_keys(segment_ids, kv_segment_ids, T, S)
+    check_positions("q", q_positions, segment_ids, B, T)
+    check_positions("kv", kv_positions, kv_segment_ids, B, S)
+    check_token_args(arguments, B, T, S)
     kind, checked = kind_here(q), checked_mask_args(arguments, H, traced_scale=True)
     make_mask = functools.partial(make_mask_spec, q, **checked)
-    queries, keys = (Tokens(None, runs=_runs(x, length)) for x, length in ((q_positions, T), (kv_positions, S)))
+    queries, keys = (Tokens(None, runs=runs_of(x, length)) for x, length in ((q_positions, T), (kv_positions, S)))
 
     def accepts(kernel: Kernel) -> None:
         mask = jax.eval_shape(make_mask)
@@ -124,7 +131,8 @@ def blockwise_attention(
     kernel = choose_kernel(impl, kind, accepts)
     accepts(kernel)
     blocks = as_blocks(block_sizes, tiles_of(kernel.name, kind, max(D, v.shape[3]), H // k.shape[2]))
-    pair = BlockPair(_tokens(q_positions, segment_ids, T), _tokens(kv_positions, kv_segment_ids, S), make_mask())
+    queries = query_tokens(q_positions, segment_ids, T, arguments.get("intervals"))
+    pair = BlockPair(queries, key_tokens(kv_positions, kv_segment_ids, S, arguments), make_mask())
     sinks = as_sinks(checked["sinks"])
     static = _Static(kernel=kernel, blocks=blocks), shards_of(q, k, (v, pair, sinks))
     q, k, v, pair, sinks = vary_together(q, k, v, pair, sinks)
@@ -171,28 +179,3 @@ def _attend_backward(static: _Static, residuals, cotangents):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _check_tokens(side: str, positions, segments, batch: int, length: int) -> None:
-    """Raise ValueError unless positions are integers [length] or [1 or B, length], and segments [B, length]."""
-    if positions is not None:
-        ndim = getattr(positions, "ndim", 1)
-        shape = (length,) if ndim < 2 else (None if positions.shape[0] == 1 else batch, length)
-        letters, most = ("T" if ndim < 2 else "BT"), FARTHEST - 1
-        require_integers(f"{side}_positions", positions, shape, letters, least=-most, most=most)
-    if segments is not None:
-        require_integers(f"segment ids of {side}", segments, (batch, length), "BT")
-
-
-def _runs(positions, length: int) -> Runs | None:
-    """All tokens in one run where nobody gave their positions."""
-    return Runs((length,), 1, ((0,),)) if positions is None else None
-
-
-def _tokens(positions, segments, length: int) -> Tokens:
-    """Positions as [1 or B, length] and segments as [B, length], both int32."""
-    runs = _runs(positions, length)
-    positions = jnp.arange(length, dtype=jnp.int32) if positions is None else positions
-    positions = positions[None] if positions.ndim == 1 else positions
-    segments = None if segments is None else segments.astype(jnp.int32)
-    return Tokens(positions.astype(jnp.int32), segments, runs)

@@ -16,12 +16,12 @@ from einops import rearrange
 from jax import lax
 
 from ring_attention.attention import online_softmax
-from ring_attention.attention.blockwise import FARTHEST
 from ring_attention.attention.derivatives import differentiated_once
 from ring_attention.attention.kernels.tiling import Worklist
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import EMPTY, BlockPair, Tokens, tile_kinds
 from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.attention.token_args import FARTHEST
 from ring_attention.attention.varying import axes_of, vary_over, vary_together
 from ring_attention.attention.weights import BlockScores
 

@@ -12,11 +12,14 @@ from jax.core import Tracer
 
 from ring_attention.attention.dropout import Dropout, seeds_of
 from ring_attention.attention.mask import Mask
-from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, Window
 from ring_attention.checks import is_number, is_whole, require, require_shape, shown
 
 LEAST_SCALE = 1e-20
 """A scale that is data counts as no nearer to 0 than this."""
+
+LONGEST = 2**31 - 1
+"""No two positions are this far apart."""
 
 
 def _static(**kwargs):
@@ -43,18 +46,21 @@ class MaskSpec:
       scale: of the products, where it is known as the program is traced.
       traced_scale: float32 [], takes the place of `scale` where that is data; None where it is not.
       causal: a query sees its own position and those before it; otherwise all of them.
-      window: a query sees positions less than this far away; None for no bound.
+      window: a query sees positions less than this far away; (left, right) for so many before and after itself, each
+        None for no bound; None for no bound on either side.
       min_distance: a query sees only positions at least this far away; 0 for all.
       seq_len: positions from here on are padding that nobody sees and that sees nothing; None where there is none.
       softcap: scores x become softcap * tanh(x / softcap); None leaves them (Gemma 2).
       slopes: float32 [H], ALiBi's (Press et al. 2022): scores fall by slope for each position of distance; or None.
       dropout: of weights, or None.
       extra: a further condition on positions, or None.
+      intervals: whether queries have intervals (`Tokens.low`), which show more than `causal` and `window` do.
+      kv_bias: whether keys have a bias (`Tokens.bias`).
     """
 
     scale: float = _static()
     causal: bool = _static(default=True)
-    window: int | None = _static(default=None)
+    window: Window = _static(default=None)
     min_distance: int = _static(default=0)
     seq_len: int | None = _static(default=None)
     softcap: float | None = _static(default=None)
@@ -62,6 +68,8 @@ class MaskSpec:
     dropout: Dropout | None = None
     extra: Mask | None = _static(default=None)
     traced_scale: jax.Array | None = None
+    intervals: bool = _static(default=False)
+    kv_bias: bool = _static(default=False)
 
     @property
     def factor(self) -> float | jax.Array:
@@ -72,6 +80,29 @@ class MaskSpec:
         if self.traced_scale is None:
             return self.scale
         return jnp.where(jnp.abs(self.traced_scale) < LEAST_SCALE, LEAST_SCALE, self.traced_scale)
+
+    @property
+    def behind(self) -> int | None:
+        """By how much less than this a key may stand before its query as `window` has it; None for no bound."""
+        return self._side(0)
+
+    @property
+    def ahead(self) -> int | None:
+        """The same for keys after their query."""
+        return self._side(1)
+
+    def _side(self, side: int) -> int | None:
+        if not isinstance(self.window, tuple):
+            return self.window
+        tokens = self.window[side]
+        return None if tokens is None else tokens + 1
+
+    @property
+    def reach(self) -> int | None:
+        """Nobody sees a key this far away or farther, as is known without a look at data; None for no bound."""
+        if self.causal:
+            return None if self.intervals else self.behind
+        return None if self.behind is None or self.ahead is None else max(self.behind, self.ahead)
 
     def of_heads(self, start: int | jax.Array, number: int) -> "MaskSpec":
         """The specification for `number` of the heads, from `start` on."""
@@ -112,12 +143,14 @@ def make_mask_spec(
         scale=D**-0.5 if scale is None or data else float(scale),
         traced_scale=jnp.asarray(scale, jnp.float32) if data else None,
         causal=bool(mask["causal"]),
-        window=bounded(mask["window"]),
+        window=bounded(mask["window"], bool(mask["causal"])),
         seq_len=seq_len,
         softcap=None if mask["softcap"] is None else float(mask["softcap"]),
         slopes=None if slopes is None else jax.lax.stop_gradient(jnp.asarray(slopes, jnp.float32)),
         dropout=dropout,
         extra=mask["extra_mask"],
+        intervals=mask.get("intervals") is not None,
+        kv_bias=mask.get("kv_bias") is not None,
     )
 
 
@@ -141,7 +174,8 @@ def checked_mask_args(arguments: Mapping[str, Any], heads: int, *, traced_scale:
     mask |= {name: of_heads(name, mask[name], heads) for name in ("sinks", "alibi_slopes")}
     mask |= {name: None if mask[name] is None else float(mask[name]) for name in ("softcap", "scale")}
     mask["scale"] = scale if mask["scale"] is None else mask["scale"]
-    return mask | dict(causal=bool(mask["causal"]), dropout_rate=float(mask["dropout_rate"]))
+    causal, dropout_rate = bool(mask["causal"]), float(mask["dropout_rate"])
+    return mask | dict(causal=causal, dropout_rate=dropout_rate, window=bounded(mask["window"], causal))
 
 
 def scale_gradient(mask: MaskSpec, q: jax.Array, dq: jax.Array) -> MaskSpec | None:
@@ -224,12 +258,30 @@ def _is_key(key) -> bool:
     return key.dtype == jnp.uint32 and key.ndim == 1
 
 
-def bounded(window: int | None) -> int | None:
-    """`window`, or None where it is as long as any sequence: positions are int32, and the mask compares with it."""
-    return None if window is None or window >= 2**31 - 1 else int(window)
+def bounded(window: Window, causal: bool) -> Window:
+    """`window` in the one way that masks have it: as (left, right) only where the sides differ, and None for no bound.
+
+    No bound is what is as long as any sequence, too: positions are int32, and the mask compares with them.
+    """
+    if isinstance(window, tuple):
+        left, right = (None if x is None or x >= LONGEST else int(x) for x in window)
+        if not causal and left != right:
+            return left, right
+        window = None if left is None else left + 1
+    return None if window is None or window >= LONGEST else int(window)
 
 
-def check_window(name: str, window: int | None) -> None:
-    """Raise ValueError unless `window` is None or a number of tokens."""
-    fits = window is None or is_whole(window, 1)
-    require(fits, f"{name}={shown(window)} must be a whole number of tokens, 1 (itself alone) or more; None sees all")
+def check_window(name: str, window: Window) -> None:
+    """Raise ValueError unless `window` is None, a number of tokens, or (left, right) as two numbers or None."""
+    if isinstance(window, tuple):
+        fits = len(window) == 2 and all(x is None or is_whole(x, 0) for x in window)
+        need = "need (left, right), how many tokens are seen before and after each, 0 or more"
+        require(fits, f"{name}={shown(window)} is not two whole numbers of tokens, {need}; None sees all of a side")
+    else:
+        check_distance(name, window)
+
+
+def check_distance(name: str, tokens: int | None) -> None:
+    """Raise ValueError unless `tokens` is None or a number of tokens."""
+    fits = tokens is None or is_whole(tokens, 1)
+    require(fits, f"{name}={shown(tokens)} must be a whole number of tokens, 1 (itself alone) or more; None sees all")

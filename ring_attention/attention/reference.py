@@ -7,8 +7,9 @@ import numpy as np
 
 from ring_attention.attention.dropout import seeds_of
 from ring_attention.attention.mask import Mask
-from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
-from ring_attention.attention.mask_spec import check_mask_spec, check_window
+from ring_attention.attention.mask_args import TOKEN_DEFAULTS, TokenArgs, Window, lists_arguments, refuse_unknown
+from ring_attention.attention.mask_spec import check_distance, check_mask_spec
+from ring_attention.attention.token_args import check_token_args
 from ring_attention.checks import require_attention_shapes, require_shape
 
 
@@ -17,7 +18,7 @@ class _Arguments:
     """What decides how much a query attends to a key, beside q and k; see `reference_attention`."""
 
     causal: bool = True
-    window: int | None = None
+    window: Window = None
     stride: int | None = None
     segment_ids: Any = None  # arrays of NumPy or JAX
     kv_segment_ids: Any = None
@@ -30,6 +31,10 @@ class _Arguments:
     dropout_rate: float = 0.0
     dropout_key: Any = None
     extra_mask: Mask | None = None
+    intervals: Any = None
+    kv_valid: Any = None
+    kv_lengths: Any = None
+    kv_bias: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,7 @@ class _Weights:
     slope: np.ndarray | float
 
 
-@lists_arguments(MASK_DEFAULTS)
+@lists_arguments(TOKEN_DEFAULTS)
 def reference_attention(
     q,
     k,
@@ -62,14 +67,15 @@ def reference_attention(
     q_positions=None,
     kv_positions=None,
     return_lse: bool = False,
-    **arguments: Unpack[MaskArgs],
+    **arguments: Unpack[TokenArgs],
 ):
     """Dense attention in float64; arguments as in `blockwise_attention`, arrays of any dtype.
 
-    The score of a query and a key is softcap * tanh(scale * q.k / softcap) - slope * |q_position - k_position|. A query
-    sees keys of its own segment, at its position or before if `causal`, less than `window` away from it, and with
-    `stride` only those less than that away, or a multiple of it. The softmax is over the keys seen and the head's sink
-    (`sinks` [H]), which has no value. Then weights are dropped.
+    The score of a query and a key is softcap * tanh(scale * q.k / softcap) - slope * |q_position - k_position| +
+    kv_bias. A query sees keys of its own segment, at its position or before if `causal`, less than `window` away from
+    it, with `intervals` also those in its own or, unless `causal`, these alone, and with `stride` only those less than
+    that away, or a multiple of it. Nobody sees keys that are not `kv_valid`, or at positions from `kv_lengths` on. The
+    softmax is over the keys seen and the head's sink (`sinks` [H]), which has no value. Then weights are dropped.
 
     Returns:
       float64 out [B,T,H,D_v]; with `return_lse` also float64 lse [B,T,H]. out is 0 where a query sees no key, and lse
@@ -126,11 +132,12 @@ def _weigh(q, k, v, a: _Arguments) -> _Weights:
     """Scores, then mask, then softmax, then dropout."""
     require_attention_shapes(q, k, v)
     check_mask_spec(a.causal, a.window, a.softcap, a.scale, a.dropout_rate, a.dropout_key)
-    check_window("stride", a.stride)
+    check_distance("stride", a.stride)
     q_positions_BT, k_positions_BS = _positions(a.q_positions, q), _positions(a.kv_positions, k)
+    check_token_args(vars(a), q.shape[0], q.shape[1], k.shape[1])
     ahead_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     s_BHTS, slope = _scores(q, k, ahead_BTS, a)
-    seen_BTS = _mask(ahead_BTS, a)
+    seen_BTS = _mask(ahead_BTS, k_positions_BS, a)
     if a.extra_mask is not None:
         seen_BTS &= np.asarray(a.extra_mask.visible(q_positions_BT[:, :, None], k_positions_BS[:, None, :]))
     s_BHTS = np.where(seen_BTS[:, None], s_BHTS, -np.inf)
@@ -169,16 +176,29 @@ def _scores(q, k, ahead_BTS, a: _Arguments) -> tuple[np.ndarray, np.ndarray | fl
     if a.alibi_slopes is not None:
         require_shape("alibi_slopes", np.shape(a.alibi_slopes), (H,), "H")
         scores = scores - _float64(a.alibi_slopes)[:, None, None] * np.abs(ahead_BTS)[:, None]
+    if a.kv_bias is not None:
+        scores = scores + _float64(a.kv_bias)[:, None, None, :]
     return scores, slope
 
 
-def _mask(ahead_BTS, a: _Arguments) -> np.ndarray:
+def _mask(ahead_BTS, k_positions_BS, a: _Arguments) -> np.ndarray:
     """Bool [B,T,S]: which query sees which key; `ahead_BTS` is how far the query stands after the key."""
     mask = np.ones(ahead_BTS.shape, bool)
     if a.causal:
         mask &= ahead_BTS >= 0
-    if a.window is not None:
+    if isinstance(a.window, tuple):
+        left, right = (np.inf if x is None else x for x in a.window)
+        mask &= (ahead_BTS <= left) & (-ahead_BTS <= right)
+    elif a.window is not None:
         mask &= np.abs(ahead_BTS) < a.window
+    if a.intervals is not None:
+        start, stop = (np.asarray(x)[:, :, None] for x in a.intervals)
+        inside = (start <= k_positions_BS[:, None, :]) & (k_positions_BS[:, None, :] < stop)
+        mask = mask | inside if a.causal else mask & inside
+    if a.kv_valid is not None:
+        mask &= np.asarray(a.kv_valid)[:, None, :]
+    if a.kv_lengths is not None:
+        mask &= (k_positions_BS < np.asarray(a.kv_lengths)[:, None])[:, None, :]
     if a.stride is not None:
         mask &= (np.abs(ahead_BTS) < a.stride) | (ahead_BTS % a.stride == 0)
     if a.segment_ids is not None:

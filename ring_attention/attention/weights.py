@@ -45,6 +45,8 @@ class BlockScores(NamedTuple):
         if self.slopes is not None:
             distance = jnp.abs(self.queries.positions - self.keys.positions)
             scores -= self.slopes * distance.astype(jnp.float32)
+        if self.keys.bias is not None:
+            scores += self.keys.bias
         seen = visible(mask, self.queries, self.keys) if self.masked else None
         # Either way the product is rounded here. A compiler that fuses it with what is subtracted from it next, once in
         # one pass and not in the other, makes the dv of sharp attention several times as wrong (docs/accuracy.md).

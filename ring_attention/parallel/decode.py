@@ -15,7 +15,6 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from ring_attention.attention import online_softmax
 from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes, as_blocks
-from ring_attention.attention.blockwise import FARTHEST
 from ring_attention.attention.cached import Cache, attend_cached
 from ring_attention.attention.derivatives import only_reverse_mode
 from ring_attention.attention.device_kind import DeviceKind, kind_here, kind_of_mesh
@@ -24,6 +23,7 @@ from ring_attention.attention.kernels.tile_sizes import slots_of
 from ring_attention.attention.mask_args import MASK_DEFAULTS, ScoreArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec
 from ring_attention.attention.online_softmax import SoftmaxState
+from ring_attention.attention.token_args import FARTHEST
 from ring_attention.checks import (
     require,
     require_array,

@@ -26,7 +26,7 @@ from ring_attention.parallel.workload import BOTH_WAYS, HOP, Schedule, Step, Wor
 
 def check_pairs(context: Context, mask: MaskSpec, shard_len: int, *, duplex: bool = False) -> None:
     """Raise ValueError unless the kernel can compute every block pair of such a ring."""
-    routes = plan_routes(context.layout, shard_len, causal=mask.causal, window=mask.window, duplex=duplex)
+    routes = plan_routes(context.layout, shard_len, causal=mask.causal, window=mask.reach, duplex=duplex)
     shard = Tokens(None, runs=context.layout.runs(shard_len))
     context.kernel.check_pair(BlockPair(shard, shard, mask, diagonal=True))
     for start, stop in {(route.start, route.stop) for route in routes if route.hops}:
@@ -159,7 +159,7 @@ class Ring(Strategy):
         return RingPass(context=context, me=me, tokens=tokens, length=length, routes=routes, unroll=self.unroll)
 
     def _plan(self, context: Context, mask: MaskSpec, shard_len: int) -> tuple[Route, ...]:
-        return plan_routes(context.layout, shard_len, causal=mask.causal, window=mask.window, duplex=self.duplex)
+        return plan_routes(context.layout, shard_len, causal=mask.causal, window=mask.reach, duplex=self.duplex)
 
     def memory_bytes(self, work: Workload) -> int:
         """What travels of K and V, twice where it goes on, and the statistics of the queries in float32."""
@@ -214,7 +214,7 @@ class SlidingWindow(Ring):
     def check(self, context: Context, q_shape, kv_heads: int, mask: MaskSpec) -> None:
         """Refuse to be what it is not."""
         require(
-            mask.window is not None,
+            mask.reach is not None,
             'strategy="sliding_window" got no window; give window=, or choose strategy="ring" for full attention',
         )
         require(

@@ -12,8 +12,8 @@ from jax import lax
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.device_kind import kind_here
-from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, defaults_of, lists_arguments
-from ring_attention.attention.mask_spec import as_sinks, bounded, check_window, checked_mask_args, make_mask_spec
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, Window, defaults_of, lists_arguments
+from ring_attention.attention.mask_spec import as_sinks, check_distance, checked_mask_args, make_mask_spec
 from ring_attention.attention.masks import Tokens
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
@@ -127,7 +127,7 @@ def mask_and_options(arguments, q_shape: tuple[int, ...], max_segment_len: int |
     if segment_ids is not None:
         require_integers("segment_ids", segment_ids, q_shape[:2], letters)
     mask = checked_mask_args(mask, q_shape[2])
-    return mask | dict(window=bounded(_shorter(mask["window"], max_segment_len, segment_ids))), options
+    return mask | dict(window=_shorter(mask["window"], max_segment_len, segment_ids)), options
 
 
 def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, *, positions=None, **offsets) -> tuple:
@@ -164,7 +164,7 @@ def _axis_size(axis_name: str) -> int:
         raise ValueError(f"{where}; call it inside a shard_map, or give it whole arrays as context_attention") from None
 
 
-def _shorter(window: int | None, max_segment_len: int | None, segment_ids) -> int | None:
+def _shorter(window: Window, max_segment_len: int | None, segment_ids) -> Window:
     """The window that both bounds make."""
     if max_segment_len is None:
         return window
@@ -172,7 +172,10 @@ def _shorter(window: int | None, max_segment_len: int | None, segment_ids) -> in
         segment_ids is not None,
         f"max_segment_len={max_segment_len} bounds segments, but there are none; give segment_ids, or window instead",
     )
-    check_window("max_segment_len", max_segment_len)
+    check_distance("max_segment_len", max_segment_len)
+    if isinstance(window, tuple):
+        left, right = (max_segment_len - 1 if x is None else min(x, max_segment_len - 1) for x in window)
+        return left, right
     return max_segment_len if window is None else min(window, max_segment_len)
 
 

@@ -119,6 +119,11 @@ class Sparse(Strategy):
             f'strategy="sparse" cuts shards into runs of consecutive tokens, but layout="{layout.kind}" has none; '
             'use "contiguous" or "zigzag"',
         )
+        require(
+            not (isinstance(mask.window, tuple) or mask.intervals),
+            'strategy="sparse" takes no intervals, and only a window that is as wide before a token as after it; give '
+            'window=W, or choose strategy="ring"',
+        )
         chunk, chunks = shard_len // layout.chunks_per_shard, P * layout.chunks_per_shard
         stride = self.stride_of(mask.seq_len or P * shard_len)
         fitting = closest_divisor(chunk, max(stride, 1), multiple_of=P)
@@ -132,7 +137,7 @@ class Sparse(Strategy):
             f'strategy="sparse" got stride={stride}, need a multiple of the {P} devices that divides the {chunk} '
             f"consecutive tokens of a {layout.kind} shard; {remedy}",
         )
-        check_pairs(context, dataclasses.replace(mask, window=near_window(mask.window, stride)), shard_len)
+        check_pairs(context, dataclasses.replace(mask, window=near_window(mask.behind, stride)), shard_len)
         residues = Tokens(None)
         context.kernel.check_pair(BlockPair(residues, residues, dataclasses.replace(mask, min_distance=stride)))
 
@@ -160,7 +165,7 @@ class Sparse(Strategy):
 
     def _near(self, stride: int, tokens: ShardTokens) -> ShardTokens:
         """The tokens with the mask of what is seen because it is near."""
-        mask = dataclasses.replace(tokens.mask, window=near_window(tokens.mask.window, stride))
+        mask = dataclasses.replace(tokens.mask, window=near_window(tokens.mask.behind, stride))
         return dataclasses.replace(tokens, mask=mask)
 
     def memory_bytes(self, work: Workload) -> int:

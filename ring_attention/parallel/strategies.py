@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import TypedDict
 
+from ring_attention.attention.mask_args import instead_of
 from ring_attention.checks import is_whole, require, require_choice, shown
 from ring_attention.parallel.all_gather import AllGather
 from ring_attention.parallel.ring import Ring, SingleDevice, SlidingWindow
@@ -77,6 +78,8 @@ def _suggestion(name: str, known: list[str], function: Callable | None) -> str:
     if function is None:
         return ""
     parameters = inspect.signature(function).parameters.values()
+    if words := instead_of(name, function):
+        return words
     arguments = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     close = difflib.get_close_matches(name, [*known, *arguments], n=1)
     if close:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ring_attention.attention.mask_spec import check_window
+from ring_attention.attention.mask_spec import check_distance
 from ring_attention.checks import require, require_shape
 from ring_attention.parallel.layouts import SequenceLayout
 
@@ -54,7 +54,7 @@ def work_by_hop(
     """
     require(seq_len > 0, f"seq_len={seq_len} must be positive; choose at least {layout.padded_length(1)}")
     layout.check_length(seq_len)
-    check_window("window", window)
+    check_distance("window", window)
     P, T = layout.ring_size, seq_len
     span = T if window is None else min(int(window), T)
     positions = layout.positions(T).astype(np.int64)

@@ -37,7 +37,31 @@ CASES = {
     "everything": (dict(**RICH, segment_ids=random_segments(4, 2, T, count=2)), T, dict(q=24, kv=16, heads=2)),
     "everything, of others": (RICH | CROSS | dict(causal=False), S, dict(q=10, kv=24, cut=1)),
 }
-HALF = [("everything", "bfloat16"), ("everything, of others", "float16")]
+DOCUMENTS, IMAGES = (
+    random_segments(5, 2, T, count=3),
+    np.random.default_rng(6).integers(-1, 2, (2, T // 4)).repeat(4, 1),
+)
+PREFIX = ra.Intervals.prefix(np.random.default_rng(7).random((2, T)) < 0.4, DOCUMENTS)
+BIAS = np.random.default_rng(8).normal(0, 2, (2, S)).astype(np.float32)
+BIAS[:, 3::7] = -np.inf
+CASES |= {
+    "prefixes of documents, lengths": (
+        dict(segment_ids=DOCUMENTS, intervals=PREFIX, kv_lengths=np.array([40, 23])),
+        T,
+        dict(q=24, kv=16),
+    ),
+    "images in a window, some keys": (
+        dict(window=5, intervals=ra.Intervals.blocks(IMAGES), kv_valid=np.arange(2 * T).reshape(2, T) % 11 > 1),
+        T,
+        dict(q=7, kv=5),
+    ),
+    "chunks in a window of two sides, bias": (
+        dict(causal=False, window=(11, 4), intervals=ra.Intervals.chunks(np.arange(T), 10), kv_bias=BIAS, softcap=0.9),
+        S,
+        dict(q=13, kv=16, heads=2),
+    ),
+}
+HALF = [("everything", "bfloat16"), ("everything, of others", "float16"), ("images in a window, some keys", "bfloat16")]
 TOGETHER = [("segment_ids", "kv_segment_ids"), ("dropout_rate", "dropout_key"), ("q_positions", "kv_positions")]
 
 

@@ -19,6 +19,7 @@ from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair
 from ring_attention.attention.rounding import restored
+from ring_attention.checks import require
 
 
 def no_check(mask: MaskSpec, q) -> None:
@@ -27,6 +28,20 @@ def no_check(mask: MaskSpec, q) -> None:
 
 def no_pair_check(pair: BlockPair) -> None:
     """Accept every pair of query and key blocks."""
+
+
+_SPELT = {"slopes": "alibi_slopes", "dropout": "dropout_rate", "extra": "extra_mask", "traced_scale": "traced scale"}
+
+
+def refuse_in_mask(kernel: str, mask: MaskSpec, *fields: str) -> None:
+    """Raise ValueError where the mask has one of these fields, which the kernel cannot do."""
+    for name in fields:
+        remedy = 'leave it out, or use impl="xla"'
+        require(not _has(getattr(mask, name)), f'impl="{kernel}" has no {_SPELT.get(name, name)}; {remedy}')
+
+
+def _has(value) -> bool:
+    return value if isinstance(value, bool) else value is not None
 
 
 def halve(length: int, blocks: BlockSizes) -> int:

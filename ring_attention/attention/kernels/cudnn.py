@@ -14,7 +14,7 @@ import inspect
 import jax.numpy as jnp
 
 from ring_attention.attention.kernels import static_calls
-from ring_attention.attention.kernels.contract import Kernel, refuse_binding, require_signature
+from ring_attention.attention.kernels.contract import Kernel, refuse_binding, refuse_in_mask, require_signature
 from ring_attention.attention.kernels.cudnn_device import gpu_here, require_gpu, require_gradients
 from ring_attention.attention.kernels.static_tiles import CAUSAL, StaticTile, plans_of
 from ring_attention.attention.mask_spec import MaskSpec
@@ -45,17 +45,10 @@ _SCORE_MODIFIER = dict(score_mod_name=None, score_mod_jaxpr=None)
 def check(mask: MaskSpec, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D] and dtype."""
     _require_bindings()
-    for name, value in {
-        "softcap": mask.softcap,
-        "alibi_slopes": mask.slopes,
-        "dropout_rate": mask.dropout,
-        "extra_mask": mask.extra,
-        "traced scale": mask.traced_scale,
-    }.items():
-        require(value is None, f'impl="cudnn" has no {name}; leave it out, or use impl="xla"')
+    refuse_in_mask("cudnn", mask, "softcap", "slopes", "dropout", "extra", "intervals", "kv_bias", "traced_scale")
     dtype = jnp.dtype(q.dtype).name
     require(dtype in ("bfloat16", "float16"), f'impl="cudnn" takes bfloat16 or float16, got {dtype}; use impl="xla"')
-    require_gpu(gpu_here(_library()), q.shape[-1], mask.window)
+    require_gpu(gpu_here(_library()), q.shape[-1], mask.behind)
 
 
 def _forward(*args) -> SoftmaxState:

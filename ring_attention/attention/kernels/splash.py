@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ring_attention.attention import online_softmax
 from ring_attention.attention.blocks import BlockSizes
-from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel, refuse_in_mask
 from ring_attention.attention.kernels.splash_calls import (
     HIDDEN,
     Call,
@@ -40,8 +40,7 @@ def check(mask: MaskSpec, q) -> None:
     require_bindings()
     dtype = jnp.dtype(q.dtype).name
     require(dtype in ("bfloat16", "float32"), f'impl="splash" takes bfloat16 or float32, got {dtype}; use impl="xla"')
-    for name, value in {"alibi_slopes": mask.slopes, "dropout_rate": mask.dropout, "extra_mask": mask.extra}.items():
-        require(value is None, f'impl="splash" has no {name}; leave it out, or use impl="xla"')
+    refuse_in_mask("splash", mask, "slopes", "dropout", "extra", "intervals", "kv_bias")
 
 
 def _each_mask(fn: Callable, pair: BlockPair, after, *arrays):

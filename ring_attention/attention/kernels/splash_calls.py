@@ -141,12 +141,15 @@ class Call:
     def segments(self):
         """Segments of both, those of padding unlike any other; None where there are none."""
         queries, keys, seq_len = self.pair.queries, self.pair.keys, self.pair.mask.seq_len
-        if queries.segments is None and seq_len is None:
+        if queries.segments is None and keys.real is None and seq_len is None:
             return None
 
         def of(tokens: Tokens, padding: int):
             segments = jnp.zeros_like(tokens.positions) if tokens.segments is None else tokens.segments
-            return segments[0] if seq_len is None else jnp.where(tokens.positions < seq_len, segments, padding)[0]
+            inside = None if seq_len is None else tokens.positions < seq_len
+            for real in (inside, tokens.real):
+                segments = segments if real is None else jnp.where(real, segments, padding)
+            return segments[0]
 
         return library().SegmentIds(of(queries, -(2**31) + 1), of(keys, -(2**31)))
 

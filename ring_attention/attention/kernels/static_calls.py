@@ -154,8 +154,8 @@ def _branch(plans, number, follow: Callable):
 
 def _choose(calls: Calls, part: StaticTile, pair: BlockPair, fused: Callable, tiled: Callable, none: Callable):
     """What a tile gives: the kernel's result, that of `xla` where it has no such mask, or nothing."""
-    segmented = pair.queries.segments is not None
-    mask, holds = (), part.kind != OTHER and not segmented
+    by_data = any(x is not None for x in (pair.queries.segments, pair.keys.real))
+    mask, holds = (), part.kind != OTHER and not by_data
     if calls.mask is not None:
         mask, holds = calls.mask(part, _pair_of(part, pair), _ascending(pair))
         mask = (mask,)
@@ -166,21 +166,27 @@ def _choose(calls: Calls, part: StaticTile, pair: BlockPair, fused: Callable, ti
     )
     if holds is False and part.kind == OTHER:
         return tiled(part)
-    block, apart = _pair_of(part, pair), jnp.bool_(False)
-    queries, keys = block.queries.segments, block.keys.segments
-    if queries is not None and keys is not None:
-        apart = ((queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))).all()
-        if holds is False:
-            holds = ((queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))).all()
+    apart, whole = _by_data(_pair_of(part, pair))
+    holds = whole if holds is False else holds
     which = jnp.where(apart, 0, jnp.where(holds, 1, 2))
     return jax.lax.switch(which, [functools.partial(fn, part) for fn in (none, fused, tiled)], *mask)
+
+
+def _by_data(tile: BlockPair) -> tuple[jax.Array, jax.Array]:
+    """Bool (apart, whole): whether segments and padding of keys hide all of a tile, and whether they hide nothing."""
+    apart, whole = jnp.bool_(False), jnp.bool_(True)
+    queries, keys, real = tile.queries.segments, tile.keys.segments, tile.keys.real
+    if queries is not None and keys is not None:
+        apart = ((queries.max(1) < keys.min(1)) | (keys.max(1) < queries.min(1))).all()
+        whole = ((queries.max(1) == keys.min(1)) & (keys.max(1) == queries.min(1))).all()
+    return (apart, whole) if real is None else (apart | ~real.any(), whole & real.all())
 
 
 def _unknown_to(calls: Calls, part: StaticTile) -> str:
     """What a kernel has no mask for, for the log."""
     if calls.mask is not None:
         return "keys that do not follow each other, as in a segment that comes back"
-    return "the end of a window or for padding" if part.kind == OTHER else "a segment's border"
+    return "the end of a window or for padding" if part.kind == OTHER else "a segment's border or padded keys"
 
 
 def _ascending(pair: BlockPair) -> bool:

@@ -138,9 +138,10 @@ def _bands(mask: MaskSpec, q_starts, kv_starts, q: _Spans, kv: _Spans, step: int
     least, most = xp.broadcast_to(1 - others, ahead.shape), xp.broadcast_to(lengths - 1, ahead.shape)
     if mask.causal:
         least = -(ahead // step)
-    if mask.window is not None:
-        most = (mask.window - 1 - ahead) // step
-        least = least if mask.causal else -((mask.window - 1 + ahead) // step)
+    if mask.behind is not None:
+        most = (mask.behind - 1 - ahead) // step
+    if mask.ahead is not None and not mask.causal:
+        least = -((mask.ahead - 1 + ahead) // step)
     bands = [xp.clip(least, 1 - others, lengths), xp.clip(most, -others, lengths - 1)]
     hidden = bands[0] > bands[1]  # one way of writing it
     return xp.stack([xp.where(hidden, lengths, bands[0]), xp.where(hidden, -others, bands[1])], -1)
@@ -148,7 +149,7 @@ def _bands(mask: MaskSpec, q_starts, kv_starts, q: _Spans, kv: _Spans, step: int
 
 def _tiles(mask: MaskSpec, bands: np.ndarray, q: _Spans, kv: _Spans) -> list[StaticTile]:
     """The plan for one kind of block pair."""
-    if mask.seq_len is not None and not mask.causal:  # under a causal mask no real query sees padding
+    if mask.intervals or (mask.seq_len is not None and not mask.causal):  # by causal, no real query sees padding
         return [StaticTile(0, sum(q.lengths), 0, sum(kv.lengths), OTHER)]
     lowest, highest = 1 - np.array(kv.lengths)[None, :], np.array(q.lengths)[:, None] - 1
     full = (bands[..., 0] == lowest) & (bands[..., 1] == highest)

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from ring_attention.attention.kernels import static_calls, tokamax_calls
-from ring_attention.attention.kernels.contract import Kernel, require_signature
+from ring_attention.attention.kernels.contract import Kernel, refuse_in_mask, require_signature
 from ring_attention.attention.kernels.cudnn_device import Gpu, gpu_here
-from ring_attention.attention.kernels.static_tiles import CAUSAL, FULL, StaticTile, plans_of
+from ring_attention.attention.kernels.static_tiles import CAUSAL, OTHER, StaticTile, plans_of
 from ring_attention.attention.kernels.tokamax_calls import LARGEST_HEAD_DIM, Setting
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair, Tokens, visible
@@ -37,13 +37,7 @@ SMALLEST_CUT = 1024
 
 def check(mask: MaskSpec, q) -> None:
     """Raise ValueError for what the kernel cannot do, for queries of this shape [B,H,t,D] and dtype."""
-    for name, value in {
-        "alibi_slopes": mask.slopes,
-        "dropout_rate": mask.dropout,
-        "extra_mask": mask.extra,
-        "traced scale": mask.traced_scale,
-    }.items():
-        require(value is None, f'impl="tokamax" has no {name}; leave it out, or use impl="xla"')
+    refuse_in_mask("tokamax", mask, "slopes", "dropout", "extra", "kv_bias", "traced_scale")
     dtype, D, generation = jnp.dtype(q.dtype).name, q.shape[-1], _generation(gpu_here(None))
     require(dtype in ("bfloat16", "float16"), f'impl="tokamax" takes bfloat16 or float16, got {dtype}; use impl="xla"')
     largest = LARGEST_HEAD_DIM[generation]
@@ -103,7 +97,7 @@ def _mask(part: StaticTile, tile: BlockPair, ascending: bool):
     Either is None where a tile's kind says enough. `ascending` says that keys stand in the order of their positions.
     """
     i = jnp.arange(part.rows, dtype=jnp.int32)[None]
-    if part.kind != FULL and part.kind != CAUSAL or tile.queries.segments is not None:
+    if part.kind == OTHER or any(x is not None for x in (tile.queries.segments, tile.keys.real)):
         return _ranges(tile, ascending)
     return (None if part.window is None else jnp.maximum(i - part.window + 1, 0), None), True
 
@@ -118,7 +112,7 @@ def _ranges(tile: BlockPair, ascending: bool):
     shape = jnp.broadcast_shapes(*(x.shape for x in jax.tree.leaves((queries, keys))))
     seen, number = jnp.broadcast_to(True if seen is None else seen, shape), jnp.arange(s, dtype=jnp.int32)
     first, last = jnp.where(seen, number, s).min(2), jnp.where(seen, number + 1, 0).max(2)
-    if ascending and queries.segments is None:
+    if ascending and queries.segments is None and queries.low is None and keys.real is None:
         return (first, last), True
     number = seen.sum(2, dtype=jnp.int32)
     return (first, last), ((number == 0) | (number == last - first)).all()
@@ -126,8 +120,7 @@ def _ranges(tile: BlockPair, ascending: bool):
 
 def _along(tokens: Tokens, axis: int) -> Tokens:
     """Tokens whose arrays have another axis, so that those of queries and of keys broadcast against each other."""
-    segments = None if tokens.segments is None else jnp.expand_dims(tokens.segments, axis)
-    return Tokens(jnp.expand_dims(tokens.positions, axis), segments)
+    return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tokens)
 
 
 def _attention(q, k, v, part: StaticTile, pair: BlockPair, ranges):
