@@ -77,6 +77,10 @@ def test_blockwise_attention_is_as_exact_as_dense_attention(case, dtype):
         dropped = {name, *(other for pair in TOGETHER if name in pair for other in pair)}
         rest = {name: value for name, value in arguments.items() if name not in dropped}
         assert bound.too_large([ra.reference_attention(*qkv[:3], **rest)]), name
+    if "intervals" in arguments:
+        start, stop = arguments["intervals"]
+        for wrong in ((start + 1, stop), (start, stop - 1)):  # the control: intervals that are off by one
+            assert bound.too_large([ra.reference_attention(*qkv[:3], **arguments | dict(intervals=wrong))])
 
 
 @pytest.mark.slow
@@ -248,6 +252,32 @@ BAD_CALLS = {
         {},
         dict(dropout_rate=0.1),
         "dropout_rate=0.1 needs dropout_key; pass jax.random.key(seed), another one at each step",
+    ),
+    "a window of three sides": (
+        {},
+        dict(window=(1, 2, 3)),
+        "window=(1, 2, 3) is not two whole numbers of tokens, need",
+    ),
+    "intervals in one array": (
+        {},
+        dict(intervals=np.zeros((2, 8, 2), int)),
+        "need (start, stop), two arrays of integers",
+    ),
+    "intervals of other tokens": (
+        {},
+        dict(intervals=(np.zeros((2, 8), int), np.zeros((2, 9), int))),
+        "stop of intervals has shape (2, 9), need [B=2, T=8]",
+    ),
+    "validity in numbers": (
+        {},
+        dict(kv_valid=np.ones((2, 8), int)),
+        "kv_valid has dtype int64, need bool; give x.astype(bool), True where a key is real",
+    ),
+    "lengths for each key": ({}, dict(kv_lengths=np.ones((2, 8), int)), "kv_lengths has shape (2, 8), need [B=2]"),
+    "a bias for each pair": (
+        {},
+        dict(kv_bias=np.zeros((2, 4, 8, 8))),
+        "kv_bias has shape (2, 4, 8, 8), need [B=2, S=8]",
     ),
     "sinks for key heads": ({}, dict(sinks=np.zeros(2)), "sinks has shape (2,), need [H=4]; reshape or transpose it"),
     "slopes for each head alone": ({}, dict(alibi_slopes=np.zeros((4, 1))), "alibi_slopes has shape (4, 1), need [H=4"),

@@ -89,8 +89,9 @@ def test_cudnn_pads_lengths_that_do_not_divide(arguments):
 
 def test_cudnn_attends_on_one_device_in_a_single_call():
     qkv = random_qkv(0, B, T, H, K, D, dtype="bfloat16")
-    attend = functools.partial(ra.blockwise_attention, impl="cudnn", window=33)
-    assert Bound(qkv, window=33).too_large(results(attend, qkv)) == {}
+    mask = dict(window=33, kv_lengths=np.arange(T - B, T))  # keys that are padding are for xla
+    attend = functools.partial(ra.blockwise_attention, impl="cudnn")
+    assert Bound(qkv, **mask).too_large(results(attend, qkv, **mask)) == {}
     with pytest.raises(ValueError, match="impl='cudnn' cannot differentiate the lse; leave return_lse out"):
         attend(*qkv[:3], return_lse=True)
 
@@ -149,6 +150,8 @@ def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
     attend = functools.partial(ra.ring_attention, q, q, q, mesh=ring_mesh(2), impl="cudnn")
     with pytest.raises(ValueError, match='impl="cudnn" has no softcap; leave it out, or use impl="xla"'):
         attend(softcap=3.0)
+    with pytest.raises(ValueError, match='impl="cudnn" has no intervals; leave it out, or use impl="xla"'):
+        ra.blockwise_attention(q, q, q, impl="cudnn", intervals=ra.Intervals.chunks(np.arange(64), 8))
     with pytest.raises(ValueError, match='impl="cudnn" has no alibi_slopes'):
         attend(alibi_slopes=jnp.ones(4))
     with pytest.raises(ValueError, match='impl="cudnn" has no dropout_rate'):

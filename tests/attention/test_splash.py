@@ -97,7 +97,8 @@ def _attend(blocks=BLOCKS, **mask):
 
 def _hard_mask(tokens):
     """Everything that the kernel knows: a window that ends within a tile, uneven documents, and keys that are hidden."""
-    return dict(window=200, segment_ids=random_segments(1, B, tokens), softcap=5.0)
+    valid = np.random.default_rng(2).random((B, tokens)) < 0.9
+    return dict(window=200, segment_ids=random_segments(1, B, tokens), softcap=5.0, kv_valid=valid)
 
 
 @pytest.mark.parametrize("groups", [1, K, 0], ids=["fused", "fused, heads in turn", "two kernels"])
@@ -178,6 +179,8 @@ def test_splash_refuses_what_it_cannot_do():
         attend(impl="splash")
     with pytest.raises(ValueError, match='impl="splash" has no alibi_slopes; leave it out, or use impl="xla"'):
         attend(impl="interpreted", alibi_slopes=jnp.ones(4))
+    with pytest.raises(ValueError, match='impl="splash" has no intervals'):
+        ra.blockwise_attention(q, q, q, impl="interpreted", intervals=ra.Intervals.chunks(np.arange(512), 8))
     with pytest.raises(ValueError, match='impl="splash" has no dropout_rate'):
         attend(impl="interpreted", dropout_rate=0.1, dropout_key=jax.random.key(0))
     with pytest.raises(ValueError, match="needs to know how keys are spaced"):

@@ -120,17 +120,21 @@ def _tiles_taken(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("segments", "taken"),
-    [(DOCUMENT, {"tokamax": B, "xla": 0}), (COMES_BACK, {"tokamax": 0, "xla": 1})],
-    ids=["once", "come back"],
+    ("mask", "taken"),
+    [
+        (dict(segment_ids=DOCUMENT), {"tokamax": B, "xla": 0}),
+        (dict(segment_ids=COMES_BACK), {"tokamax": 0, "xla": 1}),
+        (dict(intervals=ra.Intervals.chunks(np.arange(T), 50), kv_lengths=np.full(B, T - 9)), {"tokamax": B, "xla": 0}),
+    ],
+    ids=["once", "come back", "intervals"],
 )
-def test_xla_computes_tiles_with_segments_that_come_back(segments, taken, monkeypatch):
+def test_xla_computes_tiles_whose_keys_do_not_follow_each_other(mask, taken, monkeypatch):
     if jax.default_backend() == "gpu":
         pytest.skip("it counts stand-ins")
     found = _tiles_taken(monkeypatch)
     qkv = random_qkv(0, B, T, H, K, D, dtype="bfloat16")
-    attend = functools.partial(ra.blockwise_attention, impl="tokamax", segment_ids=segments)
-    assert Bound(qkv, segment_ids=segments).too_large(results(attend, qkv)) == {}
+    attend = functools.partial(ra.blockwise_attention, impl="tokamax", **mask)
+    assert Bound(qkv, **mask).too_large(results(attend, qkv)) == {}
     jax.effects_barrier()
     assert {name: number > 0 for name, number in found.items()} == {name: number > 0 for name, number in taken.items()}
 
@@ -195,6 +199,8 @@ def test_tokamax_refuses_what_it_cannot_do(monkeypatch):
     attend = functools.partial(ra.blockwise_attention, q, q, q, impl="tokamax")
     with pytest.raises(ValueError, match='impl="tokamax" has no alibi_slopes; leave it out, or use impl="xla"'):
         attend(alibi_slopes=jnp.ones(4))
+    with pytest.raises(ValueError, match='impl="tokamax" has no kv_bias'):
+        attend(kv_bias=jnp.ones((1, 64)))
     with pytest.raises(ValueError, match='impl="tokamax" has no dropout_rate'):
         attend(dropout_rate=0.1, dropout_key=jax.random.key(0))
     with pytest.raises(ValueError, match="takes bfloat16 or float16, got float32"):
