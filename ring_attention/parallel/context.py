@@ -100,8 +100,9 @@ def context_attention(
         and fsdp, and of tp, that the mesh has. Needed where other axes of the mesh would be left.
       layout: "contiguous", "zigzag", "striped" or a SequenceLayout. The last two share causal work out evenly.
       causal: a token sees itself and those before it in the natural order; otherwise all of them.
-      window: a token sees itself and the window-1 tokens before it, and after it where causal is False. A ring sends
-        keys no farther than it reaches: if it fits in a shard, one hop in contiguous and zigzag layouts.
+      window: a token sees itself and the window-1 tokens before it, and after it where causal is False; or
+        (left, right), which is so many before and after it, None for all of them. A ring sends keys no farther than the
+        wider side reaches: if it fits in a shard, one hop in contiguous and zigzag layouts.
       segment_ids: integers [B,T] in the layout's order; a token sees its own segment only.
       max_segment_len: no segment is longer than this, so that keys need not be sent farther. It acts like a window: in
         a segment that is longer after all, tokens this far apart do not see each other.

@@ -96,7 +96,7 @@ def _attend(blocks=BLOCKS, **mask):
 
 
 def _hard_mask(tokens):
-    """Everything that the kernel knows: a window that ends within a tile, uneven documents, and keys that are hidden."""
+    """Everything that the kernel knows: a window that ends within a tile, uneven documents, some keys hidden."""
     valid = np.random.default_rng(2).random((B, tokens)) < 0.9
     return dict(window=200, segment_ids=random_segments(1, B, tokens), softcap=5.0, kv_valid=valid)
 
