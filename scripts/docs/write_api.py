@@ -25,7 +25,7 @@ GROUPS = {
     ],
     "Where tokens lie": ["SequenceLayout"],
     "Devices": ["make_mesh", "simulate_devices", "compiler_options"],
-    "Strategies, and masks of one's own": ["STRATEGIES", "Strategy", "Mask"],
+    "Strategies, and masks of one's own": ["STRATEGIES", "Strategy", "Mask", "Intervals"],
     "One device": ["blockwise_attention", "blockwise_feedforward", "BlockSizes"],
     "Generating": ["decode_attention", "decode_attention_shard"],
     "Checking and saving": ["reference_attention", "testing", "SAVED_NAMES"],
