@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_MODULES` says the sam
     from ring_attention.attention.reference import reference_attention as reference_attention
     from ring_attention.parallel.context import context_attention as context_attention
     from ring_attention.parallel.context import ring_attention as ring_attention
+    from ring_attention.parallel.dealt_rows import DealtRows as DealtRows
     from ring_attention.parallel.decode import decode_attention as decode_attention
     from ring_attention.parallel.decode import decode_attention_shard as decode_attention_shard
     from ring_attention.parallel.flax_attention import flax_attention_fn as flax_attention_fn
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "BlockSizes": "attention.blocks",
+    "DealtRows": "parallel.dealt_rows",
     "Intervals": "attention.intervals",
     "Mask": "attention.mask",
     "SAVED_NAMES": "parallel.strategy",

@@ -11,7 +11,9 @@ import numpy as np
 
 from ring_attention.attention.axis_types import type_of, with_auto_axes
 from ring_attention.attention.masks import Runs
-from ring_attention.checks import is_number, is_whole, require, require_choice, require_divisible, shown
+from ring_attention.checks import is_whole, require, require_choice, require_divisible, shown
+from ring_attention.parallel.dealing import require_speeds
+from ring_attention.parallel.dealt_rows import DealtRows, deal_rows
 
 LAYOUT_KINDS = ("contiguous", "zigzag", "striped")
 MOST_TOKENS = 2**31 - 1
@@ -76,11 +78,8 @@ class SequenceLayout:
         Raises:
           ValueError: for a speed that is not positive, or no chunks.
         """
+        speeds = require_speeds(speeds)
         P, n = len(speeds), chunks_per_shard
-        require(
-            P > 0 and all(is_number(s) and 0 < s < math.inf for s in speeds),
-            f"speeds={shown(list(speeds))} must be positive numbers; give one to each device of the ring",
-        )
         require(is_whole(n, 1), f"chunks_per_shard={shown(n)} must be positive; leave it out to take the default")
         need = [(P * n) ** 2 / 2 * speed / sum(speeds) for speed in speeds]
         shards = [[] for _ in speeds]
@@ -90,6 +89,27 @@ class SequenceLayout:
             need[taker] -= chunk + 0.5
             shards[taker].append(chunk)
         return SequenceLayout("dealt", P, chunks=tuple(tuple(sorted(shard)) for shard in shards))
+
+    @staticmethod
+    def for_documents(
+        segment_ids, ring_size: int, *, chunks_per_shard: int | None = None, speeds: Sequence[float] | None = None
+    ) -> DealtRows:
+        """The layout of a batch of packed documents: causal work is even, and keys go no farther than that needs.
+
+        Each row is dealt by itself (`deal_documents`). The layout is data, an array of the batch: nothing that was
+        compiled for one batch is compiled again for the next.
+
+        Args:
+          segment_ids: integers [B, T] in natural order, of NumPy; tokens in a row that are alike are a document.
+          ring_size: P, devices of the ring; it divides T.
+          chunks_per_shard: into how many chunks a shard falls, T / P divisible by it; by default up to 16, of at least
+            128 tokens. More of them balance better; kernels are at their best if a chunk is as long as a tile.
+          speeds: of each device along the ring, in any unit; work is proportional to them. Equal by default.
+
+        Raises:
+          ValueError: for ids that are no integers [B, T], and sizes or speeds that do not fit.
+        """
+        return deal_rows(segment_ids, ring_size, chunks_per_shard=chunks_per_shard, speeds=speeds)
 
     def work_shares(self, seq_len: int) -> np.ndarray:
         """float64 [ring_size]: the share of each shard in all pairs of a query and a key that a causal mask shows.

@@ -23,7 +23,7 @@ GROUPS = {
         "context_attention_shard",
         "flax_attention_fn",
     ],
-    "Where tokens lie": ["SequenceLayout"],
+    "Where tokens lie": ["SequenceLayout", "DealtRows"],
     "Devices": ["make_mesh", "simulate_devices", "compiler_options"],
     "Strategies, and masks of one's own": ["STRATEGIES", "Strategy", "Mask", "Intervals"],
     "One device": ["blockwise_attention", "blockwise_feedforward", "BlockSizes"],
