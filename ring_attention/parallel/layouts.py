@@ -96,8 +96,7 @@ class SequenceLayout:
     ) -> DealtRows:
         """The layout of a batch of packed documents: causal work is even, and keys go no farther than that needs.
 
-        Each row is dealt by itself (`deal_documents`). The layout is data, an array of the batch: nothing that was
-        compiled for one batch is compiled again for the next.
+        Each row is dealt by itself. The layout is data, an array of the batch: one program serves every batch.
 
         Args:
           segment_ids: integers [B, T] in natural order, of NumPy; tokens in a row that are alike are a document.
@@ -106,8 +105,7 @@ class SequenceLayout:
             128 tokens. More of them balance better; kernels are at their best if a chunk is as long as a tile.
           speeds: of each device along the ring, in any unit; work is proportional to them. Equal by default.
 
-        Raises:
-          ValueError: for ids that are no integers [B, T], and sizes or speeds that do not fit.
+        Raises ValueError for ids that are no integers [B, T], and sizes or speeds that do not fit.
         """
         return deal_rows(segment_ids, ring_size, chunks_per_shard=chunks_per_shard, speeds=speeds)
 
