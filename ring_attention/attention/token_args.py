@@ -16,12 +16,17 @@ FARTHEST = 2**30
 def check_positions(side: str, positions, segments, batch: int, length: int) -> None:
     """Raise ValueError unless positions are integers [length] or [1 or B, length], and segments [B, length]."""
     if positions is not None:
-        ndim = getattr(positions, "ndim", 1)
-        shape = (length,) if ndim < 2 else (None if positions.shape[0] == 1 else batch, length)
-        letters, most = ("T" if ndim < 2 else "BT"), FARTHEST - 1
-        require_integers(f"{side}_positions", positions, shape, letters, least=-most, most=most)
+        require_positions(f"{side}_positions", positions, batch, length)
     if segments is not None:
         require_integers(f"segment ids of {side}", segments, (batch, length), "BT")
+
+
+def require_positions(name: str, positions, batch: int, length: int) -> None:
+    """Raise ValueError unless positions are integers [length] or [1 or batch, length], near enough to 0."""
+    ndim = getattr(positions, "ndim", 1)
+    shape = (length,) if ndim < 2 else (None if positions.shape[0] == 1 else batch, length)
+    letters, most = ("T" if ndim < 2 else "BT"), FARTHEST - 1
+    require_integers(name, positions, shape, letters, least=-most, most=most)
 
 
 def segments_of_keys(segment_ids, kv_segment_ids, queries: int, keys: int):

@@ -24,12 +24,19 @@ from ring_attention.checks import (
     require_attention_shapes,
     require_same_head_dim,
 )
+from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.parallel.kernel_choice import choose_context
-from ring_attention.parallel.layouts import SequenceLayout, as_layout
+from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import find_mesh
 from ring_attention.parallel.on_mesh import on_mesh
 from ring_attention.parallel.ring import Ring
-from ring_attention.parallel.shard import MaskAndOptions, arrays_of_shard, mask_and_options, require_as_many_keys
+from ring_attention.parallel.shard import (
+    MaskAndOptions,
+    arrays_of_shard,
+    layout_and_positions,
+    mask_and_options,
+    require_as_many_keys,
+)
 from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec, known_spec, spec_on
 from ring_attention.parallel.strategies import StrategyOptions, find_strategy
 from ring_attention.parallel.strategy import Context, Strategy
@@ -43,7 +50,8 @@ class SequenceArgs(MaskArgs, total=False):
 
     axis_name: str
     spec: PartitionSpec | None
-    layout: str | SequenceLayout
+    layout: str | SequenceLayout | DealtRows
+    positions: jax.Array | None
     max_segment_len: int | None
     impl: str
     block_sizes: BlockSizes | None
@@ -65,7 +73,8 @@ def context_attention(
     strategy: str | Strategy = "ring",
     axis_name: str = "sp",
     spec: PartitionSpec | None = None,
-    layout: str | SequenceLayout = "contiguous",
+    layout: str | SequenceLayout | DealtRows = "contiguous",
+    positions: jax.Array | None = None,
     max_segment_len: int | None = None,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
@@ -98,7 +107,11 @@ def context_attention(
       spec: PartitionSpec of q, of k and of v. By default B and heads over the axes that shard those of q already, where
         that is known (Explicit types and concrete arrays tell it, Auto axes inside `jit` do not), and over those of dp
         and fsdp, and of tp, that the mesh has. Needed where other axes of the mesh would be left.
-      layout: "contiguous", "zigzag", "striped" or a SequenceLayout. The last two share causal work out evenly.
+      layout: "contiguous", "zigzag", "striped", a SequenceLayout, or DealtRows. Zigzag and striped share the work of a
+        causal mask out evenly; DealtRows (`SequenceLayout.for_documents`) that of packed documents, by arrays, so that
+        one program serves all batches.
+      positions: integers [T] or [B,T], nearer to 0 than 2**30, where each token stands for the mask, ALiBi and dropout,
+        in place of a layout's. They travel with the keys.
       causal: a token sees itself and those before it in the natural order; otherwise all of them.
       window: a token sees itself and the window-1 tokens before it, and after it where causal is False; or
         (left, right), which is so many before and after it, None for all of them. A ring sends keys no farther than the
@@ -133,8 +146,11 @@ def context_attention(
     require_same_head_dim("context_attention", k, v)
     given, mesh = mesh, find_mesh(mesh, axis_name)
     require_as_many_keys(q, k)
-    layout = as_layout(layout, mesh.shape[axis_name])
-    layout.check_length(layout.padded_length(q.shape[1]))
+    layout, positions = layout_and_positions(layout, positions, mesh.shape[axis_name], q.shape[:2])
+    if positions is None:
+        layout.check_length(layout.padded_length(q.shape[1]))
+    else:
+        layout.check_length(q.shape[1])
     kind = kind_of_mesh(mesh)
     require_platform(find_kernel(impl), kind.platform)
     if spec is None:
@@ -157,7 +173,7 @@ def context_attention(
         kv_heads=k.shape[2] // sizes[2],
         make_mask=functools.partial(make_mask_spec, q, **mask, seq_len=None if padded == T else T),
     )
-    arrays = [mask.pop(name) for name in _ARRAYS]
+    arrays = [positions, *(mask.pop(name) for name in _ARRAYS)]
     with only_reverse_mode():
         return _sharded(mesh, spec, strategy, context, **mask)(q, k, v, *arrays)
 
@@ -202,25 +218,25 @@ def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, strategy: Strategy,
     layout = context.layout
     batch_axes, _, head_axes, _ = axes_of_spec(spec)
 
-    def run(shard_map, q, k, v, *arrays):
+    def run(shard_map, q, k, v, positions, *arrays):
         T = q.shape[1]
         padded = layout.padded_length(T)
         # Padding comes last in the natural order; in the layout's it may stand anywhere.
         real = None if padded == T else np.flatnonzero(layout.positions(padded) < T)
 
         @jax.named_scope("attention")
-        def on_shards(q, k, v, *arrays):
+        def on_shards(q, k, v, positions, *arrays):
             offsets = dict(
                 batch_offset=_shard_number(batch_axes) * q.shape[0],
                 head_offset=_shard_number(head_axes) * q.shape[2],
                 seq_len=None if real is None else T,
             )
             here = mask | dict(zip(_ARRAYS, arrays, strict=True))
-            arrays = arrays_of_shard(strategy, context, q, k, v, here, **offsets)
+            arrays = arrays_of_shard(strategy, context, q, k, v, here, positions=positions, **offsets)
             return jnp.swapaxes(strategy.attend(context, *arrays), 1, 2)
 
-        heads = PartitionSpec(head_axes or None)
-        in_specs = (spec, spec, spec, PartitionSpec(*spec[:2]), heads, heads, PartitionSpec())
+        tokens, heads = PartitionSpec(*spec[:2]), PartitionSpec(head_axes or None)
+        in_specs = (spec, spec, spec, tokens, tokens, heads, heads, PartitionSpec())
         sharded = shard_map(on_shards, in_specs, spec)
         segment_ids, *others = arrays
         if real is not None:
@@ -228,7 +244,7 @@ def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, strategy: Strategy,
                 None if x is None else jnp.zeros((x.shape[0], padded, *x.shape[2:]), x.dtype).at[:, real].set(x)
                 for x in (q, k, v, segment_ids)
             )
-        out = sharded(q, k, v, segment_ids, *others)
+        out = sharded(q, k, v, positions, segment_ids, *others)
         return out if real is None else out[:, real]
 
     return on_mesh(mesh, spec, run)

@@ -111,7 +111,7 @@ def _sent_home(ring: RingPass, tree, hops, direction: int):
     return tree
 
 
-def _repeat(stop, step, carry, start=0):
+def _repeat(stop, step, carry, start: int | jax.Array = 0):
     """`step(number, carry)` for the numbers from `start` up to `stop`, of which neither need be known."""
     start, stop = (jnp.asarray(x, jnp.int32) for x in (start, stop))
     return lax.fori_loop(start, stop, step, carry)

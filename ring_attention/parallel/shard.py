@@ -4,6 +4,7 @@ Here arguments are checked; how queries and keys are then brought together is th
 """
 
 import functools
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -15,6 +16,7 @@ from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, Window, defaults_of, lists_arguments
 from ring_attention.attention.mask_spec import as_sinks, check_distance, checked_mask_args, make_mask_spec
 from ring_attention.attention.masks import Tokens
+from ring_attention.attention.token_args import require_positions
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
     require,
@@ -23,6 +25,7 @@ from ring_attention.checks import (
     require_integers,
     require_same_head_dim,
 )
+from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.parallel.kernel_choice import choose_context
 from ring_attention.parallel.layouts import SequenceLayout, as_layout
 from ring_attention.parallel.strategies import StrategyOptions, find_strategy
@@ -33,7 +36,8 @@ class ShardArgs(MaskArgs, StrategyOptions, total=False):
     """Keyword arguments of `context_attention_shard`, but for the strategy."""
 
     axis_name: str
-    layout: str | SequenceLayout
+    layout: str | SequenceLayout | DealtRows
+    positions: jax.Array | None
     max_segment_len: int | None
     batch_offset: int | jax.Array
     head_offset: int | jax.Array
@@ -55,7 +59,8 @@ def context_attention_shard(
     *,
     strategy: str | Strategy = "ring",
     axis_name: str = "sp",
-    layout: str | SequenceLayout = "contiguous",
+    layout: str | SequenceLayout | DealtRows = "contiguous",
+    positions: jax.Array | None = None,
     max_segment_len: int | None = None,
     batch_offset: int | jax.Array = 0,
     head_offset: int | jax.Array = 0,
@@ -75,7 +80,8 @@ def context_attention_shard(
       v: this device's slice [B,t,K,D] of the values.
       strategy: a name from `STRATEGIES`, or one of its values with other options.
       axis_name: the axis that the sequence is sharded over.
-      layout: the order in which tokens were dealt to devices, a name or a SequenceLayout.
+      layout: the order in which tokens were dealt to devices: a name, a SequenceLayout or DealtRows.
+      positions: this device's slice, integers [t] or [B,t], in place of those of a layout; as in `context_attention`.
       causal, window, max_segment_len, softcap, scale: as in `context_attention`, and so are dropout_rate,
         dropout_key and extra_mask.
       segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.
@@ -98,7 +104,9 @@ def context_attention_shard(
     require_attention_dtypes(q, k, v)
     require_same_head_dim("context_attention", k, v)
     require_as_many_keys(q, k)
-    layout = as_layout(layout, _axis_size(axis_name))
+    layout, positions = layout_and_positions(
+        layout, positions, _axis_size(axis_name), q.shape[:2], shard=lambda: lax.axis_index(axis_name)
+    )
     layout.check_length(q.shape[1] * layout.ring_size)
     mask, options = mask_and_options(arguments, q.shape, max_segment_len, "Bt")
     strategy = find_strategy(strategy, options, context_attention_shard)
@@ -115,8 +123,42 @@ def context_attention_shard(
         kv_heads=k.shape[2],
         make_mask=functools.partial(make_mask_spec, q, **mask, **offsets),
     )
-    arrays = arrays_of_shard(strategy, context, q, k, v, mask, **offsets)
+    arrays = arrays_of_shard(strategy, context, q, k, v, mask, positions=positions, **offsets)
     return jnp.swapaxes(strategy.attend(context, *arrays), 1, 2)
+
+
+def layout_and_positions(
+    layout, positions, ring_size: int, shape: tuple[int, int], shard: Callable | None = None
+) -> tuple[SequenceLayout, jax.Array | None]:
+    """The layout, and positions int32 [B,T] or None where it tells them.
+
+    Args:
+      layout, positions: as the public functions take them.
+      ring_size: devices that share a sequence.
+      shape: that of the tokens, (B, T).
+      shard: gives the number of the shard whose positions are wanted; None for those of all shards.
+
+    Raises:
+      ValueError: for what does not fit the devices and the tokens, or both positions and a layout.
+    """
+    B, T = shape
+    if isinstance(layout, DealtRows):
+        require(positions is None, "positions and DealtRows both say where tokens stand; give one of them")
+        layout.check(B, T if shard is None else T * ring_size)
+        fits = layout.ring_size == ring_size
+        remedy = f"make it by SequenceLayout.for_documents(segment_ids, {ring_size})"
+        require(fits, f"layout deals to {layout.ring_size} devices, but there are {ring_size}; {remedy}")
+        positions = layout.positions(T) if shard is None else layout.shard_positions(shard(), T)
+        return SequenceLayout("given", ring_size), jnp.asarray(positions, jnp.int32)
+    layout = as_layout(layout, ring_size)
+    if positions is None:
+        require(layout.kind != "given", 'layout="given" has no positions; give positions=, or leave the layout out')
+        return layout, None
+    remedy = "leave the layout out, or give each position in its place of the layout's order"
+    require(layout.kind in ("contiguous", "given"), f"positions are given beside layout={layout.kind!r}; {remedy}")
+    require_positions("positions", positions, B, T)
+    positions = jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (B, T))
+    return SequenceLayout("given", ring_size), positions
 
 
 def mask_and_options(arguments, q_shape: tuple[int, ...], max_segment_len: int | None, letters: str):

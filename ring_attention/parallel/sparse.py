@@ -76,10 +76,12 @@ class FarPart:
         residues = me * r + jnp.arange(r, dtype=jnp.int32)
         batch = q.shape[0] // r
         positions, mask = jnp.tile(residues[:, None] + of_residue_0[None], (batch, 1)), tokens.mask
-        sides = jax.tree.map(lambda x: self.to_residues(x)[0], (tokens.queries, tokens.keys))
-        sides = (dataclasses.replace(side, positions=positions) for side in sides)
+        queries, keys = (
+            dataclasses.replace(jax.tree.map(lambda x: self.to_residues(x)[0], side), positions=positions)
+            for side in (tokens.queries, tokens.keys)
+        )
         dropout = mask.dropout and dataclasses.replace(mask.dropout, batch=jnp.repeat(mask.dropout.batch, r))
-        return BlockPair(*sides, dataclasses.replace(mask, min_distance=self.stride, dropout=dropout))
+        return BlockPair(queries, keys, dataclasses.replace(mask, min_distance=self.stride, dropout=dropout))
 
 
 def near_window(window: int | None, stride: int) -> int:

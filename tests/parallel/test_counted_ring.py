@@ -1,0 +1,155 @@
+"""Rings that count their hops as they run: what arrays say is as exact as what is known when a program is traced."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ring_helpers import Bound, quickly, results
+
+import ring_attention as ra
+from ring_attention.attention.blocks import BlockSizes
+from ring_attention.attention.kernels import find_kernel
+from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.masks import Tokens
+from ring_attention.parallel.hops import count_hops
+from ring_attention.parallel.strategy import Context, ShardTokens
+from ring_attention.testing import NAMES, random_qkv
+
+B, H, K, D = 2, 4, 2, 8
+CHUNK = 4
+"""Tokens of the chunks that are dealt."""
+FLOOR = 5e-7
+"""What each entry may be off by in any case: of documents of a few tokens dense attention is exact by luck."""
+
+
+def _mesh(P):
+    return ra.make_mesh(sp=P, devices=jax.devices()[:P])
+
+
+@st.composite
+def _documents(draw, T):
+    """int32 [B,T]: segment ids of documents of any lengths."""
+    rows = []
+    for _ in range(B):
+        cuts = draw(st.lists(st.integers(1, T - 1), max_size=6))
+        rows.append(np.searchsorted(np.sort(cuts), np.arange(T), side="right"))
+    return np.stack(rows).astype(np.int32)
+
+
+@st.composite
+def _tables(draw, T):
+    """int32 [B,T]: positions of tokens whose chunks are dealt in any order, another one in each row."""
+    orders = [draw(st.permutations(range(T // CHUNK))) for _ in range(B)]
+    return np.stack([(np.array(order)[:, None] * CHUNK + np.arange(CHUNK)).reshape(-1) for order in orders]).astype(
+        np.int32
+    )
+
+
+# --- How far keys travel ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _counter(P, kind, causal):
+    context = Context(axis_name="sp", layout=ra.SequenceLayout(kind, P), kernel=find_kernel("xla"), blocks=BlockSizes())
+
+    def on_device(positions, segments):
+        own = Tokens(positions if kind == "given" else None, segments)
+        return count_hops(context, ShardTokens(queries=own, keys=own, mask=MaskSpec(scale=1.0, causal=causal)), 8)
+
+    spec = jax.P(None, "sp")
+    return quickly(jax.shard_map(on_device, mesh=_mesh(P), in_specs=(spec, spec), out_specs=jax.P()))
+
+
+def _fewest_hops(P, positions, segments, causal):
+    """Forth and back together, token by token."""
+    device = np.repeat(np.arange(P), positions.shape[1] // P)
+    seen = segments[:, :, None] == segments[:, None, :]
+    if causal:
+        seen &= positions[:, :, None] >= positions[:, None, :]
+    _, query, key = np.nonzero(seen)
+    shifts = {int(shift) for shift in (device[query] - device[key]) % P} - {0}
+    return min(forth + max((P - shift for shift in shifts if shift > forth), default=0) for forth in range(P))
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "given"])
+@pytest.mark.parametrize("causal", [True, False])
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_hops_are_the_fewest_that_bring_all_keys(kind, causal, data):
+    P, T = 8, 64
+    natural = data.draw(_documents(T))
+    if kind == "given":
+        positions = data.draw(_tables(T))
+    else:
+        positions = np.tile(ra.SequenceLayout(kind, P).positions(T), (B, 1))
+    segments = np.take_along_axis(natural, positions, 1)
+    hops = _counter(P, kind, causal)(positions, segments)
+    assert int(hops.forth) + int(hops.back) == _fewest_hops(P, positions, segments, causal)
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+def _in_order(x, positions, back=False):
+    """x [B,T,...] of natural order as it lies by `positions`, or back."""
+    order = jnp.argsort(positions, 1) if back else positions
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1)
+
+
+@functools.cache
+def _program(P, strategy, causal, dtype):
+    """(q, k, v and dout, what makes results of them by the order in which tokens lie, and positions said of them)."""
+    mesh, T = _mesh(P), 8 * P
+
+    def attend(q, k, v, *, lies, positions, segment_ids):
+        dealt = [_in_order(x, lies) for x in (q, k, v, segment_ids)]
+        how = dict(mesh=mesh, strategy=strategy, causal=causal, impl="plain" if strategy != "usp" else "xla")
+        out = ra.context_attention(*dealt[:3], segment_ids=dealt[3], positions=positions, **how)
+        return _in_order(out, lies, back=True)
+
+    qkv = random_qkv(3, B, T, H, K, D, dtype=dtype)
+
+    @quickly
+    def run(qkv, lies, positions, segment_ids):
+        how = dict(lies=lies, positions=positions, segment_ids=segment_ids)
+        return results(attend, qkv, jit=lambda fn: fn, **how)
+
+    return qkv, run
+
+
+@pytest.mark.parametrize(
+    ("P", "strategy", "causal", "dtype"),
+    [
+        (2, "ring", True, "float32"),
+        (3, "ring", False, "bfloat16"),
+        (8, "ring", True, "float32"),
+        (8, "usp", True, "float32"),
+        (2, "all_gather", True, "float32"),
+        (2, "ulysses", False, "float32"),
+        (2, "ring_self_attention", True, "float32"),
+    ],
+)
+@settings(deadline=None, max_examples=6)
+@given(data=st.data())
+def test_positions_that_are_data_give_exact_attention(P, strategy, causal, dtype, data):
+    qkv, run = _program(P, strategy, causal, dtype)
+    T = qkv[0].shape[1]
+    segment_ids, positions = data.draw(_documents(T)), data.draw(_tables(T))
+    assert not Bound(qkv, segment_ids=segment_ids, causal=causal).too_large(
+        run(qkv, positions, positions, segment_ids), floor=FLOOR
+    )
+
+
+def test_a_stale_table_is_seen():
+    qkv, run = _program(2, "ring", True, "float32")
+    rng, T = np.random.default_rng(0), 16
+    table = np.stack([rng.permutation(T // CHUNK) for _ in range(B)])
+    segment_ids = np.repeat([[1, 2]], T // 2, 1).repeat(B, 0).astype(np.int32)
+    rows = (table[..., None] * CHUNK + np.arange(CHUNK)).reshape(B, T).astype(np.int32)
+    bound = Bound(qkv, segment_ids=segment_ids)
+    assert not bound.too_large(run(qkv, rows, rows, segment_ids))
+    assert set(bound.too_large(run(qkv, rows, rows[::-1], segment_ids))) == set(NAMES)
