@@ -47,7 +47,8 @@ class SequenceLayout:
     chunks: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
-        require_choice("layout", self.kind, (*LAYOUT_KINDS, "dealt" if self.chunks else "given"))
+        if self.kind != "given":
+            require_choice("layout", self.kind, (*LAYOUT_KINDS, "dealt") if self.chunks else LAYOUT_KINDS)
         ring_size = shown(self.ring_size)
         require(is_whole(self.ring_size, 1), f"ring_size={ring_size} must be positive and whole; use mesh.shape['sp']")
         require(

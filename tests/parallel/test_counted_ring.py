@@ -153,3 +153,21 @@ def test_a_stale_table_is_seen():
     bound = Bound(qkv, segment_ids=segment_ids)
     assert not bound.too_large(run(qkv, rows, rows, segment_ids))
     assert set(bound.too_large(run(qkv, rows, rows[::-1], segment_ids))) == set(NAMES)
+
+
+def test_documents_that_are_dealt_give_exact_attention_in_one_program():
+    P, T, programs = 4, 64, []
+    mesh, qkv = _mesh(P), random_qkv(4, B, T, H, K, D)
+
+    @jax.jit
+    def attend(q, k, v, segment_ids, dealt):
+        programs.append(dealt)
+        how = dict(mesh=mesh, impl="plain", layout=dealt, segment_ids=dealt.permute(segment_ids))
+        return dealt.unpermute(ra.context_attention(*(dealt.permute(x) for x in (q, k, v)), **how))
+
+    for lengths in ([16] * 4, [40, 10, 8, 6], [64]):
+        segment_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[None].repeat(B, 0)
+        dealt = ra.SequenceLayout.for_documents(segment_ids, P, chunks_per_shard=4)
+        got = attend(*qkv[:3], segment_ids, dealt)
+        assert not Bound(qkv, segment_ids=segment_ids).too_large([got], floor=FLOOR)
+    assert len(programs) == 1
