@@ -143,8 +143,9 @@ def sharded(mesh, layout="contiguous", axis_name="sp", **settings):
 
     def attend(q, k, v, **arguments):
         arguments = settings | arguments
-        if arguments.get("segment_ids") is not None:
-            arguments["segment_ids"] = layout.permute(arguments["segment_ids"], 1)
+        for name in ("segment_ids", "intervals", "kv_valid", "kv_bias"):
+            if arguments.get(name) is not None:
+                arguments[name] = jax.tree.map(lambda x: layout.permute(x, 1), arguments[name])
         return layout.unpermute(ra.context_attention(*(layout.permute(x, 1) for x in (q, k, v)), **arguments), 1)
 
     return attend

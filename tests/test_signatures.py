@@ -12,10 +12,8 @@ import ring_attention as ra
 from ring_attention.attention.mask_args import (
     MASK_DEFAULTS,
     OTHER_NAMES,
-    TOKEN_DEFAULTS,
     MaskArgs,
     ScoreArgs,
-    TokenArgs,
     instead_of,
 )
 from ring_attention.parallel.context import ContextArgs, SequenceArgs
@@ -23,12 +21,12 @@ from ring_attention.parallel.shard import ShardArgs
 from ring_attention.parallel.strategies import StrategyOptions
 
 SCORES = dict(window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, extra_mask=None)
-MASK = SCORES | dict(causal=True, segment_ids=None, dropout_rate=0.0, dropout_key=None)
+OF_TOKENS = dict(segment_ids=None, intervals=None, kv_valid=None, kv_lengths=None, kv_bias=None)
+MASK = SCORES | OF_TOKENS | dict(causal=True, dropout_rate=0.0, dropout_key=None)
 KERNEL = dict(impl="auto", block_sizes=None)
 SHARDED = dict(axis_name="sp", layout="contiguous", max_segment_len=None) | MASK | KERNEL
 OFFSETS = dict(batch_offset=0, head_offset=0, seq_len=None)
-TOKENS = dict(intervals=None, kv_valid=None, kv_lengths=None, kv_bias=None)
-BLOCK = dict(kv_segment_ids=None, q_positions=None, kv_positions=None, return_lse=False) | TOKENS
+TOKENS = dict(kv_segment_ids=None, q_positions=None, kv_positions=None, return_lse=False)
 GLOBAL = dict(mesh=None, spec=None)
 DROPOUT = ("dropout_rate", "dropout_key")
 CACHE = SCORES | KERNEL | dict(axis_name="sp", heads_first=False, layout="striped")
@@ -41,8 +39,8 @@ ARGUMENTS = {
     "flax_attention_fn": {
         name: x for name, x in (SHARDED | GLOBAL | dict(strategy="ring")).items() if name not in DROPOUT
     },
-    "blockwise_attention": MASK | KERNEL | BLOCK,
-    "reference_attention": MASK | BLOCK | dict(stride=None),
+    "blockwise_attention": MASK | KERNEL | TOKENS,
+    "reference_attention": MASK | TOKENS | dict(stride=None),
     "decode_attention": CACHE | GLOBAL,
     "decode_attention_shard": CACHE | dict(layer=None, slot_positions=None),
 }
@@ -62,12 +60,11 @@ def test_help_shows_every_argument(name):
 
 
 def test_typed_dicts_name_what_the_functions_take():
-    kinds = (ScoreArgs, MaskArgs, TokenArgs, SequenceArgs, ContextArgs, ShardArgs)
+    kinds = (ScoreArgs, MaskArgs, SequenceArgs, ContextArgs, ShardArgs)
     keys = {kind: set(typing.get_type_hints(kind)) for kind in kinds}
     options = set(typing.get_type_hints(StrategyOptions))
     assert keys[ScoreArgs] == set(SCORES)
     assert keys[MaskArgs] == set(MASK) == set(MASK_DEFAULTS)
-    assert keys[TokenArgs] == set(MASK | TOKENS) == set(TOKEN_DEFAULTS)
     assert keys[SequenceArgs] == set(SHARDED) | {"spec"}
     assert keys[ContextArgs] == set(SHARDED) | {"spec", "strategy"} | options
     assert keys[ShardArgs] == set(SHARDED) | set(OFFSETS) | options

@@ -15,7 +15,7 @@ from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.kernels.choose import choose_kernel
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel
 from ring_attention.attention.kernels.tile_sizes import tiles_of
-from ring_attention.attention.mask_args import TOKEN_DEFAULTS, TokenArgs, lists_arguments, refuse_unknown
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec, scale_gradient
 from ring_attention.attention.masks import BlockPair, Tokens
 from ring_attention.attention.on_shards import Shards, on_shards, shards_of
@@ -39,7 +39,7 @@ class _Static:
     blocks: BlockSizes
 
 
-@lists_arguments(TOKEN_DEFAULTS)
+@lists_arguments(MASK_DEFAULTS)
 def blockwise_attention(
     q: jax.Array,
     k: jax.Array,
@@ -51,7 +51,7 @@ def blockwise_attention(
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
     return_lse: bool = False,
-    **arguments: Unpack[TokenArgs],
+    **arguments: Unpack[MaskArgs],
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention on one device, a tile of scores at a time (Rabe & Staats 2021; Dao et al. 2022).
 

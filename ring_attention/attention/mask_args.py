@@ -36,23 +36,22 @@ class MaskArgs(ScoreArgs, total=False):
 
     causal: bool
     segment_ids: jax.Array | None
-    dropout_rate: float
-    dropout_key: jax.Array | None
-
-
-class TokenArgs(MaskArgs, total=False):
-    """Keyword arguments of an attention that is told more of each token."""
-
     intervals: Intervals | tuple[jax.Array, jax.Array] | None
     kv_valid: jax.Array | None
     kv_lengths: jax.Array | None
     kv_bias: jax.Array | None
+    dropout_rate: float
+    dropout_key: jax.Array | None
 
 
 MASK_DEFAULTS: dict[str, Any] = dict(
     causal=True,
     window=None,
     segment_ids=None,
+    intervals=None,
+    kv_valid=None,
+    kv_lengths=None,
+    kv_bias=None,
     softcap=None,
     scale=None,
     sinks=None,
@@ -62,9 +61,6 @@ MASK_DEFAULTS: dict[str, Any] = dict(
     extra_mask=None,
 )
 """The default of each argument in `MaskArgs`, in the order in which signatures list them."""
-
-TOKEN_DEFAULTS = MASK_DEFAULTS | dict(intervals=None, kv_valid=None, kv_lengths=None, kv_bias=None)
-"""The same for `TokenArgs`."""
 
 _SEQUENCES = "segment_ids (and kv_segment_ids) for packed sequences"
 _MASK_WORDS = (

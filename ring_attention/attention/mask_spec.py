@@ -149,8 +149,8 @@ def make_mask_spec(
         slopes=None if slopes is None else jax.lax.stop_gradient(jnp.asarray(slopes, jnp.float32)),
         dropout=dropout,
         extra=mask["extra_mask"],
-        intervals=mask.get("intervals") is not None,
-        kv_bias=mask.get("kv_bias") is not None,
+        intervals=mask["intervals"] is not None,
+        kv_bias=mask["kv_bias"] is not None,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ring_attention.attention.dropout import seeds_of
 from ring_attention.attention.mask import Mask
-from ring_attention.attention.mask_args import TOKEN_DEFAULTS, TokenArgs, Window, lists_arguments, refuse_unknown
+from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, Window, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import check_distance, check_mask_spec
 from ring_attention.attention.token_args import check_token_args
 from ring_attention.checks import require_attention_shapes, require_shape
@@ -56,7 +56,7 @@ class _Weights:
     slope: np.ndarray | float
 
 
-@lists_arguments(TOKEN_DEFAULTS)
+@lists_arguments(MASK_DEFAULTS)
 def reference_attention(
     q,
     k,
@@ -67,7 +67,7 @@ def reference_attention(
     q_positions=None,
     kv_positions=None,
     return_lse: bool = False,
-    **arguments: Unpack[TokenArgs],
+    **arguments: Unpack[MaskArgs],
 ):
     """Dense attention in float64; arguments as in `blockwise_attention`, arrays of any dtype.
 

@@ -40,7 +40,7 @@ def segments_of_keys(segment_ids, kv_segment_ids, queries: int, keys: int):
 
 
 def check_token_args(arguments: Mapping[str, Any], batch: int, queries: int, keys: int, letters: str = "TS") -> None:
-    """Raise ValueError for intervals and what is said of keys (`TokenArgs`) unless dtypes and shapes fit.
+    """Raise ValueError for intervals and what is said of keys (`MaskArgs`) unless dtypes and shapes fit.
 
     `letters` name the axes of the queries and of the keys.
     """
@@ -77,14 +77,14 @@ def query_tokens(positions, segments, length: int, intervals=None) -> Tokens:
 
 
 def key_tokens(positions, segments, length: int, arguments: Mapping[str, Any]) -> Tokens:
-    """Keys with positions int32 [1 or B, length], segments, and what `arguments` (`TokenArgs`) says of them."""
+    """Keys with positions int32 [1 or B, length], segments, and what `arguments` (`MaskArgs`) says of them."""
     known = _positions(positions, length)
     real, bias = keys_of(known, arguments)
     return Tokens(known, _int32(segments), runs_of(positions, length), real=real, bias=bias)
 
 
 def keys_of(positions, arguments: Mapping[str, Any]) -> tuple[jax.Array | None, jax.Array | None]:
-    """(real, bias) of keys at these positions [1 or B, s] by `arguments` (`TokenArgs`); None for what is not said.
+    """(real, bias) of keys at these positions [1 or B, s] by `arguments` (`MaskArgs`); None for what is not said.
 
     A bias of -inf hides a key, and is then 0.
     """

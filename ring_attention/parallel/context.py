@@ -5,7 +5,7 @@ Here arguments are checked and global arrays cut into shards; `shard` has the fr
 
 import functools
 import math
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,10 @@ from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec
 from ring_attention.parallel.strategies import StrategyOptions, find_strategy
 from ring_attention.parallel.strategy import Context, Strategy
 
-_ARRAYS = ("segment_ids", "sinks", "alibi_slopes", "dropout_key")
+_OF_TOKENS = ("positions", "segment_ids", "starts", "stops", "kv_valid", "kv_bias")
+"""Arguments that are arrays [B,T]; "starts" and "stops" are those of intervals."""
+
+_ARRAYS = (*_OF_TOKENS, "kv_lengths", "sinks", "alibi_slopes", "dropout_key")
 """Arguments of the mask that are arrays, in the order in which programs take them."""
 
 
@@ -117,6 +120,13 @@ def context_attention(
         (left, right), which is so many before and after it, None for all of them. A ring sends keys no farther than the
         wider side reaches: if it fits in a shard, one hop in contiguous and zigzag layouts.
       segment_ids: integers [B,T] in the layout's order; a token sees its own segment only.
+      intervals: `ra.Intervals` or (start, stop), integers [B,T] or [1,T] in the layout's order: the natural positions,
+        from `start` to before `stop`, that each token sees, beside what `causal` and `window` show, or, where causal is
+        False, of what these show. A ring then goes as far as some token sees, not as far as a window reaches.
+      kv_valid: bool [B,T] in the layout's order, False for keys that nobody sees, such as padding.
+      kv_lengths: integers [B]; keys at natural positions from here on are not seen.
+      kv_bias: floats [B,T] in the layout's order, added to the scores of a key; -inf hides it. Constants: no gradient
+        flows to them.
       max_segment_len: no segment is longer than this, so that keys need not be sent farther. It acts like a window: in
         a segment that is longer after all, tokens this far apart do not see each other.
       softcap: scores x become softcap * tanh(x / softcap).
@@ -173,7 +183,7 @@ def context_attention(
         kv_heads=k.shape[2] // sizes[2],
         make_mask=functools.partial(make_mask_spec, q, **mask, seq_len=None if padded == T else T),
     )
-    arrays = [positions, *(mask.pop(name) for name in _ARRAYS)]
+    arrays = _taken_arrays(mask, positions, q.shape[:2])
     with only_reverse_mode():
         return _sharded(mesh, spec, strategy, context, **mask)(q, k, v, *arrays)
 
@@ -218,36 +228,49 @@ def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, strategy: Strategy,
     layout = context.layout
     batch_axes, _, head_axes, _ = axes_of_spec(spec)
 
-    def run(shard_map, q, k, v, positions, *arrays):
+    def run(shard_map, q, k, v, *arrays):
         T = q.shape[1]
         padded = layout.padded_length(T)
         # Padding comes last in the natural order; in the layout's it may stand anywhere.
         real = None if padded == T else np.flatnonzero(layout.positions(padded) < T)
 
         @jax.named_scope("attention")
-        def on_shards(q, k, v, positions, *arrays):
+        def on_shards(q, k, v, *arrays):
             offsets = dict(
                 batch_offset=_shard_number(batch_axes) * q.shape[0],
                 head_offset=_shard_number(head_axes) * q.shape[2],
                 seq_len=None if real is None else T,
             )
             here = mask | dict(zip(_ARRAYS, arrays, strict=True))
-            arrays = arrays_of_shard(strategy, context, q, k, v, here, positions=positions, **offsets)
+            intervals = here.pop("starts"), here.pop("stops")
+            here["intervals"] = None if intervals[0] is None else intervals
+            arrays = arrays_of_shard(strategy, context, q, k, v, here, positions=here.pop("positions"), **offsets)
             return jnp.swapaxes(strategy.attend(context, *arrays), 1, 2)
 
-        tokens, heads = PartitionSpec(*spec[:2]), PartitionSpec(head_axes or None)
-        in_specs = (spec, spec, spec, tokens, tokens, heads, heads, PartitionSpec())
+        rows, heads = PartitionSpec(spec[0]), PartitionSpec(head_axes or None)
+        of_tokens = [PartitionSpec(*spec[:2])] * len(_OF_TOKENS)
+        in_specs = (spec, spec, spec, *of_tokens, rows, heads, heads, PartitionSpec())
         sharded = shard_map(on_shards, in_specs, spec)
-        segment_ids, *others = arrays
+        along = 3 + len(_OF_TOKENS)
+        arrays = (q, k, v, *arrays)
         if real is not None:
-            q, k, v, segment_ids = (
+            padding = (
                 None if x is None else jnp.zeros((x.shape[0], padded, *x.shape[2:]), x.dtype).at[:, real].set(x)
-                for x in (q, k, v, segment_ids)
+                for x in arrays[:along]
             )
-        out = sharded(q, k, v, positions, segment_ids, *others)
+            arrays = (*padding, *arrays[along:])
+        out = sharded(*arrays)
         return out if real is None else out[:, real]
 
     return on_mesh(mesh, spec, run)
+
+
+def _taken_arrays(mask: dict[str, Any], positions, shape: tuple[int, int]) -> list:
+    """The arguments in `_ARRAYS`, all others of `mask` being left in it; intervals [1,T] as [B,T]."""
+    mask["positions"], intervals = positions, mask.pop("intervals")
+    for number, name in enumerate(("starts", "stops")):
+        mask[name] = None if intervals is None else jnp.broadcast_to(intervals[number], shape)
+    return [mask.pop(name) for name in _ARRAYS]
 
 
 def _shard_number(axes: tuple[str, ...]):

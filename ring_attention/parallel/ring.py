@@ -214,8 +214,13 @@ class SlidingWindow(Ring):
     def check(self, context: Context, q_shape, kv_heads: int, mask: MaskSpec) -> None:
         """Refuse to be what it is not."""
         require(
-            mask.reach is not None,
+            mask.window is not None,
             'strategy="sliding_window" got no window; give window=, or choose strategy="ring" for full attention',
+        )
+        require(
+            mask.reach is not None,
+            'strategy="sliding_window" needs a bound on how far a token sees, which causal intervals and a window that '
+            'is open on one side have not; choose strategy="ring"',
         )
         require(
             context.devices == 1 or context.layout.kind != "striped",

@@ -3,6 +3,7 @@
 Here arguments are checked; how queries and keys are then brought together is the strategy's business.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Unpack
@@ -16,7 +17,7 @@ from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, Window, defaults_of, lists_arguments
 from ring_attention.attention.mask_spec import as_sinks, check_distance, checked_mask_args, make_mask_spec
 from ring_attention.attention.masks import Tokens
-from ring_attention.attention.token_args import require_positions
+from ring_attention.attention.token_args import check_token_args, keys_of, require_positions
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
     require,
@@ -85,6 +86,7 @@ def context_attention_shard(
       causal, window, max_segment_len, softcap, scale: as in `context_attention`, and so are dropout_rate,
         dropout_key and extra_mask.
       segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.
+      intervals, kv_valid, kv_bias: this device's slices, [B,t]; kv_lengths: [B]; as in `context_attention`.
       sinks: those of this device's heads, [H].
       alibi_slopes: those of this device's heads, [H].
       batch_offset: global index of this device's first sequence, by which dropout counts.
@@ -168,6 +170,7 @@ def mask_and_options(arguments, q_shape: tuple[int, ...], max_segment_len: int |
     segment_ids = mask.get("segment_ids")
     if segment_ids is not None:
         require_integers("segment_ids", segment_ids, q_shape[:2], letters)
+    check_token_args(mask, q_shape[0], q_shape[1], q_shape[1], 2 * letters[1])
     mask = checked_mask_args(mask, q_shape[2])
     return mask | dict(window=_shorter(mask["window"], max_segment_len, segment_ids)), options
 
@@ -182,10 +185,22 @@ def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, *
     spec = make_mask_spec(q, **mask, **offsets)
     context.kernel.check(spec, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
     strategy.check(context, (B, t, H, D), k.shape[2], spec)
-    arrays = (q, k, v, own, spec, as_sinks(mask["sinks"]), lax.axis_index(context.axis_name))
-    q, k, v, own, spec, sinks, _ = vary_together(*arrays)
-    tokens = strategy.prepared(context, ShardTokens(queries=own, keys=own, mask=spec), t)
+    me = lax.axis_index(context.axis_name)
+    more = _more_of_tokens(mask, context.placed(own, me, t).positions, (B, t))
+    q, k, v, own, more, spec, sinks, _ = vary_together(q, k, v, own, more, spec, as_sinks(mask["sinks"]), me)
+    queries, keys = (dataclasses.replace(own, **fields) if fields else own for fields in more)
+    tokens = strategy.prepared(context, ShardTokens(queries=queries, keys=keys, mask=spec), t)
     return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), tokens, sinks
+
+
+def _more_of_tokens(mask: dict, positions, shape: tuple[int, int]) -> tuple[dict, dict]:
+    """Fields of `Tokens` beside positions and segments, of queries and of keys, which travel with them: [B,t]."""
+    low_high = mask["intervals"] or ()
+    of_queries = {
+        name: jnp.broadcast_to(x, shape).astype(jnp.int32) for name, x in zip(("low", "high"), low_high, strict=False)
+    }
+    real, bias = keys_of(positions, mask)
+    return of_queries, {name: x for name, x in (("real", real), ("bias", bias)) if x is not None}
 
 
 def require_as_many_keys(q, k) -> None:

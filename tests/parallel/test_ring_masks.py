@@ -18,12 +18,18 @@ KEY = jax.random.key(3)
 
 ARGUMENTS = dict(
     softcap=dict(softcap=1.5),
-    sinks=dict(sinks=np.array([0.7, -1.2, 0.1, 2.0])),
-    alibi=dict(alibi_slopes=np.array([0.5, 0.25, 0.125, 0.0625])),
+    sinks=dict(sinks=np.array([0.7, -1.2, 0.1, 2.0]), kv_valid=np.arange(B * T).reshape(B, T) % 7 > 0),
+    alibi=dict(
+        alibi_slopes=np.array([0.5, 0.25, 0.125, 0.0625]),
+        kv_bias=np.random.default_rng(2).normal(0, 2, (B, T)).astype(np.float32),
+    ),
     dropout=dict(dropout_rate=0.3, dropout_key=KEY),
-    packed=dict(segment_ids=random_segments(1, B, T, count=3)),
+    packed=dict(
+        segment_ids=random_segments(1, B, T, count=3),
+        intervals=ra.Intervals.chunks(np.arange(T)[None].repeat(B, 0), 12),
+    ),
 )
-WINDOWS = dict(none=None, short=5, long=23)  # shorter than a shard; longer than one of three
+WINDOWS = dict(none=None, short=5, long=(22, 13))  # shorter than a shard; longer than one of three
 DTYPES = dict(f32="float32", bf16="bfloat16", f16="float16")
 
 CHOICES = [LAYOUT_KINDS, (2, 3), tuple(DTYPES), (True, False), tuple(WINDOWS), *[(False, True)] * len(ARGUMENTS)]

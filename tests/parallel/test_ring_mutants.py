@@ -5,12 +5,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ring_helpers import ALL_NAMES, PLAIN, Bound, quickly, results, sharded
 
 import ring_attention as ra
 from ring_attention.attention import kernels, online_softmax, sinks
 from ring_attention.attention.kernels.contract import GlobalStats
+from ring_attention.attention.masks import Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.weights import BlockScores
 from ring_attention.parallel import context, counted_ring, ring, shard
@@ -104,6 +106,38 @@ def _window(more):
             return make_mask_spec(*args, **(kwargs | dict(window=kwargs["window"] + more)))
 
         patch.setattr(shard, "make_mask_spec", mutant)
+
+    return mutate
+
+
+def _off_by_one(low: int, high: int):
+    """A mutant whose intervals begin or end another token later."""
+
+    def mutate(patch):
+        more = shard._more_of_tokens
+
+        def mutant(*args):
+            of_queries, of_keys = more(*args)
+            return dict(low=of_queries["low"] + low, high=of_queries["high"] + high), of_keys
+
+        patch.setattr(shard, "_more_of_tokens", mutant)
+
+    return mutate
+
+
+def _stays_at_home(name):
+    """A mutant with this field of keys that does not travel with them."""
+
+    def mutate(patch):
+        send = RingPass.send
+
+        def mutant(self, tree, shift):
+            def of(old, new):
+                return dataclasses.replace(new, **{name: getattr(old, name)}) if isinstance(new, Tokens) else new
+
+            return jax.tree.map(of, tree, send(self, tree, shift), is_leaf=lambda x: isinstance(x, Tokens))
+
+        patch.setattr(RingPass, "send", mutant)
 
     return mutate
 
@@ -230,6 +264,16 @@ FORWARD = ("out",)
 BASES = {
     "whole": (dict(sp=3), "zigzag", {}),
     "packed": (dict(sp=3), "zigzag", dict(segment_ids=random_segments(16, 2, T, count=2))),
+    "told": (
+        dict(sp=3),
+        "zigzag",
+        dict(
+            window=5,
+            intervals=ra.Intervals.blocks(np.array([[0] * 8 + [-1] * 5 + [1] * 20 + [-1] * 15, [7] * 48])),
+            kv_valid=np.arange(2 * T).reshape(2, T) % 5 > 0,
+            kv_bias=np.random.default_rng(4).normal(0, 2, (2, T)).astype(np.float32),
+        ),
+    ),
     "window": (dict(sp=3), "contiguous", dict(window=7)),
     "sinks": (dict(sp=2), "striped", dict(sinks=[0.7, -1.2, 0.1, 2.0])),
     "dropout": (dict(dp=2, sp=2, tp=2), "contiguous", dict(dropout_rate=0.3, dropout_key=jax.random.key(1))),
@@ -239,6 +283,11 @@ MUTANTS = {
     "takes the visitor for another shard": (_wrong_source, "whole", FORWARD),
     "positions of another layout": (_positions_of_another_layout, "packed", FORWARD),
     "segments do not travel": (_segments_stay_at_home, "packed", FORWARD),
+    "intervals end a token early": (_off_by_one(0, -1), "told", FORWARD),
+    "intervals begin a token late": (_off_by_one(1, 0), "told", FORWARD),
+    "what is said of keys' validity does not travel": (_stays_at_home("real"), "told", FORWARD),
+    "the bias of keys does not travel": (_stays_at_home("bias"), "told", FORWARD),
+    "the count of hops for intervals is one short": (_fewer_hops, "told", FORWARD),
     "a hop is missing": (_routes(more_hops=-1), "whole", FORWARD),
     "a hop too many": (_routes(more_hops=1), "whole", FORWARD),
     "a token of a shard stays local": (_routes(window=-1), "window", FORWARD),

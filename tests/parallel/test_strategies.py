@@ -32,7 +32,15 @@ EVERYTHING = dict(
     dropout_key=jax.random.key(5),
     sinks=np.linspace(-1, 1, H, dtype=np.float32),
 )
+TOLD = dict(
+    intervals=ra.Intervals.blocks(np.random.default_rng(2).integers(-1, 2, (B, T // 8)).repeat(8, 1)),
+    kv_valid=np.arange(B * T).reshape(B, T) % 13 > 1,
+    kv_lengths=np.array([T - 5, T // 2 + 3]),
+    kv_bias=np.random.default_rng(3).normal(0, 2, (B, T)).astype(np.float32),
+)
+"""What is told of each token; some keys of `kv_valid` are in an interval, and so are some beyond `kv_lengths`."""
 MASKS = {
+    "told": EVERYTHING | TOLD,
     "causal": {},
     "bidirectional": dict(causal=False),
     "everything": EVERYTHING,
@@ -45,6 +53,8 @@ CANNOT = {("sliding_window", "striped"), ("sparse", "striped"), ("usp", "dealt")
 
 def _own_mask(strategy, mask):
     """(options of the strategy, the mask that it then computes)."""
+    if strategy in ("sliding_window", "sparse"):
+        mask = {name: value for name, value in mask.items() if name != "intervals"}
     if strategy == "sliding_window":
         return {}, dict(window=20) | mask
     if strategy == "sparse":
@@ -66,7 +76,7 @@ def _bound_of(strategy, mask, *inputs):
 
 def _bound(strategy, mask, *inputs):
     """The bound for a strategy, of the ring where it computes the same mask."""
-    has_own = strategy == "sparse" or (strategy == "sliding_window" and "window" not in MASKS[mask])
+    has_own = strategy == "sparse" or (strategy == "sliding_window" and ("window" not in MASKS[mask] or mask == "told"))
     return _bound_of(strategy if has_own else "ring", mask, *inputs)
 
 
@@ -106,7 +116,7 @@ SITUATIONS = {
     "half": Situation("causal", dtype="bfloat16", one_head=("ulysses", "usp", "sparse")),
     "padded": Situation("bidirectional", T=75),
     "everything": Situation("everything", one_head=("all_gather", "ulysses", "usp")),
-    "beside": Situation("everything", mesh=(("dp", 2), ("sp", 2), ("tp", 2))),
+    "beside": Situation("told", mesh=(("dp", 2), ("sp", 2), ("tp", 2))),
 }
 """Half precision: gradients of repeated heads must not be summed in bfloat16. Padding: what a query that sees all
 must not see. All arguments, on a ring and beside other axes: dropout counts global sequences and heads, and slopes and
@@ -296,6 +306,18 @@ def test_strategies_mutants_are_seen(name, monkeypatch):
             "strategy='single_device' needs the whole sequence on one device, but 'sp' has 4; make the mesh with sp=1",
         ),
         (dict(strategy="sliding_window"), 'strategy="sliding_window" got no window; give window=, or choose'),
+        (
+            dict(strategy="sliding_window", window=9, intervals=TOLD["intervals"]),
+            'strategy="sliding_window" needs a bound on how far a token sees',
+        ),
+        (
+            dict(strategy="sparse", window=(3, 4), causal=False),
+            'strategy="sparse" takes no intervals, and only a window',
+        ),
+        (
+            dict(strategy="sparse", intervals=TOLD["intervals"]),
+            'strategy="sparse" takes no intervals, and only a window',
+        ),
         (dict(strategy="sliding_window", window=9, layout="striped"), 'layout="striped" deals them to all devices'),
         (dict(strategy="sparse", layout="striped"), 'but layout="striped" has none; use "contiguous" or "zigzag"'),
         (
