@@ -24,7 +24,7 @@ SCORES = dict(window=None, softcap=None, scale=None, sinks=None, alibi_slopes=No
 OF_TOKENS = dict(segment_ids=None, intervals=None, kv_valid=None, kv_lengths=None, kv_bias=None)
 MASK = SCORES | OF_TOKENS | dict(causal=True, dropout_rate=0.0, dropout_key=None)
 KERNEL = dict(impl="auto", block_sizes=None)
-SHARDED = dict(axis_name="sp", layout="contiguous", max_segment_len=None) | MASK | KERNEL
+SHARDED = dict(axis_name="sp", layout="contiguous", positions=None, max_segment_len=None) | MASK | KERNEL
 OFFSETS = dict(batch_offset=0, head_offset=0, seq_len=None)
 TOKENS = dict(kv_segment_ids=None, q_positions=None, kv_positions=None, return_lse=False)
 GLOBAL = dict(mesh=None, spec=None)

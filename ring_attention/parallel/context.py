@@ -157,10 +157,7 @@ def context_attention(
     given, mesh = mesh, find_mesh(mesh, axis_name)
     require_as_many_keys(q, k)
     layout, positions = layout_and_positions(layout, positions, mesh.shape[axis_name], q.shape[:2])
-    if positions is None:
-        layout.check_length(layout.padded_length(q.shape[1]))
-    else:
-        layout.check_length(q.shape[1])
+    layout.check_length(layout.padded_length(q.shape[1]) if positions is None else q.shape[1])
     kind = kind_of_mesh(mesh)
     require_platform(find_kernel(impl), kind.platform)
     if spec is None:
@@ -265,7 +262,7 @@ def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, strategy: Strategy,
     return on_mesh(mesh, spec, run)
 
 
-def _taken_arrays(mask: dict[str, Any], positions, shape: tuple[int, int]) -> list:
+def _taken_arrays(mask: dict[str, Any], positions, shape: tuple[int, ...]) -> list:
     """The arguments in `_ARRAYS`, all others of `mask` being left in it; intervals [1,T] as [B,T]."""
     mask["positions"], intervals = positions, mask.pop("intervals")
     for number, name in enumerate(("starts", "stops")):

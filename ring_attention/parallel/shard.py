@@ -130,7 +130,7 @@ def context_attention_shard(
 
 
 def layout_and_positions(
-    layout, positions, ring_size: int, shape: tuple[int, int], shard: Callable | None = None
+    layout, positions, ring_size: int, shape: tuple[int, ...], shard: Callable | None = None
 ) -> tuple[SequenceLayout, jax.Array | None]:
     """The layout, and positions int32 [B,T] or None where it tells them.
 
