@@ -8,7 +8,7 @@ so that one compiled program serves every batch.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from ring_attention.checks import is_number, is_whole, require, require_divisibl
 
 BALANCE = 1.05
 """The most that a device's work may be, as a multiple of its share, before keys are rather sent farther."""
-_LEAST_GAIN = 1e-6  # of a swap
-_NEAR = 1.01  # what no way of dealing balances so well: the nearest one within this factor of the best
+_LEAST_GAIN = 3e-6  # of a swap, as a share of all work
 
 
 def deal_documents(
@@ -25,10 +24,9 @@ def deal_documents(
 ) -> np.ndarray:
     """Deal the chunks of a row of documents to the devices of a ring, by the work of each under a causal mask.
 
-    A device's work is at most `BALANCE` times its share where any way of dealing found does that, and of those ways the
-    one is taken that sends keys the fewest hops. Chunks begin in the order of the row and are swapped between devices
-    as long as that makes the work more even without a key having to go too far; how far is allowed to grow until it
-    does. The same arguments give the same table.
+    Chunks begin in the order of the row and are swapped between devices as long as that makes the work more even
+    without a key having to go too far; how far grows until no device's work is more than `BALANCE` times its share, or
+    keys go everywhere and nothing is left to swap. The same arguments give the same table.
 
     Args:
       lengths: tokens of each document, in the order of the row. Their sum is divisible by the number of chunks.
@@ -53,15 +51,11 @@ def deal_documents(
     require(len(rates) == P, f"speeds are {len(rates)}, need ring_size={P}; give one to each device of the ring")
     chunks = Chunks.of(lengths, P, n)
     share = chunks.work.sum() * rates / rates.sum()
-    found = []
+    search = _Search(chunks, share)
     for forth, back in chunks.ways(share):
-        devices, most = _Search(chunks, share, forth, back).run()
-        found.append((most, forth + back, devices))
-        if most <= BALANCE:
+        if search.run(forth, back):
             break
-    enough = max(BALANCE, _NEAR * min(most for most, _, _ in found))
-    devices = next(devices for most, _, devices in found if most <= enough)
-    return np.argsort(devices, kind="stable").reshape(P, n).astype(np.int32)
+    return np.argsort(search.devices, kind="stable").reshape(P, n).astype(np.int32)
 
 
 def require_speeds(speeds: Sequence[float]) -> list[float]:
@@ -119,78 +113,88 @@ class Chunks:
         widest = int(gaps.argmax())
         return int(shifts[widest]), int(P - shifts[widest] - gaps[widest])
 
-    def ways(self, share: np.ndarray) -> list[tuple[int, int]]:
-        """The (hops forth, hops back) worth trying, the fewest in all first.
+    def ways(self, share: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(hops forth, hops back) to try, each allowing all that the one before does, and more in the end than needed.
 
         A document lies on no more devices in a row than hops one way and one, so its work says how many it takes.
         """
         P, most = self.ring_size, np.cumsum(np.sort(share)[::-1]) * BALANCE
-        spread = min(int(np.searchsorted(most, self.document)), P - 1)
-        least, _ = self.hops(np.arange(len(self.work)) // (len(self.work) // P))
-        hops, ways = max(least, spread), []
-        while hops < P - 1:
-            splits = {0, 1, 2, hops // 4, hops // 2}
-            splits |= {hops - split for split in splits}
-            ways += [(hops - back, back) for back in sorted(splits) if 0 <= back <= hops]
-            hops += 1 + hops // 4
-        return [way for way in ways if way[0] >= least and max(way) >= spread] + [(P - 1, 0)]
+        contiguous = np.arange(len(self.work)) // (len(self.work) // P)
+        reach = int((contiguous[self.last] - contiguous).max())
+        forth, back = max(reach, int(np.searchsorted(most, self.document))), 0
+        while forth + back < P - 1:
+            yield forth, back
+            if 2 * back < forth:
+                back += 1 + back // 4
+            else:
+                forth += 1 + forth // 4
+        yield P - 1, 0
 
 
 class _Search:
-    """Chunks on devices, being swapped until each device's work is near its share, at most so many hops away.
+    """Chunks on devices, swapped until the work of each is near its share, and no key is seen too far away.
 
-    Keys of a chunk on device i are seen on device j only if j - i modulo P is at most `forth`, or at least P - `back`.
+    Attributes:
+      devices: int [P*n], the device of each chunk; at first they lie in order.
     """
 
-    def __init__(self, chunks: Chunks, share: np.ndarray, forth: int, back: int):
+    def __init__(self, chunks: Chunks, share: np.ndarray):
         P, N = chunks.ring_size, len(chunks.work)
-        self._chunks, self._share = chunks, share
-        self._devices = np.arange(N) // (N // P)
-        self._load = np.bincount(self._devices, chunks.work, P)
-        shift = np.arange(P) - np.arange(P)[:, None]
-        self._far = (shift % P > forth) & (shift % P < P - back)  # [from, to]
-        held = np.append(np.zeros((1, P), int), np.cumsum(np.eye(P, dtype=int)[self._devices], 0), 0)
-        numbers = np.arange(N)
-        # [chunk, device]: chunks in the way of this one lying there
-        self._hindrances = (held[:-1] - held[chunks.first]) @ self._far
-        self._hindrances += (held[chunks.last + 1] - held[numbers + 1]) @ self._far.T
+        self._chunks, self._share, self._numbers = chunks, share, np.arange(N)
+        self.devices = self._numbers // (N // P)
+        self._load = np.bincount(self.devices, chunks.work, P)
 
-    def run(self) -> tuple[np.ndarray, float]:
-        """(the device of each chunk, the most work of a device as a multiple of its share)."""
-        for _ in range(len(self._devices)):
-            if (self._load / self._share).max() <= BALANCE or not self._step():
-                break
-        return self._devices, float((self._load / self._share).max())
+    def run(self, forth: int, back: int) -> bool:
+        """Swap chunks while that makes work more even; True once it is even enough.
 
-    def _step(self) -> bool:
-        """Make the best swap of the device with the most work that has any; False where none has."""
-        for device in np.argsort(-self._load / self._share, kind="stable"):
-            own, gain = self._gains(device)
-            best = int(gain.argmax())
-            if gain.flat[best] > _LEAST_GAIN * self._load.sum():
-                mine, other = int(own[best // gain.shape[1]]), best % gain.shape[1]
-                self._put(mine, int(self._devices[other]))
-                self._put(other, int(device))
-                return True
+        Keys of a chunk on device i are seen on device j only where j - i modulo P is at most `forth`, or at least P -
+        `back`, which must hold at the beginning.
+        """
+        P, chunks = len(self._share), self._chunks
+        shift = (np.arange(P) - np.arange(P)[:, None]) % P
+        self._far = ((shift > forth) & (shift < P - back)).astype(np.float32)  # [from, to]
+        held = np.append(np.zeros((1, P)), np.cumsum(np.eye(P)[self.devices], 0), 0).astype(np.float32)
+        before, after = held[:-1] - held[chunks.first], held[chunks.last + 1] - held[self._numbers + 1]
+        self._hindrances = before @ self._far + after @ self._far.T  # [chunk, device]: chunks in its way to lie there
+        swapped = True
+        while swapped:
+            swapped = False
+            for device in np.argsort(-self._load / self._share, kind="stable"):
+                if (self._load <= BALANCE * self._share).all():
+                    return True
+                swapped |= self._improve(device)
         return False
 
-    def _gains(self, device: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the chunks of a device, and by how much it lowers the sum of work^2 / share to swap each with any."""
-        chunks, devices, load, share = self._chunks, self._devices, self._load, self._share
-        own, numbers = np.flatnonzero(devices == device), np.arange(len(devices))
-        moved = chunks.work[own, None] - chunks.work
-        gain = moved * (2 * load[device] - moved) / share[device]
-        gain -= moved * ((2 * load / share)[devices] + moved / share[devices])
-        fits = (self._hindrances[own][:, devices] == 0) & (self._hindrances[:, device] == 0) & (devices != device)
-        linked = (chunks.first[own, None] <= numbers) & (numbers <= chunks.last[own, None])
-        later = own[:, None] < numbers  # after the swap the earlier of two is where the later one was
-        fits &= ~(linked & np.where(later, self._far[devices, device], self._far[device, devices]))
-        return own, np.where(fits, gain, 0)
+    def _improve(self, device: int) -> bool:
+        """Make the swap with a device of less work that lowers the sum of work^2 / share most; False if there is none.
+
+        Of all chunks of this device and all chunks that may lie on it.
+        """
+        chunks, share, load, far, hindrances = self._chunks, self._share, self._load, self._far, self._hindrances
+        relative = load / share
+        own = np.flatnonzero(self.devices == device)
+        others = np.flatnonzero((hindrances[:, device] == 0) & (relative[self.devices] < relative[device]))
+        if not others.size:
+            return False
+        there = self.devices[others]
+        moved = chunks.work[own, None] - chunks.work[others]
+        gain = moved * (2 * (relative[device] - relative[there]) - moved * (1 / share[device] + 1 / share[there]))
+        linked = (chunks.first[own, None] <= others) & (others <= chunks.last[own, None])
+        later = own[:, None] < others  # after the swap the earlier of two is where the later one was
+        hindered = linked * np.where(later, far[there, device], far[device, there]) + hindrances[own][:, there]
+        gain = np.where(hindered == 0, gain, 0)
+        best = int(gain.argmax())
+        if gain.flat[best] <= _LEAST_GAIN * load.sum():
+            return False
+        mine, other = best // others.size, best % others.size
+        self._put(own[mine], there[other])
+        self._put(others[other], device)
+        return True
 
     def _put(self, chunk: int, device: int) -> None:
-        before, chunks = self._devices[chunk], self._chunks
-        far = self._far.astype(int)
+        before, chunks, far = self.devices[chunk], self._chunks, self._far
         self._hindrances[chunk + 1 : chunks.last[chunk] + 1] += far[device] - far[before]
         self._hindrances[chunks.first[chunk] : chunk] += far[:, device] - far[:, before]
-        self._load[[before, device]] += [-chunks.work[chunk], chunks.work[chunk]]
-        self._devices[chunk] = device
+        self._load[before] -= chunks.work[chunk]
+        self._load[device] += chunks.work[chunk]
+        self.devices[chunk] = device
