@@ -26,6 +26,11 @@ class Wires:
     kind: str
     latency: float = 0.0
 
+    @property
+    def hop_back(self) -> float:
+        """Bytes a second to the place before in a ring: those of a hop."""
+        return self.hop
+
 
 def wires_of(topology: Topology, group: int, stride: int = 1) -> Wires:
     """Find the wires among `group` devices of a mesh axis, which stand `stride` apart in the order of the mesh.

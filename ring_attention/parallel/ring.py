@@ -16,6 +16,7 @@ from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
 from ring_attention.parallel import counted_ring
+from ring_attention.parallel.counted_schedule import counted_schedule
 from ring_attention.parallel.hops import count_hops
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring_pass import RingPass
@@ -53,6 +54,7 @@ class Ring(Strategy):
     """
 
     name = "ring"
+    counts_hops = True
     source = "Liu, Zaharia & Abbeel 2023"
     memory = "4 n/P d_kv, the blocks at hand and on their way, and n/P d of statistics in float32"
     communication = "2 n d_kv (P-1)/P, beside the computation; with a window only as far as it reaches"
@@ -168,6 +170,8 @@ class Ring(Strategy):
 
     def sent_bytes(self, work: Workload, backward: bool = False) -> int:
         """K and V along each route; backward the same again, and dK and dV in float32 as often."""
+        if work.hops is not None:
+            return round(sum(step.keys + step.gradients for step in counted_schedule(work, backward).steps))
         hops = token_hops(self._routes(work))
         sent = 2 * work.bytes_of(hops, work.kv_heads) + work.segment_bytes(hops)
         return sent + 2 * work.bytes_of(hops, work.kv_heads, 4) * backward
@@ -178,6 +182,8 @@ class Ring(Strategy):
         Backward the own keys are computed in halves: the second one while the first block arrives, the first one while
         the last gradients return. Gradients follow their keys a hop behind.
         """
+        if work.hops is not None:
+            return counted_schedule(work, backward)
         routes, way = self._routes(work), BOTH_WAYS if self.duplex else HOP
         last = max((route.hops for route in routes), default=0)
         tokens = [sum(r.stop - r.start for r in routes if r.hops > hop) for hop in range(last + 1)]  # that go on

@@ -161,6 +161,7 @@ class Strategy:
     exact: ClassVar[bool] = True
     full: ClassVar[bool] = True
     causal: ClassVar[bool] = True
+    counts_hops: ClassVar[bool] = False
     memory: ClassVar[str]
     communication: ClassVar[str]
     claim: ClassVar[tuple[str, str] | None] = None

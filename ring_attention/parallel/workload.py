@@ -6,8 +6,10 @@ A strategy states its own schedule (`Strategy.schedule`). The planner prices it,
 import dataclasses
 from typing import NamedTuple
 
-HOP, BOTH_WAYS, GATHER, SWAP = "hop", "hop_both", "gather", "swap"
-"""Ways to send: to the next place of a ring; half of it each way round; from all to all; heads for tokens."""
+HOP, BACK, BOTH_WAYS, GATHER, SWAP = "hop", "hop_back", "hop_both", "gather", "swap"
+"""Ways to send: to the next place of a ring, or to the one before; half of it each way round; from all to all; heads
+for tokens.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Workload:
       layout: of the sequence.
       causal, window: the mask.
       segments: whether there are segment ids, of 4 bytes each.
+      hops: how many hops forth and back keys take, where packed documents decide it; None where the mask does.
     """
 
     seq_len: int
@@ -38,6 +41,7 @@ class Workload:
     causal: bool = True
     window: int | None = None
     segments: bool = False
+    hops: tuple[int, int] | None = None
 
     @property
     def shard(self) -> int:

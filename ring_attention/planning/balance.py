@@ -1,12 +1,14 @@
-"""Count the pairs of a query and a key that each device of a ring computes at each hop."""
+"""Count the pairs of a query and a key, or of their tiles, that each device of a ring computes at each hop."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ring_attention.attention.mask_spec import check_distance
-from ring_attention.checks import require, require_shape
+from ring_attention.checks import require, require_divisible, require_shape
+from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.parallel.layouts import SequenceLayout
 
 
@@ -24,7 +26,7 @@ class Balance(NamedTuple):
 
 
 def work_by_hop(
-    layout: SequenceLayout,
+    layout: SequenceLayout | DealtRows,
     seq_len: int,
     *,
     causal: bool = True,
@@ -39,36 +41,74 @@ def work_by_hop(
     Sorts and searches, so that time grows with P * B*T * log(B*T / P) and memory with B*T.
 
     Args:
-      layout: of the sequence, for P devices.
+      layout: of the sequence, for P devices; or of B rows, each dealt by its own table.
       seq_len: T, tokens.
       causal: nobody sees later tokens.
       window: nobody sees tokens this far away or farther; None for no bound.
       segment_ids: integers [B, T] in the layout's order, or None; a token sees its own segment only.
 
     Returns:
-      int64 [P, P], pairs summed over the batch (of one sequence, if there are no segments): device, then hop.
+      int64 [P, P], pairs summed over the batch (of one sequence, if neither segments nor tables say how many): device,
+      then hop.
 
     Raises:
       ValueError: for a length that the layout cannot deal in equal shards, a window less than 1, segments of another
         shape or dtype.
     """
     require(seq_len > 0, f"seq_len={seq_len} must be positive; choose at least {layout.padded_length(1)}")
-    layout.check_length(seq_len)
+    if isinstance(layout, SequenceLayout):
+        layout.check_length(seq_len)
     check_distance("window", window)
-    P, T = layout.ring_size, seq_len
+    T = seq_len
     span = T if window is None else min(int(window), T)
-    positions = layout.positions(T).astype(np.int64)
-    first = T * _segment_numbers(segment_ids, T)  # a token is the number: T * its segment + its position
+    positions = np.atleast_2d(layout.positions(T)).astype(np.int64)
+    segments = _segment_numbers(segment_ids, len(positions), T)
+    first = T * segments  # a token is the number: T * its segment + its position
     lowest = first + np.maximum(positions - span + 1, 0)
     highest = first + (positions if causal else np.minimum(positions + span - 1, T - 1))
-    keys, lowest, highest = (_sorted_shards(x, P) for x in (first + positions, lowest, highest))
-    work, devices = np.zeros((P, P), np.int64), np.arange(P)
-    for source in devices:
-        # A query sees the keys up to its highest that do not stand before its lowest; sums need not pair the two.
-        up_to = np.searchsorted(keys[source], highest.reshape(-1), side="right").reshape(P, -1)
-        before = np.searchsorted(keys[source], lowest.reshape(-1), side="left").reshape(P, -1)
-        work[devices, (devices - source) % P] = up_to.sum(1) - before.sum(1)
-    return work
+    return _seen_by_hop(first + positions, lowest, highest, layout.ring_size)
+
+
+def tiles_by_hop(layout: SequenceLayout | DealtRows, rows: Sequence[np.ndarray], tile: int) -> np.ndarray:
+    """Count the tiles of packed documents that hold a visible pair under a causal mask, by device and hop.
+
+    A kernel computes whole tiles, so that short documents cost more than their pairs. Much faster than `work_by_hop`.
+
+    Args:
+      layout: of rows of T tokens, for P devices, whose runs of consecutive tokens are multiples of a tile.
+      rows: for each of B rows, int [documents] >= 1, the tokens of each document, T in all.
+      tile: tokens of a side of a tile, which divides T.
+
+    Returns:
+      int64 [P, P], tiles summed over the rows: device, then hop, as `work_by_hop` counts them.
+    """
+    T = int(np.sum(rows[0]))
+    require_divisible("the tokens of a row", T, "the tile", tile, "choose a smaller tile")
+    begins, numbers = tile * np.arange(T // tile), np.arange(T // tile)
+    lowest = []
+    for lengths in rows:
+        starts = np.cumsum(lengths) - lengths
+        lowest.append(starts[np.searchsorted(starts, begins, side="right") - 1] // tile)
+    places = np.atleast_2d(layout.positions(T // tile)).astype(np.int64)
+    places = np.broadcast_to(places, (len(rows), T // tile))
+    apart = (T // tile) * np.arange(len(rows), dtype=np.int64)[:, None]  # a tile is a number that no other row has
+    lowest = apart + np.take_along_axis(np.stack(lowest), places, 1)
+    highest = apart + numbers[places]
+    return _seen_by_hop(highest, lowest, highest, layout.ring_size)
+
+
+def hops_needed(work: np.ndarray) -> tuple[int, int]:
+    """Find the fewest hops forth and back after which every device has met all keys that its queries see.
+
+    Of ways as short the one with the fewest hops back, as a ring that counts its hops chooses (`parallel.hops`).
+
+    Args:
+      work: [P, P], by device and hop forth; see `work_by_hop`.
+    """
+    P = len(work)
+    needed = [0, *(np.flatnonzero(work[:, 1:].any(0)) + 1).tolist(), P]
+    ways = [(forth, P - following) for forth, following in itertools.pairwise(needed)]
+    return min(ways, key=lambda way: (sum(way), way[1]))
 
 
 def balance_of(work: np.ndarray, speeds: Sequence[float] | None = None) -> Balance:
@@ -91,17 +131,32 @@ def balance_of(work: np.ndarray, speeds: Sequence[float] | None = None) -> Balan
     return Balance(total=float(times.sum(1).max() / fair), by_hop=float(times.max(0).sum() / fair))
 
 
-def _segment_numbers(segment_ids: np.ndarray | None, T: int) -> np.ndarray:
-    """Number the segments: int64 [B or 1, T], small, not negative, and no number in two rows."""
+def _seen_by_hop(keys: np.ndarray, lowest: np.ndarray, highest: np.ndarray, P: int) -> np.ndarray:
+    """Count the keys between the lowest and the highest that each query sees: int64 [P, P], by device and hop.
+
+    All are int64 [B, T], numbers in layout order, of which no two keys have the same.
+    """
+    keys, lowest, highest = (_sorted_shards(x, P) for x in (keys, lowest, highest))
+    work, devices = np.zeros((P, P), np.int64), np.arange(P)
+    for source in devices:
+        # A query sees the keys up to its highest that do not stand before its lowest; sums need not pair the two.
+        up_to = np.searchsorted(keys[source], highest.reshape(-1), side="right").reshape(P, -1)
+        before = np.searchsorted(keys[source], lowest.reshape(-1), side="left").reshape(P, -1)
+        work[devices, (devices - source) % P] = up_to.sum(1) - before.sum(1)
+    return work
+
+
+def _segment_numbers(segment_ids: np.ndarray | None, rows: int, T: int) -> np.ndarray:
+    """Number the segments: int64 [B or 1, T], small, not negative, and no number in two of the B rows."""
     if segment_ids is None:
-        return np.zeros((1, T), np.int64)
+        return np.repeat(np.arange(rows, dtype=np.int64)[:, None], T, 1)
     segment_ids = np.asarray(segment_ids)
-    require_shape("segment_ids", segment_ids.shape, (None, T), "BT")
+    require_shape("segment_ids", segment_ids.shape, (None if rows == 1 else rows, T), "BT")
     is_whole = np.issubdtype(segment_ids.dtype, np.integer)
     require(is_whole, f"segment_ids has dtype {segment_ids.dtype}, need integers; cast it")
     distinct, numbers = np.unique(segment_ids, return_inverse=True)
-    rows = np.arange(len(segment_ids), dtype=np.int64)[:, None]
-    return rows * len(distinct) + numbers.reshape(segment_ids.shape)
+    row = np.arange(len(segment_ids), dtype=np.int64)[:, None]
+    return row * len(distinct) + numbers.reshape(segment_ids.shape)
 
 
 def _sorted_shards(x: np.ndarray, P: int) -> np.ndarray:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ring_attention.checks import require, require_choice
+from ring_attention.checks import require, require_choice, require_shape
+from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.strategies import find_strategy, scheduled
 from ring_attention.parallel.strategy import Strategy
-from ring_attention.parallel.workload import GATHER, HOP, SWAP, Schedule, Workload
+from ring_attention.parallel.workload import BACK, GATHER, HOP, SWAP, Schedule, Workload
 from ring_attention.planning.balance import work_by_hop
 
 
@@ -60,12 +61,12 @@ class Timeline:
     """What the devices and links of a machine did, in the order in which it was begun.
 
     Attributes:
-      spans: all of it.
       reached: seconds [P] at which each device's program has come as far as it has, what it waited for included.
     """
 
     def __init__(self, machine: Machine, schedule: Schedule, seed: int = 0):
-        self.machine, self.width, self.spans = machine, schedule.width, []
+        self.machine, self.width = machine, schedule.width
+        self._begun: list[tuple[str, str, np.ndarray, np.ndarray]] = []
         places, devices = schedule.work.devices, schedule.work.devices * schedule.width
         self.reached, self._device_free, self._link_free = np.zeros((3, devices))
         computing = sum(bool(step.hops) for step in schedule.steps)
@@ -75,9 +76,22 @@ class Timeline:
         )
 
     @property
+    def spans(self) -> list[Span]:
+        """All of it, device by device for each thing that was begun."""
+        return [
+            Span(f"{kind} {i}", name, *span)
+            for kind, name, start, end in self._begun
+            for i, span in enumerate(zip(start.tolist(), end.tolist(), strict=True))
+        ]
+
+    @property
     def seconds(self) -> float:
         """Seconds at which everything has ended."""
-        return max((span.end for span in self.spans), default=0.0)
+        return max((float(end.max()) for *_, end in self._begun), default=0.0)
+
+    def busy(self, kind: str = "device") -> np.ndarray:
+        """Seconds [P] for which each device computed, or each "link" carried something."""
+        return sum((end - start for of, _, start, end in self._begun if of == kind), np.zeros(len(self.reached)))
 
     def compute(self, name: str, pairs: np.ndarray, after: np.ndarray) -> None:
         """Let every device work on so many pairs [P], not before `after` [P]."""
@@ -91,13 +105,14 @@ class Timeline:
         Returns:
           Seconds [P] at which what a device receives is there, and at which what it sends has left.
         """
-        receivers = np.roll(self.reached, -self.width) if way == HOP else 0.0
+        places = {HOP: self.width, BACK: -self.width}.get(way, 0)
+        receivers = np.roll(self.reached, -places) if places else 0.0
         ready = np.maximum(np.maximum(self.reached, receivers), after)
-        if way != HOP:
+        if not places:
             ready = self._last_of_group(ready, way)
         seconds = np.full(len(ready), self.machine.latency + size / self.machine.bandwidth)
         left = self._link_free = self._add("link", name, np.maximum(self._link_free, ready), seconds)
-        return np.roll(left, self.width) if way == HOP else self._last_of_group(left, way), left
+        return np.roll(left, places) if places else self._last_of_group(left, way), left
 
     def _last_of_group(self, times: np.ndarray, way: str) -> np.ndarray:
         """Find for each device the latest time of those that take part in the same collective."""
@@ -105,18 +120,17 @@ class Timeline:
         return np.broadcast_to(groups.max(1, keepdims=True), groups.shape).reshape(-1)
 
     def _add(self, kind: str, name: str, start: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-        ends = start + seconds
-        times = zip(start.tolist(), ends.tolist(), strict=True)
-        self.spans += [Span(f"{kind} {i}", name, *span) for i, span in enumerate(times)]
-        return ends
+        self._begun.append((kind, name, start, start + seconds))
+        return start + seconds
 
 
 def simulate(
     strategy: str | Strategy,
-    layout: SequenceLayout,
+    layout: SequenceLayout | DealtRows,
     work: Workload,
     machine: Machine,
     *,
+    pairs: np.ndarray | None = None,
     backward: bool = False,
     seed: int = 0,
 ) -> Timeline:
@@ -125,8 +139,11 @@ def simulate(
     Args:
       strategy: by name, or with options; one whose schedule is known.
       layout: of the sequence over `work.devices` devices.
-      work: sizes of a full attention, causal or not; its layout is the one given here.
+      work: sizes of the attention, which is full where nobody counts its pairs; its layout is the one given here.
       machine: the devices, as many as `work.devices`.
+      pairs: [places, places], of a query and a key, of one head and all sequences, that each place of the ring computes
+        at each hop, as `work_by_hop` counts them for packed documents; None for those of full attention. `work.hops`
+        says how far keys then go.
       backward: the backward pass rather than the forward pass.
       seed: of the jitter.
 
@@ -137,8 +154,9 @@ def simulate(
     strategy = find_strategy(strategy)
     require_choice("strategy", strategy.name, scheduled(work))
     require(
-        work.window is None and not work.segments,
-        f"window={work.window}, segments={work.segments}: only full attention is simulated; leave them out",
+        work.window is None and (pairs is not None or not work.segments),
+        f"window={work.window}, segments={work.segments}: only full attention is simulated; leave them out, or "
+        "give the pairs of packed documents",
     )
     P = work.devices
     require(
@@ -149,11 +167,14 @@ def simulate(
     U, ways = schedule.width, schedule.ways
     fits = P % U == 0 and work.heads % U == 0
     require(fits, f"{U} devices cannot share {work.heads} heads of {P} devices; choose a divisor of both")
-    require(ways <= {HOP, GATHER, SWAP}, f"{strategy}: transfers both ways are not simulated; leave duplex out")
+    require(ways <= {HOP, BACK, GATHER, SWAP}, f"{strategy}: transfers both ways are not simulated; leave duplex out")
     ratio = machine.backward_ratio if backward else 1.0  # pairs are those of a forward pass, of all heads and sequences
-    pairs = work_by_hop(layout.merged(U), work.seq_len, causal=work.causal) * work.heads * work.batch * ratio / U
+    if pairs is None:
+        require(isinstance(layout, SequenceLayout), "rows dealt by tables need their pairs; count them by work_by_hop")
+        pairs = work_by_hop(layout.merged(U), work.seq_len, causal=work.causal) * work.batch
+    require_shape("pairs", pairs.shape, (P // U, P // U), "PP")
     timeline = Timeline(machine, schedule, seed)
-    _run(timeline, schedule, np.repeat(pairs, U, axis=0))
+    _run(timeline, schedule, np.repeat(pairs * (work.heads * ratio / U), U, axis=0))
     return timeline
 
 
@@ -179,8 +200,8 @@ def _run(timeline: Timeline, schedule: Schedule, pairs: np.ndarray) -> None:
 
 
 def seconds_of_both_passes(
-    strategy: str | Strategy, layout: SequenceLayout, work: Workload, machine: Machine, *, seed: int = 0
+    strategy: str | Strategy, layout: SequenceLayout | DealtRows, work: Workload, machine: Machine, **others
 ) -> float:
     """Add up the seconds of the forward and the backward pass; arguments as of `simulate`."""
-    passes = (simulate(strategy, layout, work, machine, backward=back, seed=seed) for back in (False, True))
+    passes = (simulate(strategy, layout, work, machine, backward=back, **others) for back in (False, True))
     return sum(timeline.seconds for timeline in passes)
