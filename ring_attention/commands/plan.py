@@ -7,6 +7,7 @@
   python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --compile
   python scripts/plan.py --config=configs/tpu_v5e_256_7b.py --topology=v5e:16x16 --max_context
   python scripts/plan.py --topology=h100:1x8 --config=configs/gpu_8xh100_7b.py --measured=doctor.json
+  python scripts/plan.py llama-3.1-8b --tokens=128K --topology=h100:1x8 --documents='data/*.jsonl'
   python scripts/plan.py --table2
 
 The model is a well-known one (train.py --help lists them), a folder with the config.json of a Hugging Face checkpoint,
@@ -17,11 +18,14 @@ leaves that out. --compile has the real training step compiled for the pod (pip 
 '.[compile-gpu]') and prints what the compiler says beside what was predicted. --max_context has the longest context
 found that compiles within the chip's memory. --out writes plan.html, a page with all of it that needs no other file,
 plan.json and the pictures memory.png, timeline.png and map.png. --measured takes the rates that scripts/doctor.py
-measured on such a chip in place of published ones. The exit status is 0 if the config fits as it is given, 1 if not.
+measured on such a chip in place of published ones. --documents packs rows of documents as long as those of the files
+(or of "python-stdlib") and predicts what dealing them by their work gains, beside what others report. The exit status
+is 0 if the config fits as it is given, 1 if not.
 docs/planner.md explains every column.
 """
 
 import argparse
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -38,6 +42,9 @@ from ring_attention.json_files import write_json
 from ring_attention.planning import compile_report, report
 from ring_attention.planning.advice import Advice, advise, in_words
 from ring_attention.planning.compile_report import CompileReport, longest_compiled, make_report
+from ring_attention.planning.dealing import Dealing, compare_layouts
+from ring_attention.planning.dealing_report import dealing_json, dealing_table
+from ring_attention.planning.documents import DocumentLengths
 from ring_attention.planning.measured import with_measured
 from ring_attention.planning.page import Advised, make_page
 from ring_attention.planning.plan import Candidate, Plan, make_plan
@@ -66,11 +73,14 @@ def main(argv: list[str]) -> int:
     plan = make_plan(parse_config(flags, DEFAULT_CONFIG), topology)
     advice = advise(plan.share.config, topology) if args.search else None
     compiled = compile_plan(plan, console) if args.compile else None
+    dealing = compare_documents(plan, args.documents) if args.documents else None
     describe(plan, advice, compiled, flags, console)
+    if dealing:
+        show(dealing_table(dealing), console)
     if args.max_context:
         find_longest(plan, console)
     if args.out:
-        write(plan, advice, compiled, flags, args.out, console)
+        write(plan, advice, compiled, dealing, flags, args.out, console)
     enough = compiled.memory.total <= topology.chip.memory if compiled else plan.own.fits
     return 0 if enough else 1
 
@@ -90,6 +100,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--compile", action="store_true", help="ask the pod's own compiler as well")
     parser.add_argument("--max_context", action="store_true", help="find the longest context that compiles in memory")
+    parser.add_argument(
+        "--documents", metavar="GLOBS", help="predict rows of documents as long as those of these files"
+    )
     parser.add_argument("--table2", action="store_true", help="the Ring Attention paper's Table 2, and end")
     parser.add_argument("--measured", type=local_path, metavar="FILE", help="of the doctor: plan with its rates")
     parser.add_argument("--out", type=local_path, metavar="FOLDER", help="write a page, plan.json and pictures there")
@@ -103,6 +116,13 @@ def compile_plan(plan: Plan, console: Console) -> CompileReport:
     jax.config.update("jax_platforms", "cpu")  # compile for the pod, run nowhere
     with console.status(f"compiling the training step for {plan.share.topology.name}"):
         return make_report(plan)
+
+
+def compare_documents(plan: Plan, paths: str) -> Dealing:
+    """Predict rows packed from documents as long as those of the files; the section data says how they are read."""
+    config = plan.share.config
+    data = dataclasses.replace(config.data, paths=paths)
+    return compare_layouts(plan, DocumentLengths.read(data, config.model.vocab_size))
 
 
 def find_longest(plan: Plan, console: Console) -> None:
@@ -218,6 +238,7 @@ def write(
     plan: Plan,
     advice: Advice | None,
     compiled: CompileReport | None,
+    dealing: Dealing | None,
     flags: list[str],
     folder: Path,
     console: Console,
@@ -227,6 +248,7 @@ def write(
 
     folder.mkdir(parents=True, exist_ok=True)
     written = report.as_json(plan, advice) | ({"compiled": compile_report.as_json(compiled)} if compiled else {})
+    written |= {"packed": dealing_json(dealing)} if dealing else {}
     write_json(folder / "plan.json", written)
     found = map_strategies(plan.share)
     plots.draw_all(plan, found, folder, compiled and compiled.memory.total)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ring_attention.hardware.rates import Wires
-from ring_attention.parallel.workload import Schedule, Workload
+from ring_attention.parallel.workload import Schedule, Step, Workload
 
 MERGE_PASSES = 4
 """Passes over a result in float32 that adding it to what is there takes: hops of 8,192 and of 16,384 tokens on an H100
@@ -78,18 +78,26 @@ def price_steps(schedule: Schedule, pace: Pace, wires: Wires) -> list[Seconds]:
     """The seconds of each step of a schedule, on the device that computes most."""
     work, last = schedule.work, max(step.hops.stop for step in schedule.steps) - 1
     local, hop = (_seconds(pairs, schedule, pace) for pairs in (_local_pairs(work), _hop_pairs(work, last)))
-    result = work.bytes_of(work.shard, work.heads, 4)  # out, or dq
-    gradients = work.bytes_of(work.shard, 2 * work.kv_heads, 4) * schedule.backward  # dk and dv of one place
-    call, priced = pace.call_backward if schedule.backward else pace.call, []
+    priced = []
     for step in schedule.steps:
         own, places, wire = 0 in step.hops, len(step.hops), getattr(wires, step.way)
-        # Keys of many places are computed in a few calls, whose results are added up as those of hops are.
-        merged = (result + gradients * places) * (step.merges or places > 1)
-        pairs = local * own + hop * (places - own)
-        compute = (pairs + MERGE_PASSES * merged / pace.memory) * step.part + call * bool(places)
+        compute = (local * own + hop * (places - own)) * step.part + call_seconds(step, schedule, pace)
         sent = (size / wire + wires.latency * (size > 0) for size in (step.keys, step.gradients))
         priced.append(Seconds(compute, *sent))
     return priced
+
+
+def call_seconds(step: Step, schedule: Schedule, pace: Pace) -> float:
+    """The seconds that a step's kernels take beside their pairs: their calls, and adding their results to earlier ones.
+
+    Keys of many places are computed in a few calls, whose results are added up as those of hops are.
+    """
+    work, places = schedule.work, len(step.hops)
+    result = work.bytes_of(work.shard, work.heads, 4)  # out, or dq
+    gradients = work.bytes_of(work.shard, 2 * work.kv_heads, 4) * schedule.backward  # dk and dv of one place
+    call = pace.call_backward if schedule.backward else pace.call
+    merged = (result + gradients * places) * (step.merges or places > 1)
+    return MERGE_PASSES * merged / pace.memory * step.part + call * bool(places)
 
 
 def add_up(steps: Sequence[Seconds]) -> Times:

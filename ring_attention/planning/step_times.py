@@ -10,7 +10,7 @@ from ring_attention.parallel.ring import SingleDevice
 from ring_attention.parallel.strategies import scheduled
 from ring_attention.parallel.strategy import Strategy
 from ring_attention.parallel.wires import blocks_of_a_link
-from ring_attention.parallel.workload import Schedule
+from ring_attention.parallel.workload import Schedule, Workload
 from ring_attention.planning.attention_times import Pace, Seconds, Times, add_up, price_steps
 from ring_attention.planning.memory import host_traffic, kept_for_backward
 from ring_attention.planning.shares import LayerGroup, Share
@@ -139,9 +139,10 @@ def ring_wires(share: Share, width: int = 1) -> Wires:
     return dataclasses.replace(wires, hop=hop, swap=wires_of(topology, width, tp).swap)
 
 
-def _kind_time(share: Share, group: LayerGroup, strategy: Strategy) -> KindTime:
-    """Predict the attention of the layers of one kind."""
-    forward, backward = (attention_times(share, strategy, back, group.kind) for back in (False, True))
+def kind_time(
+    share: Share, group: LayerGroup, strategy: Strategy, forward: Times, backward: Times, sent: int
+) -> KindTime:
+    """Add up what the layers of one kind take, of which each takes so long and which send so many bytes a step."""
     passes = 1 + (share.model.remat in RERUN)  # whole layers run once more, attention too
     each, repeats = group.layers, share.config.optimizer.accumulation_steps
     return KindTime(
@@ -150,17 +151,27 @@ def _kind_time(share: Share, group: LayerGroup, strategy: Strategy) -> KindTime:
         strategy=strategy.name,
         compute=repeats * (each * (passes * forward.compute + backward.compute)),
         waits=repeats * (each * (passes * forward.exposed + backward.exposed)),
-        sent=attention_bytes(share, group, strategy),
+        sent=sent,
         forward=forward,
         backward=backward,
     )
 
 
-def step_time(share: Share, strategy: Strategy) -> StepTime:
-    """Predict the whole step, where `strategy` takes the place of `attention.strategy`."""
+def _planned_kind(share: Share, group: LayerGroup, strategy: Strategy) -> KindTime:
+    """Predict the attention of the layers of one kind."""
+    passes = (attention_times(share, strategy, back, group.kind) for back in (False, True))
+    return kind_time(share, group, strategy, *passes, attention_bytes(share, group, strategy))
+
+
+def step_time(share: Share, strategy: Strategy, kinds: tuple[KindTime, ...] = ()) -> StepTime:
+    """Predict the whole step, where `strategy` takes the place of `attention.strategy`.
+
+    `kinds` are the times of the first of `share.groups` where they are known otherwise, as of packed documents.
+    """
     config, model, chip = share.config, share.model, share.topology.reached
     layers, repeats = model.num_layers, config.optimizer.accumulation_steps
-    kinds = tuple(_kind_time(share, group, share.strategy_of(group.kind, strategy)) for group in share.groups)
+    planned = share.groups[len(kinds) :]
+    kinds += tuple(_planned_kind(share, group, share.strategy_of(group.kind, strategy)) for group in planned)
     tokens = share.batch * share.tokens
     rerun = 0 if model.remat == "none" else 2
     products = tokens * layers * (share.attention_weights + share.ffn_weights) * (6 + rerun)
@@ -231,9 +242,12 @@ def data_seconds(share: Share) -> float:
     return sent / wires_of(share.topology, share.mesh[DATA], beside).gather if sent else 0.0
 
 
-def attention_bytes(share: Share, group: LayerGroup, strategy: Strategy) -> int:
-    """Count the bytes of keys, values and their gradients that one device sends in a step, of one kind of layer."""
-    work, passes = share.work(group.kind), group.layers * share.config.optimizer.accumulation_steps
+def attention_bytes(share: Share, group: LayerGroup, strategy: Strategy, work: Workload | None = None) -> int:
+    """Count the bytes of keys, values and their gradients that one device sends in a step, of one kind of layer.
+
+    `work` is that of one layer where it is not the plan's own, as of packed documents.
+    """
+    work, passes = work or share.work(group.kind), group.layers * share.config.optimizer.accumulation_steps
     forward = strategy.sent_bytes(work) * (1 + (share.model.remat in RERUN))
     return passes * (forward + strategy.sent_bytes(work, backward=True))
 

@@ -35,6 +35,32 @@ def test_plan_has_tables_a_recommendation_and_pictures(tmp_path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan_predicts_what_dealing_documents_gains(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (300, 9000, 40000)))
+    h100 = ("--config=configs/gpu_8xh100_7b.py", "--topology=h100:1x8", "--no_search", "--config.seq_len=65536")
+    done = _plan(*h100, f"--documents={tmp_path}/*.jsonl", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    for expected in (
+        "ring, zigzag",
+        "ring, dealt",
+        "ulysses",
+        "MagiAttention",
+        "up to 1.48",
+        "drawn from 3 in",
+        "assumed",
+    ):
+        assert expected in words
+    packed = json.loads((tmp_path / "plan.json").read_text())["packed"]
+    assert packed["documents"]["most_tokens"] == 10_001
+    ways = {way["name"]: way for way in packed["ways"]}
+    assert ways["ring, zigzag"]["attention_speedup"] == 1 < ways["ring, dealt"]["attention_speedup"]
+    assert ways["ring, dealt"]["balance"] < ways["ring, zigzag"]["balance"]
+    missing = _plan(*h100, f"--documents={tmp_path}/*.txt")
+    assert missing.returncode == 2
+    assert "no file matches" in missing.stderr
+
+
 def test_plan_says_which_context_would_fit():
     done = _plan("--topology=v5e:16x16", "--config.seq_len=33554432")
     assert done.returncode == 1
