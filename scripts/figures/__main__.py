@@ -8,6 +8,7 @@ COMMANDS = {
     name: Command(f"scripts.figures.{name}", words)
     for name, words in {
         "balance": "how evenly each layout shares the work of a ring",
+        "documents": "what packed documents and unequal devices cost a ring, and what dealing gains, simulated",
         "ring": "how blocks travel around a ring of four devices",
         "simulate_ring": "step times on devices that are not alike, simulated",
         "worked_example": "what a naive broadcast costs, and what is really sent",

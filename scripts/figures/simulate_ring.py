@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -22,7 +23,7 @@ from ring_attention.parallel.layouts import LAYOUT_KINDS, parse_speeds
 from ring_attention.parallel.strategies import find_strategy
 from ring_attention.parallel.ulysses import even_size
 from ring_attention.parallel.workload import Workload
-from ring_attention.planning.simulator import Machine, Timeline, seconds_of_both_passes, simulate
+from ring_attention.planning.simulator import Machine, Span, Timeline, seconds_of_both_passes, simulate
 from ring_attention.tables import show
 
 TRIALS = 5
@@ -31,6 +32,13 @@ TRIALS = 5
 COMPARED = ("ring", "all_gather", "ulysses", "usp")
 
 COLORS = {"hop 0": "#0b3c6f", "hop": "#1f6fb4", "keys": "#9aa3ad", "gradients": "#d97706"}
+
+
+class Passes(NamedTuple):
+    """What devices and links did in several passes, one after the other, and until when; see `Timeline`."""
+
+    spans: list[Span]
+    seconds: float
 
 
 def pairs_per_second(args: argparse.Namespace) -> float:
@@ -84,8 +92,8 @@ def table_of(args: argparse.Namespace, speeds: list[float], work: Workload, layo
     return table
 
 
-def draw(timelines: list[dict[str, Timeline]], devices: int, path: Path) -> None:
-    """Draw what each device and its link did: a column for each pass, a row for each layout."""
+def draw(timelines: list[dict[str, Timeline | Passes]], devices: int, path: Path) -> None:
+    """Draw what each device and its link did, in columns of panels that each have a title."""
     rows, columns = len(timelines[0]), len(timelines)
     figure = Figure(figsize=(13, 1 + 0.28 * devices * rows), dpi=130, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey=True).T

@@ -84,6 +84,19 @@ def test_simulate_ring_draws_unequal_devices(tmp_path):
     assert "speeds='1 fast' must be positive numbers" in wrong.stderr
 
 
+def test_documents_are_drawn_before_and_after(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{"x" * n}"}}\n' for n in (300, 5000, 9000)))
+    out, few = tmp_path / "documents.png", ("--speeds", "1 0.5 1 1", "--seq_len", 4096)
+    done = run_here("figures documents", "--documents", f"{tmp_path}/*.jsonl", *few, "--out", out)
+    assert done.returncode == 0, done.stderr
+    for expected in ("documents", "unequal devices", "both", "for_speeds", "for_documents", "hops counted"):
+        assert expected in done.stdout
+    assert out.read_bytes().startswith(b"\x89PNG")
+    wrong = run_here("figures documents", "--documents", f"{tmp_path}/*.jsonl", "--row", -1)
+    assert wrong.returncode == 2
+    assert "rows are counted from 0" in wrong.stderr
+
+
 def test_worked_example_prints_what_the_document_says():
     done = run_here("figures worked_example")
     assert done.returncode == 0, done.stderr
