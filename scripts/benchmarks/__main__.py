@@ -9,6 +9,7 @@ COMMANDS = {
     for name, words in {
         "attention": "ring attention beside the paper's code, JAX's and PyTorch's, on CPU devices",
         "decode": "attention of one new token to a cache",
+        "documents": "packed documents in zigzag and dealt by their work: time, balance, bytes sent",
         "kernels": "how much of a kernel's speed is left in a ring, on one GPU",
         "loss": "the loss with its gradients, in three ways",
         "sharp": "gradients of sharp attention in 16 bits, and what they cost",

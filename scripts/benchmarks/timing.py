@@ -1,6 +1,8 @@
 """Clocks for systems that are timed against each other, and a check that they compute the same."""
 
 import os
+import random
+import statistics
 import time
 
 from ring_attention.doctor.timing import System
@@ -22,3 +24,15 @@ def require_agreement(systems: list[System]) -> None:
             error = relative_error(g, w)
             if not error <= LARGEST_DISAGREEMENT:
                 raise RuntimeError(f"{system.name} and {systems[0].name} differ in {name} by {error:.1e}, relatively")
+
+
+def both_clocks_in_turn(systems: list[System], repeats: int) -> dict[str, list[float]]:
+    """Median (wall, CPU) seconds of each system, in rounds as `doctor.timing.seconds_in_turn` has them."""
+    seconds: dict[str, list[list[float]]] = {system.name: [] for system in systems}
+    order = random.Random(0)
+    for _ in range(repeats):
+        for system in order.sample(systems, len(systems)):
+            start = [clock() for clock in CLOCKS.values()]
+            system.run()
+            seconds[system.name].append([clock() - begun for clock, begun in zip(CLOCKS.values(), start, strict=True)])
+    return {name: [statistics.median(of) for of in zip(*times, strict=True)] for name, times in seconds.items()}
