@@ -118,12 +118,14 @@ def dense_attention(
     kv_valid=None,
     kv_lengths=None,
     kv_bias=None,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> Any:
     """Attend with the whole matrix of scores at once, as most people write it.
 
     Products are in the dtype of q, the softmax is in float32.
 
-    Takes the arguments of `reference_attention` but for `return_lse`, and returns out [B,T,H,D_v] in the dtype of q.
+    Takes the arguments of `reference_attention`, and returns out [B,T,H,D_v] in the dtype of q, with `return_lse` also
+    float32 lse [B,T,H].
     """
     B, T, H, D = q.shape
     q_positions = _positions(q_positions, T)[:, None, :, None]
@@ -132,8 +134,7 @@ def dense_attention(
     k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores * (D**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     if alibi_slopes is not None:
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
         scores = scores - slopes[:, None, None] * jnp.abs(ahead)
@@ -149,7 +150,8 @@ def dense_attention(
         batch, heads = jnp.arange(B)[:, None, None, None], jnp.arange(H)[:, None, None]
         keep = kept(dropout_rate, seeds_of(dropout_key), batch, heads, q_positions, k_positions)
         p = jnp.where(keep, p / (1 - dropout_rate), 0.0)
-    return jnp.einsum("bhts,bshd->bthd", p.astype(q.dtype), v)
+    out = jnp.einsum("bhts,bshd->bthd", p.astype(q.dtype), v)
+    return (out, _dense_lse(scores, mask, sinks)) if return_lse else out
 
 
 def _positions(positions, tokens: int) -> jax.Array:
@@ -193,6 +195,15 @@ def _dense_softmax(scores_BHTS, mask, sinks) -> jax.Array:
         return jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
     sees = mask.any(-1, keepdims=True)
     return jnp.where(sees, jax.nn.softmax(jnp.where(sees, scores, 0.0), axis=-1), 0.0)
+
+
+def _dense_lse(scores_BHTS, mask, sinks) -> jax.Array:
+    """float32 [B,T,H], the sinks included; -inf where a row sees nothing, whose gradients are 0."""
+    sees = jnp.broadcast_to(mask, scores_BHTS.shape).any(-1)
+    lse = jax.nn.logsumexp(jnp.where(sees[..., None], jnp.where(mask, scores_BHTS, -jnp.inf), 0.0), -1)
+    lse = jnp.where(sees, lse, -jnp.inf)
+    lse = lse if sinks is None else jnp.logaddexp(lse, jnp.asarray(sinks, jnp.float32)[:, None])
+    return jnp.swapaxes(lse, 1, 2)
 
 
 def errors(got, want) -> list[float]:

@@ -185,7 +185,7 @@ def _backward(q, k, v, stats, pair, dq, blocks):
     lse, delta, dout = online_softmax.finite(split(stats.lse)), split(stats.delta), split(stats.dout)
     p = jnp.exp(scores - lse[..., None])
     dp = _product("bkgtd,bksd->bkgts", dout, v) * factor
-    ds = (p * (dp - delta[..., None]) * slope * pair.mask.scale).astype(q.dtype)
+    ds = (p * (dp - delta[..., None]) * slope * pair.mask.factor).astype(q.dtype)
     dv = _product("bkgts,bkgtd->bksd", (p * factor).astype(q.dtype), dout)
     return dq + _join(_product("bkgts,bksd->bkgtd", ds, k)), _product("bkgts,bkgtd->bksd", ds, split(q)), dv
 

@@ -13,7 +13,7 @@ from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.derivatives import differentiated_once, only_reverse_mode
 from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.kernels.choose import choose_kernel
-from ring_attention.attention.kernels.contract import GlobalStats, Kernel
+from ring_attention.attention.kernels.contract import GlobalStats, Kernel, require_lse
 from ring_attention.attention.kernels.tile_sizes import tiles_of
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, lists_arguments, refuse_unknown
 from ring_attention.attention.mask_spec import as_sinks, checked_mask_args, make_mask_spec, scale_gradient
@@ -30,7 +30,7 @@ from ring_attention.attention.token_args import (
     segments_of_keys,
 )
 from ring_attention.attention.varying import vary_together
-from ring_attention.checks import require, require_attention_dtypes, require_attention_shapes
+from ring_attention.checks import require_attention_dtypes, require_attention_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,10 +122,7 @@ def blockwise_attention(
     def accepts(kernel: Kernel) -> None:
         mask = jax.eval_shape(make_mask)
         kernel.check(mask, jax.ShapeDtypeStruct((B, H, T, max(D, v.shape[3])), q.dtype))
-        require(
-            kernel.differentiates_lse or not return_lse,
-            f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
-        )
+        require_lse(kernel, return_lse)
         kernel.check_pair(BlockPair(queries, keys, mask))
 
     kernel = choose_kernel(impl, kind, accepts)

@@ -77,9 +77,10 @@ class MaskSpec:
 
         Data is kept from 0 by so little that no score shows it: the scale's gradient is found by division.
         """
-        if self.traced_scale is None:
+        scale = self.traced_scale
+        if scale is None:
             return self.scale
-        return jnp.where(jnp.abs(self.traced_scale) < LEAST_SCALE, LEAST_SCALE, self.traced_scale)
+        return scale + jax.lax.stop_gradient(jnp.where(jnp.abs(scale) < LEAST_SCALE, LEAST_SCALE - scale, 0))
 
     @property
     def behind(self) -> int | None:

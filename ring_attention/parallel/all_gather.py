@@ -61,8 +61,7 @@ class AllGather(Strategy):
         keys, parts = _keys(context, tokens.keys, k.shape[TOKENS]), _split(groups, k, v)
 
         def work(group, kv, q):
-            state = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
-            pair = _pair(context, me, tokens, keys, group, q)
+            state, pair = SoftmaxState.before(q, v), _pair(context, me, tokens, keys, group, q)
             return context.kernel.forward(q, *_in_order(context, kv), pair, state, context.blocks)
 
         def step(ready, group_and_q):

@@ -22,7 +22,6 @@ from ring_attention.attention.mask_spec import make_mask_spec
 from ring_attention.checks import (
     require_attention_dtypes,
     require_attention_shapes,
-    require_same_head_dim,
 )
 from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.parallel.kernel_choice import choose_context
@@ -44,8 +43,8 @@ from ring_attention.parallel.strategy import Context, Strategy
 _OF_TOKENS = ("positions", "segment_ids", "starts", "stops", "kv_valid", "kv_bias")
 """Arguments that are arrays [B,T]; "starts" and "stops" are those of intervals."""
 
-_ARRAYS = (*_OF_TOKENS, "kv_lengths", "sinks", "alibi_slopes", "dropout_key")
-"""Arguments of the mask that are arrays, in the order in which programs take them."""
+_ARRAYS = (*_OF_TOKENS, "kv_lengths", "sinks", "alibi_slopes", "dropout_key", "scale")
+"""Arguments of the mask that are arrays, but for a scale that is a number; in the order in which programs take them."""
 
 
 class SequenceArgs(MaskArgs, total=False):
@@ -58,6 +57,7 @@ class SequenceArgs(MaskArgs, total=False):
     max_segment_len: int | None
     impl: str
     block_sizes: BlockSizes | None
+    return_lse: bool
 
 
 class ContextArgs(SequenceArgs, StrategyOptions, total=False):
@@ -81,8 +81,9 @@ def context_attention(
     max_segment_len: int | None = None,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
+    return_lse: bool = False,
     **arguments: Unpack[MaskAndOptions],
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention over a sequence sharded across the devices of `mesh`, by any strategy.
 
     Which query (row) sees which key (column), in the natural order, T = 5:
@@ -99,8 +100,9 @@ def context_attention(
       q: [B,T,H,D], in the layout's order (`SequenceLayout.permute`); float32, bfloat16 or float16. Where the devices do
         not divide T, the arrays are padded inside, which moves all of them: pad in your loader to spare that.
       k: [B,T,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
-      v: [B,T,K,D]. As in dense attention, hidden keys and values must be finite, too: 0 times NaN is NaN. What is not
-        reaches all queries that see it and may reach others of the same sequence and head, by layout and tiles.
+      v: [B,T,K,D_v]; D_v may differ from D. As in dense attention, hidden keys and values must be finite, too: 0 times
+        NaN is NaN. What is not reaches all queries that see it and may reach others of the same sequence and head, by
+        layout and tiles.
       mesh: the devices; `axis_name` is one of its axes. Axes may be Auto, Explicit or, of a `shard_map` around the
         call, Manual; an AbstractMesh does for `eval_shape` and for compiling ahead of time. By default the mesh that
         `jax.set_mesh` set.
@@ -130,7 +132,8 @@ def context_attention(
       max_segment_len: no segment is longer than this, so that keys need not be sent farther. It acts like a window: in
         a segment that is longer after all, tokens this far apart do not see each other.
       softcap: scores x become softcap * tanh(x / softcap).
-      scale: of the products of queries and keys; D**-0.5 by default.
+      scale: of the products of queries and keys; D**-0.5 by default. A number, or a floating array [] that is traced,
+        to which a gradient flows.
       sinks: [H], a logit for each head that takes part in the softmax but has no value; can be differentiated.
       alibi_slopes: [H]; a score falls by the slope for each position of distance. Constants: no gradient flows to them.
       dropout_rate: of weights. Which ones are dropped depends on the key and their global batch row, head and positions
@@ -141,19 +144,21 @@ def context_attention(
       impl: name of the kernel that computes tiles, or "auto": the fastest that can do this on these devices, where it
         passed its self-test (docs/kernels.md). A name never gives way to another kernel.
       block_sizes: sizes of the kernel's tiles; chosen for the kernel and the device by default.
+      return_lse: also return the lse.
       **options: of the strategy, for example `duplex=True` for "ring" or `ulysses_size=4` for "usp"; its class in
         `STRATEGIES` describes them.
 
     Returns:
-      [B,T,H,D] in the dtype of q and sharded as `spec` says; 0 where a query sees no key. Where q's type, or the mesh
-      set, has Explicit axes, so has the result's; an axis that the devices do not divide is whole there.
+      [B,T,H,D_v] in the dtype of q and sharded as `spec` says; 0 where a query sees no key. Where q's type, or the mesh
+      set, has Explicit axes, so has the result's; an axis that the devices do not divide is whole there. With
+      `return_lse` also the natural logarithm of the sum of exponentials over all keys, float32 [B,T,H], sharded
+      likewise, -inf where a query sees no key. Both can be differentiated.
 
     Raises:
       ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
-    require_same_head_dim("context_attention", k, v)
     given, mesh = mesh, find_mesh(mesh, axis_name)
     require_as_many_keys(q, k)
     layout, positions = layout_and_positions(layout, positions, mesh.shape[axis_name], q.shape[:2])
@@ -175,14 +180,16 @@ def context_attention(
         axis_name=axis_name,
         layout=layout,
         kind=kind,
-        shape=(q.shape[0] // sizes[0], padded // layout.ring_size, q.shape[2] // sizes[2], q.shape[3]),
+        shape=(q.shape[0] // sizes[0], padded // layout.ring_size, q.shape[2] // sizes[2], max(q.shape[3], v.shape[3])),
+        return_lse=return_lse,
         dtype=q.dtype,
         kv_heads=k.shape[2] // sizes[2],
         make_mask=functools.partial(make_mask_spec, q, **mask, seq_len=None if padded == T else T),
     )
     arrays = _taken_arrays(mask, positions, q.shape[:2])
     with only_reverse_mode():
-        return _sharded(mesh, spec, strategy, context, **mask)(q, k, v, *arrays)
+        out, lse = _sharded(mesh, spec, strategy, context, **mask)(q, k, v, *arrays)
+    return (out, lse) if return_lse else out
 
 
 @lists_arguments(defaults_of(context_attention, but=("strategy",)))
@@ -195,7 +202,7 @@ def ring_attention(
     duplex: bool = False,
     unroll: bool = False,
     **arguments: Unpack[SequenceArgs],
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention over a sequence sharded across the devices of `mesh`: `context_attention` by ring.
 
     Keys and values travel around the ring, each device attending to those at hand while the next ones are on their way
@@ -203,14 +210,16 @@ def ring_attention(
 
     Args:
       q: [B,T,H,D], in the layout's order.
-      k, v: [B,T,K,D].
+      k: [B,T,K,D].
+      v: [B,T,K,D_v].
       mesh: the devices, by default those of `jax.set_mesh`.
       duplex: send the second half of each shard the other way round, for links that carry both directions at once.
       unroll: write the steps of the ring out instead of looping over them (docs/structure.md compares the programs).
       others: as in `context_attention`.
 
     Returns:
-      [B,T,H,D] in the dtype of q and sharded like it; 0 where a query sees no key.
+      [B,T,H,D_v] in the dtype of q and sharded like it; 0 where a query sees no key. With `return_lse` also the lse,
+      float32 [B,T,H].
 
     Raises:
       ValueError: for shapes, dtypes, values, names or meshes that do not fit, before anything compiles.
@@ -238,16 +247,16 @@ def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, strategy: Strategy,
                 head_offset=_shard_number(head_axes) * q.shape[2],
                 seq_len=None if real is None else T,
             )
-            here = mask | dict(zip(_ARRAYS, arrays, strict=True))
+            here = dict(zip(_ARRAYS, arrays, strict=True)) | mask
             intervals = here.pop("starts"), here.pop("stops")
             here["intervals"] = None if intervals[0] is None else intervals
             arrays = arrays_of_shard(strategy, context, q, k, v, here, positions=here.pop("positions"), **offsets)
-            return jnp.swapaxes(strategy.attend(context, *arrays), 1, 2)
+            return tuple(jnp.swapaxes(x, 1, 2) for x in strategy.attend(context, *arrays))
 
         rows, heads = PartitionSpec(spec[0]), PartitionSpec(head_axes or None)
         of_tokens = [PartitionSpec(*spec[:2])] * len(_OF_TOKENS)
-        in_specs = (spec, spec, spec, *of_tokens, rows, heads, heads, PartitionSpec())
-        sharded = shard_map(on_shards, in_specs, spec)
+        in_specs = (spec, spec, spec, *of_tokens, rows, heads, heads, PartitionSpec(), PartitionSpec())
+        sharded = shard_map(on_shards, in_specs, (spec, PartitionSpec(*spec[:3])))
         along = 3 + len(_OF_TOKENS)
         arrays = (q, k, v, *arrays)
         if real is not None:
@@ -256,8 +265,8 @@ def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, strategy: Strategy,
                 for x in arrays[:along]
             )
             arrays = (*padding, *arrays[along:])
-        out = sharded(*arrays)
-        return out if real is None else out[:, real]
+        results = sharded(*arrays)
+        return results if real is None else tuple(x[:, real] for x in results)
 
     return on_mesh(mesh, spec, run)
 
@@ -267,7 +276,7 @@ def _taken_arrays(mask: dict[str, Any], positions, shape: tuple[int, ...]) -> li
     mask["positions"], intervals = positions, mask.pop("intervals")
     for number, name in enumerate(("starts", "stops")):
         mask[name] = None if intervals is None else jnp.broadcast_to(intervals[number], shape)
-    return [mask.pop(name) for name in _ARRAYS]
+    return [None if isinstance(mask[name], float) else mask.pop(name) for name in _ARRAYS]
 
 
 def _shard_number(axes: tuple[str, ...]):

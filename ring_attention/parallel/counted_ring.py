@@ -37,7 +37,7 @@ def forward(ring: RingPass, q, k, v, hops: Hops) -> SoftmaxState:
 
         return advance
 
-    carry = (vary_over(SoftmaxState.empty(q.shape), axes_of(q)), own, np.int32(0))
+    carry = (SoftmaxState.before(q, v), own, np.int32(0))
     carry = lax.fori_loop(np.int32(0), hops.forth, step(FORTH), carry)
     if not ring.one_way:
         carry = lax.fori_loop(np.int32(0), hops.back, step(BACK), carry)

@@ -26,7 +26,7 @@ _MOST_LOOKED_AT = 2**24
 """Numbers in a mask that is looked at to name the call that replaces it."""
 
 _OF_THE_LAYER = ("dropout_rate", "dropout_key")
-_SETTINGS = defaults_of(context_attention, but=("mesh", *_OF_THE_LAYER))
+_SETTINGS = defaults_of(context_attention, but=("mesh", "return_lse", *_OF_THE_LAYER))
 
 
 @lists_arguments(_SETTINGS)
@@ -53,10 +53,10 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings: Un
 
     Args:
       mesh: the devices of the ring; by default those that `jax.set_mesh` has set when the layer is called.
-      **settings: the other keyword arguments of `context_attention`, all but its dropout: strategy and its options,
-        axis_name, spec (of the arrays with one batch axis), layout, causal, window, segment_ids, max_segment_len,
-        softcap, scale, sinks, alibi_slopes, extra_mask, impl, block_sizes. segment_ids has the shape of the layer's
-        input without its last axis.
+      **settings: the other keyword arguments of `context_attention`, all but its dropout and return_lse: strategy and
+        its options, axis_name, spec (of the arrays with one batch axis), layout, causal, window, segment_ids,
+        max_segment_len, softcap, scale, sinks, alibi_slopes, extra_mask, impl, block_sizes. segment_ids has the shape
+        of the layer's input without its last axis.
 
     Returns:
       A function, equal to others made with the same, that can be pickled and deep-copied. Flax's layers call it with q

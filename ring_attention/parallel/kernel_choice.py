@@ -8,7 +8,7 @@ import jax
 from ring_attention.attention.blocks import BlockSizes, as_blocks
 from ring_attention.attention.device_kind import DeviceKind
 from ring_attention.attention.kernels.choose import choose_kernel
-from ring_attention.attention.kernels.contract import Kernel
+from ring_attention.attention.kernels.contract import Kernel, require_lse
 from ring_attention.attention.kernels.tile_sizes import tiles_of
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.parallel.layouts import SequenceLayout
@@ -24,6 +24,7 @@ def choose_context(
     layout: SequenceLayout,
     kind: DeviceKind,
     shape: tuple[int, ...],
+    return_lse: bool = False,
     dtype: Any,
     kv_heads: int,
     make_mask: Callable[[], MaskSpec],
@@ -37,7 +38,8 @@ def choose_context(
       block_sizes: of the kernel's tiles, or None.
       axis_name, layout: as in `Context`.
       kind: of the devices.
-      shape: of the queries of one device, [B,t,H,D].
+      shape: of the queries of one device, [B,t,H,D], where D is the wider of the two head dims.
+      return_lse: whether the lse is asked for, too.
       dtype: of the queries.
       kv_heads: K of one device.
       make_mask: makes the mask; it is called by `jax.eval_shape`.
@@ -52,9 +54,11 @@ def choose_context(
         return Context(axis_name=axis_name, layout=layout, kernel=kernel, blocks=blocks)
 
     def accepts(kernel: Kernel) -> None:
+        require_lse(kernel, return_lse)
         mask = jax.eval_shape(make_mask)
         kernel.check(mask, jax.ShapeDtypeStruct((B, H, t, D), dtype))
         strategy.check(context_of(kernel, BlockSizes()), shape, kv_heads, mask)
 
     kernel = choose(impl, kind, accepts)
+    require_lse(kernel, return_lse)
     return context_of(kernel, as_blocks(block_sizes, tiles_of(kernel.name, kind, D, H // kv_heads)))

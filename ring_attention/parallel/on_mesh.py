@@ -16,8 +16,8 @@ from ring_attention.attention.axis_types import auto_axes, auto_mesh, explicit_p
 from ring_attention.parallel.mapped import mapped_axes, over_mapped
 
 
-def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec, work: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`jit` of `work(shard_map, *arrays)`, whose result is sharded like `spec` and has a type like its first array's.
+def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec, work: Callable) -> Callable:
+    """`jit` of `work(shard_map, *arrays)`, whose results are sharded like `spec`, with types like its first array's.
 
     `work` gets a `shard_map(fn, in_specs, out_specs)` over the mesh, and arrays whose axes are Auto.
     """
@@ -35,13 +35,13 @@ def on_mesh(mesh: Mesh | AbstractMesh, spec: PartitionSpec, work: Callable[..., 
 
     def run(first, *others):
         with auto_axes(inner, (first, *others)) as arrays:
-            out = work(shard_map, *arrays)
-        return _typed(out, spec, mesh, first)
+            results = work(shard_map, *arrays)
+        return jax.tree.map(lambda out: _typed(out, spec, mesh, first), results)
 
     return jax.jit(run)
 
 
-def _nested(over: Callable, fn: Callable, in_specs: tuple, out_specs: PartitionSpec) -> Callable[..., jax.Array]:
+def _nested(over: Callable, fn: Callable, in_specs: tuple, out_specs) -> Callable:
     """`fn` over shards inside another shard_map, with a gradient that is taken on each device, forward pass included.
 
     JAX (0.10 to 0.12) cuts what its own gradient keeps by the outer axes once more, and then cannot lower it. Nor can
@@ -49,17 +49,22 @@ def _nested(over: Callable, fn: Callable, in_specs: tuple, out_specs: PartitionS
     """
     call = jax.custom_vjp(over(fn, in_specs=in_specs, out_specs=out_specs))
 
-    def backward(args, dout):
+    def backward(args, cotangents):
+        cotangents, tree = jax.tree.flatten(cotangents)
+        number = len(cotangents)
         moving = [i for i, x in enumerate(args) if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
 
-        def on_shards(dout, *args):
+        def on_shards(*arrays):
+            cotangents, args = tree.unflatten(arrays[:number]), arrays[number:]
+
             def of(*chosen):
                 return fn(*(chosen[moving.index(i)] if i in moving else x for i, x in enumerate(args)))
 
-            return jax.vjp(of, *(args[i] for i in moving))[1](dout)
+            return jax.vjp(of, *(args[i] for i in moving))[1](cotangents)
 
         specs = tuple(in_specs[i] for i in moving)
-        grads = over(on_shards, in_specs=(out_specs, *in_specs), out_specs=specs)(dout, *args)
+        of_results = jax.tree.leaves(out_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        grads = over(on_shards, in_specs=(*of_results, *in_specs), out_specs=specs)(*cotangents, *args)
         return tuple(grads[moving.index(i)] if i in moving else None for i in range(len(args)))
 
     call.defvjp(lambda *args: (call(*args), args), backward)

@@ -98,7 +98,7 @@ class Ring(Strategy):
 
         arriving = {i: ring.pass_on(i, ring.part(i, k, v)) for i in range(len(ring.routes))}
         pair = ring.local_pair(0, ring.length)
-        state, arriving = ring.after(vary_over(SoftmaxState.empty(q.shape), axes_of(q)), arriving)
+        state, arriving = ring.after(SoftmaxState.before(q, v), arriving)
         state = take(state, (k, v), pair)
         state, _ = ring.run(advance, (state, arriving), first=1)
         return state
@@ -255,7 +255,7 @@ class SingleDevice(Strategy):
         )
         check_pairs(context, mask, q_shape[1])
 
-    def attend(self, context: Context, *arrays) -> jax.Array:
+    def attend(self, context: Context, *arrays) -> tuple[jax.Array, jax.Array]:
         """A ring of one."""
         return Ring().attend(context, *arrays)
 

@@ -143,7 +143,7 @@ class RingSelfAttention(Strategy):
     claim = ("O(n/P) claimed", "O(n P)")
 
     def attend(self, context: Context, q, k, v, tokens: ShardTokens, sinks):
-        """Out [B,H,t,D] in the dtype of q, from whole rows of scores."""
+        """Out [B,H,t,D_v] in the dtype of q and float32 lse [B,H,t], from whole rows of scores."""
         circle = _Circle(axis_name=context.axis_name, devices=context.devices)
         t, K = q.shape[2], k.shape[1]
         q_BKGtD = rearrange(q, "B (K G) t D -> B K G t D", K=K)
@@ -153,10 +153,12 @@ class RingSelfAttention(Strategy):
         top = lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks_1KG11))
         p = jnp.exp(scores - finite(top))
         total = p.sum(-1, keepdims=True) + jnp.exp(sinks_1KG11 - finite(top))
-        weights, factor = p / jnp.where(total == 0, 1.0, total), block.dropout_factor()
+        total = jnp.where(total == 0, 1.0, total)
+        weights, factor = p / total, block.dropout_factor()
         weights = weights if factor is None else weights * factor
         out: Any = ring_av(circle, weights.astype(v.dtype), v)
-        return rearrange(out, "B K G t D -> B (K G) t D").astype(q.dtype)
+        lse = rearrange(top + jnp.log(total), "B K G t 1 -> B (K G) t")
+        return rearrange(out, "B K G t D -> B (K G) t D").astype(q.dtype), lse
 
     def memory_bytes(self, work: Workload) -> int:
         """The rows of scores in float32."""

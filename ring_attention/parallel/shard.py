@@ -24,7 +24,6 @@ from ring_attention.checks import (
     require_attention_dtypes,
     require_attention_shapes,
     require_integers,
-    require_same_head_dim,
 )
 from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.parallel.kernel_choice import choose_context
@@ -45,6 +44,7 @@ class ShardArgs(MaskArgs, StrategyOptions, total=False):
     seq_len: int | None
     impl: str
     block_sizes: BlockSizes | None
+    return_lse: bool
 
 
 class MaskAndOptions(MaskArgs, StrategyOptions, total=False):
@@ -68,8 +68,9 @@ def context_attention_shard(
     seq_len: int | None = None,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
+    return_lse: bool = False,
     **arguments: Unpack[MaskAndOptions],
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`context_attention` for use inside your own `shard_map`.
 
     A `vmap` with an axis name works too (not for USP), for rings larger than the machine; take gradients inside it,
@@ -78,7 +79,7 @@ def context_attention_shard(
     Args:
       q: this device's slice [B,t,H,D] of the queries, in the layout's order; float32, bfloat16 or float16.
       k: this device's slice [B,t,K,D] of the keys, in the dtype of q; K divides H.
-      v: this device's slice [B,t,K,D] of the values.
+      v: this device's slice [B,t,K,D_v] of the values.
       strategy: a name from `STRATEGIES`, or one of its values with other options.
       axis_name: the axis that the sequence is sharded over.
       layout: the order in which tokens were dealt to devices: a name, a SequenceLayout or DealtRows.
@@ -94,17 +95,18 @@ def context_attention_shard(
       seq_len: tokens of the whole sequence that are real; those at positions from here on are padding. All by default.
       impl: name of the kernel that computes tiles, or "auto": the fastest that can do this on these devices.
       block_sizes: sizes of the kernel's tiles; chosen for the kernel and the device by default.
+      return_lse: also return the lse.
       **options: of the strategy.
 
     Returns:
-      This device's slice [B,t,H,D] of the output, in the dtype of q; 0 where a query sees no key.
+      This device's slice [B,t,H,D_v] of the output, in the dtype of q; 0 where a query sees no key. With `return_lse`
+      also its slice of the lse, float32 [B,t,H], -inf there.
 
     Raises:
       ValueError: for shapes, dtypes, values or names that do not fit, before anything compiles.
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
-    require_same_head_dim("context_attention", k, v)
     require_as_many_keys(q, k)
     layout, positions = layout_and_positions(
         layout, positions, _axis_size(axis_name), q.shape[:2], shard=lambda: lax.axis_index(axis_name)
@@ -120,13 +122,15 @@ def context_attention_shard(
         axis_name=axis_name,
         layout=layout,
         kind=kind_here(q),
-        shape=q.shape,
+        shape=(*q.shape[:3], max(q.shape[3], v.shape[3])),
+        return_lse=return_lse,
         dtype=q.dtype,
         kv_heads=k.shape[2],
         make_mask=functools.partial(make_mask_spec, q, **mask, **offsets),
     )
     arrays = arrays_of_shard(strategy, context, q, k, v, mask, positions=positions, **offsets)
-    return jnp.swapaxes(strategy.attend(context, *arrays), 1, 2)
+    out, lse = (jnp.swapaxes(x, 1, 2) for x in strategy.attend(context, *arrays))
+    return (out, lse) if return_lse else out
 
 
 def layout_and_positions(
@@ -171,19 +175,19 @@ def mask_and_options(arguments, q_shape: tuple[int, ...], max_segment_len: int |
     if segment_ids is not None:
         require_integers("segment_ids", segment_ids, q_shape[:2], letters)
     check_token_args(mask, q_shape[0], q_shape[1], q_shape[1], 2 * letters[1])
-    mask = checked_mask_args(mask, q_shape[2])
+    mask = checked_mask_args(mask, q_shape[2], traced_scale=True)
     return mask | dict(window=_shorter(mask["window"], max_segment_len, segment_ids)), options
 
 
 def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, *, positions=None, **offsets) -> tuple:
-    """What `Strategy.attend` takes, of a device's slices q [B,t,H,D], k and v [B,t,K,D]: heads before tokens.
+    """What `Strategy.attend` takes, of a device's slices q [B,t,H,D], k [B,s,K,D], v [B,s,K,D_v]: heads before tokens.
 
     Raises ValueError for what the kernel or the strategy cannot do.
     """
     (B, t, H, D), given = q.shape, (positions, mask["segment_ids"])
     own = Tokens(*(None if x is None else x.astype(jnp.int32) for x in given))
     spec = make_mask_spec(q, **mask, **offsets)
-    context.kernel.check(spec, jax.ShapeDtypeStruct((B, H, t, D), q.dtype))
+    context.kernel.check(spec, jax.ShapeDtypeStruct((B, H, t, max(D, v.shape[3])), q.dtype))
     strategy.check(context, (B, t, H, D), k.shape[2], spec)
     me = lax.axis_index(context.axis_name)
     more = _more_of_tokens(mask, context.placed(own, me, t).positions, (B, t))
@@ -237,6 +241,8 @@ def _shorter(window: Window, max_segment_len: int | None, segment_ids) -> Window
 
 
 @lists_arguments(defaults_of(context_attention_shard, but=("strategy",)))
-def ring_attention_shard(q: jax.Array, k: jax.Array, v: jax.Array, **arguments: Unpack[ShardArgs]) -> jax.Array:
+def ring_attention_shard(
+    q: jax.Array, k: jax.Array, v: jax.Array, **arguments: Unpack[ShardArgs]
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`ring_attention` for use inside your own `shard_map`: `context_attention_shard` by ring, with its arguments."""
     return context_attention_shard(q, k, v, strategy="ring", **arguments)

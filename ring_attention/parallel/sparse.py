@@ -148,7 +148,7 @@ class Sparse(Strategy):
         far = self._far_part(context, tokens.mask, q.shape[TOKENS])
         state = Ring().forward(context, me, q, k, v, self._near(far.stride, tokens))
         q, k, v = far.to_residues(q, k, v)
-        empty = vary_over(SoftmaxState.empty(q.shape), axes_of(q))
+        empty = SoftmaxState.before(q, v)
         found = context.kernel.forward(q, k, v, far.pair(me, tokens, q), empty, context.blocks)
         return online_softmax.merge(state, *far.to_tokens(*online_softmax.finalize(found)))
 

@@ -17,7 +17,7 @@ from ring_attention.attention import sinks as attention_sinks
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.derivatives import differentiated_once
 from ring_attention.attention.kernels.contract import GlobalStats, Kernel
-from ring_attention.attention.mask_spec import MaskSpec
+from ring_attention.attention.mask_spec import MaskSpec, scale_gradient
 from ring_attention.attention.masks import Tokens
 from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.rounding import rounded
@@ -91,22 +91,26 @@ class ShardTokens:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attention_over_shards(strategy: "Strategy", context: Context, q, k, v, tokens: ShardTokens, sinks) -> jax.Array:
+def attention_over_shards(
+    strategy: "Strategy", context: Context, q, k, v, tokens: ShardTokens, sinks
+) -> tuple[jax.Array, jax.Array]:
     """Attention of this device's queries to all keys that they see, by the two passes of a strategy.
 
     Args:
       strategy: brings queries and keys together.
       context: where it runs.
       q: [B,H,t,D].
-      k, v: [B,K,t,D].
+      k: [B,K,s,D].
+      v: [B,K,s,D_v].
       tokens: where queries and keys stand, and the mask.
       sinks: float32 [H] or None.
 
     Returns:
-      Out [B,H,t,D] in the dtype of q.
+      Out [B,H,t,D_v] in the dtype of q, and lse float32 [B,H,t], that of all keys and of the sink.
     """
     state = strategy.forward(context, *_bound(context, q, k, v, tokens))
-    return attention_sinks.finalize(state, sinks)[0].astype(q.dtype)
+    out, lse = attention_sinks.finalize(state, sinks)
+    return out.astype(q.dtype), lse
 
 
 def _bound(context: Context, q, k, v, tokens: ShardTokens) -> tuple:
@@ -126,15 +130,19 @@ def _forward(strategy: "Strategy", context: Context, q, k, v, tokens: ShardToken
     out, lse = attention_sinks.finalize(state, sinks)
     out, rounding = rounded(out, q.dtype, keep=context.kernel.float32_out)
     out, lse, rounding = map(checkpoint_name, (out, lse, rounding), SAVED_NAMES)
-    return out, (q, k, v, tokens, sinks, out, lse, rounding)
+    return (out, lse), (q, k, v, tokens, sinks, out, lse, rounding)
 
 
-def _backward(strategy: "Strategy", context: Context, residuals, dout):
+def _backward(strategy: "Strategy", context: Context, residuals, cotangents):
     q, k, v, tokens, sinks, out, lse, rounding = residuals
-    stats = GlobalStats.of(out, lse, dout, rounding=rounding)
+    stats = GlobalStats.of(out, lse, *cotangents, rounding=rounding)
     grads = strategy.backward(context, *_bound(context, q, k, v, tokens), stats=stats)
+    of_scale = scale_gradient(tokens.mask, q, grads[0])
+    of_tokens = None
+    if of_scale is not None:
+        of_tokens = dataclasses.replace(tokens, queries=None, keys=None, hops=None, mask=of_scale)
     grads = (differentiated_once(grad.astype(x.dtype)) for grad, x in zip(grads, (q, k, v), strict=True))
-    return *grads, None, attention_sinks.gradient(sinks, stats)
+    return *grads, of_tokens, attention_sinks.gradient(sinks, stats)
 
 
 attention_over_shards.defvjp(_forward, _backward)
@@ -174,7 +182,7 @@ class Strategy:
         return tokens
 
     attend = functools.partialmethod(attention_over_shards)
-    """attend(context, q, k, v, tokens, sinks) -> out; by `attention_over_shards`, or in a way of its own."""
+    """attend(context, q, k, v, tokens, sinks) -> (out, lse); by `attention_over_shards`, or in a way of its own."""
 
     def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:
         """The softmax state of this device's queries over all keys that they see.
@@ -183,7 +191,8 @@ class Strategy:
           context: where it runs.
           me: int32, this device's number along the axis.
           q: [B,H,t,D].
-          k, v: [B,K,t,D].
+          k: [B,K,s,D].
+          v: [B,K,s,D_v].
           tokens: where queries and keys stand, and the mask.
         """
         raise NotImplementedError

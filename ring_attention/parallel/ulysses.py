@@ -40,7 +40,7 @@ class Swap:
     order: np.ndarray
 
     def heads_for_tokens(self, x_BHtD):
-        """[B,H,t,D] to [B,H/size,size*t,D]."""
+        """[B,H,t,...] to [B,H/size,size*t,...]."""
         return self._sort(self._all_to_all(x_BHtD, HEADS, TOKENS), TOKENS, self.order)
 
     def tokens_for_heads(self, x_BHtD):
@@ -126,8 +126,8 @@ class Usp(Strategy):
         queries = keys if tokens.queries is tokens.keys else jax.tree.map(swap.gather, tokens.queries)
         tokens = ShardTokens(queries=queries, keys=keys, mask=tokens.mask.of_heads(first, H // U))
         ring, tokens = Ring(), Ring().prepared(merged, tokens, U * t)
-        out = ring.attend(merged, *map(swap.heads_for_tokens, (q, k, v)), tokens, sinks)
-        return swap.tokens_for_heads(out)
+        results = ring.attend(merged, *map(swap.heads_for_tokens, (q, k, v)), tokens, sinks)
+        return tuple(map(swap.tokens_for_heads, results))
 
     def memory_bytes(self, work: Workload) -> int:
         """q, k, v and out of some heads and more tokens, the ring's blocks of them, and the statistics in float32."""

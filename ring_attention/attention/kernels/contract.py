@@ -14,12 +14,13 @@ from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ring_attention.attention.blocks import BlockSizes
 from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.attention.masks import BlockPair
 from ring_attention.attention.rounding import restored
-from ring_attention.checks import require
+from ring_attention.checks import require, shown
 
 
 def no_check(mask: MaskSpec, q) -> None:
@@ -103,6 +104,16 @@ class Kernel(NamedTuple):
     halve: Callable = halve
     differentiates_lse: bool = True
     float32_out: bool = False
+
+
+def require_lse(kernel: Kernel, return_lse: bool) -> None:
+    """Raise ValueError unless the kernel can differentiate the lse, or nobody asks for it."""
+    fits = isinstance(return_lse, bool | np.bool_)
+    require(fits, f"return_lse={shown(return_lse)} must be True or False; leave it out for the output alone")
+    require(
+        kernel.differentiates_lse or not return_lse,
+        f'impl={kernel.name!r} cannot differentiate the lse; leave return_lse out, or use impl="xla"',
+    )
 
 
 class GlobalStats(NamedTuple):
