@@ -5,7 +5,6 @@ is dropped in silence gives a model that trains, and is another one than was ask
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Hashable
 from typing import Unpack
 
@@ -14,16 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
-from ring_attention.attention.axis_types import names_of, type_of
 from ring_attention.attention.mask_args import defaults_of, lists_arguments
 from ring_attention.checks import is_number, require, require_array, shown
 from ring_attention.parallel.context import ContextArgs, context_attention
+from ring_attention.parallel.flax_arrays import folded, folded_rows, unfolded, validity
 from ring_attention.parallel.strategies import find_strategy
 
 _MOST_LOOKED_AT = 2**24
 """Numbers in a mask that is looked at to name the call that replaces it."""
+
+_OF_TOKENS = ("segment_ids", "intervals", "kv_valid", "kv_bias")
+"""Settings that are arrays [...,T]."""
 
 _OF_THE_LAYER = ("dropout_rate", "dropout_key")
 _SETTINGS = defaults_of(context_attention, but=("mesh", "return_lse", *_OF_THE_LAYER))
@@ -47,21 +49,24 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings: Un
     may stand before the tokens: they are folded into one batch axis, whose size the batch axes of the mesh must divide.
     Keys may come from another sequence only if it is as long as that of the queries.
 
-    Arrays among the settings (`segment_ids`, `sinks`, `alibi_slopes`) are the same for every call. For segment ids that
-    come with the batch, make the function where they are known: inside the step, where a linen layer is made anyway,
+    A `mask` [...,1,1,T], which says of each key alone whether it is seen, is honoured as `kv_valid`.
+
+    Arrays among the settings (`segment_ids`, `kv_valid`, `sinks`, ...) are the same for every call. For those that come
+    with the batch, make the function where they are known: inside the step, where a linen layer is made anyway,
     and an nnx layer after `nnx.merge` takes `layer.attention_fn = ra.flax_attention_fn(mesh=mesh, segment_ids=ids)`.
 
     Args:
       mesh: the devices of the ring; by default those that `jax.set_mesh` has set when the layer is called.
       **settings: the other keyword arguments of `context_attention`, all but its dropout and return_lse: strategy and
-        its options, axis_name, spec (of the arrays with one batch axis), layout, causal, window, segment_ids,
-        max_segment_len, softcap, scale, sinks, alibi_slopes, extra_mask, impl, block_sizes. segment_ids has the shape
-        of the layer's input without its last axis.
+        its options, axis_name, spec (of the arrays with one batch axis), layout, positions, causal, window,
+        segment_ids, intervals, kv_valid, kv_lengths, kv_bias, max_segment_len, softcap, scale, sinks, alibi_slopes,
+        extra_mask, impl, block_sizes. segment_ids, each array of intervals, kv_valid and kv_bias have the shape of the
+        layer's input without its last axis.
 
     Returns:
       A function, equal to others made with the same, that can be pickled and deep-copied. Flax's layers call it with q
       [...,T,H,D], k and v [...,T,K,D] and keywords. It raises ValueError, before anything compiles, for what it cannot
-      honour: `mask` (naming the call that replaces it) and with it the cache of `decode=True`, `bias`,
+      honour: any other `mask` (naming the call that replaces it) and with it the cache of `decode=True`, `bias`,
       `sow_weights`, `broadcast_dropout=True` (Flax's default) while dropout is active, a `precision`, an einsum of the
       layer's own, `is_causal=True` against `causal=False`, keys of another length than the queries.
 
@@ -108,8 +113,9 @@ class _AttentionFunction:
     ):
         del force_fp32_for_softmax  # every kernel's softmax is float32
         settings = dict(self.settings)
-        causal, segment_ids = settings.get("causal", _SETTINGS["causal"]), settings.pop("segment_ids", None)
-        _refuse_masks(mask, bias)
+        causal, segment_ids = settings.get("causal", _SETTINGS["causal"]), settings.get("segment_ids")
+        valid = validity(mask, query, key)
+        _refuse_masks(mask if valid is None else None, bias)
         require(
             causal or not is_causal,
             "is_causal=True, but the attention function was made with causal=False; make it with "
@@ -129,10 +135,12 @@ class _AttentionFunction:
         _check_shapes(query, key, value, segment_ids)
 
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
-        q_BTHD, k_BTKD, v_BTKD = (_folded(jnp.asarray(x, dtype), 3) for x in (query, key, value))
-        ids_BT = None if segment_ids is None else _folded(segment_ids, 1)
-        out_BTHD = context_attention(q_BTHD, k_BTKD, v_BTKD, mesh=self.mesh, segment_ids=ids_BT, **settings, **dropout)
-        return _unfolded(out_BTHD, query)
+        q_BTHD, k_BTKD, v_BTKD = (folded(jnp.asarray(x, dtype), 3) for x in (query, key, value))
+        if valid is not None:
+            settings["kv_valid"] = valid if settings.get("kv_valid") is None else valid & settings["kv_valid"]
+        settings |= {name: folded_rows(settings[name]) for name in _OF_TOKENS if settings.get(name) is not None}
+        out_BTHD = context_attention(q_BTHD, k_BTKD, v_BTKD, mesh=self.mesh, **settings, **dropout)
+        return unfolded(out_BTHD, query)
 
     def _key(self):
         return self.mesh, frozenset((name, _hashable(value)) for name, value in self.settings.items())
@@ -156,6 +164,8 @@ class _AttentionFunction:
 
 def _hashable(value):
     """The value, or its identity if it is an array or something else that cannot be a key."""
+    if isinstance(value, tuple):
+        return tuple(map(_hashable, value))
     return value if isinstance(value, Hashable) and not hasattr(value, "dtype") else id(value)
 
 
@@ -169,28 +179,6 @@ def _unpickled(platform: str, numbers: np.ndarray, axis_names, axis_types, setti
     )
     mesh = Mesh(np.vectorize(devices.__getitem__, otypes=[object])(numbers), axis_names, axis_types=axis_types)
     return _AttentionFunction(mesh, settings)
-
-
-def _folded(x, trailing: int):
-    """`x` with all axes but the last `trailing` as one, which is sharded over what shards any of them."""
-    shape = (-1, *x.shape[-trailing:])
-    typed = None if x.ndim == trailing + 1 else type_of(x)
-    if typed is None:
-        return x.reshape(shape)
-    rows, last = typed.spec[: x.ndim - trailing], typed.spec[x.ndim - trailing :]
-    names = tuple(name for entry in rows for name in names_of(entry))
-    sharding = NamedSharding(typed.mesh, PartitionSpec(names or None, *last))
-    return jax.lax.reshape(x, (math.prod(x.shape[:-trailing]), *shape[1:]), out_sharding=sharding)
-
-
-def _unfolded(out_BTHD, like):
-    """`out_BTHD` with the axes of `like` before its tokens, sharded like them."""
-    typed = None if like.ndim == out_BTHD.ndim else type_of(out_BTHD)
-    if typed is None:
-        return out_BTHD.reshape(like.shape)
-    rows = [*jax.typeof(like).sharding.spec, *[None] * like.ndim][: like.ndim - 3]
-    sharding = NamedSharding(typed.mesh, PartitionSpec(*rows, *typed.spec[1:]))
-    return jax.lax.reshape(out_BTHD, like.shape, out_sharding=sharding)
 
 
 def _check_settings(settings: dict) -> None:

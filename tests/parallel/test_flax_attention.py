@@ -226,6 +226,7 @@ SETTINGS = [
     and name not in ("mesh", "strategy", "dropout_rate", "dropout_key", "return_lse")
 ]
 OPTIONS = ["duplex", "unroll"]
+OF_TOKENS = ["segment_ids", "intervals", "kv_valid", "kv_bias"]
 
 
 @pytest.mark.parametrize("name", SETTINGS + OPTIONS)
@@ -238,11 +239,10 @@ def test_flax_attention_fn_passes_every_setting_on(name, monkeypatch):
 
     monkeypatch.setattr(flax_attention, "context_attention", record)
     mesh, q = _mesh(2), jnp.zeros((B, T, H, D))
-    value = jnp.ones((B, T), jnp.int32) if name == "segment_ids" else True if name in OPTIONS else object()
+    value = jnp.ones((B, T), jnp.int32) if name in OF_TOKENS else True if name in OPTIONS else object()
     ra.flax_attention_fn(mesh=mesh, **{name: value})(q, q, q)
     np.testing.assert_array_equal(given[0].pop(name), value)
-    others = dict(mesh=mesh) if name == "segment_ids" else dict(mesh=mesh, segment_ids=None)
-    assert given == [others]
+    assert given == [dict(mesh=mesh)]
 
 
 def test_flax_attention_fn_settings_change_the_result():
@@ -329,6 +329,21 @@ def test_flax_mask_is_refused_with_the_call_that_replaces_it(mask, call):
     assert relative_error(got * seen, nnx.dot_product_attention(q, k, v, mask=mask) * seen) < ROUNDING
     with pytest.raises(ValueError, match="make_causal_mask is .*make_attention_mask.* is .*combine_masks .* is "):
         jax.eval_shape(lambda mask: attention_fn(q, k, v, mask=mask), mask)
+
+
+def test_flax_mask_of_keys_alone_is_honoured():
+    q, k, v = (_random(seed, 1, 2, T, H, D) for seed in range(3))
+    mask = _valid()[None, :, None, None]
+    got = ra.flax_attention_fn(mesh=_mesh(2), causal=False)(q, k, v, mask=mask)
+    assert relative_error(got, nnx.dot_product_attention(q, k, v, mask=mask)) < ROUNDING
+    assert relative_error(got, nnx.dot_product_attention(q, k, v)) > 0.1  # the control
+    intervals = ra.Intervals.chunks(jnp.arange(T)[None].repeat(2, 0), 4, up_to_itself=True)
+    told = ra.flax_attention_fn(mesh=_mesh(2), causal=False, intervals=intervals, kv_valid=_valid()[None])
+    chunks = jnp.arange(T) // 4
+    want = nn.make_causal_mask(q[..., 0, 0]) * (chunks[:, None] == chunks) * mask
+    seen = want.any(-1).swapaxes(-1, -2)[..., None]
+    assert relative_error(told(q, k, v) * seen, nnx.dot_product_attention(q, k, v, mask=want) * seen) < ROUNDING
+    assert hash(told) == hash(ra.flax_attention_fn(mesh=_mesh(2), **told.settings))
 
 
 # --- What it refuses --------------------------------------------------------------------------------------------------
