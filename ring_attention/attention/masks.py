@@ -21,7 +21,7 @@ class Runs:
     Attributes:
       lengths: tokens of each run.
       step: how far apart the tokens of a run are.
-      starts: positions at which the runs begin, for each device that may hold the tokens.
+      starts: positions at which the runs begin, for each device that may hold the tokens; () where they are data.
     """
 
     lengths: tuple[int, ...]
@@ -31,7 +31,8 @@ class Runs:
     def follows(self, number: int) -> bool:
         """Whether a run begins where the one before it ends, on each device that may hold the tokens."""
         apart = self.step * self.lengths[number - 1]
-        return number > 0 and all(starts[number - 1] + apart == starts[number] for starts in self.starts)
+        known = number > 0 and bool(self.starts)
+        return known and all(starts[number - 1] + apart == starts[number] for starts in self.starts)
 
     def positions(self) -> np.ndarray | None:
         """int32 [t], if only one device may hold the tokens."""

@@ -158,9 +158,9 @@ def _keys(context: Context, keys: Tokens, shard_len: int) -> Tokens:
     """All keys' tokens, in the order in which kernels compute them."""
     layout = context.layout
     keys = jax.tree.map(lambda x: layout.in_order(lax.all_gather(x, context.axis_name, axis=1, tiled=True), 1), keys)
-    if keys.positions is not None:
-        return keys
-    positions = layout.in_order(layout.all_positions(shard_len).reshape(1, -1), 1)
+    positions = keys.positions
+    if positions is None:
+        positions = layout.in_order(layout.all_positions(shard_len).reshape(1, -1), 1)
     return dataclasses.replace(keys, positions=positions, runs=layout.all_runs(shard_len))
 
 

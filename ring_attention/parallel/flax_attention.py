@@ -114,8 +114,7 @@ class _AttentionFunction:
         del force_fp32_for_softmax  # every kernel's softmax is float32
         settings = dict(self.settings)
         causal, segment_ids = settings.get("causal", _SETTINGS["causal"]), settings.get("segment_ids")
-        valid = validity(mask, query, key)
-        _refuse_masks(mask if valid is None else None, bias)
+        _refuse_masks(None if (valid := validity(mask, query, key)) is not None else mask, bias)
         require(
             causal or not is_causal,
             "is_causal=True, but the attention function was made with causal=False; make it with "

@@ -45,15 +45,16 @@ class SequenceLayout:
     ring_size: int
     stripe: int = 1
     chunks: tuple[tuple[int, ...], ...] = ()
+    given_chunks: int = 0  # of a given layout, how many runs of consecutive tokens make a shard; 0 if unknown
 
     def __post_init__(self):
         if self.kind != "given":
             require_choice("layout", self.kind, (*LAYOUT_KINDS, "dealt") if self.chunks else LAYOUT_KINDS)
         ring_size = shown(self.ring_size)
         require(is_whole(self.ring_size, 1), f"ring_size={ring_size} must be positive and whole; use mesh.shape['sp']")
+        fits = is_whole(self.stripe, 1) and (self.stripe == 1 or self.kind == "striped")
         require(
-            is_whole(self.stripe, 1) and (self.stripe == 1 or self.kind == "striped"),
-            f"stripe={shown(self.stripe)} with layout={self.kind!r}; need 1, or more in striped layouts alone",
+            fits, f"stripe={shown(self.stripe)} with layout={self.kind!r}; need 1, or more in striped layouts alone"
         )
         dealt = sorted(chunk for shard in self.chunks for chunk in shard)
         require(
@@ -144,7 +145,7 @@ class SequenceLayout:
     def chunks_per_shard(self) -> int:
         """How many runs of consecutive tokens a shard holds, where their number does not depend on its length."""
         require(self.kind != "striped", "striped shards have no fixed number of chunks; use contiguous or zigzag")
-        return len(self.chunks[0]) if self.chunks else 2 if self.kind == "zigzag" else 1
+        return len(self.chunks[0]) if self.chunks else 2 if self.kind == "zigzag" else self.given_chunks or 1
 
     def shard_positions(self, shard: int | jax.Array, shard_len: int) -> jax.Array:
         """Natural positions, int32 [shard_len], of the tokens that shard number `shard` holds (it may be traced)."""
@@ -177,9 +178,9 @@ class SequenceLayout:
         )
 
     def runs(self, shard_len: int, start: int = 0, stop: int | None = None) -> Runs | None:
-        """The tokens from `start` to `stop` of any shard, as runs; None for stripes, many short ones, and for given."""
+        """The tokens from `start` to `stop` of any shard, as runs; None for stripes, many short ones, or unknown."""
         stop, shards = shard_len if stop is None else stop, range(self.ring_size)
-        if self.kind == "given":
+        if self.kind == "given" and not self.given_chunks:
             return None
         if self.kind == "striped":
             starts = tuple((shard + self.ring_size * start,) for shard in shards)
@@ -187,7 +188,7 @@ class SequenceLayout:
         chunk = shard_len // self.chunks_per_shard
         cuts = [start, *(cut for cut in range(0, shard_len, chunk) if start < cut < stop), stop]
         lengths = tuple(after - before for before, after in itertools.pairwise(cuts))
-        chunks = [self.chunk_starts(shard, shard_len) for shard in shards]
+        chunks = [] if self.kind == "given" else [self.chunk_starts(shard, shard_len) for shard in shards]
         starts = tuple(tuple(int(own[cut // chunk]) + cut % chunk for cut in cuts[:-1]) for own in chunks)
         return Runs(lengths, 1, starts)
 
@@ -210,11 +211,9 @@ class SequenceLayout:
 
     def all_runs(self, shard_len: int) -> Runs | None:
         """The tokens of all shards as runs, in the order of `in_order`."""
-        own = self.runs(shard_len)
-        if own is None or self.kind == "striped":
-            return own and Runs(own.lengths * self.ring_size, own.step, (tuple(itertools.chain(*own.starts)),))
-        starts = sorted(itertools.chain(*own.starts))
-        return Runs(own.lengths * self.ring_size, own.step, (tuple(starts),))
+        own, order = self.runs(shard_len), list if self.kind == "striped" else sorted
+        starts = tuple(order(itertools.chain(*own.starts))) if own else ()
+        return own and Runs(own.lengths * self.ring_size, own.step, (starts,) if starts else ())
 
     def positions(self, seq_len: int) -> np.ndarray:
         """int32 [seq_len]: the natural position of each token in layout order.
@@ -243,7 +242,7 @@ class SequenceLayout:
             return self
         places = self.ring_size // size
         if self.kind == "given":
-            return SequenceLayout("given", places)
+            return SequenceLayout("given", places, given_chunks=self.given_chunks * size)
         if places == 1:
             return SequenceLayout("contiguous", 1)
         require(

@@ -155,7 +155,8 @@ def layout_and_positions(
         remedy = f"make it by SequenceLayout.for_documents(segment_ids, {ring_size})"
         require(fits, f"layout deals to {layout.ring_size} devices, but there are {ring_size}; {remedy}")
         positions = layout.positions(T) if shard is None else layout.shard_positions(shard(), T)
-        return SequenceLayout("given", ring_size), jnp.asarray(positions, jnp.int32)
+        given = SequenceLayout("given", ring_size, given_chunks=layout.chunks_per_shard)
+        return given, jnp.asarray(positions, jnp.int32)
     layout = as_layout(layout, ring_size)
     if positions is None:
         require(layout.kind != "given", 'layout="given" has no positions; give positions=, or leave the layout out')

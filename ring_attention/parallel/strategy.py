@@ -60,7 +60,7 @@ class Context:
         Those that have positions keep them: these travelled with them.
         """
         if tokens.positions is not None:
-            return tokens
+            return dataclasses.replace(tokens, runs=self.layout.runs(shard_len, start, stop))
         positions = self.layout.shard_positions(place, shard_len)[None, start:stop]
         return dataclasses.replace(tokens, positions=positions, runs=self.layout.runs(shard_len, start, stop))
 

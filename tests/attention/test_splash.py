@@ -15,6 +15,7 @@ import ring_attention as ra
 from ring_attention.attention import kernels
 from ring_attention.attention.kernels import splash, splash_calls, splash_memory
 from ring_attention.hardware.pods import pod_devices
+from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.testing import NAMES, random_qkv, random_segments
 
 B, H, K, D, P = 2, 4, 2, 64, 2
@@ -54,6 +55,27 @@ def _results(qkv, layout, mask, strategy="ring"):
     run = jax.jit(jax.shard_map(on_shard, mesh=ring_mesh(P), in_specs=spec, out_specs=spec, check_vma=False))
     arrays = [*qkv] if segment_ids is None else [*qkv, jnp.asarray(segment_ids)]
     return [layout.unpermute(x, 1) for x in run(*(layout.permute(x, 1) for x in arrays))]
+
+
+def test_splash_takes_documents_that_are_dealt_by_data():
+    segment_ids = random_segments(1, B, T, count=3)
+    rows = ra.SequenceLayout.for_documents(segment_ids, P, chunks_per_shard=2)
+    arrays = [*random_qkv(0, B, T, H, K, D, dtype="bfloat16"), jnp.asarray(segment_ids)]
+
+    def on_shard(table, q, k, v, dout, segments):
+        arguments = dict(layout=DealtRows(table), impl="interpreted", block_sizes=BLOCKS, segment_ids=segments)
+        out, vjp = jax.vjp(functools.partial(ra.context_attention_shard, **arguments), q, k, v)
+        return out, *vjp(dout)
+
+    specs = (jax.P(), *[jax.P(None, "sp")] * 5)
+    run = jax.jit(jax.shard_map(on_shard, mesh=ring_mesh(P), in_specs=specs, out_specs=specs[1], check_vma=False))
+    bound = Bound(arrays[:4], segment_ids=segment_ids)
+    dealt = [rows.permute(x) for x in arrays]
+    assert bound.too_large([rows.unpermute(x) for x in run(rows.table, *dealt)]) == {}
+    stale = [rows.unpermute(x) for x in run(rows.table[::-1], *dealt)]  # the control: another row's table
+    assert set(bound.too_large(stale)) == set(NAMES)
+    with pytest.raises(ValueError, match="needs to know how keys are spaced"):
+        ra.context_attention(*arrays[:3], mesh=ring_mesh(P), positions=np.arange(T), impl="interpreted")
 
 
 QUICK = [("zigzag", "causal", "bfloat16")]

@@ -104,8 +104,9 @@ def plans_of(pair: BlockPair) -> tuple[list[list[StaticTile]], np.ndarray]:
     queries, keys, mask = pair.queries, pair.keys, pair.mask
     require(mask.min_distance == 0, 'this kernel cannot leave out the keys that are near; use impl="xla"')
     q_runs, kv_runs = queries.runs, keys.runs
+    known = all(x is not None and x.starts for x in (q_runs, kv_runs))
     require(
-        q_runs is not None and kv_runs is not None and q_runs.step == kv_runs.step,
+        known and q_runs is not None and kv_runs is not None and q_runs.step == kv_runs.step,
         "this kernel needs queries and keys that are evenly spaced in a few runs, and here nobody says that they are; "
         'use impl="xla"',
     )
