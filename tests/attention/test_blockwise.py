@@ -90,16 +90,17 @@ def test_blockwise_attention_is_as_exact_as_dense_attention(case, dtype):
     lengths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (4, 4)]),
     causal=st.booleans(),
-    window=st.none() | st.integers(1, 60),
+    window=st.none() | st.integers(1, 60) | st.tuples(*2 * [st.none() | st.integers(0, 60)]),
     softcap=st.none() | st.just(1.5),
     rate=st.sampled_from([0.0, 0.4]),
     has=st.fixed_dictionaries(dict(sinks=st.booleans(), alibi_slopes=st.booleans())),
+    told=st.sets(st.sampled_from(["intervals", "kv_valid", "kv_lengths", "kv_bias"])),
     tile=st.sampled_from([7, 16, 512]),
     cut_and_heads=st.sampled_from([(1, 1), (2, 2), (4, 1)]),
     seed=st.integers(0, 999),
 )
 def test_blockwise_attention_matches_oracle_with_any_lengths(
-    lengths, heads, causal, window, softcap, rate, has, tile, cut_and_heads, seed
+    lengths, heads, causal, window, softcap, rate, has, told, tile, cut_and_heads, seed
 ):
     (T, S), (H, K), rng = lengths, heads, np.random.default_rng(seed)
     qkv = random_qkv(seed, 2, T, H, K, 8, S=S)
@@ -115,6 +116,14 @@ def test_blockwise_attention_matches_oracle_with_any_lengths(
         dropout_key=KEY,
         **{name: rng.standard_normal(H) for name in has if has[name]},
     )
+    start = rng.integers(0, 50, (1, T))
+    of_tokens = dict(
+        intervals=(start, start + rng.integers(0, 20, (1, T))),
+        kv_valid=rng.random((2, S)) < 0.7,
+        kv_lengths=rng.integers(0, 50, 2),
+        kv_bias=rng.normal(0, 2, (2, S)).astype(np.float32),
+    )
+    arguments |= {name: of_tokens[name] for name in told}
     cut, at_once = cut_and_heads
     blocks = ra.BlockSizes(q=tile, kv=tile, cut=cut, heads=at_once)
     got = results(ra.blockwise_attention, qkv, block_sizes=blocks, **arguments)

@@ -1,5 +1,6 @@
 """Tiles: what is visible is computed once, and not much else is."""
 
+import dataclasses
 import functools
 
 import jax
@@ -99,6 +100,19 @@ def test_tiling_of_a_diagonal_wastes_half_a_small_tile_a_row():
     uncut, _ = _counts(_pair(t, t), t, t, BlockSizes(q=16, kv=16, cut=1))
     assert uncut[0, 0].sum() == t * (t + 16) / 2  # the control: tiles that are not cut
     assert _counts(_pair(t, t, offset=-t), t, t, blocks)[0].sum() == 0
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["block-causal", "chunks"])
+def test_tiling_of_whole_chunks_computes_what_is_visible_alone_and_without_a_mask(causal):
+    t, blocks = 64, BlockSizes(q=16, kv=16, cut=2)
+    low, high = ra.Intervals.chunks(np.arange(t), 32)
+    pair = _pair(t, t, causal=causal)
+    pair = dataclasses.replace(pair, queries=dataclasses.replace(pair.queries, low=low, high=high))
+    computed, unmasked = _counts(pair, t, t, blocks)
+    chunks = np.arange(t) // 32
+    seen = chunks[:, None] >= chunks if causal else chunks[:, None] == chunks
+    np.testing.assert_array_equal(computed[0, 0], seen)
+    np.testing.assert_array_equal(unmasked, computed)
 
 
 def test_tiling_visits_several_heads_of_a_tile_together():

@@ -1,5 +1,6 @@
 """Rings that count their hops as they run: what arrays say is as exact as what is known when a program is traced."""
 
+import dataclasses
 import functools
 
 import jax
@@ -49,6 +50,17 @@ def _tables(draw, T):
     )
 
 
+@st.composite
+def _intervals(draw, T):
+    """(start, stop), int32 [B,T]: blocks of the sequence, or any intervals, some of which are empty."""
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    if draw(st.booleans()):
+        blocks = ra.Intervals.blocks(rng.integers(-1, 2, (B, T // 2)).repeat(2, 1))
+        return tuple(np.asarray(x) for x in blocks)
+    start = rng.integers(-2, T, (B, T))
+    return start.astype(np.int32), (start + rng.integers(0, T // 4, (B, T))).astype(np.int32)
+
+
 # --- How far keys travel ----------------------------------------------------------------------------------------------
 
 
@@ -56,20 +68,21 @@ def _tables(draw, T):
 def _counter(P, kind, causal):
     context = Context(axis_name="sp", layout=ra.SequenceLayout(kind, P), kernel=find_kernel("xla"), blocks=BlockSizes())
 
-    def on_device(positions, segments):
-        own = Tokens(positions if kind == "given" else None, segments)
-        return count_hops(context, ShardTokens(queries=own, keys=own, mask=MaskSpec(scale=1.0, causal=causal)), 8)
+    def on_device(positions, segments, low, high):
+        keys = Tokens(positions if kind == "given" else None, segments)
+        queries, mask = dataclasses.replace(keys, low=low, high=high), MaskSpec(scale=1.0, causal=causal)
+        return count_hops(context, ShardTokens(queries=queries, keys=keys, mask=mask), 8)
 
-    spec = jax.P(None, "sp")
-    return quickly(jax.shard_map(on_device, mesh=_mesh(P), in_specs=(spec, spec), out_specs=jax.P()))
+    specs = [jax.P(None, "sp")] * 4
+    return quickly(jax.shard_map(on_device, mesh=_mesh(P), in_specs=(*specs,), out_specs=jax.P()))
 
 
-def _fewest_hops(P, positions, segments, causal):
+def _fewest_hops(P, positions, segments, causal, low, high):
     """Forth and back together, token by token."""
     device = np.repeat(np.arange(P), positions.shape[1] // P)
-    seen = segments[:, :, None] == segments[:, None, :]
-    if causal:
-        seen &= positions[:, :, None] >= positions[:, None, :]
+    query, key = positions[:, :, None], positions[:, None, :]
+    seen = (low[..., None] <= key) & (key < high[..., None])
+    seen = (seen | (query >= key) if causal else seen) & (segments[:, :, None] == segments[:, None, :])
     _, query, key = np.nonzero(seen)
     shifts = {int(shift) for shift in (device[query] - device[key]) % P} - {0}
     return min(forth + max((P - shift for shift in shifts if shift > forth), default=0) for forth in range(P))
@@ -86,9 +99,9 @@ def test_hops_are_the_fewest_that_bring_all_keys(kind, causal, data):
         positions = data.draw(_tables(T))
     else:
         positions = np.tile(ra.SequenceLayout(kind, P).positions(T), (B, 1))
-    segments = np.take_along_axis(natural, positions, 1)
-    hops = _counter(P, kind, causal)(positions, segments)
-    assert int(hops.forth) + int(hops.back) == _fewest_hops(P, positions, segments, causal)
+    told = [np.take_along_axis(x, positions, 1) for x in (natural, *data.draw(_intervals(T)))]
+    hops = _counter(P, kind, causal)(positions, *told)
+    assert int(hops.forth) + int(hops.back) == _fewest_hops(P, positions, told[0], causal, *told[1:])
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -105,18 +118,17 @@ def _program(P, strategy, causal, dtype):
     """(q, k, v and dout, what makes results of them by the order in which tokens lie, and positions said of them)."""
     mesh, T = _mesh(P), 8 * P
 
-    def attend(q, k, v, *, lies, positions, segment_ids):
-        dealt = [_in_order(x, lies) for x in (q, k, v, segment_ids)]
+    def attend(q, k, v, *, lies, positions, told):
+        q, k, v, told = jax.tree.map(lambda x: _in_order(x, lies), (q, k, v, told))
         how = dict(mesh=mesh, strategy=strategy, causal=causal, impl="plain" if strategy != "usp" else "xla")
-        out = ra.context_attention(*dealt[:3], segment_ids=dealt[3], positions=positions, **how)
+        out = ra.context_attention(q, k, v, positions=positions, **told, **how)
         return _in_order(out, lies, back=True)
 
     qkv = random_qkv(3, B, T, H, K, D, dtype=dtype)
 
     @quickly
-    def run(qkv, lies, positions, segment_ids):
-        how = dict(lies=lies, positions=positions, segment_ids=segment_ids)
-        return results(attend, qkv, jit=lambda fn: fn, **how)
+    def run(qkv, lies, positions, told):
+        return results(attend, qkv, jit=lambda fn: fn, lies=lies, positions=positions, told=told)
 
     return qkv, run
 
@@ -138,10 +150,11 @@ def _program(P, strategy, causal, dtype):
 def test_positions_that_are_data_give_exact_attention(P, strategy, causal, dtype, data):
     qkv, run = _program(P, strategy, causal, dtype)
     T = qkv[0].shape[1]
-    segment_ids, positions = data.draw(_documents(T)), data.draw(_tables(T))
-    assert not Bound(qkv, segment_ids=segment_ids, causal=causal).too_large(
-        run(qkv, positions, positions, segment_ids), floor=FLOOR
-    )
+    told = dict(segment_ids=data.draw(_documents(T)), intervals=data.draw(_intervals(T)))
+    told |= dict(kv_valid=np.random.default_rng(data.draw(st.integers(0, 9))).random((B, T)) < 0.8)
+    positions = data.draw(_tables(T))
+    got = run(qkv, positions, positions, told)
+    assert not Bound(qkv, causal=causal, **told).too_large(got, floor=FLOOR)
 
 
 def test_a_stale_table_is_seen():
@@ -150,9 +163,11 @@ def test_a_stale_table_is_seen():
     table = np.stack([rng.permutation(T // CHUNK) for _ in range(B)])
     segment_ids = np.repeat([[1, 2]], T // 2, 1).repeat(B, 0).astype(np.int32)
     rows = (table[..., None] * CHUNK + np.arange(CHUNK)).reshape(B, T).astype(np.int32)
-    bound = Bound(qkv, segment_ids=segment_ids)
-    assert not bound.too_large(run(qkv, rows, rows, segment_ids))
-    assert set(bound.too_large(run(qkv, rows, rows[::-1], segment_ids))) == set(NAMES)
+    told = dict(segment_ids=segment_ids, intervals=ra.Intervals.chunks(np.arange(T)[None].repeat(B, 0), 3))
+    told |= dict(kv_valid=np.arange(T)[None].repeat(B, 0) % 7 > 0)
+    bound = Bound(qkv, **told)
+    assert not bound.too_large(run(qkv, rows, rows, told))
+    assert set(bound.too_large(run(qkv, rows, rows[::-1], told))) == set(NAMES)
 
 
 def test_documents_that_are_dealt_give_exact_attention_in_one_program():

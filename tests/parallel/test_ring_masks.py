@@ -180,10 +180,14 @@ ANYTHING = given(
     head_dim=st.sampled_from([1, 3, 8]),
     length=st.integers(1, 50),
     causal=st.booleans(),
-    window=st.none() | st.integers(1, 50),
+    window=st.none() | st.integers(1, 50) | st.tuples(*2 * [st.none() | st.integers(0, 50)]),
     softcap=st.none() | st.sampled_from([0.5, 3.0]),
     rate=st.sampled_from([0.0, 0.4]),
-    has=st.fixed_dictionaries(dict(sinks=st.booleans(), alibi_slopes=st.booleans(), segment_ids=st.booleans())),
+    has=st.fixed_dictionaries(
+        dict.fromkeys(
+            ("sinks", "alibi_slopes", "segment_ids", "intervals", "kv_valid", "kv_lengths", "kv_bias"), st.booleans()
+        )
+    ),
     ways=st.fixed_dictionaries(dict(duplex=st.booleans(), unroll=st.booleans())),
     tile=st.sampled_from([4, 9, 256]),
     seed=st.integers(0, 999),
@@ -196,6 +200,10 @@ def _check(impl, layout, P, heads, head_dim, length, causal, window, softcap, ra
         sinks=rng.standard_normal(H),
         alibi_slopes=rng.uniform(0, 0.5, H),
         segment_ids=rng.integers(0, 3, (2, length)) if seed % 2 else random_segments(seed, 2, length),
+        intervals=(start := rng.integers(0, length, (2, length)), start + rng.integers(0, 12, (2, length))),
+        kv_valid=rng.random((2, length)) < 0.8,
+        kv_lengths=rng.integers(0, length + 1, 2),
+        kv_bias=rng.normal(0, 2, (2, length)).astype(np.float32),
     )
     arguments = dict(causal=causal, window=window, softcap=softcap, dropout_rate=rate, dropout_key=KEY)
     arguments |= {name: drawn[name] for name in has if has[name]}
