@@ -38,9 +38,9 @@ def forward(ring: RingPass, q, k, v, hops: Hops) -> SoftmaxState:
         return advance
 
     carry = (SoftmaxState.before(q, v), own, np.int32(0))
-    carry = lax.fori_loop(np.int32(0), hops.forth, step(FORTH), carry)
+    carry = _repeat(hops.forth, step(FORTH), carry, planned=ring.routes[0].hops)
     if not ring.one_way:
-        carry = lax.fori_loop(np.int32(0), hops.back, step(BACK), carry)
+        carry = _repeat(hops.back, step(BACK), carry, planned=0)
     return take(*carry)
 
 
@@ -52,7 +52,7 @@ def backward(ring: RingPass, q, k, v, stats: GlobalStats, hops: Hops):
     dq, here, gathered = _stream(ring, q, stats, (dq, own, nothing, nothing), hops.forth, FORTH)
     dkv = jax.tree.map(jnp.add, here, _sent_home(ring, gathered, hops.forth, FORTH))
     if not ring.one_way:
-        first = _repeat(jnp.minimum(hops.back, 1), lambda _, block: ring.send(block, BACK), own)
+        first = _repeat(jnp.minimum(hops.back, 1), lambda _, block: ring.send(block, BACK), own, planned=0)
         dq, _, gathered = _stream(ring, q, stats, (dq, first, nothing, nothing), hops.back, BACK)
         dkv = jax.tree.map(jnp.add, dkv, _sent_home(ring, gathered, hops.back, BACK))
     return dq, *dkv
@@ -92,26 +92,43 @@ def _stream(ring: RingPass, q, stats: GlobalStats, carry, hops, direction: int):
 
         return advance
 
-    several = hops >= 2
-    carry = _repeat(jnp.minimum(hops, 2), step(passes_on=True, gathers=False), carry, first)
-    carry = _repeat(hops, step(passes_on=True, gathers=True), carry, 2)
-    carry = _repeat(jnp.where(several, hops + 1, 0), step(passes_on=False, gathers=True), carry, hops)
+    several, most = hops >= 2, ring.routes[0].hops if direction == FORTH else 0
+    carry = _repeat(jnp.minimum(hops, 2), step(passes_on=True, gathers=False), carry, first, planned=min(most, 2))
+    carry = _repeat(hops, step(passes_on=True, gathers=True), carry, 2, planned=max(most - 2, 0))
     carry = _repeat(
-        jnp.where(several, 0, hops + 1), step(passes_on=False, gathers=False), carry, jnp.maximum(hops, first)
+        jnp.where(several, hops + 1, 0), step(passes_on=False, gathers=True), carry, hops, planned=int(most >= 2)
+    )
+    carry = _repeat(
+        jnp.where(several, 0, hops + 1),
+        step(passes_on=False, gathers=False),
+        carry,
+        jnp.maximum(hops, first),
+        planned=int(most == 1),
     )
     dq, _, earlier, gathered = carry
     return dq, earlier, gathered
 
 
 def _sent_home(ring: RingPass, tree, hops, direction: int):
-    """What travelled so many hops sent back where it came from, by powers of two: a transfer has a fixed length."""
-    for power in range((ring.context.layout.ring_size - 1).bit_length()):
-        far = -direction * 2**power
-        tree = _repeat((hops >> power) & 1, lambda _, tree, far=far: ring.send(tree, far), tree)
+    """What travelled so many hops sent where it came from: on, if one more comes full circle, else back.
+
+    Back by powers of two, since a transfer has a fixed length.
+    """
+    P, most = ring.context.layout.ring_size, ring.routes[0].hops if direction == FORTH else 0
+    circle = hops == P - 1
+    tree = _repeat(circle.astype(jnp.int32), lambda _, tree: ring.send(tree, direction), tree, planned=most == P - 1)
+    for power in range((P - 1).bit_length()):
+        far, turns = -direction * 2**power, jnp.where(circle, 0, (hops >> power) & 1)
+        planned = (most >> power) & 1 if most < P - 1 else 0
+        tree = _repeat(turns, lambda _, tree, far=far: ring.send(tree, far), tree, planned=planned)
     return tree
 
 
-def _repeat(stop, step, carry, start: int | jax.Array = 0):
-    """`step(number, carry)` for the numbers from `start` up to `stop`, of which neither need be known."""
+def _repeat(stop, step, carry, start: int | jax.Array = 0, *, planned: int):
+    """`step(number, carry)` for the numbers from `start` up to `stop`, of which neither need be known.
+
+    The loop's name says how often it turns if one document fills the row, for who reads the compiled program.
+    """
     start, stop = (jnp.asarray(x, jnp.int32) for x in (start, stop))
-    return lax.fori_loop(start, stop, step, carry)
+    with jax.named_scope(f"planned_{int(planned)}"):
+        return lax.fori_loop(start, stop, step, carry)

@@ -6,8 +6,8 @@ from ring_attention.parallel.workload import BACK, HOP, Schedule, Step, Workload
 def counted_schedule(work: Workload, backward: bool) -> Schedule:
     """Own keys, those that come forth, and those that come the other way, where the own keys start again.
 
-    Backward, gradients follow their keys a hop behind and are then sent home by powers of two, beside which nothing is
-    computed; nor is anything beside the first hop back.
+    Backward, gradients follow their keys a hop behind and are then sent home: on, if one more hop comes full circle,
+    else back by powers of two. Beside that nothing is computed, nor beside the first hop back.
     """
     forth, back = work.hops or (0, 0)
     keys = 2 * work.bytes_of(work.shard, work.kv_heads) + work.segment_bytes(work.shard)
@@ -23,6 +23,7 @@ def counted_schedule(work: Workload, backward: bool) -> Schedule:
             else:  # forward, the own keys leave the other way beside the last that came forth
                 leaves = keys * (way == HOP and back > 0 and not backward)
                 steps.append(Step(range(source, source + 1), 1.0, leaves, returning, BACK if leaves else way))
-        home = BACK if way == HOP else HOP
-        steps += [Step(gradients=gradients, way=home)] * (bin(hops).count("1") * backward)
+        circle = hops == work.devices - 1
+        home = way if circle else BACK if way == HOP else HOP
+        steps += [Step(gradients=gradients, way=home)] * ((1 if circle else hops.bit_count()) * backward)
     return Schedule(work=work, steps=tuple(steps), backward=backward)

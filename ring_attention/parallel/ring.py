@@ -72,12 +72,23 @@ class Ring(Strategy):
 
         Stripes of a document lie on every device. Where a window cuts shards, the parts go no farther than it reaches.
         """
-        fixed = self.duplex or self.unroll or context.layout.kind == "striped"
         routes = self._plan(context, tokens.mask, shard_len)
-        whole = [(route.start, route.stop) for route in routes] == [(0, shard_len)]
-        if fixed or not whole or not jax.tree.leaves((tokens.queries, tokens.keys)):
+        if self._fixed(context.layout.kind, routes, shard_len) or not jax.tree.leaves((tokens.queries, tokens.keys)):
             return tokens
         return dataclasses.replace(tokens, hops=count_hops(context, tokens, shard_len))
+
+    def _fixed(self, kind: str, routes: tuple[Route, ...], shard_len: int) -> bool:
+        """Whether the number of hops is known when a program is traced, whatever arrays say."""
+        whole = [(route.start, route.stop) for route in routes] == [(0, shard_len)]
+        return self.duplex or self.unroll or kind == "striped" or not whole
+
+    def _counted(self, work: Workload) -> Workload | None:
+        """The work of a ring that counts its hops, which are those of one document where nobody says; else None."""
+        if work.hops is not None:
+            return work
+        routes = self._routes(work)
+        fixed = not work.segments or self._fixed(work.layout, routes, work.shard)
+        return None if fixed else dataclasses.replace(work, hops=(routes[0].hops, 0))
 
     def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:
         """The softmax state of this device's queries over all keys that they see, as the blocks come by."""
@@ -170,8 +181,8 @@ class Ring(Strategy):
 
     def sent_bytes(self, work: Workload, backward: bool = False) -> int:
         """K and V along each route; backward the same again, and dK and dV in float32 as often."""
-        if work.hops is not None:
-            return round(sum(step.keys + step.gradients for step in counted_schedule(work, backward).steps))
+        if counted := self._counted(work):
+            return round(sum(step.keys + step.gradients for step in counted_schedule(counted, backward).steps))
         hops = token_hops(self._routes(work))
         sent = 2 * work.bytes_of(hops, work.kv_heads) + work.segment_bytes(hops)
         return sent + 2 * work.bytes_of(hops, work.kv_heads, 4) * backward
@@ -182,8 +193,8 @@ class Ring(Strategy):
         Backward the own keys are computed in halves: the second one while the first block arrives, the first one while
         the last gradients return. Gradients follow their keys a hop behind.
         """
-        if work.hops is not None:
-            return counted_schedule(work, backward)
+        if counted := self._counted(work):
+            return counted_schedule(counted, backward)
         routes, way = self._routes(work), BOTH_WAYS if self.duplex else HOP
         last = max((route.hops for route in routes), default=0)
         tokens = [sum(r.stop - r.start for r in routes if r.hops > hop) for hop in range(last + 1)]  # that go on

@@ -90,12 +90,13 @@ def test_ring_of_counted_hops_sends_and_computes_what_its_hops_say(backward):
         steps = ring.schedule(counted, backward).steps
         met = [step.hops.start for step in steps if step.hops]
         assert sorted(met) == sorted([0, *range(1, forth + 1), *(8 - hop for hop in range(1, back + 1))])
-        returns = sum(max(hops - 1, 0) + bin(hops).count("1") for hops in (forth, back))
+        home = [1 if hops == 7 else hops.bit_count() for hops in (forth, back)]  # one more hop comes full circle
+        returns = sum(max(hops - 1, 0) for hops in (forth, back)) + sum(home)
         assert ring.sent_bytes(counted, backward) == keys * (forth + back) + gradients * returns
         ways = [step.way for step in steps if step.keys]
         assert (ways.count(HOP), ways.count(BACK)) == (forth, back)
-    forward_all = ring.sent_bytes(dataclasses.replace(work, hops=(7, 0)))
-    assert forward_all == ring.sent_bytes(work)
+    for backward_too in (False, True):  # where nobody says, one document fills the row
+        assert ring.schedule(work, backward_too) == ring.schedule(dataclasses.replace(work, hops=(7, 0)), backward_too)
 
 
 def test_simulate_documents_waits_for_the_busiest_device_and_sends_nothing_unasked():

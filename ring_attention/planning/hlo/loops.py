@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ring_attention.planning.hlo.program import ENTRY, Instruction, Program
 
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_PLANNED = re.compile(r'op_name="[^"]*planned_(\d+)/while"')
 _SAME = ("copy", "bitcast", "copy-start", "copy-done", "optimization-barrier")
 
 
@@ -30,9 +31,10 @@ def trips_of(program: Program, loop: Instruction) -> int | None:
     """Count the turns of a `while`; None where they cannot be told.
 
     They are stated (GPU, CPU), or the loop counts: its condition compares an element of what it carries with a number,
-    the element starts as a number, and each turn adds a number to it.
+    the element starts as a number, and each turn adds a number to it. A loop whose length is data, as that of a ring
+    which counts its hops, counts as its name says: as for a row that one document fills.
     """
-    if stated := _TRIPS.search(loop.attributes):
+    if stated := _TRIPS.search(loop.attributes) or _PLANNED.search(loop.attributes):
         return int(stated[1])
     return _counted(program, loop) if _role(loop, "condition") in program.computations else None
 
