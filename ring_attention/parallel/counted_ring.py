@@ -38,9 +38,11 @@ def forward(ring: RingPass, q, k, v, hops: Hops) -> SoftmaxState:
         return advance
 
     carry = (SoftmaxState.before(q, v), own, np.int32(0))
-    carry = _repeat(hops.forth, step(FORTH), carry, planned=ring.routes[0].hops)
+    with _planned(ring.routes[0].hops):
+        carry = lax.fori_loop(np.int32(0), hops.forth, step(FORTH), carry)
     if not ring.one_way:
-        carry = _repeat(hops.back, step(BACK), carry, planned=0)
+        with _planned(0):
+            carry = lax.fori_loop(np.int32(0), hops.back, step(BACK), carry)
     return take(*carry)
 
 
@@ -95,16 +97,9 @@ def _stream(ring: RingPass, q, stats: GlobalStats, carry, hops, direction: int):
     several, most = hops >= 2, ring.routes[0].hops if direction == FORTH else 0
     carry = _repeat(jnp.minimum(hops, 2), step(passes_on=True, gathers=False), carry, first, planned=min(most, 2))
     carry = _repeat(hops, step(passes_on=True, gathers=True), carry, 2, planned=max(most - 2, 0))
-    carry = _repeat(
-        jnp.where(several, hops + 1, 0), step(passes_on=False, gathers=True), carry, hops, planned=int(most >= 2)
-    )
-    carry = _repeat(
-        jnp.where(several, 0, hops + 1),
-        step(passes_on=False, gathers=False),
-        carry,
-        jnp.maximum(hops, first),
-        planned=int(most == 1),
-    )
+    last, only = (step(passes_on=False, gathers=gathers) for gathers in (True, False))
+    carry = _repeat(jnp.where(several, hops + 1, 0), last, carry, hops, planned=most >= 2)
+    carry = _repeat(jnp.where(several, 0, hops + 1), only, carry, jnp.maximum(hops, first), planned=most == 1)
     dq, _, earlier, gathered = carry
     return dq, earlier, gathered
 
@@ -119,16 +114,18 @@ def _sent_home(ring: RingPass, tree, hops, direction: int):
     tree = _repeat(circle.astype(jnp.int32), lambda _, tree: ring.send(tree, direction), tree, planned=most == P - 1)
     for power in range((P - 1).bit_length()):
         far, turns = -direction * 2**power, jnp.where(circle, 0, (hops >> power) & 1)
-        planned = (most >> power) & 1 if most < P - 1 else 0
+        planned = (most >> power) & (most < P - 1)
         tree = _repeat(turns, lambda _, tree, far=far: ring.send(tree, far), tree, planned=planned)
     return tree
 
 
 def _repeat(stop, step, carry, start: int | jax.Array = 0, *, planned: int):
-    """`step(number, carry)` for the numbers from `start` up to `stop`, of which neither need be known.
-
-    The loop's name says how often it turns if one document fills the row, for who reads the compiled program.
-    """
+    """`step(number, carry)` for the numbers from `start` up to `stop`, of which neither need be known."""
     start, stop = (jnp.asarray(x, jnp.int32) for x in (start, stop))
-    with jax.named_scope(f"planned_{int(planned)}"):
+    with _planned(planned):
         return lax.fori_loop(start, stop, step, carry)
+
+
+def _planned(turns: int):
+    """Name a loop by how often it turns if one document fills the row, for who reads the compiled program."""
+    return jax.named_scope(f"planned_{int(turns)}")

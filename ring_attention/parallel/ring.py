@@ -16,13 +16,13 @@ from ring_attention.attention.online_softmax import SoftmaxState
 from ring_attention.attention.varying import axes_of, vary_over
 from ring_attention.checks import require
 from ring_attention.parallel import counted_ring
-from ring_attention.parallel.counted_schedule import counted_schedule
 from ring_attention.parallel.hops import count_hops
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.ring_pass import RingPass
+from ring_attention.parallel.ring_schedule import counted_schedule, fixed_schedule
 from ring_attention.parallel.routes import Route, plan_routes, token_hops
 from ring_attention.parallel.strategy import Context, ShardTokens, Strategy
-from ring_attention.parallel.workload import BOTH_WAYS, HOP, Schedule, Step, Workload, later_part
+from ring_attention.parallel.workload import BOTH_WAYS, HOP, Schedule, Step, Workload
 
 
 def check_pairs(context: Context, mask: MaskSpec, shard_len: int, *, duplex: bool = False) -> None:
@@ -188,25 +188,10 @@ class Ring(Strategy):
         return sent + 2 * work.bytes_of(hops, work.kv_heads, 4) * backward
 
     def schedule(self, work: Workload, backward: bool = False) -> Schedule:
-        """Own keys first, then those of one place more at each hop, each block sent on before it is computed with.
-
-        Backward the own keys are computed in halves: the second one while the first block arrives, the first one while
-        the last gradients return. Gradients follow their keys a hop behind.
-        """
+        """Own keys first, then those of one place more at each hop, each block sent on before it is computed with."""
         if counted := self._counted(work):
             return counted_schedule(counted, backward)
-        routes, way = self._routes(work), BOTH_WAYS if self.duplex else HOP
-        last = max((route.hops for route in routes), default=0)
-        tokens = [sum(r.stop - r.start for r in routes if r.hops > hop) for hop in range(last + 1)]  # that go on
-        keys, gradients = 2 * work.bytes_of(1, work.kv_heads), 2 * work.bytes_of(1, work.kv_heads, 4) * backward
-        later = later_part(work) if backward and last else 1.0
-        steps = [Step(range(1), later, keys * tokens[0], 0, way)]
-        for hop in range(1, last + 1):
-            returning = gradients * tokens[hop - 2] if hop > 1 else 0
-            steps.append(Step(range(hop, hop + 1), 1.0, keys * tokens[hop], returning, way))
-        if backward and last:
-            steps.append(Step(range(1), 1 - later, 0, gradients * tokens[last - 1], way))
-        return Schedule(work=work, steps=tuple(steps), backward=backward)
+        return fixed_schedule(work, self._routes(work), BOTH_WAYS if self.duplex else HOP, backward)
 
     def variants(self, work: Workload, both_ways: bool) -> list[Strategy]:
         """One way round, and both ways where the links gain by it."""

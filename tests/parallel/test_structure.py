@@ -101,8 +101,10 @@ def test_backward_sends_keys_values_and_gradients_as_often(P):
 @pytest.mark.usefixtures("quick")
 def test_forward_sends_segment_ids_with_the_keys():
     kv, segments, settings = 2 * 3 * t * TOKEN, 3 * t * SEGMENT, dict(packed=True, impl="quick")
-    assert _totals("forward", 4, **settings) == _permutes(9, kv + segments)
-    assert _totals("backward", 4, **settings) == _permutes(15, 2 * kv + segments)
+    forward, backward = (_totals(part, 4, **settings) for part in ("forward", "backward"))
+    assert forward.pop("all-gather")[1] + forward.pop("all-reduce")[1] < 0.1 * kv  # of bounds: hops are counted
+    assert forward == _permutes(9, kv + segments)
+    assert backward == _permutes(15, 2 * kv + segments)
 
 
 @pytest.mark.slow
@@ -151,7 +153,8 @@ def _asked(jaxpr):
                 add(x.aval.dtype.name, 1, x.aval.size * x.aval.dtype.itemsize)
         is_jaxpr = lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))  # noqa: E731
         for inner in filter(is_jaxpr, jax.tree.leaves(eqn.params, is_leaf=is_jaxpr)):
-            times = eqn.params.get("length", 1)
+            planned = re.search(r"planned_(\d+)$", str(eqn.source_info.name_stack))  # where hops are counted
+            times = int(planned[1]) if planned and eqn.primitive.name == "while" else eqn.params.get("length", 1)
             for dtype, (number, size) in _asked(inner).items():
                 add(dtype, times * number, times * size)
     return dict(total)
