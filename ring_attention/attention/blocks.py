@@ -10,7 +10,7 @@ CHOSEN = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """What one tile holds. The defaults suit a CPU; -1 for q, kv or heads has it chosen for the kernel and the device.
+    """What one tile holds. The defaults suit a CPU; -1 has one chosen for the kernel and the device.
 
     Attributes:
       q: query tokens.
@@ -20,18 +20,14 @@ class BlockSizes:
         CPU's cache (1.5 times the speed of all heads at once, docs/experiments.md); accelerators want as many as fit.
     """
 
-    q: int = 256
-    kv: int = 256
-    cut: int = 2
+    q: int = 128
+    kv: int = 128
+    cut: int = 1
     heads: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
-        wrong = [
-            f"{name}={shown(size)}"
-            for name, size in sizes.items()
-            if not is_whole(size, 1) and not (size == CHOSEN and name != "cut")
-        ]
+        wrong = [f"{name}={shown(size)}" for name, size in sizes.items() if not is_whole(size, 1) and size != CHOSEN]
         require(
             not wrong,
             f"block sizes must be whole and positive, got {', '.join(wrong)}; leave them out for the defaults",
@@ -44,5 +40,7 @@ def as_blocks(block_sizes: BlockSizes | None, chosen: BlockSizes) -> BlockSizes:
     require(fits, f"block_sizes={shown(block_sizes)} must be a BlockSizes; write BlockSizes(q=128, kv=128)")
     if block_sizes is None:
         return chosen
-    left_open = {name: getattr(chosen, name) for name in ("q", "kv", "heads") if getattr(block_sizes, name) == CHOSEN}
+    left_open = {
+        name: getattr(chosen, name) for name in ("q", "kv", "cut", "heads") if getattr(block_sizes, name) == CHOSEN
+    }
     return dataclasses.replace(block_sizes, **left_open)

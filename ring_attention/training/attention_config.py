@@ -137,7 +137,7 @@ class AttentionConfig:
     @property
     def block_sizes(self) -> BlockSizes:
         """The tiles, with what is to be chosen left open."""
-        return BlockSizes(q=self.block_q, kv=self.block_kv, heads=self.block_heads)
+        return BlockSizes(q=self.block_q, kv=self.block_kv, cut=CHOSEN, heads=self.block_heads)
 
     @property
     def in_words(self) -> str:

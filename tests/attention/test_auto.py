@@ -123,7 +123,7 @@ def test_a_gpu_reads_more_slots_at_once_than_a_tile_of_training_has():
 
 
 def test_sizes_that_are_given_stay_and_those_left_open_are_chosen():
-    context, _ = _chosen(*CHOICES[0][:6], block_sizes=ra.BlockSizes(q=128, kv=-1, heads=-1))
+    context, _ = _chosen(*CHOICES[0][:6], block_sizes=ra.BlockSizes(q=128, kv=-1, cut=-1, heads=-1))
     chosen = tile_sizes.tiles_of("splash", V5E, 128, 2)
     assert context.blocks == dataclasses.replace(chosen, q=128)
     assert as_blocks(None, chosen) == chosen

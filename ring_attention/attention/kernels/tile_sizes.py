@@ -82,7 +82,7 @@ def tiles_of(kernel: str, kind: DeviceKind, head_dim: int, group: int) -> BlockS
         return BlockSizes()
     row = next((row for row in rows if head_dim <= row.head_dim), rows[-1])
     kv = row.kv if head_dim <= row.head_dim else row.kv // 2
-    return BlockSizes(q=row.q, kv=kv, heads=max(min(8, MOST_HEADS // group), 1))
+    return BlockSizes(q=row.q, kv=kv, cut=2, heads=max(min(8, MOST_HEADS // group), 1))
 
 
 DECODING_SLOTS = {"gpu": 8192}
