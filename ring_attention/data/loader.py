@@ -12,7 +12,11 @@ from ring_attention.checks import ConfigError, require, require_divisible, requi
 from ring_attention.data.packing import Example, PackedRows, encode_document, segments
 from ring_attention.data.sources import DocumentSource
 from ring_attention.data.tokenizers import Tokenizer
+from ring_attention.parallel.dealt_rows import DocumentDealing
 from ring_attention.parallel.layouts import SequenceLayout
+
+TABLE = "table"
+"""Name of the array of a batch that says which chunks each shard holds, where rows are dealt by their documents."""
 
 Batch = dict[str, np.ndarray]
 
@@ -26,7 +30,8 @@ class TrainLoader:
     """An endless iterator of batches, or of one process's rows of them, from the training documents.
 
     A batch is a dict of int32 [rows, seq_len] arrays named tokens, targets, positions, segment_ids and loss_mask
-    (`PackedRows` says what each holds), reordered along axis 1 from natural order to the layout's. Documents are
+    (`PackedRows` says what each holds), reordered along axis 1 from natural order to the layout's. A `DocumentDealing`
+    deals each row by its own documents and adds what `DealtRows.table` holds, int32 [rows, P, n]. Documents are
     shuffled by `seed`, differently in each epoch, and dealt to `streams` that are packed side by side; rows are taken
     from the streams in turn, so that a long document does not fill many rows in a row. Of fewer documents than streams
     each has a stream of its own, or they would be packed several times side by side. Streams, rows and batches run on
@@ -51,7 +56,7 @@ class TrainLoader:
         streams: int,
         seq_len: int,
         batch_size: int,
-        layout: SequenceLayout,
+        layout: SequenceLayout | DocumentDealing,
         rows: Sequence[int] | None = None,
         train_on_end: bool = True,
         special_tokens: bool = False,
@@ -167,7 +172,7 @@ def held_out_rows(
     return rows
 
 
-def deal_batches(rows: list[Example], *, batch_size: int, layout: SequenceLayout) -> list[Batch]:
+def deal_batches(rows: list[Example], *, batch_size: int, layout: SequenceLayout | DocumentDealing) -> list[Batch]:
     """Batch rows, with the fields and the order of TrainLoader's.
 
     Raises ValueError if `batch_size` does not divide their number or their length cannot be dealt.
@@ -200,9 +205,13 @@ def _packed_rows(
     return PackedRows(encoded, seq_len=seq_len, train_on_end=train_on_end)
 
 
-def _deal(rows: list[Example], layout: SequenceLayout) -> Batch:
+def _deal(rows: list[Example], layout: SequenceLayout | DocumentDealing) -> Batch:
     """Stack rows and reorder them from natural to layout order: the one place that does."""
-    return {name: layout.permute(np.stack([row[name] for row in rows]), axis=1) for name in rows[0]}
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    if isinstance(layout, SequenceLayout):
+        return {name: layout.permute(values, axis=1) for name, values in batch.items()}
+    dealt = layout.deal(batch["segment_ids"])
+    return {name: dealt.permute(values) for name, values in batch.items()} | {TABLE: dealt.table}
 
 
 def _counted_targets(segment: Example) -> np.ndarray:
@@ -216,7 +225,7 @@ def _require_rows(rows: Sequence[int], batch_size: int) -> list[int]:
     return rows
 
 
-def _require_sizes(layout: SequenceLayout, **sizes: int) -> None:
+def _require_sizes(layout: SequenceLayout | DocumentDealing, **sizes: int) -> None:
     for name, size in sizes.items():
         require(size > 0, f"{name}={size} must be positive; choose at least 1")
     layout.check_length(sizes["seq_len"])

@@ -1,7 +1,6 @@
 """Layouts that are data: rows of packed documents, each dealt to the devices of a ring by a table of its own."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from ring_attention.attention.axis_types import type_of, with_auto_axes
 from ring_attention.checks import is_whole, require, require_divisible, require_integers, shown
-from ring_attention.parallel.dealing import Chunks, deal_documents, run_lengths
+from ring_attention.parallel.dealing import Chunks, deal_documents, require_speeds, run_lengths
 
 MOST_CHUNKS = 16
 """The most chunks of a shard, where nobody says how many."""
@@ -115,19 +114,47 @@ class DealtRows:
         return with_auto_axes(_take_chunks, (axis, back), (x, self._order()), None if is_numpy else type_of(x))
 
 
-def deal_rows(
-    segment_ids, ring_size: int, *, chunks_per_shard: int | None = None, speeds: Sequence[float] | None = None
-) -> DealtRows:
-    """`SequenceLayout.for_documents`."""
-    segment_ids = np.asarray(segment_ids)
-    require_integers("segment_ids", segment_ids, (None, None), "BT")
-    require(segment_ids.size > 0, f"segment_ids have shape {segment_ids.shape}, need at least 1 token; give a batch")
-    require(is_whole(ring_size, 1), f"ring_size={shown(ring_size)} must be positive and whole; use mesh.shape['sp']")
-    seq_len = segment_ids.shape[1]
-    remedy = f"pad to {-(-seq_len // ring_size) * ring_size}"
-    require_divisible("seq_len", seq_len, "ring_size", ring_size, remedy)
-    n = default_chunks(seq_len // ring_size) if chunks_per_shard is None else chunks_per_shard
-    return DealtRows(np.stack([deal_documents(run_lengths(row), ring_size, n, speeds) for row in segment_ids]))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentDealing:
+    """How batches of packed documents are dealt, each row by its own documents.
+
+    Attributes:
+      ring_size: P, devices of the ring.
+      chunks_per_shard: n, into how many chunks a shard falls; None: `default_chunks` of its length.
+      speeds: of each device along the ring; () where they are alike.
+    """
+
+    ring_size: int
+    chunks_per_shard: int | None = None
+    speeds: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        P = self.ring_size
+        require(is_whole(P, 1), f"ring_size={shown(P)} must be positive and whole; use mesh.shape['sp']")
+        speeds = require_speeds(self.speeds) if self.speeds else ()
+        require(len(speeds) in (0, P), f"speeds are {len(speeds)}, need ring_size={P}; give one to each device")
+
+    def check_length(self, seq_len: int) -> None:
+        """Raise ValueError unless `seq_len` tokens can be dealt in equal chunks."""
+        require(seq_len > 0, f"seq_len={seq_len} must be positive; choose at least {self.ring_size}")
+        P, shards = self.ring_size, -(-seq_len // self.ring_size)
+        require_divisible("seq_len", seq_len, "the ring size sp", P, f"pad to {shards * P}")
+        n = self.chunks_per_shard or 1
+        remedy = f"pad to {-(-seq_len // (P * n)) * P * n}, or choose fewer chunks"
+        require_divisible("seq_len", seq_len, "ring_size * chunks_per_shard", P * n, remedy)
+
+    def deal(self, segment_ids) -> DealtRows:
+        """Deal rows by their segment ids, integers [B, T] in natural order; ValueError for others."""
+        segment_ids = np.asarray(segment_ids)
+        require_integers("segment_ids", segment_ids, (None, None), "BT")
+        require(
+            segment_ids.size > 0, f"segment_ids have shape {segment_ids.shape}, need at least 1 token; give a batch"
+        )
+        P, seq_len = self.ring_size, segment_ids.shape[1]
+        self.check_length(seq_len)
+        n = default_chunks(seq_len // P) if self.chunks_per_shard is None else self.chunks_per_shard
+        tables = [deal_documents(run_lengths(row), P, n, self.speeds or None) for row in segment_ids]
+        return DealtRows(np.stack(tables))
 
 
 def default_chunks(shard_len: int) -> int:

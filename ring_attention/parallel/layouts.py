@@ -13,7 +13,7 @@ from ring_attention.attention.axis_types import type_of, with_auto_axes
 from ring_attention.attention.masks import Runs
 from ring_attention.checks import is_whole, require, require_choice, require_divisible, shown
 from ring_attention.parallel.dealing import require_speeds
-from ring_attention.parallel.dealt_rows import DealtRows, deal_rows
+from ring_attention.parallel.dealt_rows import DealtRows, DocumentDealing
 
 LAYOUT_KINDS = ("contiguous", "zigzag", "striped")
 MOST_TOKENS = 2**31 - 1
@@ -96,9 +96,7 @@ class SequenceLayout:
     def for_documents(
         segment_ids, ring_size: int, *, chunks_per_shard: int | None = None, speeds: Sequence[float] | None = None
     ) -> DealtRows:
-        """The layout of a batch of packed documents: causal work is even, and keys go no farther than that needs.
-
-        Each row is dealt by itself. The layout is data, an array of the batch: one program serves every batch.
+        """The layout of a batch of packed documents, as data: work is even, and keys go no farther than that needs.
 
         Args:
           segment_ids: integers [B, T] in natural order, of NumPy; tokens in a row that are alike are a document.
@@ -109,7 +107,8 @@ class SequenceLayout:
 
         Raises ValueError for ids that are no integers [B, T], and sizes or speeds that do not fit.
         """
-        return deal_rows(segment_ids, ring_size, chunks_per_shard=chunks_per_shard, speeds=speeds)
+        speeds = () if speeds is None else tuple(require_speeds(speeds))
+        return DocumentDealing(ring_size=ring_size, chunks_per_shard=chunks_per_shard, speeds=speeds).deal(segment_ids)
 
     def work_shares(self, seq_len: int) -> np.ndarray:
         """float64 [ring_size]: the share of each shard in all pairs of a query and a key that a causal mask shows.

@@ -228,7 +228,7 @@ class Share:
             head_dim=self.head_width,
             batch=self.batch,
             itemsize=self.itemsize,
-            layout=self.config.attention.layout,
+            layout=self.config.attention.static_layout,
             window=reach_of(self.config.attention, kind or self.main_kind),
             segments=True,
         )

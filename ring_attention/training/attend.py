@@ -17,6 +17,7 @@ from ring_attention.attention.mask_spec import MaskSpec
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.models.layers import Attend, ThisAttention
+from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import SEQUENCE
 from ring_attention.parallel.shard import context_attention_shard
@@ -134,6 +135,7 @@ def attention_of(
     model: ModelConfig,
     ring_size: int,
     *,
+    table: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     first_sequence: int | jax.Array = 0,
 ) -> Attend:
@@ -143,11 +145,12 @@ def attention_of(
       attention: says how.
       model: of `AttentionConfig.completed`.
       ring_size: devices that share a sequence.
+      table: this device's part int32 [B,1,n] of the table of `DealtRows`; None: tokens lie as `make_layout` says.
       dropout_key: of a step of training; None: nothing is dropped.
       first_sequence: int32, the number of this device's first sequence in the batch, by which dropout counts.
     """
     strategies = {False: attention.make_strategy(), True: attention.make_local_strategy()}
-    layout = attention.make_layout(ring_size)
+    layout = attention.make_layout(ring_size) if table is None else SequenceLayout("given", ring_size)
 
     def attend(q, k, v, this: ThisAttention, *, segment_ids):
         dropout = {}
@@ -161,6 +164,7 @@ def attention_of(
             strategy=strategies[this.kind.is_local],
             axis_name=SEQUENCE,
             layout=layout,
+            positions=None if table is None else DealtRows(table).shard_positions(0, q.shape[1]),
             segment_ids=segment_ids,
             max_segment_len=attention.max_segment_len or None,
             head_offset=this.first_head,

@@ -6,6 +6,7 @@ from ring_attention.attention.blocks import CHOSEN, BlockSizes
 from ring_attention.checks import ConfigError, require_field
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.layer_kinds import LayerKind
+from ring_attention.parallel.dealt_rows import DocumentDealing
 from ring_attention.parallel.layouts import LAYOUT_KINDS, SequenceLayout, as_layout, parse_speeds
 from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.strategies import STRATEGIES, find_strategy
@@ -13,6 +14,10 @@ from ring_attention.parallel.strategy import Strategy
 
 STRATEGY_OPTIONS = ("duplex", "unroll", "head_groups", "ulysses_size", "stride")
 """Fields of `AttentionConfig` that are options of one strategy or another; 0 leaves them out."""
+
+AUTO, DOCUMENTS = "auto", "documents"
+LAYOUTS = (AUTO, *LAYOUT_KINDS, DOCUMENTS)
+"""What `AttentionConfig.layout` may be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +33,13 @@ class AttentionConfig:
       ulysses_size: "usp": devices that swap heads for tokens; 0: as many as divide the heads.
       stride: "sparse": how far apart the tokens are that see each other; 0: the power of two nearest to the root of
         seq_len.
-      layout: order in which tokens are dealt to shards: "contiguous", "zigzag" or "striped".
+      layout: order in which tokens are dealt to shards: "contiguous", "zigzag" or "striped"; "documents": chunks of
+        each row by the documents in it, so that the work of devices is even and keys go no farther than that needs;
+        "auto": that where documents are short beside rows, no layer has a window or chunk, and strategy and kernel
+        can, else "zigzag". Where nothing is trained both are "zigzag".
       speeds: how fast each device along the ring is, numbers with spaces between; tokens are dealt so that the work
-        of each is proportional to its speed, and `layout` is not used. Empty: all are alike.
+        of each is proportional to its speed, chunks of documents too, and other layouts are not used. Empty: all are
+        alike.
       local_strategy: the strategy of layers with a window or chunk of their own (`model.layers`), whose tokens others
         would send farther than anybody sees: a name, without options. Empty: "ring", which goes as far as the window
         or chunk reaches.
@@ -56,7 +65,7 @@ class AttentionConfig:
     head_groups: int = 0
     ulysses_size: int = 0
     stride: int = 0
-    layout: str = "zigzag"
+    layout: str = AUTO
     speeds: str = ""
     local_strategy: str = ""
     window: int = 0
@@ -73,11 +82,11 @@ class AttentionConfig:
 
     def __post_init__(self):
         require_field(
-            self.layout in LAYOUT_KINDS,
+            self.layout in LAYOUTS,
             "attention.layout",
             self.layout,
             "is not known",
-            f"choose one of {', '.join(LAYOUT_KINDS)}",
+            f"choose one of {', '.join(LAYOUTS)}",
         )
         for name in ("window", "chunk", "max_segment_len", "softcap", *STRATEGY_OPTIONS):
             value = getattr(self, name)
@@ -142,12 +151,27 @@ class AttentionConfig:
     @property
     def in_words(self) -> str:
         """Strategy and layout in a few words."""
-        layout = f"tokens dealt for speeds {self.speeds}" if self.speeds else f"{self.layout} layout"
+        layout = f"{self.static_layout} layout"
+        if self.layout == DOCUMENTS:
+            layout = "each row dealt by its documents" + (f" for speeds {self.speeds}" if self.speeds else "")
+        elif self.speeds:
+            layout = f"tokens dealt for speeds {self.speeds}"
         return f"attention by {self.strategy}, {layout}"
 
+    @property
+    def static_layout(self) -> str:
+        """The layout where documents do not tell it: in evaluation, generation and plans."""
+        return "zigzag" if self.layout in (AUTO, DOCUMENTS) else self.layout
+
     def make_layout(self, ring_size: int) -> SequenceLayout:
-        """Return the layout of a sequence over `ring_size` devices."""
+        """Return the layout of a sequence over `ring_size` devices where documents do not tell it."""
         if not self.speeds:
-            return SequenceLayout(self.layout, ring_size)
+            return SequenceLayout(self.static_layout, ring_size)
         layout = SequenceLayout.for_speeds(parse_speeds(self.speeds))
         return as_layout(layout, ring_size)
+
+    def make_dealing(self, ring_size: int) -> SequenceLayout | DocumentDealing:
+        """Return how batches are dealt in training."""
+        if self.layout != DOCUMENTS:
+            return self.make_layout(ring_size)
+        return DocumentDealing(ring_size=ring_size, speeds=tuple(parse_speeds(self.speeds)) if self.speeds else ())

@@ -88,7 +88,7 @@ class Feed:
             streams=config.data.streams,
             seq_len=config.seq_len,
             batch_size=config.batch_size,
-            layout=config.attention.make_layout(mesh.shape[SEQUENCE]),
+            layout=config.attention.make_dealing(mesh.shape[SEQUENCE]),
             rows=self.rows,
             train_on_end=config.data.train_on_end,
             special_tokens=config.data.special_tokens,
@@ -117,17 +117,17 @@ def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> list[int]:
 
 
 def place(batch: Batch, rows: list[int], batch_size: int, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Return `batch`, which holds the `rows` of a batch of `batch_size`, as global arrays [batch_size, tokens]."""
+    """Return `batch`, which holds the `rows` of a batch of `batch_size`, as global arrays [batch_size, ...]."""
     return {name: _place(values, rows, batch_size, sharding) for name, values in batch.items()}
 
 
 def _place(values: np.ndarray, rows: list[int], batch_size: int, sharding: NamedSharding) -> jax.Array:
-    def shard(index: tuple[slice, slice]) -> np.ndarray:
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
         begin, end, _ = index[0].indices(batch_size)
         first = rows.index(begin)
-        return values[first : first + end - begin, index[1]]
+        return values[first : first + end - begin, *index[1:]]
 
-    return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, shard)
+    return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, shard)
 
 
 def _gather(state: dict) -> list[dict]:
@@ -157,7 +157,7 @@ class HeldOut:
             num_sequences=config.eval_sequences,
             special_tokens=config.data.special_tokens,
         )
-        layout = config.attention.make_layout(mesh.shape[SEQUENCE])
+        layout = config.attention.make_dealing(mesh.shape[SEQUENCE])
         batches = deal_batches(rows, batch_size=config.micro_batch_size, layout=layout)
         sharding, every = NamedSharding(mesh, BATCH_SPEC), list(range(config.micro_batch_size))
         self._batches = [place(batch, every, config.micro_batch_size, sharding) for batch in batches]

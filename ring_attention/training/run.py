@@ -19,6 +19,7 @@ from ring_attention.training.fault_tolerance.nonfinite import NonFiniteGuard
 from ring_attention.training.fault_tolerance.peers import Peers, program_fields, require_agreement
 from ring_attention.training.fault_tolerance.preemption import Preemption
 from ring_attention.training.init_from import describe_initial, find_initial, has_begun, initial_state
+from ring_attention.training.layout_choice import with_layout
 from ring_attention.training.metrics import TrainLog
 from ring_attention.training.processes import ProcessFlags, compile_anew_where_needed, is_first, join_processes
 from ring_attention.training.run_folder import RunFolder, folder_of, open_run_folder, require_same_contents
@@ -101,8 +102,9 @@ def open_run(config: TrainConfig, process_flags: ProcessFlags) -> Iterator[Run]:
         require_agreement("contents", contents, "let all processes read the same files")
         resumed = has_begun(folder_of(config))
         initial = None if resumed else find_initial(config)
+        given, config = config, with_layout(config, corpus, shape, platform)
         feed, held_out = Feed(config, mesh, corpus), HeldOut(config, mesh, corpus)
-        with open_run_folder(config, say=say) as folder:
+        with open_run_folder(given, say=say) as folder:
             require_same_contents(folder, contents, has_begun=resumed)
             say(_describe(config, mesh, corpus, initial))
             yield Run(

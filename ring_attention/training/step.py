@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_attention.attention.varying import axes_of, vary_over
+from ring_attention.data.loader import TABLE
 from ring_attention.models.transformer import model_builder, parameter_specs
 from ring_attention.parallel.host_memory import on_device
 from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, compiler_options
@@ -21,7 +22,8 @@ from ring_attention.training.state import TrainState, make_optimizer, state_shar
 BATCH_SPEC = spec_of(("batch", "sequence"))
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, positions, segment_ids, loss_mask: each [B,T] in the layout's order."""
+"""tokens, targets, positions, segment_ids, loss_mask: each [B,T] in the layout's order; where rows are dealt by their
+documents the table of `DealtRows`, [B,P,n]."""
 
 
 def make_train_step(config: TrainConfig, mesh: Mesh):
@@ -170,7 +172,7 @@ def _sum_of_losses(config: TrainConfig, mesh: Mesh, *, training: bool = False):
             device, rows = lax.axis_index((DATA, FSDP)), len(batch["tokens"])
             first = (device * config.optimizer.accumulation_steps + micro_batch) * rows
             options = dict(dropout_key=key, first_sequence=first)
-        attend = attention_of(config.attention, model, P, **options)
+        attend = attention_of(config.attention, model, P, table=batch.get(TABLE), **options)
         mask_bt = batch["loss_mask"].astype(jnp.float32)
         nats = build(params).weighted_loss(
             batch["tokens"],

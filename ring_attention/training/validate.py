@@ -14,9 +14,11 @@ from ring_attention.checks import ConfigError, require, require_divisible, requi
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.hardware.chips import GiB
 from ring_attention.parallel.host_memory import PINNED_HOST
+from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
 from ring_attention.parallel.sharding import TOKEN_AXES, check_fits
 from ring_attention.training.attend import check_kinds
+from ring_attention.training.attention_config import DOCUMENTS
 from ring_attention.training.config import TrainConfig
 from ring_attention.training.config_values import config_to_dict
 from ring_attention.training.state import sharded_abstract_state
@@ -37,8 +39,8 @@ def validate_config(config: TrainConfig, mesh_shape: dict[str, int], platform: s
     model = config.model
     _check_sizes(config)
     try:
-        layout = config.attention.make_layout(mesh_shape[SEQUENCE])
-        layout.check_length(config.seq_len)
+        config.attention.make_layout(mesh_shape[SEQUENCE]).check_length(config.seq_len)
+        config.attention.make_dealing(mesh_shape[SEQUENCE]).check_length(config.seq_len)
         check_fits("batch_size / optimizer.accumulation_steps", config.micro_batch_size, "batch", mesh_shape)
         check_fits("model.num_heads", model.num_heads, "heads", mesh_shape)
         check_fits("model.num_kv_heads", model.num_kv_heads, "kv_heads", mesh_shape)
@@ -78,7 +80,8 @@ def _check_sizes(config: TrainConfig) -> None:
 
 def check_attention(config: TrainConfig, mesh_shape: dict[str, int], kernel: Kernel | None = None) -> None:
     """Raise ValueError unless strategies and kernel, by default the config's, can do what it asks on each device."""
-    layout = config.attention.make_layout(mesh_shape[SEQUENCE])
+    P, dealt = mesh_shape[SEQUENCE], config.attention.layout == DOCUMENTS
+    layout = SequenceLayout("given", P) if dealt else config.attention.make_layout(P)
     parts = mesh_shape[TENSOR] * config.model.head_groups
     shard_len = config.seq_len // layout.ring_size
     check_kinds(config.attention, config.transformer, layout, shard_len, parts, kernel=kernel)
