@@ -8,7 +8,7 @@ Cost: about seven minutes on two CPU cores. Result: about 3.8 bits per byte on h
 
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
-from ring_attention.training.config import AttentionConfig, MeshConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.config import MeshConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -30,7 +30,6 @@ def get_config() -> TrainConfig:
         batch_size=1,
         num_steps=40,
         mesh=MeshConfig(sp=8),
-        attention=AttentionConfig(layout="zigzag"),
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5, final_fraction=0.05),
         log_every=5,
         eval_every=20,

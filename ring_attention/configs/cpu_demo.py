@@ -30,7 +30,7 @@ def get_config() -> TrainConfig:
         batch_size=1,
         num_steps=530,
         mesh=MeshConfig(sp=-1),  # 8 simulated devices, or all accelerators that are there
-        attention=AttentionConfig(layout="zigzag", block_q=128, block_kv=128),
+        attention=AttentionConfig(block_q=128, block_kv=128),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, final_fraction=0.05),
         eval_every=106,
         eval_sequences=24,

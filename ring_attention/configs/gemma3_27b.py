@@ -18,7 +18,7 @@ Result: not trained yet; compiled and planned only.
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.layer_kinds import LayerKind
 from ring_attention.models.rope import RopeConfig
-from ring_attention.training.config import AttentionConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 LOCAL = LayerKind(window=1024, rope=RopeConfig(theta=10_000.0))
 GLOBAL = LayerKind()
@@ -54,7 +54,6 @@ def get_config() -> TrainConfig:
         batch_size=1,
         num_steps=10_000,
         mesh=MeshConfig(sp=-1),
-        attention=AttentionConfig(layout="zigzag"),
         data=DataConfig(paths="data/*.jsonl.gz", tokenizer="tokenizer.json"),
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=500),
         eval_every=500,

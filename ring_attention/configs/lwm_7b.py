@@ -14,7 +14,7 @@ Result: not trained yet; planned only.
 
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
-from ring_attention.training.config import AttentionConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 LLAMA = "Llama-2-7b-hf"
 
@@ -42,7 +42,6 @@ def get_config() -> TrainConfig:
         batch_size=128,
         num_steps=1000,
         mesh=MeshConfig(fsdp=32, sp=8),
-        attention=AttentionConfig(layout="zigzag"),
         data=DataConfig(paths="data/*.jsonl.gz", tokenizer=f"{LLAMA}/tokenizer.json"),
         optimizer=OptimizerConfig(
             learning_rate=4e-5, warmup_steps=100, final_fraction=0.1, weight_decay=0.0, accumulation_steps=4

@@ -13,7 +13,7 @@ On the pod the same command runs on every host (docs/pods.md). Result: not train
 
 from ring_attention.models.config import ModelConfig
 from ring_attention.models.rope import RopeConfig
-from ring_attention.training.config import AttentionConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from ring_attention.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -37,7 +37,6 @@ def get_config() -> TrainConfig:
         batch_size=1,
         num_steps=10_000,
         mesh=MeshConfig(sp=256),
-        attention=AttentionConfig(layout="zigzag"),
         data=DataConfig(paths="data/*.jsonl.gz", tokenizer="tokenizer.json"),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500),
         eval_every=500,

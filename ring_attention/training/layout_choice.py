@@ -31,16 +31,20 @@ def with_layout(config: TrainConfig, corpus: Corpus, mesh_shape: dict[str, int],
 
 def share_of_row(corpus: Corpus, seq_len: int) -> float:
     """Return how much of a row of `seq_len` tokens the document of an average training token fills, from 0 to 1."""
-    lengths = corpus.train.column("length").astype(np.float64) / _bytes_of_token(corpus)
+    lengths = corpus.train.column("length") * _tokens_of_byte(corpus)
     return float((lengths * np.minimum(lengths, seq_len)).sum() / lengths.sum() / seq_len)
 
 
-def _bytes_of_token(corpus: Corpus) -> float:
-    """Return how many bytes a token has, by documents from everywhere in the corpus."""
+def _tokens_of_byte(corpus: Corpus) -> float:
+    """Return how many tokens a byte of a document in its file makes, by documents from everywhere in the corpus."""
     numbers = np.linspace(0, len(corpus.train) - 1, min(SAMPLED, len(corpus.train))).astype(int)
-    texts = [corpus.train[int(number)].text[:SAMPLED_BYTES].decode(errors="ignore").encode() for number in numbers]
-    tokens = sum(len(corpus.tokenizer.encode(text, special_tokens=False)) for text in texts)
-    return sum(map(len, texts)) / max(tokens, 1)
+    tokens = 0.0
+    for number in numbers.tolist():
+        text = corpus.train[number].text
+        part = text[:SAMPLED_BYTES].decode(errors="ignore").encode()
+        encoded = corpus.tokenizer.encode(part or text, special_tokens=False)
+        tokens += 1 + len(encoded) * len(text) / len(part or text)
+    return tokens / float(corpus.train.column("length")[numbers].sum())
 
 
 def _can_deal(config: TrainConfig, dealt: TrainConfig, mesh_shape: dict[str, int], platform: str) -> bool:
