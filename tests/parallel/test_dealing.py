@@ -139,7 +139,7 @@ def test_segment_ids_that_come_again_are_one_segment():
         (lambda: deal_documents([8], 2, 1, [1.0]), "speeds are 1, need ring_size=2"),
         (lambda: deal_documents([8], 2, 1, [1.0, -1.0]), "speeds=.* must be positive numbers"),
         (lambda: ra.SequenceLayout.for_documents(np.zeros(8), 2), "segment_ids has shape .8,., need"),
-        (lambda: ra.SequenceLayout.for_documents(np.zeros((1, 9), int), 2), "seq_len=9 is not divisible by the ring size"),
+        (lambda: ra.SequenceLayout.for_documents(np.zeros((1, 9), int), 2), "seq_len=9 is not divisible by the"),
         (lambda: ra.DealtRows(np.zeros((1, 2, 2), np.int32)).check(1, 8), "each of 4 chunks once"),
         (lambda: ra.DealtRows(np.arange(4).reshape(1, 2, 2)).check(2, 8), "table has shape .1, 2, 2., need .B=2"),
         (lambda: ra.DealtRows(np.arange(4).reshape(1, 2, 2)).check(1, 9), "seq_len=9 is not divisible.*pad to 12"),
