@@ -26,6 +26,7 @@ MASK = SCORES | OF_TOKENS | dict(causal=True, dropout_rate=0.0, dropout_key=None
 LSE = dict(return_lse=False)
 KERNEL = dict(impl="auto", block_sizes=None)
 SHARDED = dict(axis_name="sp", layout="contiguous", positions=None, max_segment_len=None) | MASK | KERNEL
+CROSS = dict(kv_layout=None, kv_positions=None, kv_segment_ids=None)
 OFFSETS = dict(batch_offset=0, head_offset=0, seq_len=None)
 TOKENS = dict(kv_segment_ids=None, q_positions=None, kv_positions=None) | LSE
 GLOBAL = dict(mesh=None, spec=None)
@@ -33,10 +34,10 @@ DROPOUT = ("dropout_rate", "dropout_key")
 CACHE = SCORES | KERNEL | dict(axis_name="sp", heads_first=False, layout="striped")
 
 ARGUMENTS = {
-    "ring_attention": SHARDED | LSE | GLOBAL | dict(duplex=False, unroll=False),
-    "context_attention": SHARDED | LSE | GLOBAL | dict(strategy="ring"),
-    "ring_attention_shard": SHARDED | LSE | OFFSETS,
-    "context_attention_shard": SHARDED | LSE | OFFSETS | dict(strategy="ring"),
+    "ring_attention": SHARDED | CROSS | LSE | GLOBAL | dict(duplex=False, unroll=False),
+    "context_attention": SHARDED | CROSS | LSE | GLOBAL | dict(strategy="ring"),
+    "ring_attention_shard": SHARDED | CROSS | LSE | OFFSETS,
+    "context_attention_shard": SHARDED | CROSS | LSE | OFFSETS | dict(strategy="ring"),
     "flax_attention_fn": {
         name: x for name, x in (SHARDED | GLOBAL | dict(strategy="ring")).items() if name not in DROPOUT
     },
@@ -66,9 +67,9 @@ def test_typed_dicts_name_what_the_functions_take():
     options = set(typing.get_type_hints(StrategyOptions))
     assert keys[ScoreArgs] == set(SCORES)
     assert keys[MaskArgs] == set(MASK) == set(MASK_DEFAULTS)
-    assert keys[SequenceArgs] == set(SHARDED | LSE) | {"spec"}
-    assert keys[ContextArgs] == set(SHARDED | LSE) | {"spec", "strategy"} | options
-    assert keys[ShardArgs] == set(SHARDED | LSE) | set(OFFSETS) | options
+    assert keys[SequenceArgs] == set(SHARDED | CROSS | LSE) | {"spec"}
+    assert keys[ContextArgs] == set(SHARDED | CROSS | LSE) | {"spec", "strategy"} | options
+    assert keys[ShardArgs] == set(SHARDED | CROSS | LSE) | set(OFFSETS) | options
 
 
 def test_typed_options_are_those_of_the_strategies():

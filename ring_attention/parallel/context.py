@@ -9,7 +9,6 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -32,18 +31,14 @@ from ring_attention.parallel.ring import Ring
 from ring_attention.parallel.shard import (
     MaskAndOptions,
     arrays_of_shard,
-    layout_and_positions,
     mask_and_options,
-    require_as_many_keys,
 )
+from ring_attention.parallel.sides import OF_KEYS, OF_QUERIES, Sides, find_sides, padded, real_tokens
 from ring_attention.parallel.specs import axes_of_spec, check_spec, default_spec, known_spec, spec_on
 from ring_attention.parallel.strategies import StrategyOptions, find_strategy
 from ring_attention.parallel.strategy import Context, Strategy
 
-_OF_TOKENS = ("positions", "segment_ids", "starts", "stops", "kv_valid", "kv_bias")
-"""Arguments that are arrays [B,T]; "starts" and "stops" are those of intervals."""
-
-_ARRAYS = (*_OF_TOKENS, "kv_lengths", "sinks", "alibi_slopes", "dropout_key", "scale")
+_ARRAYS = (*OF_QUERIES, *OF_KEYS, "kv_lengths", "sinks", "alibi_slopes", "dropout_key", "scale")
 """Arguments of the mask that are arrays, but for a scale that is a number; in the order in which programs take them."""
 
 
@@ -54,6 +49,9 @@ class SequenceArgs(MaskArgs, total=False):
     spec: PartitionSpec | None
     layout: str | SequenceLayout | DealtRows
     positions: jax.Array | None
+    kv_layout: str | SequenceLayout | DealtRows | None
+    kv_positions: jax.Array | None
+    kv_segment_ids: jax.Array | None
     max_segment_len: int | None
     impl: str
     block_sizes: BlockSizes | None
@@ -78,6 +76,9 @@ def context_attention(
     spec: PartitionSpec | None = None,
     layout: str | SequenceLayout | DealtRows = "contiguous",
     positions: jax.Array | None = None,
+    kv_layout: str | SequenceLayout | DealtRows | None = None,
+    kv_positions: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
     max_segment_len: int | None = None,
     impl: str = "auto",
     block_sizes: BlockSizes | None = None,
@@ -99,8 +100,9 @@ def context_attention(
     Args:
       q: [B,T,H,D], in the layout's order (`SequenceLayout.permute`); float32, bfloat16 or float16. Where the devices do
         not divide T, the arrays are padded inside, which moves all of them: pad in your loader to spare that.
-      k: [B,T,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads.
-      v: [B,T,K,D_v]; D_v may differ from D. As in dense attention, hidden keys and values must be finite, too: 0 times
+      k: [B,S,K,D] in the dtype of q; K divides H, each key/value head serving H/K query heads. S is T, or, in
+        cross-attention, the length of another sequence.
+      v: [B,S,K,D_v]; D_v may differ from D. As in dense attention, hidden keys and values must be finite, too: 0 times
         NaN is NaN. What is not reaches all queries that see it and may reach others of the same sequence and head, by
         layout and tiles.
       mesh: the devices; `axis_name` is one of its axes. Axes may be Auto, Explicit or, of a `shard_map` around the
@@ -117,6 +119,10 @@ def context_attention(
         one program serves all batches.
       positions: integers [T] or [B,T], nearer to 0 than 2**30, where each token stands for the mask, ALiBi and dropout,
         in place of a layout's. They travel with the keys.
+      kv_layout: the layout of keys that are another sequence, by default that of the queries. The positions of both
+        then travel as arrays: not with a kernel that must know them when it is traced, which is left or refused.
+      kv_positions: integers [S] or [B,S], likewise; by default 0, 1, 2, ... in the natural order of the keys.
+      kv_segment_ids: integers [B,S] in the order of the keys; needed with segment_ids where S is not T.
       causal: a token sees itself and those before it in the natural order; otherwise all of them.
       window: a token sees itself and the window-1 tokens before it, and after it where causal is False; or
         (left, right), which is so many before and after it, None for all of them. A ring sends keys no farther than the
@@ -125,9 +131,9 @@ def context_attention(
       intervals: `ra.Intervals` or (start, stop), integers [B,T] or [1,T] in the layout's order: the natural positions,
         from `start` to before `stop`, that each token sees, beside what `causal` and `window` show, or, where causal is
         False, of what these show. A ring then goes as far as some token sees, not as far as a window reaches.
-      kv_valid: bool [B,T] in the layout's order, False for keys that nobody sees, such as padding.
+      kv_valid: bool [B,S] in the order of the keys, False for keys that nobody sees, such as padding.
       kv_lengths: integers [B]; keys at natural positions from here on are not seen.
-      kv_bias: floats [B,T] in the layout's order, added to the scores of a key; -inf hides it. Constants: no gradient
+      kv_bias: floats [B,S] in the order of the keys, added to a key's scores; -inf hides it. Constants: no gradient
         flows to them.
       max_segment_len: no segment is longer than this, so that keys need not be sent farther. It acts like a window: in
         a segment that is longer after all, tokens this far apart do not see each other.
@@ -160,36 +166,41 @@ def context_attention(
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
     given, mesh = mesh, find_mesh(mesh, axis_name)
-    require_as_many_keys(q, k)
-    layout, positions = layout_and_positions(layout, positions, mesh.shape[axis_name], q.shape[:2])
-    layout.check_length(layout.padded_length(q.shape[1]) if positions is None else q.shape[1])
+    P, of_keys = mesh.shape[axis_name], (kv_layout, kv_positions, kv_segment_ids)
+    sides, *places = find_sides(q.shape, k.shape, P, layout, positions, of_keys)
     kind = kind_of_mesh(mesh)
     require_platform(find_kernel(impl), kind.platform)
-    if spec is None:
-        spec = default_spec(mesh, axis_name, known_spec(q, mesh), sizes=(k.shape[0], k.shape[2]))
-    spec = spec_on(spec, given, mesh)
-    check_spec(spec, mesh, axis_name, q, k)
-    mask, options = mask_and_options(arguments, q.shape, max_segment_len, "BT")
+    spec = _found_spec(spec, given, mesh, axis_name, q, k)
+    mask, options = mask_and_options(arguments, q.shape, k.shape, sides, kv_segment_ids, max_segment_len, "BTS")
     strategy = find_strategy(strategy, options, context_attention)
     T, sizes = q.shape[1], [math.prod(mesh.shape[axis] for axis in axes) for axes in axes_of_spec(spec)]
-    padded = layout.padded_length(T)
+    whole = sides.queries.padded_length(T)
     context = choose_context(
         strategy,
         impl,
         block_sizes,
         axis_name=axis_name,
-        layout=layout,
+        layout=sides.together,
         kind=kind,
-        shape=(q.shape[0] // sizes[0], padded // layout.ring_size, q.shape[2] // sizes[2], max(q.shape[3], v.shape[3])),
+        shape=(q.shape[0] // sizes[0], whole // P, q.shape[2] // sizes[2], max(q.shape[3], v.shape[3])),
         return_lse=return_lse,
         dtype=q.dtype,
         kv_heads=k.shape[2] // sizes[2],
-        make_mask=functools.partial(make_mask_spec, q, **mask, seq_len=None if padded == T else T),
+        make_mask=functools.partial(make_mask_spec, q, **mask, seq_len=None if whole == T or sides.cross else T),
     )
-    arrays = _taken_arrays(mask, positions, q.shape[:2])
+    arrays = _taken_arrays(mask, places, q.shape[:2])
     with only_reverse_mode():
-        out, lse = _sharded(mesh, spec, strategy, context, **mask)(q, k, v, *arrays)
+        out, lse = _sharded(mesh, spec, strategy, context, sides, **mask)(q, k, v, *arrays)
     return (out, lse) if return_lse else out
+
+
+def _found_spec(spec: PartitionSpec | None, given, mesh: Mesh | AbstractMesh, axis_name: str, q, k) -> PartitionSpec:
+    """The spec of q, for the mesh that was found where `given` was asked for; raises ValueError where it cannot be."""
+    if spec is None:
+        spec = default_spec(mesh, axis_name, known_spec(q, mesh), sizes=(k.shape[0], k.shape[2]))
+    spec = spec_on(spec, given, mesh)
+    check_spec(spec, mesh, axis_name, q, k)
+    return spec
 
 
 @lists_arguments(defaults_of(context_attention, but=("strategy",)))
@@ -229,51 +240,47 @@ def ring_attention(
 
 
 @functools.lru_cache(maxsize=128)
-def _sharded(mesh: Mesh | AbstractMesh, spec: PartitionSpec, strategy: Strategy, context: Context, **mask):
+def _sharded(
+    mesh: Mesh | AbstractMesh, spec: PartitionSpec, strategy: Strategy, context: Context, sides: Sides, **mask
+):
     """An attention over global arrays, compiled once for each set of choices; arrays of the mask are in `_ARRAYS`."""
-    layout = context.layout
     batch_axes, _, head_axes, _ = axes_of_spec(spec)
 
     def run(shard_map, q, k, v, *arrays):
-        T = q.shape[1]
-        padded = layout.padded_length(T)
-        # Padding comes last in the natural order; in the layout's it may stand anywhere.
-        real = None if padded == T else np.flatnonzero(layout.positions(padded) < T)
+        (B, T, *_), S = q.shape, k.shape[1]
+        real = real_tokens(sides.queries, T)
 
         @jax.named_scope("attention")
         def on_shards(q, k, v, *arrays):
             offsets = dict(
                 batch_offset=_shard_number(batch_axes) * q.shape[0],
                 head_offset=_shard_number(head_axes) * q.shape[2],
-                seq_len=None if real is None else T,
+                seq_len=None if real is None or sides.cross else T,
             )
             here = dict(zip(_ARRAYS, arrays, strict=True)) | mask
             intervals = here.pop("starts"), here.pop("stops")
             here["intervals"] = None if intervals[0] is None else intervals
-            arrays = arrays_of_shard(strategy, context, q, k, v, here, positions=here.pop("positions"), **offsets)
+            places = here.pop("positions"), here.pop("kv_positions")
+            arrays = arrays_of_shard(strategy, context, q, k, v, here, places, **offsets)
             return tuple(jnp.swapaxes(x, 1, 2) for x in strategy.attend(context, *arrays))
 
         rows, heads = PartitionSpec(spec[0]), PartitionSpec(head_axes or None)
-        of_tokens = [PartitionSpec(*spec[:2])] * len(_OF_TOKENS)
+        of_tokens = [PartitionSpec(*spec[:2])] * len((*OF_QUERIES, *OF_KEYS))
         in_specs = (spec, spec, spec, *of_tokens, rows, heads, heads, PartitionSpec(), PartitionSpec())
         sharded = shard_map(on_shards, in_specs, (spec, PartitionSpec(*spec[:3])))
-        along = 3 + len(_OF_TOKENS)
-        arrays = (q, k, v, *arrays)
-        if real is not None:
-            padding = (
-                None if x is None else jnp.zeros((x.shape[0], padded, *x.shape[2:]), x.dtype).at[:, real].set(x)
-                for x in arrays[:along]
-            )
-            arrays = (*padding, *arrays[along:])
-        results = sharded(*arrays)
+        named = sides.placed(dict(zip(_ARRAYS, arrays, strict=True)), B, T, S)
+        named |= {name: padded(sides.queries, named[name], T) for name in OF_QUERIES}
+        named |= {name: padded(sides.keys, named[name], S) for name in OF_KEYS}
+        q, k, v = padded(sides.queries, q, T), padded(sides.keys, k, S), padded(sides.keys, v, S)
+        results = sharded(q, k, v, *named.values())
         return results if real is None else tuple(x[:, real] for x in results)
 
     return on_mesh(mesh, spec, run)
 
 
-def _taken_arrays(mask: dict[str, Any], positions, shape: tuple[int, ...]) -> list:
+def _taken_arrays(mask: dict[str, Any], places, shape: tuple[int, ...]) -> list:
     """The arguments in `_ARRAYS`, all others of `mask` being left in it; intervals [1,T] as [B,T]."""
-    mask["positions"], intervals = positions, mask.pop("intervals")
+    (mask["positions"], mask["kv_positions"]), intervals = places, mask.pop("intervals")
     for number, name in enumerate(("starts", "stops")):
         mask[name] = None if intervals is None else jnp.broadcast_to(intervals[number], shape)
     return [None if isinstance(mask[name], float) else mask.pop(name) for name in _ARRAYS]

@@ -28,7 +28,8 @@ _OF_TOKENS = ("segment_ids", "intervals", "kv_valid", "kv_bias")
 """Settings that are arrays [...,T]."""
 
 _OF_THE_LAYER = ("dropout_rate", "dropout_key")
-_SETTINGS = defaults_of(context_attention, but=("mesh", "return_lse", *_OF_THE_LAYER))
+_NOT_OF_LAYERS = ("return_lse", "kv_layout", "kv_positions", "kv_segment_ids")
+_SETTINGS = defaults_of(context_attention, but=("mesh", *_NOT_OF_LAYERS, *_OF_THE_LAYER))
 
 
 @lists_arguments(_SETTINGS)
@@ -57,11 +58,11 @@ def flax_attention_fn(*, mesh: Mesh | AbstractMesh | None = None, **settings: Un
 
     Args:
       mesh: the devices of the ring; by default those that `jax.set_mesh` has set when the layer is called.
-      **settings: the other keyword arguments of `context_attention`, all but its dropout and return_lse: strategy and
-        its options, axis_name, spec (of the arrays with one batch axis), layout, positions, causal, window,
-        segment_ids, intervals, kv_valid, kv_lengths, kv_bias, max_segment_len, softcap, scale, sinks, alibi_slopes,
-        extra_mask, impl, block_sizes. segment_ids, each array of intervals, kv_valid and kv_bias have the shape of the
-        layer's input without its last axis.
+      **settings: the other keyword arguments of `context_attention`, all but its dropout, its lse and what it takes for
+        keys of another sequence: strategy and its options, axis_name, spec (of the arrays with one batch axis), layout,
+        positions, causal, window, segment_ids, intervals, kv_valid, kv_lengths, kv_bias, max_segment_len, softcap,
+        scale, sinks, alibi_slopes, extra_mask, impl, block_sizes. segment_ids, each array of intervals, kv_valid and
+        kv_bias have the shape of the layer's input without its last axis.
 
     Returns:
       A function, equal to others made with the same, that can be pickled and deep-copied. Flax's layers call it with q

@@ -25,14 +25,16 @@ def count_hops(context: Context, tokens: ShardTokens, shard_len: int) -> Hops:
     Args:
       context: devices and layout.
       tokens: of this device.
-      shard_len: tokens of a shard.
+      shard_len: tokens of a shard, where the layout tells positions.
     """
     P, width, name = context.layout.ring_size, context.width, context.axis_name
     place = lax.div(lax.axis_index(name), np.int32(width))
-    size = -(-shard_len // PIECES)
 
     def bounds(side: Tokens) -> Bounds:
-        return Bounds.of(context.placed(side, place, shard_len).pad(-shard_len % size).tiles(size))
+        side = context.placed(side, place, shard_len)
+        length = side.positions.shape[1]
+        size = -(-length // PIECES)
+        return Bounds.of(side.pad(-length % size).tiles(size))
 
     queries, keys = bounds(tokens.queries), bounds(tokens.keys)
     of_places = jax.tree.map(lambda x: lax.all_gather(x, name)[::width], keys)

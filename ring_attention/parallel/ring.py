@@ -92,7 +92,7 @@ class Ring(Strategy):
 
     def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:
         """The softmax state of this device's queries over all keys that they see, as the blocks come by."""
-        ring = self._ring_pass(context, me, q, tokens)
+        ring = self._ring_pass(context, me, k, tokens)
         if tokens.hops is not None:
             return counted_ring.forward(ring, q, k, v, tokens.hops)
 
@@ -121,7 +121,7 @@ class Ring(Strategy):
         could be: one half while the first block arrives, the other while the gradients of remote keys return. Left to
         itself a compiler may put them beside a transfer that has a hop already, so what follows is made to wait.
         """
-        ring, kernel = self._ring_pass(context, me, q, tokens), context.kernel
+        ring, kernel = self._ring_pass(context, me, k, tokens), context.kernel
         if tokens.hops is not None:
             return counted_ring.backward(ring, q, k, v, stats, tokens.hops)
 
@@ -166,8 +166,8 @@ class Ring(Strategy):
             dk, dv = (_with_part(ring.routes[i], x, part) for x, part in zip((dk, dv), parts, strict=True))
         return dq, dk, dv
 
-    def _ring_pass(self, context: Context, me, q, tokens: ShardTokens) -> RingPass:
-        length = q.shape[2]
+    def _ring_pass(self, context: Context, me, k, tokens: ShardTokens) -> RingPass:
+        length = k.shape[2]
         routes = self._plan(context, tokens.mask, length)
         return RingPass(context=context, me=me, tokens=tokens, length=length, routes=routes, unroll=self.unroll)
 

@@ -26,7 +26,7 @@ class RingPass:
       context: devices and layout. Where several devices share a place, each is in a ring of its own, with its heads.
       me: int32, this device's number.
       tokens: this device's, and the mask.
-      length: t, tokens of a shard.
+      length: s, keys of a shard, of which there are as many as queries where the layout tells positions.
       routes: which part of each shard goes how far, and which way.
       unroll: write the steps out rather than loop over them.
     """

@@ -5,7 +5,6 @@ Here arguments are checked; how queries and keys are then brought together is th
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -17,7 +16,7 @@ from ring_attention.attention.device_kind import kind_here
 from ring_attention.attention.mask_args import MASK_DEFAULTS, MaskArgs, Window, defaults_of, lists_arguments
 from ring_attention.attention.mask_spec import as_sinks, check_distance, checked_mask_args, make_mask_spec
 from ring_attention.attention.masks import Tokens
-from ring_attention.attention.token_args import check_token_args, keys_of, require_positions
+from ring_attention.attention.token_args import check_token_args, keys_of, segments_of_keys
 from ring_attention.attention.varying import vary_together
 from ring_attention.checks import (
     require,
@@ -27,7 +26,8 @@ from ring_attention.checks import (
 )
 from ring_attention.parallel.dealt_rows import DealtRows
 from ring_attention.parallel.kernel_choice import choose_context
-from ring_attention.parallel.layouts import SequenceLayout, as_layout
+from ring_attention.parallel.layouts import SequenceLayout
+from ring_attention.parallel.sides import Sides, find_sides
 from ring_attention.parallel.strategies import StrategyOptions, find_strategy
 from ring_attention.parallel.strategy import Context, ShardTokens, Strategy
 
@@ -38,6 +38,9 @@ class ShardArgs(MaskArgs, StrategyOptions, total=False):
     axis_name: str
     layout: str | SequenceLayout | DealtRows
     positions: jax.Array | None
+    kv_layout: str | SequenceLayout | DealtRows | None
+    kv_positions: jax.Array | None
+    kv_segment_ids: jax.Array | None
     max_segment_len: int | None
     batch_offset: int | jax.Array
     head_offset: int | jax.Array
@@ -62,6 +65,9 @@ def context_attention_shard(
     axis_name: str = "sp",
     layout: str | SequenceLayout | DealtRows = "contiguous",
     positions: jax.Array | None = None,
+    kv_layout: str | SequenceLayout | DealtRows | None = None,
+    kv_positions: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
     max_segment_len: int | None = None,
     batch_offset: int | jax.Array = 0,
     head_offset: int | jax.Array = 0,
@@ -78,21 +84,25 @@ def context_attention_shard(
 
     Args:
       q: this device's slice [B,t,H,D] of the queries, in the layout's order; float32, bfloat16 or float16.
-      k: this device's slice [B,t,K,D] of the keys, in the dtype of q; K divides H.
-      v: this device's slice [B,t,K,D_v] of the values.
+      k: this device's slice [B,s,K,D] of the keys, in the dtype of q; K divides H.
+      v: this device's slice [B,s,K,D_v] of the values.
       strategy: a name from `STRATEGIES`, or one of its values with other options.
       axis_name: the axis that the sequence is sharded over.
       layout: the order in which tokens were dealt to devices: a name, a SequenceLayout or DealtRows.
       positions: this device's slice, integers [t] or [B,t], in place of those of a layout; as in `context_attention`.
+      kv_layout, kv_positions, kv_segment_ids: those of keys of another sequence; the last two are this device's slices,
+        [B,s]. As in `context_attention`.
       causal, window, max_segment_len, softcap, scale: as in `context_attention`, and so are dropout_rate,
         dropout_key and extra_mask.
       segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.
-      intervals, kv_valid, kv_bias: this device's slices, [B,t]; kv_lengths: [B]; as in `context_attention`.
+      intervals, kv_valid, kv_bias: this device's slices, [B,t] and, the last two, [B,s]; kv_lengths: [B]; as in
+        `context_attention`.
       sinks: those of this device's heads, [H].
       alibi_slopes: those of this device's heads, [H].
       batch_offset: global index of this device's first sequence, by which dropout counts.
       head_offset: global index of this device's first head, by which dropout counts.
       seq_len: tokens of the whole sequence that are real; those at positions from here on are padding. All by default.
+        Where keys are of another sequence, `kv_lengths` says it.
       impl: name of the kernel that computes tiles, or "auto": the fastest that can do this on these devices.
       block_sizes: sizes of the kernel's tiles; chosen for the kernel and the device by default.
       return_lse: also return the lse.
@@ -107,12 +117,11 @@ def context_attention_shard(
     """
     require_attention_shapes(q, k, v)
     require_attention_dtypes(q, k, v)
-    require_as_many_keys(q, k)
-    layout, positions = layout_and_positions(
-        layout, positions, _axis_size(axis_name), q.shape[:2], shard=lambda: lax.axis_index(axis_name)
-    )
-    layout.check_length(q.shape[1] * layout.ring_size)
-    mask, options = mask_and_options(arguments, q.shape, max_segment_len, "Bt")
+    P, of_keys = _axis_size(axis_name), (kv_layout, kv_positions, kv_segment_ids)
+    shard = functools.partial(lax.axis_index, axis_name)
+    sides, *places = find_sides(q.shape, k.shape, P, layout, positions, of_keys, shard=shard)
+    require(not sides.cross or seq_len is None, "seq_len is of one sequence, and keys are of another; give kv_lengths")
+    mask, options = mask_and_options(arguments, q.shape, k.shape, sides, kv_segment_ids, max_segment_len, "Bts")
     strategy = find_strategy(strategy, options, context_attention_shard)
     offsets = dict(batch_offset=batch_offset, head_offset=head_offset, seq_len=seq_len)
     context = choose_context(
@@ -120,7 +129,7 @@ def context_attention_shard(
         impl,
         block_sizes,
         axis_name=axis_name,
-        layout=layout,
+        layout=sides.together,
         kind=kind_here(q),
         shape=(*q.shape[:3], max(q.shape[3], v.shape[3])),
         return_lse=return_lse,
@@ -128,74 +137,65 @@ def context_attention_shard(
         kv_heads=k.shape[2],
         make_mask=functools.partial(make_mask_spec, q, **mask, **offsets),
     )
-    arrays = arrays_of_shard(strategy, context, q, k, v, mask, positions=positions, **offsets)
+    arrays = arrays_of_shard(strategy, context, q, k, v, mask, places, **offsets)
     out, lse = (jnp.swapaxes(x, 1, 2) for x in strategy.attend(context, *arrays))
     return (out, lse) if return_lse else out
 
 
-def layout_and_positions(
-    layout, positions, ring_size: int, shape: tuple[int, ...], shard: Callable | None = None
-) -> tuple[SequenceLayout, jax.Array | None]:
-    """The layout, and positions int32 [B,T] or None where it tells them.
-
-    Args:
-      layout, positions: as the public functions take them.
-      ring_size: devices that share a sequence.
-      shape: that of the tokens, (B, T).
-      shard: gives the number of the shard whose positions are wanted; None for those of all shards.
-
-    Raises:
-      ValueError: for what does not fit the devices and the tokens, or both positions and a layout.
-    """
-    B, T = shape
-    if isinstance(layout, DealtRows):
-        require(positions is None, "positions and DealtRows both say where tokens stand; give one of them")
-        layout.check(B, T if shard is None else T * ring_size)
-        fits = layout.ring_size == ring_size
-        remedy = f"make it by SequenceLayout.for_documents(segment_ids, {ring_size})"
-        require(fits, f"layout deals to {layout.ring_size} devices, but there are {ring_size}; {remedy}")
-        positions = layout.positions(T) if shard is None else layout.shard_positions(shard(), T)
-        given = SequenceLayout("given", ring_size, given_chunks=layout.chunks_per_shard)
-        return given, jnp.asarray(positions, jnp.int32)
-    layout = as_layout(layout, ring_size)
-    if positions is None:
-        require(layout.kind != "given", 'layout="given" has no positions; give positions=, or leave the layout out')
-        return layout, None
-    remedy = "leave the layout out, or give each position in its place of the layout's order"
-    require(layout.kind in ("contiguous", "given"), f"positions are given beside layout={layout.kind!r}; {remedy}")
-    require_positions("positions", positions, B, T)
-    positions = jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (B, T))
-    return SequenceLayout("given", ring_size), positions
-
-
-def mask_and_options(arguments, q_shape: tuple[int, ...], max_segment_len: int | None, letters: str):
-    """(checked arguments of the mask, the strategy's options); `letters` name the axes of segment ids."""
+def mask_and_options(
+    arguments,
+    q_shape: tuple[int, ...],
+    k_shape,
+    sides: Sides,
+    kv_segment_ids,
+    max_segment_len: int | None,
+    letters: str,
+):
+    """(checked arguments of the mask with "kv_segment_ids", the strategy's options); `letters` name B, T and S."""
     options = {name: value for name, value in arguments.items() if name not in MASK_DEFAULTS}
     mask = {name: value for name, value in arguments.items() if name in MASK_DEFAULTS}
     segment_ids = mask.get("segment_ids")
     if segment_ids is not None:
-        require_integers("segment_ids", segment_ids, q_shape[:2], letters)
-    check_token_args(mask, q_shape[0], q_shape[1], q_shape[1], 2 * letters[1])
+        require_integers("segment_ids", segment_ids, q_shape[:2], letters[:2])
+    if sides.cross:
+        segments_of_keys(segment_ids, kv_segment_ids, q_shape[1], k_shape[1])
+        remedy = "give kv_segment_ids [B,S] as well"
+        missing = segment_ids is not None and kv_segment_ids is None
+        require(not missing, f"segment_ids are in the order of the queries, and keys have their own; {remedy}")
+        if kv_segment_ids is not None:
+            require_integers("kv_segment_ids", kv_segment_ids, k_shape[:2], letters[0] + letters[2])
+        words = "max_segment_len bounds segments of one sequence, and keys are of another"
+        require(max_segment_len is None, f"{words}; leave it out: keys are sent no farther than the segments need")
+    check_token_args(mask, q_shape[0], q_shape[1], k_shape[1], letters[1:])
     mask = checked_mask_args(mask, q_shape[2], traced_scale=True)
-    return mask | dict(window=_shorter(mask["window"], max_segment_len, segment_ids)), options
+    window = _shorter(mask["window"], max_segment_len, segment_ids)
+    return mask | dict(window=window, kv_segment_ids=kv_segment_ids), options
 
 
-def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, *, positions=None, **offsets) -> tuple:
+def arrays_of_shard(strategy: Strategy, context: Context, q, k, v, mask: dict, places, **offsets) -> tuple:
     """What `Strategy.attend` takes, of a device's slices q [B,t,H,D], k [B,s,K,D], v [B,s,K,D_v]: heads before tokens.
 
-    Raises ValueError for what the kernel or the strategy cannot do.
+    `places` are positions of queries and of keys, None where the layout tells them or, of keys, where they are those of
+    the queries. Raises ValueError for what the kernel or the strategy cannot do.
     """
-    (B, t, H, D), given = q.shape, (positions, mask["segment_ids"])
-    own = Tokens(*(None if x is None else x.astype(jnp.int32) for x in given))
+    (B, t, H, D), s = q.shape, k.shape[1]
+    own = _tokens(places[0], mask["segment_ids"])
+    of_keys = own if places[1] is None else _tokens(places[1], mask["kv_segment_ids"])
     spec = make_mask_spec(q, **mask, **offsets)
     context.kernel.check(spec, jax.ShapeDtypeStruct((B, H, t, max(D, v.shape[3])), q.dtype))
     strategy.check(context, (B, t, H, D), k.shape[2], spec)
     me = lax.axis_index(context.axis_name)
-    more = _more_of_tokens(mask, context.placed(own, me, t).positions, (B, t))
-    q, k, v, own, more, spec, sinks, _ = vary_together(q, k, v, own, more, spec, as_sinks(mask["sinks"]), me)
-    queries, keys = (dataclasses.replace(own, **fields) if fields else own for fields in more)
-    tokens = strategy.prepared(context, ShardTokens(queries=queries, keys=keys, mask=spec), t)
+    more = _more_of_tokens(mask, context.placed(of_keys, me, s).positions, (B, t))
+    same, given = of_keys is own, (own, None if of_keys is own else of_keys)
+    q, k, v, given, more, spec, sinks, _ = vary_together(q, k, v, given, more, spec, as_sinks(mask["sinks"]), me)
+    sides = (given[0], given[0] if same else given[1])
+    queries, keys = (dataclasses.replace(x, **fields) if fields else x for x, fields in zip(sides, more, strict=True))
+    tokens = strategy.prepared(context, ShardTokens(queries=queries, keys=keys, mask=spec), s)
     return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), tokens, sinks
+
+
+def _tokens(positions, segments) -> Tokens:
+    return Tokens(*(None if x is None else x.astype(jnp.int32) for x in (positions, segments)))
 
 
 def _more_of_tokens(mask: dict, positions, shape: tuple[int, int]) -> tuple[dict, dict]:
@@ -206,15 +206,6 @@ def _more_of_tokens(mask: dict, positions, shape: tuple[int, int]) -> tuple[dict
     }
     real, bias = keys_of(positions, mask)
     return of_queries, {name: x for name, x in (("real", real), ("bias", bias)) if x is not None}
-
-
-def require_as_many_keys(q, k) -> None:
-    """Raise ValueError for keys of another sequence that is not as long as that of the queries."""
-    require(
-        k.shape[1] == q.shape[1],
-        f"q has T={q.shape[1]} tokens and k has {k.shape[1]}, need as many of each, since devices hold the same share "
-        "of both; use blockwise_attention for cross attention, decode_attention for a few queries and a cache",
-    )
 
 
 def _axis_size(axis_name: str) -> int:

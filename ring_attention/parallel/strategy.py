@@ -178,7 +178,7 @@ class Strategy:
         """Raise ValueError for what it cannot do. q_shape is that of a shard, [B,t,H,D]."""
 
     def prepared(self, context: Context, tokens: ShardTokens, shard_len: int) -> ShardTokens:
-        """The tokens of this device with what the strategy finds out of them, once for both passes."""
+        """The tokens of this device, which has `shard_len` keys, with what the strategy finds out of them, once."""
         return tokens
 
     attend = functools.partialmethod(attention_over_shards)

@@ -125,7 +125,7 @@ class Usp(Strategy):
         keys = jax.tree.map(swap.gather, tokens.keys)
         queries = keys if tokens.queries is tokens.keys else jax.tree.map(swap.gather, tokens.queries)
         tokens = ShardTokens(queries=queries, keys=keys, mask=tokens.mask.of_heads(first, H // U))
-        ring, tokens = Ring(), Ring().prepared(merged, tokens, U * t)
+        ring, tokens = Ring(), Ring().prepared(merged, tokens, U * k.shape[TOKENS])
         results = ring.attend(merged, *map(swap.heads_for_tokens, (q, k, v)), tokens, sinks)
         return tuple(map(swap.tokens_for_heads, results))
 

@@ -224,6 +224,7 @@ SETTINGS = [
     for name, parameter in inspect.signature(ra.context_attention).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
     and name not in ("mesh", "strategy", "dropout_rate", "dropout_key", "return_lse")
+    and name not in ("kv_layout", "kv_positions", "kv_segment_ids")
 ]
 OPTIONS = ["duplex", "unroll"]
 OF_TOKENS = ["segment_ids", "intervals", "kv_valid", "kv_bias"]

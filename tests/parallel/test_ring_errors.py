@@ -97,12 +97,6 @@ BAD_CALLS = {
         {},
         "q has H=4 heads and k has K=3; K must divide H (grouped queries); repeat heads of k and v, or use others",
     ),
-    "keys of another length": (
-        dict(S=56),
-        {},
-        "q has T=48 tokens and k has 56, need as many of each, since devices hold the same share of both; use "
-        "blockwise_attention for cross attention, decode_attention for a few queries and a cache",
-    ),
     "integers": (
         dict(dtype="int32"),
         {},
@@ -189,11 +183,10 @@ def test_ring_attention_refuses_a_batch_that_does_not_divide():
 
 # (other shapes of the slices, arguments, message)
 BAD_SLICES = {
-    "keys of another length": (
+    "a length of two sequences": (
         dict(k=(2, 6, 2, 8), v=(2, 6, 2, 8)),
-        {},
-        "q has T=5 tokens and k has 6, need as many of each, since devices hold the same share of both; use "
-        "blockwise_attention for cross attention, decode_attention for a few queries and a cache",
+        dict(seq_len=20),
+        "seq_len is of one sequence, and keys are of another; give kv_lengths",
     ),
     "segments of the whole sequence": (
         dict(segment_ids=(2, 20)),
