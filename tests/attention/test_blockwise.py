@@ -145,16 +145,18 @@ def test_blockwise_attention_drops_the_same_with_any_tiles(causal, sizes):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_blockwise_attention_takes_slopes_as_constants():
+def test_blockwise_attention_takes_slopes_and_biases_as_constants():
     q, k, v, dout = random_qkv(6, 1, 20, 2, 1, 8)
 
-    def loss(slopes):
-        return jnp.vdot(dout, ra.blockwise_attention(q, k, v, alibi_slopes=slopes))
+    def loss(slopes, bias):
+        return jnp.vdot(dout, ra.blockwise_attention(q, k, v, alibi_slopes=slopes, kv_bias=bias))
 
-    run = quickly(jax.value_and_grad(loss))
-    (value, slope), (other, _) = (run(jnp.array([first, 0.1])) for first in (0.5, 0.6))
-    np.testing.assert_array_equal(slope, 0)
-    assert abs(value - other) > 1e-3  # the control: they do count
+    run, bias = quickly(jax.value_and_grad(loss, (0, 1))), np.zeros((1, 20), np.float32)
+    value, grads = run(jnp.array([0.5, 0.1]), bias)
+    for grad in grads:
+        np.testing.assert_array_equal(grad, 0)
+    for others in ((jnp.array([0.6, 0.1]), bias), (jnp.array([0.5, 0.1]), bias + np.arange(20) % 3)):
+        assert abs(value - run(*others)[0]) > 1e-3  # the control: they do count
 
 
 # --- Rows that see nothing --------------------------------------------------------------------------------------------
