@@ -194,11 +194,11 @@ CALLS = [
     Row("key heads that tp does not divide", ring(dict(K=1)), "heads of k=1", "divisible by tp=2", "use fewer devices"),
     Row("key heads that do not divide query heads", ring(dict(K=3)), "K=3", "K must divide H", "repeat heads of k"),
     Row(
-        "keys of another length",
-        ring(dict(S=56)),
-        "T=48 tokens and k has 56",
-        "need as many of each",
-        "use blockwise_attention",
+        "segments of queries alone, beside keys of another length",
+        ring(dict(S=56), segment_ids=np.zeros((2, 48), int)),
+        "T=48 queries",
+        "S=56 keys",
+        "give kv_segment_ids [B,S] as well",
     ),
     Row(
         "a batch that the mesh does not divide",
