@@ -150,7 +150,9 @@ def attention_of(
       first_sequence: int32, the number of this device's first sequence in the batch, by which dropout counts.
     """
     strategies = {False: attention.make_strategy(), True: attention.make_local_strategy()}
-    layout = attention.make_layout(ring_size) if table is None else SequenceLayout("given", ring_size)
+    layout = attention.make_layout(ring_size)
+    if table is not None:
+        layout = SequenceLayout("given", ring_size, given_chunks=table.shape[2])
 
     def attend(q, k, v, this: ThisAttention, *, segment_ids):
         dropout = {}

@@ -13,6 +13,7 @@ from ring_attention.attention.kernels.contract import Kernel
 from ring_attention.checks import ConfigError, require, require_divisible, require_field
 from ring_attention.data.tokenizers import Tokenizer
 from ring_attention.hardware.chips import GiB
+from ring_attention.parallel.dealt_rows import default_chunks
 from ring_attention.parallel.host_memory import PINNED_HOST
 from ring_attention.parallel.layouts import SequenceLayout
 from ring_attention.parallel.mesh import SEQUENCE, TENSOR
@@ -81,7 +82,8 @@ def _check_sizes(config: TrainConfig) -> None:
 def check_attention(config: TrainConfig, mesh_shape: dict[str, int], kernel: Kernel | None = None) -> None:
     """Raise ValueError unless strategies and kernel, by default the config's, can do what it asks on each device."""
     P, dealt = mesh_shape[SEQUENCE], config.attention.layout == DOCUMENTS
-    layout = SequenceLayout("given", P) if dealt else config.attention.make_layout(P)
+    chunks = default_chunks(config.seq_len // P)
+    layout = SequenceLayout("given", P, given_chunks=chunks) if dealt else config.attention.make_layout(P)
     parts = mesh_shape[TENSOR] * config.model.head_groups
     shard_len = config.seq_len // layout.ring_size
     check_kinds(config.attention, config.transformer, layout, shard_len, parts, kernel=kernel)
