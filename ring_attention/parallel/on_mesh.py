@@ -78,7 +78,8 @@ def _typed(out: jax.Array, spec: PartitionSpec, mesh: Mesh | AbstractMesh, first
     if around.empty or around == mesh_of(out):
         return out
     if around.shape != mesh.shape:  # another mesh: the types of the first array are all that is known of it
-        return jax.sharding.reshard(out, jax.typeof(first).sharding.update(mesh=around))
+        known = jax.typeof(first).sharding
+        return jax.sharding.reshard(out, known.update(mesh=around, spec=PartitionSpec(*known.spec[: out.ndim])))
     spec = explicit_part(spec, around)
     entries = zip(spec, out.shape, strict=False)
     spec = PartitionSpec(*(entry if _divides(entry, size, mesh) else None for entry, size in entries))

@@ -145,4 +145,4 @@ def _layout_and_positions(
     require(layout.kind in ("contiguous", "given"), f"{name} are given beside layout={layout.kind!r}; {remedy}")
     require_positions(name, positions, B, T)
     positions = jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (B, T))
-    return SequenceLayout("given", ring_size), positions
+    return layout if layout.kind == "given" else SequenceLayout("given", ring_size), positions

@@ -180,7 +180,7 @@ class Sparse(Strategy):
         P, t, H, K = work.devices, work.shard, work.heads, work.kv_heads
         near = dataclasses.replace(work, window=near_window(work.window, self.stride_of(work.seq_len)))
         statistics = 4 * work.batch * t * H  # one number for each query and head
-        far = work.bytes_of(t, H) + 2 * work.bytes_of(t, K) + work.segment_bytes(t)
+        far = work.bytes_of(t, H) + 2 * work.bytes_of(t, K) + 2 * work.segment_bytes(t)  # of queries and of keys
         if backward:
             far += work.bytes_of(t, H) + 2 * statistics + work.bytes_of(t, H, 4) + 2 * work.bytes_of(t, K, 4)
         else:

@@ -154,9 +154,9 @@ def test_auto_leaves_no_fused_kernel_for_it(tmp_path):
     model = dataclasses.replace(MODEL, head_dim=128, compute_dtype="bfloat16")
     config = config_of(model=model, seq_len=4096)
     assert with_layout(config, short, MESH, "cpu").attention.layout == "documents"
-    assert with_layout(config, short, MESH, "tpu").attention.layout == "auto"
+    assert with_layout(config, short, MESH, "gpu").attention.layout == "auto"
     xla = dataclasses.replace(config, attention=dataclasses.replace(config.attention, impl="xla"))
-    assert with_layout(xla, short, MESH, "tpu").attention.layout == "documents"
+    assert with_layout(xla, short, MESH, "gpu").attention.layout == "documents"
 
 
 @pytest.mark.parametrize(
