@@ -72,6 +72,6 @@ def test_train_reaches_a_tile_in_few_functions_and_lines(stack):
 def test_stack_begins_at_train_and_ends_in_the_kernel(stack):
     assert stack[0] == ("ring_attention/commands/program.py", "run")
     assert ("ring_attention/commands/train.py", "main") in stack
-    assert ("ring_attention/parallel/counted_ring.py", "forward") in stack  # where documents tell how far blocks travel
+    assert ("ring_attention/parallel/ring_pass.py", "RingPass.run") in stack  # a block that has travelled
     assert stack[-1][0] == KERNEL
     assert len(stack) > len(_named(stack))

@@ -27,7 +27,7 @@ LSE = dict(return_lse=False)
 KERNEL = dict(impl="auto", block_sizes=None)
 SHARDED = dict(axis_name="sp", layout="contiguous", positions=None, max_segment_len=None) | MASK | KERNEL
 CROSS = dict(kv_layout=None, kv_positions=None, kv_segment_ids=None)
-OFFSETS = dict(batch_offset=0, head_offset=0, seq_len=None)
+OFFSETS = dict(batch_offset=0, head_offset=0, seq_len=None, count_hops=True)
 TOKENS = dict(kv_segment_ids=None, q_positions=None, kv_positions=None) | LSE
 GLOBAL = dict(mesh=None, spec=None)
 DROPOUT = ("dropout_rate", "dropout_key")

@@ -73,7 +73,8 @@ class Ring(Strategy):
         Stripes of a document lie on every device. Where a window cuts shards, the parts go no farther than it reaches.
         """
         routes = self._plan(context, tokens.mask, shard_len)
-        if self._fixed(context.layout.kind, routes, shard_len) or not jax.tree.leaves((tokens.queries, tokens.keys)):
+        known = not context.count_hops or not jax.tree.leaves((tokens.queries, tokens.keys))
+        if known or self._fixed(context.layout.kind, routes, shard_len):
             return tokens
         return dataclasses.replace(tokens, hops=count_hops(context, tokens, shard_len))
 
@@ -87,7 +88,7 @@ class Ring(Strategy):
         if work.hops is not None:
             return work
         routes = self._routes(work)
-        fixed = not work.segments or self._fixed(work.layout, routes, work.shard)
+        fixed = not (work.segments and work.count_hops) or self._fixed(work.layout, routes, work.shard)
         return None if fixed else dataclasses.replace(work, hops=(routes[0].hops, 0))
 
     def forward(self, context: Context, me, q, k, v, tokens: ShardTokens) -> SoftmaxState:

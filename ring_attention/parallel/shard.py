@@ -42,6 +42,7 @@ class ShardArgs(MaskArgs, StrategyOptions, total=False):
     kv_positions: jax.Array | None
     kv_segment_ids: jax.Array | None
     max_segment_len: int | None
+    count_hops: bool
     batch_offset: int | jax.Array
     head_offset: int | jax.Array
     seq_len: int | None
@@ -69,6 +70,7 @@ def context_attention_shard(
     kv_positions: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     max_segment_len: int | None = None,
+    count_hops: bool = True,
     batch_offset: int | jax.Array = 0,
     head_offset: int | jax.Array = 0,
     seq_len: int | None = None,
@@ -92,6 +94,9 @@ def context_attention_shard(
       positions: this device's slice, integers [t] or [B,t], in place of those of a layout; as in `context_attention`.
       kv_layout, kv_positions, kv_segment_ids: those of keys of another sequence; the last two are this device's slices,
         [B,s]. As in `context_attention`.
+      count_hops: where segment ids and other arrays may tell it, a ring counts as it runs how many hops bring all keys
+        to who sees them. False: as many as layout and mask alone need, which a compiler hides to the last; for
+        documents that are long beside a shard.
       causal, window, max_segment_len, softcap, scale: as in `context_attention`, and so are dropout_rate,
         dropout_key and extra_mask.
       segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.
@@ -137,6 +142,7 @@ def context_attention_shard(
         kv_heads=k.shape[2],
         make_mask=functools.partial(make_mask_spec, q, **mask, **offsets),
     )
+    context = dataclasses.replace(context, count_hops=count_hops)
     arrays = arrays_of_shard(strategy, context, q, k, v, mask, places, **offsets)
     out, lse = (jnp.swapaxes(x, 1, 2) for x in strategy.attend(context, *arrays))
     return (out, lse) if return_lse else out

@@ -40,6 +40,7 @@ class Context:
       axis_name: the axis of the devices that hold the sequence.
       layout: the layout of the sequence over the places of the ring.
       kernel, blocks: how tiles are computed.
+      count_hops: whether a ring may count its hops as it runs, where arrays tell how far keys must go.
       width: how many consecutive devices share a place, each with heads of its own.
     """
 
@@ -47,6 +48,7 @@ class Context:
     layout: SequenceLayout
     kernel: Kernel
     blocks: BlockSizes
+    count_hops: bool = True
     width: int = 1
 
     @property

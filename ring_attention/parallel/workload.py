@@ -27,6 +27,7 @@ class Workload:
       layout: of the sequence.
       causal, window: the mask.
       segments: whether there are segment ids, of 4 bytes each.
+      count_hops: whether a ring counts its hops where there are segment ids.
       hops: how many hops forth and back keys take, where packed documents decide it; None where the mask does.
     """
 
@@ -41,6 +42,7 @@ class Workload:
     causal: bool = True
     window: int | None = None
     segments: bool = False
+    count_hops: bool = True
     hops: tuple[int, int] | None = None
 
     @property

@@ -17,6 +17,7 @@ from ring_attention.parallel.mesh import DATA, FSDP, SEQUENCE, TENSOR, resolve_m
 from ring_attention.parallel.strategy import Context, Strategy
 from ring_attention.parallel.workload import Workload
 from ring_attention.training.attend import mask_spec_of, reach_of
+from ring_attention.training.attention_config import DOCUMENTS
 from ring_attention.training.config import AttentionConfig, TrainConfig
 from ring_attention.training.validate import validate_config
 
@@ -231,6 +232,7 @@ class Share:
             layout=self.config.attention.static_layout,
             window=reach_of(self.config.attention, kind or self.main_kind),
             segments=True,
+            count_hops=self.config.attention.layout == DOCUMENTS,
         )
         return Workload(**(fields | changes))
 

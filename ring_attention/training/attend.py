@@ -167,6 +167,7 @@ def attention_of(
             axis_name=SEQUENCE,
             layout=layout,
             positions=None if table is None else DealtRows(table).shard_positions(0, q.shape[1]),
+            count_hops=table is not None,
             segment_ids=segment_ids,
             max_segment_len=attention.max_segment_len or None,
             head_offset=this.first_head,
