@@ -68,10 +68,7 @@ class Ring(Strategy):
         check_pairs(context, mask, q_shape[1], duplex=self.duplex)
 
     def prepared(self, context: Context, tokens: ShardTokens, shard_len: int) -> ShardTokens:
-        """The tokens with the number of hops, where arrays may tell that keys need not travel as far as they could.
-
-        Stripes of a document lie on every device. Where a window cuts shards, the parts go no farther than it reaches.
-        """
+        """The tokens with the number of hops, where arrays may tell that keys need not travel as far as they could."""
         routes = self._plan(context, tokens.mask, shard_len)
         known = not context.count_hops or not jax.tree.leaves((tokens.queries, tokens.keys))
         if known or self._fixed(context.layout.kind, routes, shard_len):
@@ -79,7 +76,7 @@ class Ring(Strategy):
         return dataclasses.replace(tokens, hops=count_hops(context, tokens, shard_len))
 
     def _fixed(self, kind: str, routes: tuple[Route, ...], shard_len: int) -> bool:
-        """Whether the number of hops is known when a program is traced, whatever arrays say."""
+        """Whether hops are known as a program is traced: stripes lie everywhere, parts cut by a window reach as far."""
         whole = [(route.start, route.stop) for route in routes] == [(0, shard_len)]
         return self.duplex or self.unroll or kind == "striped" or not whole
 

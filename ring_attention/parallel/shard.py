@@ -94,9 +94,8 @@ def context_attention_shard(
       positions: this device's slice, integers [t] or [B,t], in place of those of a layout; as in `context_attention`.
       kv_layout, kv_positions, kv_segment_ids: those of keys of another sequence; the last two are this device's slices,
         [B,s]. As in `context_attention`.
-      count_hops: where segment ids and other arrays may tell it, a ring counts as it runs how many hops bring all keys
-        to who sees them. False: as many as layout and mask alone need, which a compiler hides to the last; for
-        documents that are long beside a shard.
+      count_hops: a ring counts as it runs how many hops segment ids and other arrays ask for. False: as many as layout
+        and mask alone need, which a compiler hides to the last; for documents that are long beside a shard.
       causal, window, max_segment_len, softcap, scale: as in `context_attention`, and so are dropout_rate,
         dropout_key and extra_mask.
       segment_ids: this device's slice, integers [B,t]; a token sees its own segment only.

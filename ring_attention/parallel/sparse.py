@@ -76,10 +76,10 @@ class FarPart:
         residues = me * r + jnp.arange(r, dtype=jnp.int32)
         batch = q.shape[0] // r
         positions, mask = jnp.tile(residues[:, None] + of_residue_0[None], (batch, 1)), tokens.mask
-        queries, keys = (
-            dataclasses.replace(jax.tree.map(lambda x: self.to_residues(x)[0], side), positions=positions)
-            for side in (tokens.queries, tokens.keys)
-        )
+        others = dataclasses.replace(tokens.queries, segments=None)  # which are those of the keys
+        queries, keys = jax.tree.map(lambda x: self.to_residues(x)[0], (others, tokens.keys))
+        queries = dataclasses.replace(queries, positions=positions, segments=keys.segments)
+        keys = dataclasses.replace(keys, positions=positions)
         dropout = mask.dropout and dataclasses.replace(mask.dropout, batch=jnp.repeat(mask.dropout.batch, r))
         return BlockPair(queries, keys, dataclasses.replace(mask, min_distance=self.stride, dropout=dropout))
 
@@ -180,7 +180,7 @@ class Sparse(Strategy):
         P, t, H, K = work.devices, work.shard, work.heads, work.kv_heads
         near = dataclasses.replace(work, window=near_window(work.window, self.stride_of(work.seq_len)))
         statistics = 4 * work.batch * t * H  # one number for each query and head
-        far = work.bytes_of(t, H) + 2 * work.bytes_of(t, K) + 2 * work.segment_bytes(t)  # of queries and of keys
+        far = work.bytes_of(t, H) + 2 * work.bytes_of(t, K) + work.segment_bytes(t)
         if backward:
             far += work.bytes_of(t, H) + 2 * statistics + work.bytes_of(t, H, 4) + 2 * work.bytes_of(t, K, 4)
         else:
