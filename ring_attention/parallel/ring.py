@@ -76,7 +76,7 @@ class Ring(Strategy):
         return dataclasses.replace(tokens, hops=count_hops(context, tokens, shard_len))
 
     def _fixed(self, kind: str, routes: tuple[Route, ...], shard_len: int) -> bool:
-        """Whether hops are known as a program is traced: stripes lie everywhere, parts cut by a window reach as far."""
+        """Whether hops are known as a program is traced: a document's stripes lie everywhere, a window bounds parts."""
         whole = [(route.start, route.stop) for route in routes] == [(0, shard_len)]
         return self.duplex or self.unroll or kind == "striped" or not whole
 

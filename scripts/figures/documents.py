@@ -53,6 +53,7 @@ def run(args: argparse.Namespace, layout, segments: np.ndarray, speeds: list[flo
         head_dim=args.head_dim,
         layout="zigzag",
         segments=True,
+        count_hops=counted,
         hops=hops,
     )
     machine, strategy = machine_of(args, speeds, blocking=False), ra.STRATEGIES["ring"]
